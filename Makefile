@@ -1,0 +1,31 @@
+# Each target sets up what it needs: .venv is made and filled on first use, and refreshed when its inputs change.
+SHELL := /bin/bash
+PYTHON ?= python3.11
+BIN := .venv/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: quickstart quickstart-data test test-full lint
+
+quickstart: .venv/ready
+	$(BIN)/python tools/quickstart.py $(if $(CONTINUE),--continue)
+
+quickstart-data: .venv/ready
+	$(BIN)/python tools/quickstart.py --only-data
+
+test: lint
+	$(BIN)/python -m pytest -m "not full"
+
+test-full: lint
+	$(BIN)/python -m pytest
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# torch first and pinned, so that no other package's requirement picks a build for us.
+.venv/ready: setup.py constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt torch==2.13.0
+	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
+	touch $@

@@ -1,0 +1,381 @@
+"""The validated configuration of a run.
+
+One tree of typed, documented fields; YAML plus dotted `key=value` overrides; cross-field checks beside the
+fields they check. Nothing heavy is imported here, so that a mistake costs a second and not a minute, and
+nothing is opened but the YAML file: `load_config` needs neither data nor a world size.
+"""
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from rdm_scale.errors import ConfigError
+
+
+class Section(BaseModel):
+    """A part of the configuration: immutable, and a key it does not know is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class InputConfig(Section):
+    channels: int = Field(4, ge=1, description="latent channels C")
+    frames: int = Field(1, ge=1, description="latent frames T; 1 for images")
+    height: int = Field(32, ge=1, description="latent height H")
+    width: int = Field(32, ge=1, description="latent width W")
+
+
+class GateConfig(Section):
+    multiplier: float = Field(1.0, gt=0, description="m0 of the fixed branch multiplier m(L) = m0 * L^-p")
+    exponent: float = Field(0.5, ge=0, description="p of m(L) = m0 * L^-p; L counts residual branches")
+    per_channel: bool = Field(True, description="gates a, b per channel; false: one scalar each per branch")
+    conditional: bool = Field(True, description="add a gate g(c), a function of the condition, to m * a")
+
+
+class ModelConfig(Section):
+    input: InputConfig = InputConfig()
+    patch_size: tuple[int, int, int] = Field((1, 2, 2), description="patch of [t, h, w] latents per token")
+    hidden_size: int = Field(384, ge=8, description="width D of the residual stream")
+    depth: int = Field(12, ge=1, description="number of blocks (attention + MLP each)")
+    num_heads: int = Field(6, ge=1, description="attention heads; must divide hidden_size")
+    mlp_ratio: float = Field(4.0, gt=0, description="MLP width over hidden_size")
+    residual: Literal["plain", "rezero", "layerscale", "adaln_zero", "neural_rdm"] = Field(
+        "neural_rdm", description="residual structure of every branch (gate.* applies to neural_rdm)"
+    )
+    gate: GateConfig = GateConfig()
+    stacking: Literal["flow"] = Field("flow", description="how blocks are joined: flow is a chain")
+    attention: Literal["joint"] = Field("joint", description="joint: all tokens of all frames attend to each other")
+    condition: Literal["none", "class"] = Field("class", description="what the model is conditioned on")
+    num_classes: int = Field(1000, ge=1, description="number of classes; one more embedding is the null class")
+    learned_variance: bool = Field(False, description="predict the variance too (ddpm only): 2C output channels")
+    timestep_spacing: Literal["dit", "diffusers"] = Field(
+        "dit", description="frequencies of the timestep embedding: i/128 (dit) or i/127 (diffusers)"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        sizes = (self.input.frames, self.input.height, self.input.width)
+        for name, size, patch in zip(("frames", "height", "width"), sizes, self.patch_size, strict=True):
+            if patch < 1 or size % patch:
+                raise ValueError(f"model.input.{name}={size} is not divisible by its model.patch_size entry {patch}")
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"model.num_heads={self.num_heads} does not divide model.hidden_size={self.hidden_size}")
+        if self.hidden_size % 4:
+            raise ValueError(f"model.hidden_size={self.hidden_size} is not divisible by 4 (sin-cos positions in 2D)")
+        return self
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens N of one sample."""
+        (t, h, w), i = self.patch_size, self.input
+        return (i.frames // t) * (i.height // h) * (i.width // w)
+
+    @property
+    def mlp_size(self) -> int:
+        return int(self.hidden_size * self.mlp_ratio)
+
+
+class DiffusionConfig(Section):
+    objective: Literal["ddpm", "flow"] = Field("flow", description="ddpm: predict the noise; flow: the velocity")
+    noise_schedule: Literal["linear", "cosine"] = Field("linear", description="ddpm: the betas")
+    num_timesteps: int = Field(1000, ge=2, description="ddpm: number of diffusion steps in training")
+    timestep_sampling: Literal["uniform", "logit_normal"] = Field("uniform", description="flow: distribution of t")
+    logit_mean: float = Field(0.0, description="flow, logit_normal: mean of logit(t)")
+    logit_std: float = Field(1.0, gt=0, description="flow, logit_normal: standard deviation of logit(t)")
+    condition_dropout: float = Field(0.1, ge=0, le=1, description="share of samples trained with the null condition")
+
+
+class SamplingConfig(Section):
+    sampler: Literal["ddpm", "ddim", "euler", "heun"] | None = Field(
+        None, description="ddpm or ddim (ddpm objective), euler or heun (flow); null: ddpm and euler"
+    )
+    steps: int = Field(50, ge=1, description="sampling steps")
+    guidance: float = Field(1.0, ge=0, description="classifier-free guidance scale; 1 switches guidance off")
+
+
+class DataConfig(Section):
+    train: str = Field(description="URL or path of the training set's manifest.json (any fsspec location)")
+    validation: str | None = Field(None, description="manifest of the held-out set; null: no validation loss")
+    prefetch: int = Field(2, ge=1, description="batches read ahead in the background")
+
+
+class OptimizerConfig(Section):
+    lr: float = Field(1e-4, gt=0, description="peak learning rate of AdamW")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's betas")
+    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
+    weight_decay: float = Field(0.0, ge=0, description="decay of weight matrices (never of gates, biases, embeddings)")
+    warmup_steps: int = Field(0, ge=0, description="linear warm-up from 0 over so many steps")
+    schedule: Literal["constant", "cosine", "linear"] = Field("constant", description="learning rate after warm-up")
+    schedule_steps: int | None = Field(None, ge=1, description="step at which cosine or linear reach their end")
+    final_lr_ratio: float = Field(0.0, ge=0, le=1, description="learning rate at the end of the schedule over lr")
+    grad_clip: float = Field(1.0, ge=0, description="bound of the global gradient norm; 0: no clipping")
+    ema_decay: float = Field(0.9999, ge=0, lt=1, description="decay of the averaged weights, after its warm-up")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optimizer.betas={list(self.betas)} must lie in [0, 1)")
+        if self.schedule != "constant":
+            if self.schedule_steps is None:
+                raise ValueError(
+                    f"optimizer.schedule={self.schedule} needs optimizer.schedule_steps (its length is its own key, "
+                    "so that a run can be prolonged without changing its past)"
+                )
+            if self.schedule_steps <= self.warmup_steps:
+                raise ValueError(
+                    f"optimizer.schedule_steps={self.schedule_steps} must exceed warmup_steps={self.warmup_steps}"
+                )
+        return self
+
+
+class ParallelConfig(Section):
+    tensor: int = Field(1, ge=1, description="tensor-parallel size")
+    pipeline: int = Field(1, ge=1, description="pipeline-parallel size")
+    zero_stage: Literal[3] = Field(3, description="DeepSpeed ZeRO stage of the data-parallel axis")
+    timeout_s: int = Field(600, ge=1, description="seconds after which a collective that hangs ends the run")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name in ("tensor", "pipeline"):
+            if getattr(self, name) > 1:
+                raise ValueError(f"parallel.{name}={getattr(self, name)} is not supported yet: set it to 1")
+        return self
+
+
+class TrainConfig(Section):
+    steps: int = Field(1000, ge=1, description="optimizer steps in all (not in addition, on resume)")
+    global_batch_size: int = Field(256, ge=1, description="samples per step over all ranks")
+    micro_batch_size: int | None = Field(None, ge=1, description="samples per forward; null: a rank's whole share")
+    seed: int = Field(0, ge=0, description="seed of initialisation, data order and noise")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="compute type of the branches; masters are fp32")
+    residual_dtype: Literal["fp32", "bf16"] = Field("fp32", description="type of the residual stream under bf16")
+    deterministic: bool = Field(False, description="refuse non-deterministic GPU kernels (CPU runs always repeat)")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.precision == "fp32" and self.residual_dtype == "bf16":
+            raise ValueError("train.residual_dtype=bf16 needs train.precision=bf16")
+        if self.micro_batch_size is not None and self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"train.global_batch_size={self.global_batch_size} is not divisible by "
+                f"train.micro_batch_size={self.micro_batch_size}"
+            )
+        return self
+
+
+class MonitorConfig(Section):
+    log_every: int = Field(10, ge=1, description="steps between lines on the console")
+    tensorboard: bool = Field(True, description="write scalars and sample grids to run.dir/tensorboard")
+    validate_every: int = Field(500, ge=0, description="steps between validation losses; 0: never")
+    validation_samples: int = Field(1024, ge=1, description="size of the validation set that is used, at most")
+    sample_every: int = Field(0, ge=0, description="steps between sample grids in run.dir/samples; 0: never")
+    sample_columns: int = Field(10, ge=1, description="classes (or samples) shown in a sample grid")
+
+
+class CheckpointConfig(Section):
+    dir: str | None = Field(None, description="where checkpoints go (any fsspec URL); null: run.dir/checkpoints")
+    every: int = Field(1000, ge=0, description="steps between checkpoints; 0: only at the end")
+    keep: int = Field(3, ge=0, description="how many of the newest checkpoints are kept; 0: all")
+    resume: str = Field("auto", description="auto (newest complete checkpoint here), never, or a checkpoint's path")
+
+
+class RunSection(Section):
+    dir: str = Field(description="local directory of this run's metrics, samples and checkpoints")
+
+
+class RunConfig(Section):
+    """Everything a run is made of."""
+
+    model: ModelConfig = ModelConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    data: DataConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    train: TrainConfig = TrainConfig()
+    monitor: MonitorConfig = MonitorConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    run: RunSection
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.model.learned_variance and self.diffusion.objective != "ddpm":
+            raise ValueError("model.learned_variance=true needs diffusion.objective=ddpm")
+        allowed = {"ddpm": ("ddpm", "ddim"), "flow": ("euler", "heun")}[self.diffusion.objective]
+        if self.sampling.sampler not in (None, *allowed):
+            raise ValueError(
+                f"sampling.sampler={self.sampling.sampler} does not fit diffusion.objective="
+                f"{self.diffusion.objective}: choose {' or '.join(allowed)}"
+            )
+        if self.sampling.guidance != 1 and self.model.condition == "none":
+            raise ValueError("sampling.guidance other than 1 needs a model.condition other than none")
+        return self
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """The data-parallel size that a world of `world_size` ranks leaves over.
+
+        Raises:
+            ConfigError: the layout does not fit the world, or the batch does not fit the layout.
+        """
+        model_parallel = self.parallel.tensor * self.parallel.pipeline
+        if world_size % model_parallel:
+            raise ConfigError(
+                f"parallel.tensor x parallel.pipeline = {model_parallel} does not divide the {world_size} ranks started"
+            )
+        dp, batch = world_size // model_parallel, self.train.global_batch_size
+        if batch % dp:
+            raise ConfigError(
+                f"train.global_batch_size={batch} is not divisible by the {dp} data-parallel ranks; "
+                f"start another number of ranks or use a multiple of {dp}"
+            )
+        micro = self.train.micro_batch_size
+        if micro is not None and (batch // dp) % micro:
+            raise ConfigError(
+                f"a rank's share of the batch, {batch // dp} = train.global_batch_size={batch} / {dp} ranks, "
+                f"is not divisible by train.micro_batch_size={micro}"
+            )
+        return dp
+
+    def identity(self) -> dict[str, Any]:
+        """What makes this run this run: a resume must agree on all of it (the data's identity comes on top)."""
+        tree = self.model_dump(mode="json")
+        kept = {"model": tree["model"], "diffusion": tree["diffusion"]}
+        kept["train"] = {name: tree["train"][name] for name in ("seed", "global_batch_size")}
+        return dict(flatten(kept))
+
+    def digest(self) -> str:
+        """A short hash of the whole configuration, by which ranks check that they agree."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every leaf of a nested dictionary."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice and reads 1e-4 as a number (YAML 1.1 takes it for text)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_YamlLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where} is not valid YAML: {error}") from None
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    path = key.strip().split(".")
+    if not equals or not all(path):
+        raise ConfigError(f"override {override!r}: write it as key=value, for instance train.steps=100")
+    node = tree
+    for name in path[:-1]:
+        node = node.setdefault(name, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"override {override!r}: {name} is a value, not a section")
+    node[path[-1]] = _parse_yaml(text, f"the value of override {override!r}")
+
+
+def _section(path: tuple[Any, ...]) -> type[Section]:
+    section: type[Section] = RunConfig
+    for name in path:
+        section = section.model_fields[str(name)].annotation  # type: ignore[assignment]
+    return section
+
+
+def _describe(error: Any) -> str:
+    """One line for one pydantic error: which key, what is wrong, what would be right."""
+    location = tuple(error["loc"])
+    key = ".".join(str(part) for part in location)
+    if error["type"] == "extra_forbidden":
+        names = list(_section(location[:-1]).model_fields)
+        near = difflib.get_close_matches(str(location[-1]), names, n=1, cutoff=0.5)
+        hint = (
+            f"did you mean {'.'.join([*map(str, location[:-1]), near[0]])}?" if near else f"known: {', '.join(names)}"
+        )
+        return f"unknown key {key}: {hint}"
+    if error["type"] == "missing":
+        return f"{key} is missing: {key}=... must be given"
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    return f"{key}={json.dumps(error['input'])}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """Reads and checks a configuration file, with `key=value` overrides applied in order.
+
+    Raises:
+        ConfigError: file missing, not YAML, unknown key, wrong type or impossible combination; all mistakes at once.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"cannot read the configuration {path}: {getattr(error, 'strerror', None) or error}"
+        ) from None
+    tree = _parse_yaml(text, str(path))
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold sections such as model: and train:, found a {type(tree).__name__}")
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse_config(tree, str(path))
+
+
+def parse_config(tree: dict[str, Any], where: str) -> RunConfig:
+    """Checks a configuration that is already a tree (for instance out of a checkpoint found at `where`)."""
+    try:
+        # Through JSON: strict typing (no "3" for 3, no true for 1) that still takes a list for a tuple.
+        return RunConfig.model_validate_json(json.dumps(tree, default=str), strict=True)
+    except ValidationError as error:
+        lines = sorted({_describe(e) for e in error.errors()})
+        raise ConfigError("\n  ".join([f"the configuration {where} is not valid:", *lines])) from None
+
+
+def describe_keys() -> str:
+    """Every key with its type's default and meaning, one line each, for --help."""
+
+    def lines(section: type[Section], prefix: str) -> Iterator[str]:
+        for name, field in section.model_fields.items():
+            inner = field.annotation
+            if isinstance(inner, type) and issubclass(inner, Section):
+                yield from lines(inner, f"{prefix}{name}.")
+            else:
+                default = "required" if field.is_required() else json.dumps(field.default)
+                choices = re.findall(r"Literal\[(.*?)\]", str(inner))
+                values = f" [{choices[0].replace(chr(39), '')}]" if choices else ""
+                yield f"  {prefix}{name} = {default}\n      {field.description}{values}"
+
+    return "\n".join(lines(RunConfig, ""))
+
+
+def to_yaml(config: RunConfig) -> str:
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

@@ -1,0 +1,128 @@
+"""The manifest of a set of latent shards: what is where, how much of it, and how to check it.
+
+`manifest.json` is written last, so a folder with a manifest is complete. Offsets and sizes let a reader fetch one
+member (a safetensors file that packs many samples) by one range read; counts and checksums make every loss visible.
+"""
+
+import hashlib
+import re
+from functools import cached_property
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from rdm_scale.data.storage import Location
+from rdm_scale.errors import DataError
+
+NAME = "manifest.json"
+_MAX_BYTES = 2**30  # a manifest from elsewhere is untrusted; this one would describe about 10 million members
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Codec(_Record):
+    """How pixels became latents, and what brings raw latents to unit scale.
+
+    Normalised latents are (raw - shift) * scale, with one number for all channels or one for each.
+    """
+
+    name: str = Field(description="identity, digits (the packaged VAE), or the class of a diffusers VAE")
+    location: str = Field(description="what load_codec takes to load it again")
+    digest: str = Field("", description="sha256 of the codec's weights; empty for identity")
+    shift: tuple[float, ...] = (0.0,)
+    scale: tuple[float, ...] = (1.0,)
+
+
+class Member(_Record):
+    """One safetensors file inside a tar: `samples` samples, `bytes` long, starting at byte `offset` of the tar."""
+
+    name: str
+    offset: int = Field(ge=512)
+    bytes: int = Field(ge=1)
+    samples: int = Field(ge=1)
+    xxh3: str = Field(pattern=r"^[0-9a-f]{16}$", description="xxh3_64 of the member's bytes, in hexadecimal")
+
+
+class Shard(_Record):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="file name beside the manifest")
+    samples: int = Field(ge=1)
+    bytes: int = Field(ge=1)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    members: tuple[Member, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if sum(m.samples for m in self.members) != self.samples:
+            raise ValueError(f"{self.name}: the members' samples do not add up to {self.samples}")
+        end = 0
+        for member in self.members:
+            if member.offset < end or member.offset + member.bytes > self.bytes:
+                raise ValueError(f"{self.name}: member {member.name} overlaps another or reaches beyond the shard")
+            end = member.offset + member.bytes
+        return self
+
+
+class Manifest(_Record):
+    """All that a reader needs to know of a folder of latent shards."""
+
+    format: Literal["rdm_scale.latents"] = "rdm_scale.latents"
+    version: Literal[1] = 1
+    kind: Literal["mode", "moments"] = Field(description="latents [K,C,T,H,W], or mean and log-variance [K,2C,T,H,W]")
+    dtype: Literal["float32", "float16", "bfloat16"]
+    shape: tuple[int, int, int, int] = Field(description="[C, T, H, W] of one latent, for kind moments too")
+    codec: Codec
+    class_names: tuple[str, ...] = Field((), description="name of label i; empty for unlabelled data")
+    samples: int = Field(ge=1)
+    shards: tuple[Shard, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if sum(shard.samples for shard in self.shards) != self.samples:
+            raise ValueError(f"the shards' samples do not add up to {self.samples}")
+        if len({shard.name for shard in self.shards}) != len(self.shards):
+            raise ValueError("two shards have the same name")
+        if min(self.shape) < 1:
+            raise ValueError(f"impossible latent shape {list(self.shape)}")
+        for name in ("shift", "scale"):
+            if len(getattr(self.codec, name)) not in (1, self.shape[0]):
+                raise ValueError(f"codec.{name} must have 1 or {self.shape[0]} entries")
+        return self
+
+    @cached_property
+    def _content(self) -> bytes:
+        return self.model_dump_json(indent=1).encode()
+
+    def to_json(self) -> bytes:
+        return self._content
+
+    @cached_property
+    def digest(self) -> str:
+        """Identity of the data set: changes when anything in it does."""
+        return hashlib.sha256(self._content).hexdigest()
+
+
+def read_manifest(url: str) -> tuple[Manifest, Location]:
+    """The manifest at `url` (the file, or the folder that holds it) and the folder of its shards.
+
+    Raises:
+        DataError: there is none, or it is not a valid manifest; the message names the place and the reason.
+    """
+    location = Location(url)
+    if not re.search(r"\.json$", location.name):
+        location = location / NAME
+    try:
+        if location.size() > _MAX_BYTES:
+            raise DataError(f"{location} is larger than a manifest can be ({location.size()} bytes)")
+        content = location.read()
+    except FileNotFoundError:
+        raise DataError(f"there is no manifest {location}: encode a data set first (tools/encode_latents.py)") from None
+    except OSError as error:
+        raise DataError(f"cannot read the manifest {location}: {error}") from None
+    try:
+        return Manifest.model_validate_json(content), location.parent
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "it"
+        raise DataError(f"{location} is not a valid manifest: {where}: {first['msg']}") from None
