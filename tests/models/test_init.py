@@ -1,0 +1,79 @@
+"""Gate-aware initialisation: signal and gradient keep their size through the stack, and values are keyed."""
+
+import pytest
+import torch
+
+from rdm_scale.config import GateConfig, InputConfig, ModelConfig
+from rdm_scale.models import build_model
+from rdm_scale.models.gates import ResidualGate, branch_multiplier
+
+
+def config(depth: int, **changes: object) -> ModelConfig:
+    base = {"input": InputConfig(height=8, width=8), "hidden_size": 64, "num_heads": 4, "num_classes": 10}
+    return ModelConfig(**{**base, "depth": depth, **changes})
+
+
+def end_to_end(model_config: ModelConfig) -> tuple[float, float]:
+    """Variance of the stream after the last block over before the first, and the gain of a pulled-back cotangent."""
+    model = build_model(model_config)
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(16, 4, 1, 8, 8, generator=generator)
+    z, side = model.embed(latents, torch.rand(16, generator=generator) * 1000, torch.arange(16) % 10)
+    first = z.detach().requires_grad_()
+    last = first
+    for block in model.blocks:
+        last = block(last, side)
+    cotangent = torch.randn(last.shape, generator=generator)
+    (pulled,) = torch.autograd.grad(last, first, cotangent)
+    return (last.var() / first.var()).item(), (pulled.norm() / cotangent.norm()).item()
+
+
+@pytest.mark.parametrize("depth", [12, 48, 192])
+def test_neural_rdm_keeps_variance_and_gradient_within_a_factor_of_two(depth: int) -> None:
+    variance, gain = end_to_end(config(depth))
+    assert 0.5 < variance < 2
+    assert 0.5 < gain < 2
+
+
+def test_plain_residuals_do_not() -> None:
+    """The contrast that shows that the bound above can fail."""
+    variance, gain = end_to_end(config(48, residual="plain"))
+    assert variance > 10
+    assert gain > 2
+
+
+def test_the_multiplier_is_a_fixed_power_of_the_number_of_branches() -> None:
+    assert branch_multiplier(config(50)) == pytest.approx(0.1)
+    assert branch_multiplier(config(50, gate=GateConfig(multiplier=3.0, exponent=1.0))) == pytest.approx(0.03)
+
+
+def test_gates_follow_the_table_of_structures() -> None:
+    """z + alpha F + beta with hand-made values, one structure after the other."""
+    z, f, g = torch.full((1, 1, 8), 2.0), torch.full((1, 1, 8), 3.0), torch.full((1, 8), 0.25)
+
+    def output(structure: str, condition: torch.Tensor | None, a: float = 0.0, b: float = 0.0, **gate: bool) -> float:
+        module = ResidualGate(config(50, residual=structure, hidden_size=8, gate=GateConfig(**gate)))
+        with torch.no_grad():
+            for parameter, value in ((module.a, a), (module.b, b)):
+                if parameter is not None:
+                    parameter.fill_(value)
+        assert module.conditional == (condition is not None)
+        return module(z, f, condition).mean().item()
+
+    assert output("plain", None) == 5.0
+    assert output("rezero", None, a=0.5) == 3.5
+    assert output("layerscale", None, a=0.5) == 3.5
+    assert output("adaln_zero", g) == 2.75
+    # m = 100 ** -0.5 = 0.1: 2 + (0.1 * 2 + 0.25) * 3 + 0.1 * 4
+    assert output("neural_rdm", g, a=2.0, b=4.0) == pytest.approx(3.75)
+    assert output("neural_rdm", None, a=2.0, b=4.0, conditional=False) == pytest.approx(3.0)
+
+
+def test_initial_values_are_keyed_by_name_and_seed() -> None:
+    shallow, deep, other = build_model(config(1)), build_model(config(3)), build_model(config(1), seed=1)
+    a, b, c = (m.state_dict() for m in (shallow, deep, other))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    name = "blocks.0.mlp.branch.up.weight"
+    assert not torch.equal(a[name], c[name])
+    assert not torch.equal(b[name], b[name.replace("0", "1")])
+    assert a[name].std().item() == pytest.approx((2 / (64 + 256)) ** 0.5, rel=0.02)
