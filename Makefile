@@ -7,7 +7,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: quickstart quickstart-data test test-full lint
 
 quickstart: .venv/ready
-	$(BIN)/python tools/quickstart.py $(if $(CONTINUE),--continue)
+	$(BIN)/python tools/quickstart.py $(if $(CONTINUE),--continue) $(if $(STEPS),--steps $(STEPS))
 
 quickstart-data: .venv/ready
 	$(BIN)/python tools/quickstart.py --only-data

@@ -5,6 +5,7 @@ member (a safetensors file that packs many samples) by one range read; counts an
 """
 
 import hashlib
+import math
 import re
 from functools import cached_property
 from typing import Literal, Self
@@ -64,8 +65,8 @@ class Shard(_Record):
         return self
 
 
-class Manifest(_Record):
-    """All that a reader needs to know of a folder of latent shards."""
+class Header(_Record):
+    """What holds for every latent of a set."""
 
     format: Literal["rdm_scale.latents"] = "rdm_scale.latents"
     version: Literal[1] = 1
@@ -74,6 +75,33 @@ class Manifest(_Record):
     shape: tuple[int, int, int, int] = Field(description="[C, T, H, W] of one latent, for kind moments too")
     codec: Codec
     class_names: tuple[str, ...] = Field((), description="name of label i; empty for unlabelled data")
+
+    @model_validator(mode="after")
+    def _check_header(self) -> Self:
+        if min(self.shape) < 1:
+            raise ValueError(f"impossible latent shape {list(self.shape)}")
+        for name in ("shift", "scale"):
+            if len(getattr(self.codec, name)) not in (1, self.shape[0]):
+                raise ValueError(f"codec.{name} must have 1 or {self.shape[0]} entries")
+        if not all(self.codec.scale):
+            raise ValueError("codec.scale must not be 0")
+        return self
+
+    @property
+    def stored_shape(self) -> tuple[int, int, int, int]:
+        """Shape of one sample as it is stored: moments have a mean and a log-variance for each channel."""
+        C, T, H, W = self.shape
+        return (2 * C if self.kind == "moments" else C), T, H, W
+
+    @property
+    def sample_bytes(self) -> int:
+        """Bytes of the latents of one sample as they are stored."""
+        return math.prod(self.stored_shape) * (4 if self.dtype == "float32" else 2)
+
+
+class Manifest(Header):
+    """All that a reader needs to know of a folder of latent shards."""
+
     samples: int = Field(ge=1)
     shards: tuple[Shard, ...] = Field(min_length=1)
 
@@ -83,11 +111,11 @@ class Manifest(_Record):
             raise ValueError(f"the shards' samples do not add up to {self.samples}")
         if len({shard.name for shard in self.shards}) != len(self.shards):
             raise ValueError("two shards have the same name")
-        if min(self.shape) < 1:
-            raise ValueError(f"impossible latent shape {list(self.shape)}")
-        for name in ("shift", "scale"):
-            if len(getattr(self.codec, name)) not in (1, self.shape[0]):
-                raise ValueError(f"codec.{name} must have 1 or {self.shape[0]} entries")
+        for shard in self.shards:
+            for member in shard.members:
+                # Also bounds every number here by the size of a file that is really there.
+                if member.bytes < member.samples * self.sample_bytes:
+                    raise ValueError(f"{shard.name}: member {member.name} is too small for {member.samples} samples")
         return self
 
     @cached_property

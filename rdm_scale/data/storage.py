@@ -2,18 +2,32 @@
 
 import os
 import posixpath
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from rdm_scale.errors import ConfigError
 
 
 class Location:
-    """A file or folder on any fsspec file system (local path, s3://, memory://, ...)."""
+    """A file or folder on any fsspec file system (local path, s3://, memory://, ...).
+
+    Whatever goes wrong at a file system is raised as OSError.
+
+    Raises:
+        ConfigError: the URL names a file system that is unknown, or whose library is not installed.
+    """
 
     def __init__(self, url: str | Path, _fs: fsspec.AbstractFileSystem | None = None) -> None:
         if _fs is None:
-            _fs, path = fsspec.core.url_to_fs(str(url))
+            try:
+                _fs, path = fsspec.core.url_to_fs(str(url))
+            except (ValueError, ImportError) as error:
+                raise ConfigError(f"{url} cannot be used, give a path or another URL: {error}") from None
         else:
             path = str(url)
         self.fs: Any = _fs
@@ -29,7 +43,7 @@ class Location:
 
     @property
     def is_local(self) -> bool:
-        return "file" in self.fs.protocol
+        return isinstance(self.fs, LocalFileSystem)
 
     @property
     def name(self) -> str:
@@ -40,40 +54,50 @@ class Location:
         return Location(posixpath.dirname(self.path), self.fs)
 
     def exists(self) -> bool:
-        return bool(self.fs.exists(self.path))
+        with _os_errors():
+            return bool(self.fs.exists(self.path))
 
     def is_dir(self) -> bool:
-        return bool(self.fs.isdir(self.path))
+        with _os_errors():
+            return bool(self.fs.isdir(self.path))
 
     def size(self) -> int:
         """Bytes of the file. Raises FileNotFoundError."""
-        return int(self.fs.info(self.path)["size"])
+        with _os_errors():
+            return int(self.fs.info(self.path)["size"])
 
     def names(self) -> list[str]:
         """Names of the entries of this folder, sorted; empty when there is no such folder."""
         try:
-            self.fs.invalidate_cache(self.path)
-            return sorted(posixpath.basename(p.rstrip("/")) for p in self.fs.ls(self.path, detail=False))
+            with _os_errors():
+                self.fs.invalidate_cache(self.path)
+                paths = [path.rstrip("/") for path in self.fs.ls(self.path, detail=False)]
         except FileNotFoundError:
             return []
+        # A file lists itself, and so does a folder of an object store that has a marker.
+        return sorted(posixpath.basename(path) for path in paths if path != self.path)
 
     def read(self) -> bytes:
-        return bytes(self.fs.cat_file(self.path))
+        with _os_errors():
+            return bytes(self.fs.cat_file(self.path))
 
     def read_range(self, offset: int, length: int) -> bytes:
         """`length` bytes from `offset`; fewer when the file ends before."""
-        return bytes(self.fs.cat_file(self.path, start=offset, end=offset + length))
+        with _os_errors():
+            return bytes(self.fs.cat_file(self.path, start=offset, end=offset + length))
 
     def open(self, mode: str = "rb") -> Any:
         return self.fs.open(self.path, mode)
 
     def make_dir(self) -> None:
-        self.fs.makedirs(self.path, exist_ok=True)
+        with _os_errors():
+            self.fs.makedirs(self.path, exist_ok=True)
 
     def write(self, content: bytes) -> None:
         """Writes the whole file or nothing: object stores do so by nature, a local file is renamed into place."""
         if not self.is_local:
-            self.fs.pipe_file(self.path, content)
+            with _os_errors():
+                self.fs.pipe_file(self.path, content)
             return
         partial = Path(f"{self.path}.partial-{os.getpid()}")
         try:
@@ -88,4 +112,16 @@ class Location:
 
     def remove(self) -> None:
         """Removes a file, or a folder with all that is in it."""
-        self.fs.rm(self.path, recursive=True)
+        with _os_errors():
+            self.fs.rm(self.path, recursive=True)
+
+
+@contextmanager
+def _os_errors() -> Iterator[None]:
+    """Clients of object stores have exceptions of their own, for instance botocore's for missing credentials."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error

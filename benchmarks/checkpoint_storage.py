@@ -1,0 +1,190 @@
+"""Which storage should checkpoints have? A plain file, stock DCP, DCP over safetensors and ours, side by side.
+
+    python benchmarks/checkpoint_storage.py [--tensors 56000] [--width 36] [--repeats 3] [--dir /tmp] [--out FILE.json]
+
+One process saves and loads the weights, Adam's moments and the averages of a deep model (14 tensors a block, four
+fields), each storage in turn, several times over; the table shows medians. Every save ends with fsync, every load fills
+tensors that exist already, and files are in the page cache, so that what differs is the work per tensor and per byte.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+
+from rdm_scale.checkpoint.directory import CheckpointDirectory
+from rdm_scale.checkpoint.rectangles import Piece, rectangles_of_range
+from rdm_scale.checkpoint.tensors import write_tensors
+from rdm_scale.data.storage import Location
+
+FIELDS = ("weights", "exp_avg", "exp_avg_sq", "ema")
+
+
+def shapes_of(blocks: int, width: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the parameters of `blocks` transformer blocks."""
+    linear = {
+        "attention.branch.qkv": (3 * width, width),
+        "attention.branch.out": (width, width),
+        "mlp.branch.up": (4 * width, width),
+        "mlp.branch.down": (width, 4 * width),
+        "modulation": (6 * width, width),
+    }
+    shapes: dict[str, tuple[int, ...]] = {}
+    for i in range(blocks):
+        for unit in ("attention", "mlp"):
+            shapes[f"blocks.{i}.{unit}.gate.a"] = shapes[f"blocks.{i}.{unit}.gate.b"] = (width,)
+        for name, shape in linear.items():
+            shapes[f"blocks.{i}.{name}.weight"], shapes[f"blocks.{i}.{name}.bias"] = shape, shape[:1]
+    return shapes
+
+
+@dataclass(frozen=True)
+class Storage:
+    name: str
+    save: Callable[[Path, dict[str, Tensor]], None]  # into an empty folder
+    load: Callable[[Path, dict[str, Tensor]], None]  # in place
+
+
+def storages(shapes: dict[str, tuple[int, ...]]) -> list[Storage]:
+    """The four to compare; each takes {field: flat tensor of all parameters}."""
+
+    def by_name(flats: dict[str, Tensor]) -> dict[str, Tensor]:
+        sizes = [math.prod(shape) for shape in shapes.values()]
+        return {
+            f"{field}.{name}": part.view(shape)
+            for field, flat in flats.items()
+            for (name, shape), part in zip(shapes.items(), flat.split(sizes), strict=True)
+        }
+
+    def pieces() -> list[Piece]:
+        found, start = [], 0
+        for name, shape in shapes.items():
+            for rectangle in rectangles_of_range(shape, 0, math.prod(shape)):
+                found.append(Piece(name, shape, rectangle, start))
+                start += rectangle.numel
+        return found
+
+    def save_plain(folder: Path, flats: dict[str, Tensor]) -> None:
+        with (folder / "raw").open("wb") as file:
+            for flat in flats.values():
+                file.write(flat.numpy().data)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def load_plain(folder: Path, flats: dict[str, Tensor]) -> None:
+        with (folder / "raw").open("rb") as file:
+            for flat in flats.values():
+                file.readinto(flat.numpy().data)
+
+    def save_ours(folder: Path, flats: dict[str, Tensor]) -> None:
+        directory = CheckpointDirectory(Location(folder))
+        records = write_tensors(directory.begin(1), 0, pieces(), flats)
+        directory.commit(1, {"step": 1}, records)
+
+    def load_ours(folder: Path, flats: dict[str, Tensor]) -> None:
+        _, reader = CheckpointDirectory(Location(folder)).open(1)
+        layout = pieces()
+        for field, flat in flats.items():
+            reader.fill(layout, field, flat)
+
+    return [
+        Storage("plain file", save_plain, load_plain),
+        Storage(
+            "DCP",
+            lambda folder, flats: dcp.save(by_name(flats), checkpoint_id=folder),
+            lambda folder, flats: dcp.load(by_name(flats), checkpoint_id=folder),
+        ),
+        Storage(
+            "DCP over safetensors",
+            lambda folder, flats: dcp.save(by_name(flats), storage_writer=HuggingFaceStorageWriter(str(folder))),
+            lambda folder, flats: dcp.load(by_name(flats), storage_reader=HuggingFaceStorageReader(str(folder))),
+        ),
+        Storage("rdm_scale", save_ours, load_ours),
+    ]
+
+
+def measure(storage: Storage, folder: Path, flats: dict[str, Tensor]) -> tuple[float, float, int]:
+    """Seconds to save and to load, and bytes on disk; stops when what was loaded is not what was saved."""
+    folder.mkdir()
+    begin = time.perf_counter()
+    storage.save(folder, flats)
+    saved = time.perf_counter() - begin
+    loaded = {field: torch.zeros_like(flat) for field, flat in flats.items()}
+    begin = time.perf_counter()
+    storage.load(folder, loaded)
+    seconds = time.perf_counter() - begin
+    if not all(torch.equal(loaded[field], flat) for field, flat in flats.items()):
+        raise SystemExit(f"{storage.name} did not give back what was saved")
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    shutil.rmtree(folder)
+    return saved, seconds, size
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tensors", type=int, default=56_000, help="tensors in all; 56 make a block")
+    parser.add_argument("--width", type=int, default=36)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--dir", default=None, help="folder on the disk to measure (default: the system's temporary)")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "checkpoint_storage.json")
+    args = parser.parse_args()
+
+    blocks = max(1, args.tensors // 56)
+    shapes = shapes_of(blocks, args.width)
+    elements = sum(math.prod(shape) for shape in shapes.values())
+    flats = {field: torch.randn(elements, generator=torch.Generator().manual_seed(i)) for i, field in enumerate(FIELDS)}
+    times: dict[str, list[tuple[float, float, int]]] = {}
+    with tempfile.TemporaryDirectory(dir=args.dir) as folder:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=0, world_size=1)
+        for repeat in range(args.repeats):
+            for storage in storages(shapes):
+                times.setdefault(storage.name, []).append(measure(storage, Path(folder) / "checkpoint", flats))
+            print(f"repeat {repeat + 1} of {args.repeats} done", flush=True)
+        dist.destroy_process_group()
+    report(times, args, len(shapes) * len(FIELDS), elements)
+
+
+def report(
+    times: dict[str, list[tuple[float, float, int]]], args: argparse.Namespace, tensors: int, elements: int
+) -> None:
+    """Prints the table and writes medians and all measurements as JSON."""
+    size = elements * 4 * len(FIELDS)
+    rows = {
+        name: {
+            "save_s": statistics.median(save for save, _, _ in runs),
+            "load_s": statistics.median(load for _, load, _ in runs),
+            "bytes": runs[0][2],
+            "all_save_s": [save for save, _, _ in runs],
+            "all_load_s": [load for _, load, _ in runs],
+        }
+        for name, runs in times.items()
+    }
+    print(f"\n{tensors:,} tensors, {size / 1e6:.0f} MB, torch {torch.__version__}, median of {args.repeats}\n")
+    print("| storage | save s | load s | save / plain | load / plain | size / tensors |")
+    print("|---|---|---|---|---|---|")
+    plain = rows["plain file"]
+    for name, row in rows.items():
+        print(
+            f"| {name} | {row['save_s']:.2f} | {row['load_s']:.2f} | {row['save_s'] / plain['save_s']:.1f} "
+            f"| {row['load_s'] / plain['load_s']:.1f} | {row['bytes'] / size:.3f} |"
+        )
+    result = {"tensors": tensors, "tensor_bytes": size, "repeats": args.repeats, "torch": torch.__version__, **rows}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

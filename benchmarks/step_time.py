@@ -1,0 +1,133 @@
+"""Time of a training step of DiT-S/2 on 32x32x4 latents, on one process: ours, ours under ZeRO-3, and diffusers'.
+
+A step is forward, backward and AdamW. The three take turns in one run, so that a machine that slows down slows all of
+them; the medians are compared. Prints a table and writes benchmarks/results/step_time.json.
+
+    python benchmarks/step_time.py --batch-size 2 --rounds 15
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from diffusers import DiTTransformer2DModel
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from rdm_scale.config import load_config
+from rdm_scale.models import build_model
+from rdm_scale.parallel.mesh import build_mesh
+from rdm_scale.parallel.parallelize import parallelize
+from rdm_scale.training.optimizer import build_optimizer
+
+RESULTS = Path(__file__).parent / "results" / "step_time.json"
+Step = Callable[[Tensor, Tensor, Tensor, Tensor], None]  # latents [B, 4, 32, 32], timesteps, labels, target
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=15)
+    options = parser.parse_args()
+    steps, parameters = make_steps(options.batch_size)
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for round_number in tqdm(range(options.rounds + 2), unit="round"):
+        batch = make_batch(options.batch_size, round_number)
+        for name, step in steps.items():
+            began = time.perf_counter()
+            step(*batch)
+            if round_number >= 2:  # the first two allocate
+                times[name].append(time.perf_counter() - began)
+    report(options, times, parameters)
+
+
+def make_steps(batch_size: int) -> tuple[dict[str, Step], dict[str, int]]:
+    overrides = [f"train.global_batch_size={batch_size}", "train.precision=fp32", "optimizer.grad_clip=0"]
+    config = load_config("configs/dit_s.yaml", overrides)
+    model_config, make_optimizer = config.model, partial(build_optimizer, config.optimizer)
+    ours = build_model(model_config)
+    theirs = DiTTransformer2DModel(
+        num_attention_heads=model_config.num_heads,
+        attention_head_dim=model_config.hidden_size // model_config.num_heads,
+        in_channels=4,
+        out_channels=8,
+        num_layers=model_config.depth,
+        sample_size=32,
+        patch_size=2,
+        num_embeds_ada_norm=1000,
+    )
+    sharded = build_model(model_config)
+    engine = parallelize(sharded, config, build_mesh(config.parallel), make_optimizer)
+
+    def zero_step(latents: Tensor, timesteps: Tensor, labels: Tensor, target: Tensor) -> None:
+        engine.backward(loss_of(engine(latents[:, :, None], timesteps, labels).squeeze(2), target))
+        engine.step(config.optimizer.lr)
+
+    count = {"ours": ours, "diffusers": theirs}
+    parameters = {name: sum(p.numel() for p in model.parameters()) for name, model in count.items()}
+    steps = {
+        "diffusers": plain_step(theirs, lambda x, t, y: theirs(x, t, y).sample, adamw(theirs)),
+        "ours": plain_step(ours, lambda x, t, y: ours(x[:, :, None], t, y).squeeze(2), make_optimizer(ours)),
+        "ours, ZeRO-3": zero_step,
+    }
+    return steps, parameters | {"ours, ZeRO-3": parameters["ours"]}
+
+
+def plain_step(
+    model: nn.Module, forward: Callable[[Tensor, Tensor, Tensor], Tensor], optimizer: torch.optim.Optimizer
+) -> Step:
+    model.train()
+
+    def step(latents: Tensor, timesteps: Tensor, labels: Tensor, target: Tensor) -> None:
+        loss_of(forward(latents, timesteps, labels), target).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.0, fused=True)
+
+
+def loss_of(prediction: Tensor, target: Tensor) -> Tensor:
+    return ((prediction - target) ** 2).mean()
+
+
+def make_batch(size: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    latents = torch.randn(size, 4, 32, 32, generator=generator)
+    timesteps = torch.randint(1000, (size,), generator=generator)
+    labels = torch.randint(1000, (size,), generator=generator)
+    return latents, timesteps, labels, torch.randn(size, 8, 32, 32, generator=generator)
+
+
+def report(options: argparse.Namespace, times: dict[str, list[float]], parameters: dict[str, int]) -> None:
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    ratios = {name: median / medians["diffusers"] for name, median in medians.items()}
+    print(
+        f"\n| DiT-S/2, batch {options.batch_size} | parameters | median step (s) | of diffusers' |\n|---|---|---|---|"
+    )
+    for name in times:
+        print(f"| {name} | {parameters[name]:,} | {medians[name]:.3f} | {ratios[name]:.3f} |")
+    result = {
+        "batch_size": options.batch_size,
+        "rounds": options.rounds,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "parameters": parameters,
+        "median_s": medians,
+        "ratio_to_diffusers": ratios,
+    }
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""The global order of samples: closed forms and keyed permutations, no files.
+
+N samples are read by C canonical streams, C being the global batch size. Global position P is place i = P mod N of
+epoch P div N and belongs to stream P mod C; step s (from 1) consumes positions (s - 1) C .. s C - 1, one from each
+stream. Epochs follow each other without a gap, so a tail that does not fill a batch is carried over. Within an epoch:
+
+1. The members are put in a new order, and the samples within each member as well.
+2. The N samples in that order are cut into C runs of N div C or one more, and stream i mod C walks through one of them.
+
+So a batch takes its samples from C places of the data set, and a member is read by the one or two ranks whose streams
+walk through it, whatever the number of ranks. All of it is a function of (seed, P): nothing has to be walked through
+to begin at any step.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from rdm_scale import rng
+from rdm_scale.data.manifest import Manifest
+
+Indices = npt.NDArray[np.int64]
+
+
+class Place(NamedTuple):
+    """Where a sample lies: the indices of its shard, its member in the shard, and the sample in the member."""
+
+    shard: int
+    member: int
+    sample: int
+
+
+class GlobalOrder:
+    """Maps global positions to samples of one manifest.
+
+    Args:
+        streams: C, the global batch size.
+    """
+
+    def __init__(self, manifest: Manifest, *, seed: int, streams: int) -> None:
+        self.samples, self.seed, self.streams = manifest.samples, seed, streams
+        self._counts = np.array([m.samples for shard in manifest.shards for m in shard.members], np.int64)
+        self._first_members = np.cumsum([0] + [len(shard.members) for shard in manifest.shards])  # of each shard
+        # An epoch's tables are as long as the manifest; around the end of an epoch two of them are in use.
+        self._epoch = lru_cache(maxsize=2)(self._make_epoch)
+        self._within = lru_cache(maxsize=4 * streams)(self._make_within)
+
+    def positions(self, step: int, dp_rank: int = 0, dp_size: int = 1) -> range:
+        """The positions of a step (from 1) that a rank reads: those of its contiguous share of the streams."""
+        share = self.streams // dp_size
+        first = (step - 1) * self.streams + dp_rank * share
+        return range(first, first + share)
+
+    def places(self, positions: range) -> list[Place]:
+        """Where the samples at these global positions lie."""
+        return [self._place(*divmod(position, self.samples)) for position in positions]
+
+    def _place(self, epoch: int, i: int) -> Place:
+        members, ends = self._epoch(epoch)
+        index = self._index(i)
+        slot = int(np.searchsorted(ends, index, side="right"))
+        member = int(members[slot])
+        nth = index - (int(ends[slot]) - int(self._counts[member]))
+        shard = int(np.searchsorted(self._first_members, member, side="right")) - 1
+        return Place(shard, member - int(self._first_members[shard]), int(self._within(epoch, member)[nth]))
+
+    def _index(self, i: int) -> int:
+        """Index, in the epoch's order of samples, of what is read i-th: run i mod C, at its (i div C)-th sample."""
+        length, longer = divmod(self.samples, self.streams)  # the first `longer` runs have one sample more
+        nth, run = divmod(i, self.streams)
+        return run * length + min(run, longer) + nth
+
+    def _make_epoch(self, epoch: int) -> tuple[Indices, Indices]:
+        """The members in the order of an epoch, and where each of them ends in its order of samples."""
+        members = permutation(rng.key(self.seed, "order of members", epoch), len(self._counts))
+        return members, np.cumsum(self._counts[members])
+
+    def _make_within(self, epoch: int, member: int) -> Indices:
+        return permutation(rng.key(self.seed, "order of samples", epoch, member), int(self._counts[member]))
+
+
+def permutation(key: int, size: int) -> Indices:
+    """A random permutation of 0 .. size - 1 that is a function of (key, size).
+
+    Made of a bit generator and a stable sort, both of which NumPy keeps fixed; it does not promise that of
+    `Generator.permutation`, nor torch of `randperm`.
+    """
+    return np.argsort(np.random.Philox(key=key).random_raw(size), kind="stable")

@@ -1,0 +1,291 @@
+"""Latent shards: webdataset tars (USTAR) whose members are safetensors files that pack many samples of one shape.
+
+Written once, in one pass; read by members, each one range request, checked against the manifest at every read.
+"""
+
+import hashlib
+import io
+import re
+import tarfile
+from contextlib import suppress
+from types import TracebackType
+from typing import Literal, Self
+
+import safetensors.torch
+import torch
+import xxhash
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from torch import Tensor
+
+from rdm_scale.data.manifest import NAME, Codec, Header, Manifest, Member, Shard
+from rdm_scale.data.storage import Location
+from rdm_scale.errors import DataError
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def sample_id(key: str, clip: int = 0, view: int = 0) -> int:
+    """The id of a sample: low 63 bits of xxh3_64 of its source's key, its clip (of a video) and its view (a flip)."""
+    return xxhash.xxh3_64_intdigest(f"{key}\x1f{clip}\x1f{view}".encode()) & (2**63 - 1)
+
+
+class ShardWriter:
+    """Writes samples, in the order given, as shards into a folder, and the manifest last.
+
+    The same samples give the same bytes, however they are cut into calls of `add`. After an error nothing of it is left
+    in the folder and the writer is of no further use. As a context manager it closes itself, or cleans up after an
+    exception.
+
+    Args:
+        folder: where the shards go; made if missing.
+        kind: `mode` stores latents [K, C, T, H, W], `moments` mean and log-variance [K, 2C, T, H, W], both raw.
+        shape: (C, T, H, W) of one latent, whatever the kind.
+        class_names: the name of label i; empty for unlabelled data.
+
+    Raises:
+        DataError: the folder already holds a manifest or shards.
+    """
+
+    def __init__(
+        self,
+        folder: Location,
+        *,
+        kind: Literal["mode", "moments"],
+        dtype: Literal["float32", "float16", "bfloat16"],
+        shape: tuple[int, int, int, int],
+        codec: Codec,
+        class_names: tuple[str, ...],
+        samples_per_member: int = 64,
+        members_per_shard: int = 64,
+    ) -> None:
+        taken = [name for name in folder.names() if name == NAME or re.fullmatch(r"shard-\d+\.tar", name)]
+        if taken:
+            raise DataError(f"{folder} already holds {taken[0]}: choose another folder, or remove what is in this one")
+        try:
+            self._header = Header(kind=kind, dtype=dtype, shape=shape, codec=codec, class_names=class_names)
+        except ValidationError as error:
+            raise DataError(f"{folder} cannot hold such latents: {error.errors()[0]['msg']}") from None
+        self.folder = folder
+        self._samples_per_member, self._members_per_shard = samples_per_member, members_per_shard
+        self._ids: set[int] = set()
+        self._pending: list[dict[str, Tensor]] = []  # samples that do not fill a member yet
+        self._members: list[tuple[str, int, bytes]] = []  # name, samples and content of those of the next shard
+        self._count = 0  # members so far, over the whole set
+        self._shards: list[Shard] = []
+        self._manifest: Manifest | None = None
+        self._failed = False
+
+    def add(self, latents: Tensor, ids: Tensor, labels: Tensor) -> None:
+        """Appends K samples: latents [K, C or 2C, T, H, W] in the set's dtype, ids and labels int64 [K].
+
+        A label is an index into the class names, or -1.
+
+        Raises:
+            DataError: wrong shape or dtype, a latent that is not finite, an id that was given before, an unknown label,
+                or a shard that cannot be written.
+        """
+        self._refuse_if_over()
+        try:
+            self._check(latents, ids, labels)
+            added = {"latents": latents.detach(), "ids": ids, "labels": labels}
+            # a copy: the caller may go on to write into its tensors
+            self._pending.append({name: values.to("cpu", copy=True) for name, values in added.items()})
+            if self._pending_samples() >= self._samples_per_member:
+                self._pack(self._pending_samples() // self._samples_per_member * self._samples_per_member)
+        except BaseException as error:
+            self.discard()
+            raise self._explained(error) from None
+
+    def close(self) -> Manifest:
+        """Writes what is left and then the manifest. Raises DataError: no samples, or the folder cannot be written."""
+        if self._manifest is not None:
+            return self._manifest
+        self._refuse_if_over()
+        try:
+            if not self._ids:
+                raise DataError(f"no samples were added, so there is nothing to write to {self.folder}")
+            if self._pending_samples():
+                self._pack(self._pending_samples())
+            if self._members:
+                self._write_shard()
+            manifest = Manifest(**dict(self._header), samples=len(self._ids), shards=tuple(self._shards))
+            (self.folder / NAME).write(manifest.to_json())
+        except BaseException as error:
+            self.discard()
+            raise self._explained(error) from None
+        self._manifest = manifest
+        return manifest
+
+    def discard(self) -> None:
+        """Gives up: removes the shards that were written."""
+        self._failed = True
+        for shard in self._shards:
+            with suppress(OSError):
+                (self.folder / shard.name).remove()
+        self._shards, self._members, self._pending = [], [], []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._failed or self._manifest is not None:
+            return
+        if error is None:
+            self.close()
+        else:
+            self.discard()
+
+    def _refuse_if_over(self) -> None:
+        if self._failed or self._manifest is not None:
+            raise RuntimeError(f"the writer of {self.folder} is closed")
+
+    def _explained(self, error: BaseException) -> BaseException:
+        return DataError(f"cannot write to {self.folder}: {error}") if isinstance(error, OSError) else error
+
+    def _check(self, latents: Tensor, ids: Tensor, labels: Tensor) -> None:
+        dtype, shape = DTYPES[self._header.dtype], self._header.stored_shape
+        if latents.dtype != dtype or latents.ndim != 5 or latents.shape[1:] != shape:
+            raise DataError(
+                f"{self.folder} takes latents {['K', *shape]} in {dtype}, not {list(latents.shape)} in {latents.dtype}"
+            )
+        for name, values in (("ids", ids), ("labels", labels)):
+            if values.dtype != torch.int64 or values.shape != (len(latents),):
+                raise DataError(
+                    f"{name} must be int64 [{len(latents)}], one a latent, not {values.dtype} {list(values.shape)}"
+                )
+        finite = latents.flatten(1).isfinite().all(dim=1)
+        if not finite.all():
+            raise DataError(
+                f"the latent of the sample with id {ids[~finite][0].item()} is not finite in {dtype}: "
+                "mend or leave out the input, or use a wider dtype"
+            )
+        classes = len(self._header.class_names)
+        unknown = (labels < -1) | (labels >= classes)
+        if unknown.any():
+            raise DataError(
+                f"the sample with id {ids[unknown][0].item()} has label {labels[unknown][0].item()}, "
+                f"and there are {classes} class names: use 0 .. {classes - 1}, or -1 for unlabelled"
+            )
+        if (ids < 0).any():
+            raise DataError(f"the id {ids.min().item()} is negative: ids are made by sample_id")
+        for number in ids.tolist():
+            if number in self._ids:
+                raise DataError(
+                    f"two samples have the id {number}: a source key, clip and view may be added to {self.folder} once"
+                )
+            self._ids.add(number)
+
+    def _pending_samples(self) -> int:
+        return sum(len(part["ids"]) for part in self._pending)
+
+    def _pack(self, samples: int) -> None:
+        """Moves the first `samples` pending samples into members, and members into shards as those get full."""
+        joined = {name: torch.cat([part[name] for part in self._pending]) for name in self._pending[0]}
+        # clone: what is left must not keep alive all that was added
+        self._pending = [{name: values[samples:].clone() for name, values in joined.items()}]
+        for first in range(0, samples, self._samples_per_member):
+            last = min(first + self._samples_per_member, samples)
+            content = safetensors.torch.save({name: values[first:last] for name, values in joined.items()})
+            self._members.append((f"{self._count:08d}.safetensors", last - first, content))
+            self._count += 1
+            if len(self._members) == self._members_per_shard:
+                self._write_shard()
+
+    def _write_shard(self) -> None:
+        name = f"shard-{len(self._shards):06d}.tar"
+        content, offsets = _tar(self._members)
+        shard = Shard(
+            name=name,
+            samples=sum(samples for _, samples, _ in self._members),
+            bytes=len(content),
+            sha256=hashlib.sha256(content).hexdigest(),
+            members=tuple(
+                Member(name=n, offset=o, bytes=len(c), samples=k, xxh3=xxhash.xxh3_64_hexdigest(c))
+                for (n, k, c), o in zip(self._members, offsets, strict=True)
+            ),
+        )
+        self.folder.make_dir()
+        (self.folder / name).write(content)
+        self._shards.append(shard)
+        self._members = []
+
+
+def _tar(members: list[tuple[str, int, bytes]]) -> tuple[bytes, list[int]]:
+    """A tar with no trace of when or by whom it was made, and the offset of each member's content."""
+    buffer, offsets = io.BytesIO(), []
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, _, content in members:
+            info = tarfile.TarInfo(name)  # mtime 0, uid 0, gid 0, mode 0644, no names of users
+            info.size = len(content)
+            offsets.append(tar.offset + tarfile.BLOCKSIZE)
+            tar.addfile(info, io.BytesIO(content))
+    return buffer.getvalue(), offsets
+
+
+def read_member(folder: Location, manifest: Manifest, shard: int, member: int) -> dict[str, Tensor]:
+    """The samples of one member, read by one range request and checked against the manifest.
+
+    Returns:
+        latents [K, C or 2C, T, H, W] in the set's dtype, raw; ids and labels, int64 [K].
+
+    Raises:
+        DataError: the shard is missing, cannot be read, is too short, or its content is not what was written.
+    """
+    record = manifest.shards[shard]
+    part = record.members[member]
+    place = folder / record.name
+    try:
+        content = place.read_range(part.offset, part.bytes)
+        found = place.size() if len(content) < part.bytes else record.bytes
+    except FileNotFoundError:
+        raise DataError(f"{place} is missing, and the manifest lists it: {_REMEDY}") from None
+    except OSError as error:
+        raise DataError(f"cannot read {_describe(place, part, member)}: {error}") from None
+    if len(content) < part.bytes:
+        raise DataError(
+            f"{place} is shorter than the manifest says, {found} bytes instead of {record.bytes}, "
+            f"and ends before the end of member {part.name} ({member}): {_REMEDY}"
+        )
+    checksum = xxhash.xxh3_64_hexdigest(content)
+    if checksum != part.xxh3:
+        raise DataError(
+            f"{_describe(place, part, member)} is not what was written: its xxh3 is {checksum}, "
+            f"the manifest says {part.xxh3}: {_REMEDY}"
+        )
+    try:
+        tensors = safetensors.torch.load(content)
+    except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise DataError(f"{_describe(place, part, member)} is not a safetensors file ({error}): {_REMEDY}") from None
+    _check_member(tensors, manifest, part.samples, _describe(place, part, member))
+    return tensors
+
+
+_REMEDY = "copy the shards and their manifest again from where they came from, or encode the data again"
+
+
+def _describe(place: Location, part: Member, member: int) -> str:
+    return f"member {part.name} ({member}, bytes {part.offset} to {part.offset + part.bytes}) of {place}"
+
+
+def _check_member(tensors: dict[str, Tensor], manifest: Manifest, samples: int, where: str) -> None:
+    expected = {
+        "latents": ((samples, *manifest.stored_shape), DTYPES[manifest.dtype]),
+        "ids": ((samples,), torch.int64),
+        "labels": ((samples,), torch.int64),
+    }
+    if tensors.keys() != expected.keys():
+        raise DataError(f"{where} holds {sorted(tensors)} instead of {sorted(expected)}: {_REMEDY}")
+    for name, (shape, dtype) in expected.items():
+        found = tensors[name]
+        if found.shape != shape or found.dtype != dtype:
+            raise DataError(
+                f"{where} holds {name} {list(found.shape)} in {found.dtype}, "
+                f"the manifest says {list(shape)} in {dtype}: {_REMEDY}"
+            )
+    labels = tensors["labels"]
+    if labels.min() < -1 or labels.max() >= len(manifest.class_names):
+        raise DataError(
+            f"{where} has labels from {labels.min()} to {labels.max()}, "
+            f"and the manifest names {len(manifest.class_names)} classes: {_REMEDY}"
+        )

@@ -1,0 +1,225 @@
+"""Samplers: from noise back to data.
+
+The steps are one to three lines of closed form each and are written out here, on the tables that training needs
+anyway. diffusers' schedulers give the same numbers where they can be set to the same steps, and the tests hold ours to
+them: DDPM with spacing linspace, Euler with its sigmas given, Heun with num_train_timesteps = steps. Left to
+themselves, its flow schedulers put sigma = 1/1000 before 0, and its DDIMScheduler goes from t to t - T // steps, which
+in a shortened chain from T - 1 down to 0 (the spacing of DiT) is not the next timestep.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import count, pairwise
+
+import torch
+from torch import Tensor, nn
+
+from rdm_scale import rng
+from rdm_scale.config import DiffusionConfig
+from rdm_scale.diffusion.objectives import Objective, build_objective
+from rdm_scale.diffusion.schedule import NoiseSchedule
+from rdm_scale.errors import ConfigError
+
+Model = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (latents, timesteps [B], condition) -> prediction
+Call = Callable[[Tensor | None, Tensor, float], Tensor]  # (condition, latents, t) -> prediction
+Predict = Callable[[Tensor, float], Tensor]  # (latents, t) -> prediction, with guidance
+DrawNoise = Callable[[], Tensor]  # noise of the latents' shape, new at every call
+Walk = Callable[[Predict, DrawNoise, int, DiffusionConfig], Iterator[Tensor]]  # yields the latents after each step
+
+
+@torch.no_grad()
+def sample(
+    model: Model,
+    shape: Sequence[int],
+    condition: Tensor | None,
+    steps: int,
+    guidance: float,
+    seed: int,
+    *,
+    diffusion: DiffusionConfig,
+    sampler: str | None = None,
+    null_condition: Tensor | int | None = None,
+    learned_variance: bool = False,
+    first_index: int = 0,
+    device: torch.device | str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Draws samples from a model; all noise of sample i of a seed is the same in whatever batch it is drawn.
+
+    Args:
+        model: called as model(latents [B, C, T, H, W], timesteps [B], condition); it may answer in any float type.
+            With guidance it is called on 2B samples, the conditional ones first.
+        shape: (B, C, T, H, W) of the samples.
+        condition: None, or int64 labels [B].
+        steps: sampling steps. Each is one call of the model; of heun two, but one in the last step.
+        guidance: scale s of classifier-free guidance, null + s (conditional - null) (Ho & Salimans 2022, eq. 6 with
+            s = 1 + w); 1 calls the model without the null condition. A learned variance is the conditional one.
+        seed: together with a sample's index it decides all of its noise.
+        diffusion: the objective the model was trained on.
+        sampler: ddpm or ddim (objective ddpm), euler or heun (flow); None: ddpm and euler.
+        null_condition: what stands for no condition: a label or labels [B]; needed where guidance is not 1.
+        learned_variance: the model predicts 2C channels, noise and variance (ddpm only).
+        first_index: index of the first sample of this batch.
+        device: where the samples are made; None: where the model's parameters are, or else the CPU.
+        progress: called as progress(steps done, steps) after every step.
+
+    Returns:
+        Samples of `shape`, float32, in the units that the model was trained on.
+
+    Raises:
+        ConfigError: a sampler, a number of steps, a condition or a prediction that does not fit the rest.
+    """
+    walk = _walk(diffusion.objective, sampler)
+    objective = build_objective(diffusion, learned_variance)
+    _check(shape, condition, steps, guidance, null_condition)
+    device = torch.device(device or _device(model))
+    call = _calls(model, objective, shape[1] * (2 if learned_variance else 1))
+    condition = None if condition is None else condition.to(device)
+    predict: Predict = partial(call, condition)
+    if condition is not None and guidance != 1:
+        null = torch.as_tensor(null_condition, device=device, dtype=condition.dtype)
+        predict = _guided(call, condition, null.expand_as(condition), guidance)
+    draw_noise = _keyed_noise(shape, seed, first_index, device)
+
+    for done, latents in enumerate(walk(predict, draw_noise, steps, diffusion), start=1):  # noqa: B007
+        if progress is not None:
+            progress(done, steps)
+    return latents
+
+
+def _ddpm(predict: Predict, draw_noise: DrawNoise, steps: int, diffusion: DiffusionConfig) -> Iterator[Tensor]:
+    """Ancestral sampling (Ho et al. 2020, algorithm 2): a draw from q(x_{k-1} | x_k, x_0) with x_0 as predicted.
+
+    The variance is the posterior's ("fixed small"), or the learned one where the prediction holds one.
+    """
+    chain, x = NoiseSchedule.of(diffusion).respaced(steps), draw_noise()
+    for k, t in _backwards(chain, x.device):
+        noise, *fraction = predict(x, t).split(x.shape[1], dim=1)
+        mean = chain.posterior_mean(chain.predicted_x0(x, noise, k), x, k)
+        log_variance = chain.learned_log_variance(fraction[0], k) if fraction else chain.posterior_log_variance(k)
+        x = mean + (0.5 * log_variance).exp() * draw_noise() if k > 0 else mean
+        yield x
+
+
+def _ddim(predict: Predict, draw_noise: DrawNoise, steps: int, diffusion: DiffusionConfig) -> Iterator[Tensor]:
+    """The deterministic sampler of the same chain (Song et al. 2021, arXiv 2010.02502, eq. 12 with sigma = 0)."""
+    chain, x = NoiseSchedule.of(diffusion).respaced(steps), draw_noise()
+    for k, t in _backwards(chain, x.device):
+        noise = predict(x, t)[:, : x.shape[1]]
+        x = chain.previous(chain.predicted_x0(x, noise, k), noise, k)
+        yield x
+
+
+def _euler(predict: Predict, draw_noise: DrawNoise, steps: int, diffusion: DiffusionConfig) -> Iterator[Tensor]:
+    """dx/dt = velocity from t = 1 to 0 in equal steps, by Euler's method."""
+    x = draw_noise()
+    for t, t_next in pairwise(_times(steps)):
+        x = x + (t_next - t) * predict(x, t)
+        yield x
+
+
+def _heun(predict: Predict, draw_noise: DrawNoise, steps: int, diffusion: DiffusionConfig) -> Iterator[Tensor]:
+    """The same by Heun's method, of second order (Karras et al. 2022, arXiv 2206.00364, algorithm 1).
+
+    The last step is Euler's, which ends at the predicted x_0: the velocity at t = 0 is 0/0 for data on a manifold and
+    hardly trained for any. One such step keeps the order.
+    """
+    x = draw_noise()
+    for t, t_next in pairwise(_times(steps)):
+        velocity = predict(x, t)
+        ahead = x + (t_next - t) * velocity
+        x = ahead if t_next == 0 else x + (t_next - t) * (velocity + predict(ahead, t_next)) / 2
+        yield x
+
+
+# By objective; the first is the default.
+SAMPLERS: dict[str, dict[str, Walk]] = {
+    "ddpm": {"ddpm": _ddpm, "ddim": _ddim},
+    "flow": {"euler": _euler, "heun": _heun},
+}
+
+
+def _walk(objective: str, sampler: str | None) -> Walk:
+    known = SAMPLERS[objective]
+    name = sampler or next(iter(known))
+    if name not in known:
+        raise ConfigError(f"sampler {name!r} does not fit diffusion.objective={objective}: use {' or '.join(known)}")
+    return known[name]
+
+
+def _check(
+    shape: Sequence[int], condition: Tensor | None, steps: int, guidance: float, null_condition: Tensor | int | None
+) -> None:
+    if len(shape) != 5 or min(shape) < 1:
+        raise ConfigError(f"shape={list(shape)} of the samples must be [B, C, T, H, W], each at least 1")
+    if steps < 1:
+        raise ConfigError(f"steps={steps} must be at least 1")
+    if not (math.isfinite(guidance) and guidance >= 0):
+        raise ConfigError(f"guidance={guidance} must be a finite number, at least 0")
+    if condition is not None and condition.shape != (shape[0],):
+        raise ConfigError(f"condition must hold one label for each of the {shape[0]} samples: {list(condition.shape)}")
+    if guidance == 1:
+        return
+    if condition is None or null_condition is None:
+        raise ConfigError(f"guidance={guidance} needs a condition and a null_condition: give both, or guidance=1")
+    if isinstance(null_condition, Tensor) and null_condition.shape not in ((), condition.shape):
+        raise ConfigError(f"null_condition must be one label or one a sample, not {list(null_condition.shape)}")
+
+
+def _backwards(chain: NoiseSchedule, device: torch.device) -> Iterator[tuple[Tensor, float]]:
+    """(k [1], the model's timestep) of each step of a chain, the noisiest first."""
+    for k in reversed(range(len(chain.timesteps))):
+        yield torch.tensor([k], device=device), float(chain.timesteps[k])
+
+
+def _times(steps: int) -> list[float]:
+    """1, ..., 0 in `steps` equal steps."""
+    return [1 - i / steps for i in range(steps + 1)]
+
+
+def _calls(model: Model, objective: Objective, channels: int) -> Call:
+    """The model as a function of one t for the whole batch, checked to answer with so many channels, in float32."""
+
+    def call(condition: Tensor | None, x: Tensor, t: float) -> Tensor:
+        timesteps = objective.model_timesteps(torch.full((len(x),), t, device=x.device))
+        prediction = model(x, timesteps, condition).float()
+        if prediction.shape != (len(x), channels, *x.shape[2:]):
+            raise ConfigError(
+                f"the model answered {list(x.shape)} with {list(prediction.shape)}, where {channels} channels of that "
+                "size were expected: learned_variance and the shape must be those that the model was built with"
+            )
+        return prediction
+
+    return call
+
+
+def _guided(call: Call, condition: Tensor, null_condition: Tensor, guidance: float) -> Predict:
+    """Classifier-free guidance: both conditions go through the model in one batch."""
+    conditions = torch.cat([condition, null_condition])
+
+    def predict(x: Tensor, t: float) -> Tensor:
+        conditional, null = call(conditions, torch.cat([x, x]), t).chunk(2)
+        C = x.shape[1]
+        # Of noise and variance only the noise is a score, for which guidance is defined.
+        guided = null[:, :C] + guidance * (conditional[:, :C] - null[:, :C])
+        return torch.cat([guided, conditional[:, C:]], dim=1)
+
+    return predict
+
+
+def _keyed_noise(shape: Sequence[int], seed: int, first_index: int, device: torch.device) -> DrawNoise:
+    """Normal noise that is a function of (seed, index of the sample, number of the draw), made on the CPU."""
+    draws = count()
+
+    def draw_noise() -> Tensor:
+        draw = next(draws)
+        generators = (rng.generator(seed, "sample", first_index + i, draw) for i in range(shape[0]))
+        return torch.stack([torch.randn(tuple(shape[1:]), generator=g) for g in generators]).to(device)
+
+    return draw_noise
+
+
+def _device(model: Model) -> torch.device:
+    parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    return torch.device("cpu") if parameter is None else parameter.device

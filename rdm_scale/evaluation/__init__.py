@@ -1,0 +1,9 @@
+"""Judging what a model makes: pictures of samples and of a run, and measures of samples.
+
+Plotting and scikit-learn are imported where they are used, so that importing this package stays cheap.
+"""
+
+from rdm_scale.evaluation.labels import label_accuracy
+from rdm_scale.evaluation.pictures import image_grid, plot_loss
+
+__all__ = ["image_grid", "label_accuracy", "plot_loss"]

@@ -1,0 +1,45 @@
+"""Do generated images show the class that they were asked to show?"""
+
+import numpy as np
+import torch.nn.functional as F
+from torch import Tensor
+
+MAX_SIZE = 8  # pixels a side that are compared: coarse enough that a shift by a pixel or a thin stroke does not matter
+
+
+def label_accuracy(real: Tensor, real_labels: Tensor, generated: Tensor, labels: Tensor, neighbours: int = 5) -> float:
+    """Share of generated images that a k-nearest-neighbour classifier of real images gives the label asked for.
+
+    The distance is Euclidean between images average-pooled to at most 8 x 8 pixels, which suits small, centred
+    pictures such as digits; it is no measure of photographs.
+
+    Args:
+        real: [N, C, H, W] real images.
+        real_labels: int64 [N].
+        generated: [M, C, H, W] images on the same scale.
+        labels: int64 [M], what each was asked to show.
+        neighbours: how many real images vote.
+
+    Returns:
+        A number in [0, 1].
+
+    Raises:
+        ValueError: shapes that do not fit each other, or fewer real images than neighbours.
+    """
+    if real.shape[1:] != generated.shape[1:] or real.dim() != 4:
+        raise ValueError(f"real images {list(real.shape)} and generated {list(generated.shape)} are not of one size")
+    for name, images, given in (("real", real, real_labels), ("generated", generated, labels)):
+        if given.shape != (len(images),) or not len(images):
+            raise ValueError(f"{len(images)} {name} images need one label each, got labels {list(given.shape)}")
+    if not 1 <= neighbours <= len(real):
+        raise ValueError(f"neighbours={neighbours} must lie between 1 and the {len(real)} real images")
+    from sklearn.neighbors import KNeighborsClassifier
+
+    classifier = KNeighborsClassifier(neighbours).fit(_features(real), real_labels.cpu().numpy())
+    return float((classifier.predict(_features(generated)) == labels.cpu().numpy()).mean())
+
+
+def _features(images: Tensor) -> np.ndarray:
+    height, width = images.shape[2:]
+    pooled = F.adaptive_avg_pool2d(images.float(), (min(height, MAX_SIZE), min(width, MAX_SIZE)))
+    return pooled.flatten(1).cpu().numpy()

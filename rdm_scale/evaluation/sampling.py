@@ -1,0 +1,100 @@
+"""Drawing samples from a trained model: on many ranks while it trains, or on one from a checkpoint."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rdm_scale.config import RunConfig
+from rdm_scale.data.codecs import ImageCodec, codec_of
+from rdm_scale.data.manifest import Manifest
+from rdm_scale.diffusion import sample
+from rdm_scale.evaluation.pictures import image_grid
+from rdm_scale.parallel.mesh import Mesh
+
+GRID_ROWS = 4
+
+
+def draw_latents(
+    model: Any,
+    config: RunConfig,
+    labels: Tensor,
+    seed: int,
+    *,
+    first_index: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Normalised latents [B, C, T, H, W] for labels [B], as `config.sampling` says.
+
+    Sample i of a seed is the same in whatever batch it is drawn: `first_index` is the index of the first one here.
+    """
+    size, conditional = config.model.input, config.model.condition == "class"
+    return sample(
+        model,
+        (len(labels), size.channels, size.frames, size.height, size.width),
+        labels if conditional else None,
+        config.sampling.steps,
+        config.sampling.guidance,
+        seed,
+        diffusion=config.diffusion,
+        sampler=config.sampling.sampler,
+        null_condition=config.model.num_classes if conditional else None,
+        learned_variance=config.model.learned_variance,
+        first_index=first_index,
+        device=labels.device,
+        progress=progress,
+    )
+
+
+def draw_images(
+    model: Any,
+    config: RunConfig,
+    codec: ImageCodec,
+    labels: Tensor,
+    seed: int,
+    *,
+    batch_size: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Images [N, 3, H, W] in [-1, 1] for labels [N], drawn and decoded in batches.
+
+    `progress` is called as progress(samples done, samples).
+    """
+    images = []
+    for first in range(0, len(labels), batch_size):
+        part = labels[first : first + batch_size]
+        images.append(codec.decode(draw_latents(model, config, part, seed, first_index=first)))
+        if progress is not None:
+            progress(first + len(part), len(labels))
+    return torch.cat(images)
+
+
+class SampleGrid:
+    """Pictures of what the model in training draws: the same labels and the same noise every time.
+
+    The ranks share the work; the first one holds the codec, which is loaded at once so that a codec that is not there
+    stops the run before it starts.
+    """
+
+    def __init__(self, config: RunConfig, mesh: Mesh, manifest: Manifest) -> None:
+        self.config, self.mesh = config, mesh
+        conditional = config.model.condition == "class"
+        self.columns = min(config.monitor.sample_columns, config.model.num_classes if conditional else 10**9)
+        self.names = list(manifest.class_names[: self.columns]) if conditional else []
+        self.codec = codec_of(manifest.codec) if mesh.is_first else None
+
+    def draw(self, model: Any) -> Any:
+        """A PIL.Image on the first rank, None on the others. Collective: `model` may be spread over the ranks."""
+        count = self.columns * GRID_ROWS
+        share = -(-count // self.mesh.data_size)  # all ranks draw as many, for all take part in every forward
+        labels = torch.arange(share * self.mesh.data_size) % self.columns
+        first = share * self.mesh.data_rank
+        latents = draw_latents(
+            model, self.config, labels[first : first + share].to(self.mesh.device), seed=0, first_index=first
+        )
+        parts = self.mesh.gather((self.mesh.data_rank, latents.cpu()))
+        if self.codec is None:
+            return None
+        whole = torch.cat([part for _, part in sorted(dict(parts).items())])[:count]
+        return image_grid(self.codec.decode(whole), self.columns, self.names)

@@ -1,0 +1,120 @@
+"""The mesh of ranks: who is who along the tensor, pipeline and data axes, and what all ranks must agree on."""
+
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from importlib import metadata
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from rdm_scale.config import ParallelConfig, RunConfig
+from rdm_scale.errors import ConfigError
+from rdm_scale.parallel import megatron
+from rdm_scale.parallel.faults import REPORTER
+
+_LIBRARIES = ("rdm_scale", "torch", "deepspeed", "megatron-core")
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This rank's place. Ranks that differ only in `data_rank` hold the same part of the model."""
+
+    rank: int
+    world_size: int
+    tensor_rank: int
+    tensor_size: int
+    pipeline_rank: int
+    pipeline_size: int
+    data_rank: int
+    data_size: int
+    data_group: Any
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """True for the one rank that writes what is not sharded."""
+        return self.rank == 0
+
+    def sum_over_data(self, values: Sequence[float] | torch.Tensor) -> torch.Tensor:
+        """Element-wise float64 sum over the data-parallel ranks, on the CPU."""
+        total = torch.as_tensor(values, dtype=torch.float64).to(self.device)
+        dist.all_reduce(total, group=self.data_group)
+        return total.cpu()
+
+    def gather(self, value: Any) -> list[Any]:
+        """A small object of every rank, in rank order, on every rank. Not for what strangers wrote: it pickles."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def from_first(self, value: Any) -> Any:
+        """Rank 0's small object, on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def leave(self) -> None:
+        """Parts from the other ranks, when all have come to their end."""
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def build_mesh(config: ParallelConfig) -> Mesh:
+    """Meets the other ranks (gloo, or NCCL where there are GPUs) and lays the mesh over them.
+
+    Needs the variables that torchrun and deepspeed set; without any, the process is a world of its own.
+    """
+    use_cuda = torch.cuda.is_available()
+    _default_environment(use_cuda)
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if use_cuda and local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"this node has {torch.cuda.device_count()} GPUs and was asked for more ranks: start one rank a GPU, "
+            "or set CUDA_VISIBLE_DEVICES= (empty) to train on the CPU"
+        )
+    device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    if use_cuda:
+        torch.cuda.set_device(device)
+    timeout = timedelta(seconds=config.timeout_s)
+    store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+    REPORTER.store = store
+    dist.init_process_group(
+        "nccl" if use_cuda else "gloo",
+        store=dist.PrefixStore("rdm_scale", store),
+        rank=rank,
+        world_size=world,
+        timeout=timeout,
+    )
+    axes = megatron.initialise_axes(config.tensor, config.pipeline)
+    return Mesh(rank=rank, world_size=world, device=device, **axes)
+
+
+def check_agreement(mesh: Mesh, config: RunConfig) -> None:
+    """Raises ConfigError on every rank unless all ranks hold the same configuration and library versions."""
+    mine = {"configuration": config.digest()} | {name: metadata.version(name) for name in _LIBRARIES}
+    everyone = mesh.gather((mine, socket.gethostname()))
+    for rank, (theirs, host) in enumerate(everyone):
+        differing = [name for name in mine if theirs[name] != everyone[0][0][name]]
+        if differing:
+            name = differing[0]
+            raise ConfigError(
+                f"rank {rank} on {host} and rank 0 on {everyone[0][1]} differ in {name}: "
+                f"{theirs[name]} against {everyone[0][0][name]}; start all ranks with the same files and versions"
+            )
+
+
+def _default_environment(use_cuda: bool) -> None:
+    os.environ.setdefault("RANK", "0")
+    os.environ.setdefault("WORLD_SIZE", "1")
+    os.environ.setdefault("LOCAL_RANK", "0")
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if not use_cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if "MASTER_PORT" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])

@@ -1,0 +1,59 @@
+"""The main of a training run: `torchrun --nproc_per_node N -m rdm_scale.train CONFIG [key=value ...]`.
+
+The configuration, the data's manifest and the run's directory are checked before torch.distributed, DeepSpeed or
+Megatron are imported, so that a mistake costs a second.
+"""
+
+import argparse
+import os
+
+from rdm_scale.config import RunConfig, describe_keys, load_config
+from rdm_scale.parallel.faults import run_main
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs a rank to its end and leaves the process with code 0 or 1."""
+    parsed = _parser().parse_args(arguments)
+    run_main(lambda: train(load_config(parsed.config, parsed.overrides)))
+
+
+def train(config: RunConfig) -> None:
+    """Trains as `config` says, on the ranks that the launcher started."""
+    from rdm_scale.data.compatibility import check_data
+    from rdm_scale.training.run_directory import plan_start, prepare
+
+    config.data_parallel_size(int(os.environ.get("WORLD_SIZE", 1)))
+    identity = config.identity() | {"data": check_data(config)}
+    start = plan_start(config, identity) if os.environ.get("RANK", "0") == "0" else None
+
+    from rdm_scale.parallel.mesh import build_mesh, check_agreement
+
+    mesh = build_mesh(config.parallel)
+    check_agreement(mesh, config)
+    start = mesh.from_first(start)
+    if mesh.is_first:
+        prepare(config, start)
+
+    from rdm_scale.training.trainer import Trainer
+
+    Trainer(config, mesh, identity, start).run()
+    mesh.leave()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m rdm_scale.train",
+        description="Trains a model. Start it under torchrun or deepspeed for more than one rank.",
+        epilog="keys of the configuration, with their defaults:\n\n" + describe_keys(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", help="YAML file; configs/ has examples")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for instance train.steps=100")
+    parser.add_argument(
+        "--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS
+    )  # deepspeed's launcher gives it
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""The directory of a run: what is in it, and whether a run may start, go on, or must be refused."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rdm_scale.checkpoint.directory import CheckpointDirectory, read_state
+from rdm_scale.config import RunConfig, flatten, load_config, to_yaml
+from rdm_scale.data.storage import Location
+from rdm_scale.errors import CheckpointError, ConfigError
+
+CONFIG, METRICS = "config.yaml", "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: at step 0, or at the step of a checkpoint."""
+
+    step: int = 0
+    checkpoint: str | None = None
+
+
+def checkpoints_of(config: RunConfig) -> CheckpointDirectory:
+    return CheckpointDirectory(Location(config.checkpoint.dir or str(Path(config.run.dir) / "checkpoints")))
+
+
+def plan_start(config: RunConfig, identity: dict[str, Any]) -> Start:
+    """Decides, without touching anything, where the run begins.
+
+    Args:
+        identity: what makes the run this run (the configuration's identity and the data's).
+
+    Raises:
+        ConfigError: the directory holds another run, or any run where `checkpoint.resume` is never.
+        CheckpointError: the checkpoint asked for is not there or not complete.
+    """
+    resume, directory, run_dir = config.checkpoint.resume, checkpoints_of(config), Path(config.run.dir)
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ConfigError(f"run.dir={run_dir} is not a directory")
+    latest = directory.latest()
+    if resume == "never":
+        if latest is not None or (run_dir / CONFIG).exists() or (run_dir / METRICS).exists():
+            raise ConfigError(
+                f"{run_dir} holds a run already and checkpoint.resume=never: set run.dir to a new directory, "
+                "or checkpoint.resume=auto to go on with that run"
+            )
+        return Start()
+    _refuse_other_run(run_dir, config)
+    if resume != "auto":
+        state = read_state(Location(resume))
+        _refuse_other_identity(identity, state["identity"], f"the checkpoint {resume}")
+        return Start(state["step"], resume)
+    if latest is None:
+        return Start()
+    folder = directory.folder(latest)
+    _refuse_other_identity(identity, read_state(folder)["identity"], f"the checkpoint {folder}")
+    return Start(latest, str(folder))
+
+
+def prepare(config: RunConfig, start: Start) -> None:
+    """Makes the directory ready: resolved configuration, and metrics cut back to the step where the run begins."""
+    run_dir = Path(config.run.dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        Location(run_dir / CONFIG).write(to_yaml(config).encode())
+        if (run_dir / METRICS).exists():
+            Location(run_dir / METRICS).write(_cut_back(run_dir / METRICS, start.step))
+    except OSError as error:
+        raise ConfigError(f"cannot write to run.dir={run_dir}: {error.strerror}") from None
+
+
+def _cut_back(path: Path, step: int) -> bytes:
+    """The lines up to `step`; a later or half-written line belongs to a past that is being trained again."""
+    kept = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            break
+        if not line.endswith(b"\n") or record["step"] > step:
+            break
+        kept.append(line)
+    return b"".join(kept)
+
+
+def _refuse_other_run(run_dir: Path, config: RunConfig) -> None:
+    if (run_dir / CONFIG).exists():
+        _refuse_other_identity(config.identity(), load_config(run_dir / CONFIG).identity(), str(run_dir))
+    elif (run_dir / METRICS).exists():
+        raise ConfigError(f"{run_dir} holds {METRICS} but no {CONFIG}: it is not a run of ours; set run.dir elsewhere")
+
+
+def _refuse_other_identity(mine: dict[str, Any], theirs: Any, where: str) -> None:
+    if not isinstance(theirs, dict):
+        raise CheckpointError(f"{where} does not say what run it belongs to")
+    mine, theirs = dict(flatten(mine)), dict(flatten(theirs))
+    differing = [name for name in sorted({*mine, *theirs}) if mine.get(name) != theirs.get(name)]
+    if differing:
+        lines = [f"{name}: {theirs.get(name)} there, {mine.get(name)} here" for name in differing]
+        raise ConfigError(
+            "\n  ".join([f"{where} belongs to another run:", *lines, "set run.dir (and checkpoint.dir) elsewhere"])
+        )

@@ -1,0 +1,187 @@
+"""The training loop."""
+
+import json
+import math
+import signal
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rdm_scale import checkpoint
+from rdm_scale.config import RunConfig
+from rdm_scale.data.prefetch import Prefetcher, TrainingBatch, draw
+from rdm_scale.data.stream import HeldOut, LatentStream
+from rdm_scale.diffusion import build_objective
+from rdm_scale.errors import NonFiniteError
+from rdm_scale.evaluation.sampling import SampleGrid
+from rdm_scale.models import build_model
+from rdm_scale.parallel.mesh import Mesh
+from rdm_scale.parallel.parallelize import parallelize
+from rdm_scale.training.ema import Ema
+from rdm_scale.training.monitor import Monitor, RunMonitor
+from rdm_scale.training.optimizer import build_optimizer, learning_rate
+from rdm_scale.training.run_directory import Start, checkpoints_of
+
+
+class Trainer:
+    """Trains one model on one mesh, from `start` to `train.steps`."""
+
+    def __init__(self, config: RunConfig, mesh: Mesh, identity: dict[str, Any], start: Start) -> None:
+        self.config, self.mesh, self.identity = config, mesh, identity
+        self.step = start.step
+        self.stop_requested = False
+        self.objective = build_objective(config.diffusion, config.model.learned_variance)
+        model = build_model(config.model, config.train.seed)
+        self.engine = parallelize(model, config, mesh, partial(build_optimizer, config.optimizer))
+        self.ema = Ema(self.engine.masters, config.optimizer.ema_decay)
+        if start.checkpoint is not None:
+            checkpoint.load(start.checkpoint, self.engine, self.ema.flats)
+        self.stream = LatentStream(
+            config.data.train,
+            global_batch_size=config.train.global_batch_size,
+            seed=config.train.seed,
+            dp_rank=mesh.data_rank,
+            dp_size=mesh.data_size,
+            start_step=self.step,
+        )
+        self.draw = partial(
+            draw,
+            objective=self.objective,
+            seed=config.train.seed,
+            num_classes=config.model.num_classes if config.model.condition == "class" else None,
+        )
+        self.grid = SampleGrid(config, mesh, self.stream.manifest) if config.monitor.sample_every else None
+        self.monitor = RunMonitor(config, self.step) if mesh.is_first else Monitor()
+
+    def run(self) -> None:
+        """Trains until the last step, or until asked to stop: then the step under way is finished and saved."""
+        for signal_number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signal_number, self._request_stop)
+        drawn = (self.draw(b, condition_dropout=self.config.diffusion.condition_dropout) for b in self.stream)
+        stopping = self.step >= self.config.train.steps
+        if stopping:
+            self.monitor.say(f"nothing to do: the run is at step {self.step}; raise train.steps to go on")
+        with Prefetcher(drawn, self.config.data.prefetch) as batches:
+            while not stopping:
+                record, asked_to_stop = self.train_step(batches)
+                stopping = asked_to_stop or self.step == self.config.train.steps
+                self._observe(record)
+                if stopping or self._due(self.config.checkpoint.every):
+                    self.save()
+        if self.step < self.config.train.steps:
+            self.monitor.say(f"stopped on request after step {self.step}; the same command goes on from there")
+        self.monitor.close()
+
+    def train_step(self, batches: Prefetcher) -> tuple[dict[str, Any], bool]:
+        """One optimizer step on the next global batch: its metrics, and whether some rank was asked to stop."""
+        began = time.perf_counter()
+        batch = next(batches)
+        micro_batches = batch.to(self.mesh.device).split(self.config.train.micro_batch_size or len(batch))
+        losses = []
+        for micro_batch in micro_batches:
+            loss_B = self.loss(micro_batch)
+            self.engine.backward(loss_B.mean() / len(micro_batches))
+            losses.append(loss_B.detach())
+        loss_B = torch.cat(losses).double()
+        loss, stop = self.mesh.sum_over_data([loss_B.sum().item(), float(self.stop_requested)]).tolist()
+        loss /= self.config.train.global_batch_size
+        self._refuse_non_finite("loss", loss, batch, loss_B)
+        lr = learning_rate(self.config.optimizer, self.step + 1)
+        grad_norm = self.engine.step(lr)
+        self._refuse_non_finite("gradient norm", grad_norm, batch, loss_B)
+        self.step += 1
+        self.ema.update(self.engine.masters, self.step)
+        step_s = time.perf_counter() - began
+        samples = self.config.train.global_batch_size
+        record = {
+            "step": self.step,
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "samples": self.step * samples,
+            "step_s": step_s,
+            "tokens_per_s": samples * self.config.model.tokens / step_s,
+            "data_wait_s": batches.waited_s,
+        }
+        return record, stop > 0
+
+    def loss(self, batch: TrainingBatch) -> Tensor:
+        """Loss of each sample [B]."""
+        x_t = self.objective.noised(batch.latents, batch.noise, batch.t)
+        prediction = self.engine(x_t, self.objective.model_timesteps(batch.t), batch.condition)
+        return self.objective.loss(prediction, batch.latents, batch.noise, batch.t, x_t)
+
+    def validation_loss(self) -> float:
+        """Mean loss over the held-out set, with the noise and timestep that belong to each of its samples."""
+        assert self.config.data.validation is not None
+        micro = self.config.train.micro_batch_size or self.config.train.global_batch_size // self.mesh.data_size
+        held_out = HeldOut(
+            self.config.data.validation,
+            self.config.monitor.validation_samples,
+            batch_size=micro,
+            dp_rank=self.mesh.data_rank,
+            dp_size=self.mesh.data_size,
+        )
+        total = torch.zeros((), dtype=torch.float64)
+        with self.engine.evaluating():
+            for latents, weights in held_out:
+                # Of seed 0 whatever the run's, so that the losses of different runs can be compared.
+                batch = self.draw(latents, condition_dropout=0.0, purpose="validation", seed=0).to(self.mesh.device)
+                total += (self.loss(batch).double().cpu() * weights).sum()
+        return self.mesh.sum_over_data(total).item() / held_out.samples
+
+    def save(self) -> None:
+        """Writes a checkpoint, complete or not at all."""
+        state = {
+            "step": self.step,
+            "samples": self.step * self.config.train.global_batch_size,
+            "config": self.config.model_dump(mode="json"),
+            "identity": self.identity,
+            "codec": self.stream.manifest.codec.model_dump(mode="json"),
+            "class_names": list(self.stream.manifest.class_names),
+            "layout": {
+                "tensor": self.mesh.tensor_size,
+                "pipeline": self.mesh.pipeline_size,
+                "data": self.mesh.data_size,
+            },
+        }
+        directory = checkpoints_of(self.config)
+        checkpoint.save(directory, state, self.engine, self.ema.flats, self.mesh, self.config.checkpoint.keep)
+        self.monitor.say(f"saved {directory.folder(self.step)}")
+
+    def _observe(self, record: dict[str, Any]) -> None:
+        """What is looked at after a step: validation loss and samples, each in its own rhythm."""
+        if self.config.data.validation and self._due(self.config.monitor.validate_every):
+            record["validation_loss"] = self.validation_loss()
+        self.monitor.step(record)
+        if self.grid is not None and self._due(self.config.monitor.sample_every):
+            with self.engine.holding(self.ema.flats):
+                image = self.grid.draw(self.engine)
+            if image is not None:
+                self.monitor.pictures(self.step, image)
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+    def _request_stop(self, signal_number: int, frame: object) -> None:
+        self.stop_requested = True
+
+    def _refuse_non_finite(self, what: str, value: float, batch: TrainingBatch, loss_B: Tensor) -> None:
+        """Ends the run before anything is updated or saved, naming the samples."""
+        if math.isfinite(value):
+            return
+        bad = (~loss_B.isfinite()).cpu()
+        suspects = bad if what == "loss" else torch.ones_like(bad)  # a gradient does not say where it went wrong
+        samples = [number for ids in self.mesh.gather(batch.ids[suspects].tolist()) for number in ids]
+        where = Path(self.config.run.dir) / f"non_finite_step_{self.step + 1:08d}.json"
+        if self.mesh.is_first:
+            where.write_text(json.dumps({"step": self.step + 1, "what": what, "sample_ids": samples}))
+        shown = ", ".join(map(str, samples[:8])) + (", ..." if len(samples) > 8 else "")
+        raise NonFiniteError(
+            f"the {what} of step {self.step + 1} is {value}, on the samples with ids {shown} (all in {where}); nothing "
+            f"was saved after step {self.step}. Look at those samples, or lower optimizer.lr or optimizer.grad_clip"
+        )

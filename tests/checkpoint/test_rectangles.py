@@ -1,0 +1,138 @@
+"""Rectangles against index arithmetic on whole arrays."""
+
+import math
+import random
+
+import numpy as np
+import pytest
+
+from rdm_scale.checkpoint.rectangles import Atlas, Boxes, Piece, Rectangle, copies_between, rectangles_of_range
+
+
+def indices(shape: tuple[int, ...], box: Rectangle) -> np.ndarray:
+    """Flat indices of the box's elements, row by row."""
+    cut = tuple(slice(o, o + n) for o, n in zip(box.offset, box.extent, strict=True))
+    return np.arange(math.prod(shape)).reshape(shape)[cut].reshape(-1)
+
+
+def random_box(rng: random.Random, shape: tuple[int, ...]) -> Rectangle:
+    offset = tuple(rng.randrange(n) for n in shape)
+    return Rectangle(offset, tuple(rng.randint(1, n - o) for n, o in zip(shape, offset, strict=True)))
+
+
+def random_shape(rng: random.Random, dimensions: int) -> tuple[int, ...]:
+    return tuple(rng.randint(1, 5) for _ in range(dimensions))
+
+
+@pytest.mark.parametrize("dimensions", [0, 1, 2, 3, 4])
+def test_a_range_is_its_rectangles_in_flat_order(dimensions: int) -> None:
+    rng = random.Random(dimensions)
+    for _ in range(300):
+        shape = random_shape(rng, dimensions)
+        size = math.prod(shape)
+        first = rng.randint(0, size)
+        count = rng.randint(0, size - first)
+        boxes = rectangles_of_range(shape, first, count)
+        position = first
+        for box in boxes:  # each is one contiguous part, right after the one before
+            assert indices(shape, box).tolist() == list(range(position, position + box.numel))
+            position += box.numel
+        assert position == first + count
+        assert len(boxes) <= max(1, 2 * dimensions - 1)
+
+
+def test_a_range_of_a_matrix_is_at_most_three_rectangles() -> None:
+    assert rectangles_of_range((5, 4), 3, 14) == [
+        Rectangle((0, 3), (1, 1)),
+        Rectangle((1, 0), (3, 4)),
+        Rectangle((4, 0), (1, 1)),
+    ]
+    assert rectangles_of_range((5, 4), 0, 20) == [Rectangle((0, 0), (5, 4))]
+    assert rectangles_of_range((5, 4), 5, 2) == [Rectangle((1, 1), (1, 2))]
+    assert rectangles_of_range((), 0, 1) == [Rectangle((), ())]
+    assert rectangles_of_range((7,), 7, 0) == []
+
+
+@pytest.mark.parametrize(("first", "count"), [(0, 21), (-1, 2), (20, 1), (3, -1)])
+def test_a_range_outside_of_the_tensor_is_refused(first: int, count: int) -> None:
+    with pytest.raises(ValueError, match="not all in a tensor"):
+        rectangles_of_range((5, 4), first, count)
+
+
+def test_a_slice_seen_from_the_whole() -> None:
+    assert Rectangle((1, 0), (2, 4)).shifted((10, 8)) == Rectangle((11, 8), (2, 4))
+
+
+@pytest.mark.parametrize("dimensions", [0, 1, 2, 3, 4])
+def test_overlap(dimensions: int) -> None:
+    rng = random.Random(dimensions)
+    for _ in range(300):
+        shape = random_shape(rng, dimensions)
+        a, b = random_box(rng, shape), random_box(rng, shape)
+        common = set(indices(shape, a)) & set(indices(shape, b))
+        overlap = a.overlap(b)
+        assert (set(indices(shape, overlap)) if overlap else set()) == common
+
+
+def random_world(rng: random.Random, count: int, shapes: dict[str, tuple[int, ...]]) -> list[Piece]:
+    pieces, start = [], 0
+    for _ in range(count):
+        name = rng.choice(list(shapes))
+        box = random_box(rng, shapes[name])
+        pieces.append(Piece(name, shapes[name], box, start))
+        start += box.numel + rng.choice([0, 0, 3])
+    return pieces
+
+
+def test_bulk_search_finds_what_pairwise_overlap_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rdm_scale.checkpoint.rectangles._PAIRS", 50)  # several parts
+    rng = random.Random(0)
+    for _ in range(20):
+        shapes = {name: random_shape(rng, rng.randint(0, 4)) for name in "abcde"}
+        numbers = {name: i for i, name in enumerate(shapes)}
+        padded = np.array([(*shape, *(1,) * (4 - len(shape))) for shape in shapes.values()])
+        ours, theirs = random_world(rng, 30, shapes), random_world(rng, 40, shapes)
+        atlas = Atlas(Boxes.of(ours, numbers, 4), padded)
+        found = [pair for a, b in atlas.meeting(Boxes.of(theirs, numbers, 4)) for pair in zip(a, b, strict=True)]
+        expected = {
+            (i, j)
+            for i, p in enumerate(theirs)
+            for j, q in enumerate(ours)
+            if p.name == q.name and p.rectangle.overlap(q.rectangle)
+        }
+        assert len(found) == len(expected)
+        assert set(found) == expected
+
+
+def test_copies_say_where_each_element_goes() -> None:
+    """Every element holds its own index, so a wrong stride, start or join shows."""
+    rng = random.Random(1)
+    for _ in range(200):
+        shape = random_shape(rng, 3)
+        a, b = random_box(rng, shape), random_box(rng, shape)
+        if not a.overlap(b):
+            continue
+        pair = [Boxes.of([Piece("t", shape, box, start)], {"t": 0}, 3) for box, start in ((a, 2), (b, 5))]
+        plan = copies_between(*pair)
+        source, target = np.full(130, -1), np.full(130, -1)
+        source[2 : 2 + a.numel] = indices(shape, a)
+        for i in range(len(plan.source)):
+            view = np.lib.stride_tricks.as_strided
+            out = view(target[plan.target[i] :], plan.extent[i], 8 * plan.target_strides[i])
+            out[...] = view(source[plan.source[i] :], plan.extent[i], 8 * plan.source_strides[i])
+        expected = np.full(130, -1)
+        wanted = indices(shape, b)
+        expected[5 : 5 + b.numel] = np.where(np.isin(wanted, indices(shape, a)), wanted, -1)
+        assert target.tolist() == expected.tolist()
+
+
+def test_equal_layouts_need_one_copy() -> None:
+    pieces, start = [], 0
+    for i in range(100):
+        for box in rectangles_of_range((6, 5), 7, 20):
+            pieces.append(Piece(str(i), (6, 5), box, start))
+            start += box.numel
+    boxes = Boxes.of(pieces, {str(i): i for i in range(100)}, 2)
+    plan = copies_between(boxes, boxes)
+    assert (plan.source.tolist(), plan.target.tolist(), plan.span.tolist()) == ([0], [0], [2000])
+    assert plan.contiguous.all()

@@ -1,0 +1,13 @@
+"""`ranks`: a pool of worker processes that lives as long as the test session."""
+
+from collections.abc import Iterator
+
+import pytest
+from pool import RankPool
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[RankPool]:
+    pool = RankPool(4)
+    yield pool
+    pool.close()

@@ -1,0 +1,76 @@
+"""Small training runs for the tests, and a reference that shares no training code with the project."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rdm_scale.config import RunConfig, parse_config
+from rdm_scale.data.manifest import Codec
+from rdm_scale.data.shards import ShardWriter
+from rdm_scale.data.storage import Location
+
+TIMINGS = ("step_s", "tokens_per_s", "data_wait_s")
+
+
+def write_latents(folder: Path, samples: int = 96, classes: int = 4, seed: int = 0) -> str:
+    """Latents [4, 1, 8, 8] whose mean depends on the label; the manifest's path."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(samples) % classes
+    latents = torch.randn(samples, 4, 1, 8, 8, generator=generator) * 0.5 + (labels - 1.5).view(-1, 1, 1, 1, 1)
+    codec = Codec(name="identity", location="identity")
+    names = tuple(f"class {i}" for i in range(classes))
+    writer = ShardWriter(
+        Location(folder),
+        kind="mode",
+        dtype="float32",
+        shape=(4, 1, 8, 8),
+        codec=codec,
+        class_names=names,
+        samples_per_member=8,
+        members_per_shard=4,
+    )
+    writer.add(latents, torch.arange(samples) + 1000, labels)
+    writer.close()
+    return str(folder / "manifest.json")
+
+
+def run_config(tmp_path: Path, data: str, **changes: Any) -> RunConfig:
+    """A run of a model of 60,000 parameters; `changes` are dotted keys with __ for the dot."""
+    tree: dict[str, Any] = {
+        "model": {
+            "input": {"channels": 4, "height": 8, "width": 8},
+            "hidden_size": 32,
+            "num_heads": 4,
+            "depth": 3,
+            "num_classes": 4,
+        },
+        "data": {"train": data},
+        "optimizer": {"lr": 2e-3, "warmup_steps": 4, "weight_decay": 0.01, "eps": 1e-6, "ema_decay": 0.99},
+        "train": {"steps": 20, "global_batch_size": 8, "seed": 3},
+        "monitor": {"tensorboard": False, "log_every": 1000},
+        "checkpoint": {"every": 0},
+        "parallel": {"timeout_s": 60},
+        "run": {"dir": str(tmp_path / "run")},
+    }
+    for key, value in changes.items():
+        *path, name = key.split("__")
+        node = tree
+        for part in path:
+            node = node.setdefault(part, {})
+        node[name] = value
+    return parse_config(tree, "the test")
+
+
+def train(config: RunConfig) -> None:
+    """A body for the pool: one whole run."""
+    from rdm_scale.train import train
+
+    train(config)
+
+
+def metrics(run_dir: str | Path) -> list[dict[str, Any]]:
+    """The reproducible fields of every step."""
+    lines = (Path(run_dir) / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMINGS} for line in lines]

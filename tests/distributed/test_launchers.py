@@ -1,0 +1,149 @@
+"""The mains as users start them: torchrun, deepspeed, signals, and one message from many ranks."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from runs import metrics, run_config, write_latents
+
+from rdm_scale.config import to_yaml
+
+ENVIRONMENT = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+Start = Callable[..., subprocess.Popen]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts a command in a process group of its own, which is gone after the test whatever happens."""
+    started: list[subprocess.Popen] = []
+
+    def go(*command: str, **environment: str) -> subprocess.Popen:
+        started.append(
+            subprocess.Popen(
+                command,
+                env=ENVIRONMENT | environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+            )
+        )
+        return started[-1]
+
+    yield go
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    data = write_latents(tmp_path / "latents")
+    path = tmp_path / "run.yaml"
+    path.write_text(to_yaml(run_config(tmp_path, data, train__steps=3)))
+    return str(path)
+
+
+def finish(process: subprocess.Popen, timeout_s: float = 150) -> tuple[int, str]:
+    output, _ = process.communicate(timeout=timeout_s)
+    return process.returncode, output
+
+
+def wait_for_step(run_dir: Path, step: int, timeout_s: float = 120) -> None:
+    deadline = time.monotonic() + timeout_s
+    path = run_dir / "metrics.jsonl"
+    while time.monotonic() < deadline:
+        if path.exists() and path.read_bytes().count(b"\n") >= step:
+            return
+        time.sleep(0.05)
+    raise TimeoutError(f"step {step} was not reached in {timeout_s} s")
+
+
+def torchrun(ranks: int, *arguments: str) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return [*launcher, "-m", "rdm_scale.train", *arguments]
+
+
+def test_torchrun_script(start: Start, config: str, tmp_path: Path) -> None:
+    code, output = finish(start("launch/torchrun.sh", config, "train.steps=2", PROCESSES="2"))
+    assert code == 0, output
+    assert [r["step"] for r in metrics(tmp_path / "run")] == [1, 2]
+
+
+def test_deepspeed_script(start: Start, config: str, tmp_path: Path) -> None:
+    code, output = finish(start("launch/deepspeed.sh", config, "train.steps=2", PROCESSES="2", MASTER_PORT="29617"))
+    assert code == 0, output
+    assert [r["step"] for r in metrics(tmp_path / "run")] == [1, 2]
+
+
+def test_without_a_launcher(start: Start, config: str, tmp_path: Path) -> None:
+    code, output = finish(start(sys.executable, "-m", "rdm_scale.train", config))
+    assert code == 0, output
+    assert "step 1/3" in output and "saved" in output
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_run_goes_on(start: Start, config: str, tmp_path: Path, stop: signal.Signals) -> None:
+    """Sent to one process alone, as a scheduler's warning or Ctrl-C in a terminal."""
+    process = start(sys.executable, "-m", "rdm_scale.train", config, "train.steps=100000")
+    wait_for_step(tmp_path / "run", 3)
+    process.send_signal(stop)
+    code, output = finish(process, 30)
+    assert code == 0, output
+    done = len(metrics(tmp_path / "run"))
+    assert f"stopped on request after step {done}" in output
+    assert (tmp_path / "run" / "checkpoints" / f"step_{done:08d}" / "commit.json").exists()
+
+
+def test_a_killed_run_goes_on_bit_for_bit(start: Start, config: str, tmp_path: Path) -> None:
+    whole = start(*torchrun(2, config, "train.steps=60", f"run.dir={tmp_path / 'whole'}"))
+    killed = start(*torchrun(2, config, "train.steps=60", "checkpoint.every=7"))
+    wait_for_step(tmp_path / "run", 20)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert len(metrics(tmp_path / "run")) < 60, "the run was over before it was killed"
+    code, output = finish(start(*torchrun(2, config, "train.steps=60", "checkpoint.every=7")))
+    assert code == 0, output
+    assert finish(whole)[0] == 0
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+
+
+def test_torchrun_stopped_by_a_signal_leaves_a_checkpoint(start: Start, config: str, tmp_path: Path) -> None:
+    process = start(*torchrun(2, config, "train.steps=100000"))
+    wait_for_step(tmp_path / "run", 3)
+    process.send_signal(signal.SIGTERM)
+    _, output = finish(process, 60)
+    assert "stopped on request" in output, output
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.stepz=3", "unknown key train.stepz: did you mean train.steps?"),
+        ("train.global_batch_size=6", "train.global_batch_size=6 is not divisible by the 4 data-parallel ranks"),
+        ("model.input.height=16", "data.train holds latents of shape [C, T, H, W] = [4, 1, 8, 8]"),
+        ("data.train=nowhere", "there is no manifest"),
+    ],
+)
+def test_four_ranks_tell_a_mistake_once(start: Start, config: str, tmp_path: Path, override: str, message: str) -> None:
+    code, output = finish(start(*torchrun(4, config, override)), 60)
+    assert code != 0
+    assert output.count("error: ") == 1 and message in output, output
+    assert 'File "' not in output.split("ChildFailedError")[0].split("torch/distributed/")[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_shard_stops_all_ranks_with_one_message(start: Start, config: str, tmp_path: Path) -> None:
+    shard = tmp_path / "latents" / "shard-000001.tar"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    code, output = finish(start(*torchrun(2, config, "train.steps=50")), 100)
+    assert code != 0
+    assert output.count("error: ") == 1 and "shard-000001.tar" in output, output

@@ -1,0 +1,102 @@
+"""A run that was interrupted goes on as if it had not been, on the same ranks or on others."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from pool import RankPool
+from runs import metrics, run_config, train, write_latents
+
+from rdm_scale.errors import ConfigError
+
+STEPS = 12
+VALIDATED = {"monitor__validate_every": 4, "train__steps": STEPS}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("data")
+    # 20 samples with batches of 8: epochs end inside a step, and the run crosses several.
+    held_out = write_latents(folder / "validation", samples=11, seed=1)
+    return {"data__train": write_latents(folder / "train", samples=20), "data__validation": held_out}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(ranks: RankPool, data: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    config = run_config(tmp_path_factory.mktemp("whole"), data["data__train"], **VALIDATED, **data)
+    ranks.run(2, train, config)
+    records = metrics(config.run.dir)
+    assert [r["step"] for r in records if "validation_loss" in r] == [4, 8, 12]
+    return records
+
+
+def train_in_parts(ranks: RankPool, tmp_path: Path, data: dict[str, str], parts: list[tuple[int, int]]) -> list[dict]:
+    """Trains to each step on so many ranks; the metrics of the whole."""
+    for steps, world in parts:
+        config = run_config(tmp_path, data["data__train"], **(VALIDATED | data | {"train__steps": steps}))
+        ranks.run(world, train, config)
+    return metrics(config.run.dir)
+
+
+@pytest.mark.parametrize("stops", [[1], [5], [11], [2, 3, 8]], ids=str)
+def test_same_ranks_go_on_bit_for_bit(
+    ranks: RankPool, uninterrupted: list[dict], data: dict[str, str], tmp_path: Path, stops: list[int]
+) -> None:
+    assert train_in_parts(ranks, tmp_path, data, [(s, 2) for s in [*stops, STEPS]]) == uninterrupted
+
+
+@pytest.mark.full
+def test_interrupted_after_any_step(
+    ranks: RankPool, uninterrupted: list[dict], data: dict[str, str], tmp_path: Path
+) -> None:
+    for stop in range(1, STEPS):
+        assert train_in_parts(ranks, tmp_path / str(stop), data, [(stop, 2), (STEPS, 2)]) == uninterrupted, stop
+
+
+@pytest.mark.parametrize("parts", [[(6, 2), (12, 4)], [(6, 4), (12, 1)], [(3, 1), (7, 4), (12, 2)]], ids=str)
+def test_other_ranks_go_on_within_rounding(
+    ranks: RankPool, uninterrupted: list[dict], data: dict[str, str], tmp_path: Path, parts: list[tuple[int, int]]
+) -> None:
+    records = train_in_parts(ranks, tmp_path, data, parts)
+    for record, expected in zip(records, uninterrupted, strict=True):
+        assert record == pytest.approx(expected, rel=1e-5)
+
+
+def test_metrics_after_the_checkpoint_are_trained_again(
+    ranks: RankPool, uninterrupted: list[dict], data: dict[str, str], tmp_path: Path
+) -> None:
+    changes = VALIDATED | data | {"checkpoint__every": 5, "train__steps": 11}
+    config = run_config(tmp_path, data["data__train"], **changes)
+    ranks.run(2, train, config)
+    # As a killed run leaves it: the newest checkpoint is of step 10, a later line is cut in the middle.
+    shutil.rmtree(Path(config.run.dir) / "checkpoints" / "step_00000011")
+    with (Path(config.run.dir) / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 12, "lo')
+    ranks.run(2, train, run_config(tmp_path, data["data__train"], **(changes | {"train__steps": STEPS})))
+    assert metrics(config.run.dir) == uninterrupted
+
+
+def test_resume_takes_a_named_checkpoint_into_a_new_run(
+    ranks: RankPool, uninterrupted: list[dict], data: dict[str, str], tmp_path: Path
+) -> None:
+    train_in_parts(ranks, tmp_path, data, [(5, 2)])
+    source = str(tmp_path / "run" / "checkpoints" / "step_00000005")
+    changes = VALIDATED | data | {"checkpoint__resume": source, "run__dir": str(tmp_path / "second")}
+    ranks.run(2, train, run_config(tmp_path, data["data__train"], **changes))
+    assert metrics(tmp_path / "second") == uninterrupted[5:]
+
+
+def test_another_run_is_refused_with_the_differing_keys(ranks: RankPool, data: dict[str, str], tmp_path: Path) -> None:
+    train_in_parts(ranks, tmp_path, data, [(2, 1)])
+    before = metrics(tmp_path / "run")
+    other = VALIDATED | data | {"model__depth": 4, "train__seed": 9}
+    with pytest.raises(
+        ConfigError, match=r"(?s)belongs to another run.*model.depth: 3 there, 4 here.*train.seed: 3 there"
+    ):
+        ranks.run(1, train, run_config(tmp_path, data["data__train"], **other))
+    other_data = data | {"data__train": write_latents(tmp_path / "other", samples=20, seed=5)}
+    with pytest.raises(ConfigError, match=r"(?s)belongs to another run.*data.train: \w+ there, \w+ here"):
+        ranks.run(1, train, run_config(tmp_path, data["data__train"], **(VALIDATED | other_data)))
+    with pytest.raises(ConfigError, match="holds a run already and checkpoint.resume=never"):
+        ranks.run(1, train, run_config(tmp_path, data["data__train"], **VALIDATED, **data, checkpoint__resume="never"))
+    assert metrics(tmp_path / "run") == before

@@ -1,0 +1,63 @@
+"""Label accuracy on scikit-learn's real digit scans."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from torch import Tensor
+
+from rdm_scale.evaluation import label_accuracy
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[Tensor, Tensor]:
+    """1,797 scans, shuffled, as [N, 3, 32, 32] in [-1, 1], and their labels."""
+    scans, labels = load_digits(return_X_y=True)
+    order = torch.randperm(len(scans), generator=torch.Generator().manual_seed(0))
+    images = torch.from_numpy(scans).float().view(-1, 1, 8, 8)[order] / 8 - 1
+    return F.interpolate(images, size=32, mode="bilinear").repeat(1, 3, 1, 1), torch.from_numpy(labels)[order]
+
+
+def test_held_out_real_digits_are_recognised(digits: tuple[Tensor, Tensor]) -> None:
+    images, labels = digits
+    accuracy = label_accuracy(images[:1400], labels[:1400], images[1400:], labels[1400:])
+    assert 0.97 < accuracy <= 1
+    # The pictures are what counts: labels asked for at random are met by one in ten.
+    shuffled = labels[1400:][torch.randperm(397, generator=torch.Generator().manual_seed(1))]
+    assert label_accuracy(images[:1400], labels[:1400], images[1400:], shuffled) == pytest.approx(0.1, abs=0.06)
+
+
+def test_it_is_a_share_of_the_generated_images(digits: tuple[Tensor, Tensor]) -> None:
+    images, labels = digits
+    wrong = torch.cat([labels[:30], (labels[30:40] + 1) % 10])
+    assert label_accuracy(images, labels, images[:40], wrong, neighbours=1) == 0.75
+
+
+def test_large_images_are_compared_by_eighths() -> None:
+    """Fine stripes average out of every eighth, so the faint coarse picture decides, where they say the opposite."""
+    stripes = torch.ones(2, 16, 16)
+    stripes[0, :, ::2] = stripes[1, :, 1::2] = -1
+    coarse = torch.zeros(2, 16, 16)
+    coarse[0, :8] = 0.1
+    real, generated = ((coarse + fine)[:, None].expand(-1, 3, -1, -1) for fine in (stripes, stripes.flip(0)))
+    assert label_accuracy(real, torch.tensor([0, 1]), generated, torch.tensor([0, 1]), neighbours=1) == 1
+
+
+def test_what_does_not_fit_is_refused(digits: tuple[Tensor, Tensor]) -> None:
+    images, labels = digits[0][:20], digits[1][:20]
+    with pytest.raises(ValueError, match="not of one size"):
+        label_accuracy(images, labels, images[..., :16], labels)
+    with pytest.raises(ValueError, match="20 generated images need one label each"):
+        label_accuracy(images, labels, images, labels[:3])
+    with pytest.raises(ValueError, match="0 generated images"):
+        label_accuracy(images, labels, images[:0], labels[:0])
+    with pytest.raises(ValueError, match="neighbours=21 must lie between 1 and the 20"):
+        label_accuracy(images, labels, images, labels, neighbours=21)
+
+
+def test_importing_evaluation_loads_neither_plots_nor_classifiers() -> None:
+    code = "import sys, rdm_scale.evaluation; print({'sklearn', 'matplotlib', 'diffusers'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"

@@ -1,0 +1,130 @@
+"""Picture grids pixel by pixel, and the loss plot as a file."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from rdm_scale.errors import DataError
+from rdm_scale.evaluation import image_grid, plot_loss
+
+
+def pixels(grid: Image.Image) -> np.ndarray:
+    return np.asarray(grid).astype(int)
+
+
+def test_cells_lie_in_rows_on_white_with_padding() -> None:
+    images = torch.linspace(-1, 1, 5).view(5, 1, 1, 1).expand(5, 3, 4, 6)
+    grid = pixels(image_grid(images, columns=3, scale=2, padding=5))
+    assert grid.shape == (2 * (8 + 5) + 5, 3 * (12 + 5) + 5, 3)
+    expected = np.full(grid.shape, 255)
+    for i, value in enumerate((0, 64, 128, 191, 255)):  # -1 is black, 0 is middle grey, 1 is white
+        top, left = 5 + 13 * (i // 3), 5 + 17 * (i % 3)
+        expected[top : top + 8, left : left + 12] = value
+    assert np.array_equal(grid, expected)
+
+
+def test_pixels_are_enlarged_whole_and_keep_their_colours() -> None:
+    image = torch.rand(1, 3, 5, 7, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    grid = pixels(image_grid(image, columns=1, scale=3, padding=0))
+    expected = ((image[0] + 1) * 127.5).round().int().permute(1, 2, 0).numpy()
+    for row in range(3):
+        assert np.array_equal(grid[row::3, row::3], expected)
+
+
+@pytest.mark.parametrize(("size", "cell"), [(8, 64), (32, 64), (48, 96), (64, 64), (100, 100)])
+def test_cells_are_at_least_64_pixels(size: int, cell: int) -> None:
+    assert image_grid(torch.zeros(2, 3, size, size), columns=2, padding=4).size == (2 * (cell + 4) + 4, cell + 8)
+
+
+def test_one_channel_is_grey_and_values_beyond_the_range_are_cut_off() -> None:
+    grey = torch.tensor([-3.0, 0.25, 7.0]).view(3, 1, 1, 1)
+    assert pixels(image_grid(grey, columns=3, scale=1, padding=0)).tolist() == [[[0] * 3, [159] * 3, [255] * 3]]
+
+
+def test_labels_stand_above_their_columns() -> None:
+    images, padding = torch.zeros(4, 3, 64, 64), 8
+    plain = pixels(image_grid(images, 2))
+    labelled = pixels(image_grid(images, 2, ["gjpq", "a name much too long for a column"]))
+    header = labelled.shape[0] - plain.shape[0]
+    assert header > 11
+    assert np.array_equal(labelled[header:], plain)
+    ink = (labelled[:header].min(axis=2) < 128).nonzero()
+    columns = ink[1]
+    assert not ((columns >= padding + 64) & (columns < 2 * padding + 64)).any()  # none runs into the next column
+    for first in (padding, 2 * padding + 64):
+        inside = columns[(columns >= first) & (columns < first + 64)]
+        assert len(inside) > 30
+        assert (inside.min() + inside.max()) / 2 == pytest.approx(first + 32, abs=4)
+    assert ink[0].max() < header  # descenders are whole
+    assert (labelled[header - 1 : header + padding] == 255).all()
+
+
+def test_labels_are_as_large_as_fits() -> None:
+    def ink_height(name: str) -> int:
+        image = pixels(image_grid(torch.ones(1, 3, 64, 64), 1, [name]))
+        return len(np.unique((image.min(axis=2) < 128).nonzero()[0]))
+
+    assert ink_height("H") > ink_height("HHHHHH") > ink_height("HHHHHHHHH") > 6
+
+
+@pytest.mark.parametrize(
+    ("images", "columns", "labels", "message"),
+    [
+        (torch.zeros(2, 4, 8, 8), 2, [], r"cannot show \[2, 4, 8, 8\]"),
+        (torch.zeros(2, 8, 8), 2, [], r"cannot show \[2, 8, 8\]"),
+        (torch.zeros(0, 3, 8, 8), 2, [], "cannot show"),
+        (torch.full((2, 3, 8, 8), torch.nan), 2, [], "NaN"),
+        (torch.zeros(2, 3, 8, 8), 2, ["one"], "1 column_labels do not fit 2 columns"),
+        (torch.zeros(2, 3, 8, 8), 0, [], "do not fit 0 columns"),
+    ],
+)
+def test_what_cannot_be_shown_is_refused(images: torch.Tensor, columns: int, labels: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        image_grid(images, columns, labels)
+
+
+def metrics(path: Path, steps: int, validation: bool) -> Path:
+    records = [{"step": s, "loss": 2 / s, "grad_norm": 1.0, "lr": 1e-3, "samples": 64 * s} for s in range(1, steps + 1)]
+    for record in records[9::10] if validation else []:
+        record["validation_loss"] = record["loss"] + 0.1
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def has_colour(picture: np.ndarray, rgb: tuple[int, int, int]) -> bool:
+    return bool((np.abs(picture - np.array(rgb)).max(axis=2) < 8).any())
+
+
+@pytest.mark.parametrize(("steps", "validation"), [(1, False), (200, False), (200, True)])
+def test_the_loss_plot_shows_training_and_if_taken_validation(tmp_path: Path, steps: int, validation: bool) -> None:
+    plot_loss(metrics(tmp_path / "metrics.jsonl", steps, validation), tmp_path / "loss.png")
+    picture = Image.open(tmp_path / "loss.png")
+    assert picture.format == "PNG"
+    assert picture.size == (1200, 720)
+    assert has_colour(pixels(picture.convert("RGB")), (31, 119, 180))  # blue
+    assert has_colour(pixels(picture.convert("RGB")), (255, 127, 14)) == validation  # orange
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["loss.png", "metrics.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "holds no steps yet"),
+        ('{"step": 1, "loss": 2.0}\n{"step": 2, "lo', "line 2: not an object with the numbers step and loss"),
+        ('{"step": 1}\n', "line 1"),
+        ("[1, 2]\n", "line 1"),
+        ('{"step": 1, "loss": "low"}\n', "line 1"),
+    ],
+)
+def test_metrics_that_cannot_be_read_are_named(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(content)
+    with pytest.raises(DataError, match=message):
+        plot_loss(path, tmp_path / "loss.png")
+    with pytest.raises(DataError, match="No such file"):
+        plot_loss(tmp_path / "none.jsonl", tmp_path / "loss.png")
+    assert not (tmp_path / "loss.png").exists()

@@ -1,0 +1,49 @@
+"""How a rank ends: its code, and who speaks."""
+
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import os
+from rdm_scale.errors import ConfigError
+from rdm_scale.parallel.faults import REPORTER, run_main
+{setup}
+def body():
+    {body}
+run_main(body)
+"""
+
+
+def end_of(body: str, setup: str = "", local_rank: int = 0) -> tuple[int, str]:
+    code = SCRIPT.format(body=body, setup=setup)
+    environment = {"LOCAL_RANK": str(local_rank), "RANK": str(local_rank)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=30)
+    return done.returncode, done.stderr
+
+
+def test_success_is_silent() -> None:
+    assert end_of("pass") == (0, "")
+
+
+def test_a_users_error_is_one_line() -> None:
+    assert end_of("raise ConfigError('set x')") == (1, "\nerror: set x\n")
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    code, message = end_of("1 / 0")
+    assert code == 1 and "rank 0 failed" in message and "ZeroDivisionError" in message
+
+
+def test_other_ranks_of_a_node_end_silently() -> None:
+    assert end_of("raise ConfigError('set x')", local_rank=1) == (1, "")
+
+
+@pytest.mark.parametrize(("claimed_by", "speaks"), [("", True), ("0", False)])
+def test_once_the_ranks_have_met_the_first_to_claim_speaks(claimed_by: str, speaks: bool) -> None:
+    setup = "import torch.distributed as dist; REPORTER.store = dist.HashStore()"
+    if claimed_by:
+        setup += f"; REPORTER.store.set('rdm_scale/first_failure', '{claimed_by}')"
+    code, message = end_of("raise ConfigError('set x')", setup, local_rank=1)
+    assert code == 1 and message == ("\nerror: set x\n" if speaks else "")

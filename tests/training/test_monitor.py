@@ -1,0 +1,47 @@
+"""What a run writes down."""
+
+import json
+from pathlib import Path
+
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from rdm_scale.config import RunConfig
+from rdm_scale.training.monitor import RunMonitor
+
+
+def config_in(path: Path) -> RunConfig:
+    tree = {"data": {"train": "x"}, "run": {"dir": str(path)}, "train": {"steps": 4}, "monitor": {"log_every": 2}}
+    return RunConfig.model_validate(tree)
+
+
+def record(step: int, **more: float) -> dict[str, float]:
+    return {"step": step, "loss": 1 / step, "grad_norm": 0.5, "lr": 1e-3, "samples": 8 * step, "step_s": 0.5} | more
+
+
+def test_metrics_console_and_tensorboard(tmp_path: Path, capsys) -> None:  # noqa: ANN001
+    monitor = RunMonitor(config_in(tmp_path), 0)
+    for step in (1, 2, 3):
+        monitor.step(record(step))
+    monitor.step(record(4, validation_loss=0.125))
+    monitor.pictures(4, Image.new("RGB", (8, 6), "red"))
+    monitor.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4] and lines[3]["validation_loss"] == 0.125
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in printed] == ["1/4", "2/4", "4/4"]
+    assert "validation 0.1250" in printed[2] and printed[2].endswith("left 0:00:00")
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [e.step for e in events.Scalars("loss")] == [1, 2, 3, 4] and events.Scalars("loss")[3].value == 0.25
+    assert events.Images("samples")[0].width == 8
+    assert Image.open(tmp_path / "samples" / "step_00000004.png").size == (8, 6)
+
+
+def test_a_resumed_run_appends_to_its_metrics(tmp_path: Path) -> None:
+    first = RunMonitor(config_in(tmp_path), 0)
+    first.step(record(1))
+    first.close()
+    second = RunMonitor(config_in(tmp_path), 1)
+    second.step(record(2))
+    second.close()
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 2

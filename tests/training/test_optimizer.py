@@ -1,0 +1,35 @@
+"""The learning rate against its closed form, and which parameters decay."""
+
+import pytest
+
+from rdm_scale.config import InputConfig, ModelConfig, OptimizerConfig
+from rdm_scale.models import build_model
+from rdm_scale.training.optimizer import build_optimizer, learning_rate
+
+
+def test_warm_up_is_linear_from_the_first_step() -> None:
+    config = OptimizerConfig(lr=0.8, warmup_steps=4)
+    assert [learning_rate(config, step) for step in (1, 2, 3, 4, 5, 1000)] == pytest.approx(
+        [0.2, 0.4, 0.6, 0.8, 0.8, 0.8]
+    )
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    # Half-way from step 10 to 110: the mean of both ends. A quarter of the way: 1/4 and (1 - cos(45 degrees)) / 2.
+    [("linear", {35: 0.775, 60: 0.55, 110: 0.1, 500: 0.1}), ("cosine", {35: 0.868198, 60: 0.55, 110: 0.1, 500: 0.1})],
+)
+def test_schedules_end_at_their_own_length(schedule: str, expected: dict[int, float]) -> None:
+    config = OptimizerConfig(lr=1.0, warmup_steps=10, schedule=schedule, schedule_steps=110, final_lr_ratio=0.1)
+    assert {step: learning_rate(config, step) for step in expected} == pytest.approx(expected, rel=1e-5)
+
+
+def test_only_weight_matrices_decay() -> None:
+    model = build_model(ModelConfig(input=InputConfig(height=8, width=8), hidden_size=32, num_heads=4, depth=2))
+    optimizer = build_optimizer(OptimizerConfig(weight_decay=0.1), model)
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    named = {name: decay[id(p)] for name, p in model.named_parameters()}
+    assert len(named) == len(decay) == len(list(model.parameters()))
+    assert named["blocks.0.attention.branch.qkv.weight"] == named["patch_embed.weight"] == 0.1
+    free = {name for name, value in named.items() if value == 0}
+    assert free == {n for n in named if n.endswith((".bias", ".gate.a", ".gate.b")) or n == "class_embed.weight"}

@@ -1,0 +1,82 @@
+"""Draws samples from a trained model and shows them in one picture, a column a class."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from rdm_scale.errors import ConfigError, RdmError
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoint", help="a checkpoint's folder, or a run's directory (its newest checkpoint)")
+    parser.add_argument("output", type=Path, help="PNG to write")
+    parser.add_argument("--labels", help="classes to draw, for instance 0-9 or 3,207,360 (default: the first ten)")
+    parser.add_argument("--rows", type=int, default=8, help="samples of each class (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="sampling steps (default: as in the run)")
+    parser.add_argument("--guidance", type=float, help="guidance scale (default: as in the run)")
+    parser.add_argument("--sampler", help="ddpm, ddim, euler or heun (default: as in the run)")
+    parser.add_argument("--weights", choices=["ema", "weights"], default="ema", help="averaged or last weights")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--batch-size", type=int, default=64, help="default: %(default)s")
+    try:
+        draw(parser.parse_args())
+    except RdmError as error:
+        sys.exit(f"sample: error: {error}")
+
+
+def draw(options: argparse.Namespace) -> None:
+    if min(options.rows, options.batch_size) < 1:
+        raise ConfigError("--rows and --batch-size must be at least 1")
+    if not options.output.parent.is_dir():
+        raise ConfigError(f"there is no folder {options.output.parent} to write {options.output.name} to")
+    import torch
+
+    from rdm_scale.checkpoint import load_trained
+    from rdm_scale.config import parse_config
+    from rdm_scale.data.codecs import codec_of
+    from rdm_scale.evaluation.pictures import image_grid
+    from rdm_scale.evaluation.sampling import draw_images
+
+    trained = load_trained(options.checkpoint, options.weights)
+    given = {k: v for k in ("steps", "guidance", "sampler") if (v := getattr(options, k)) is not None}
+    tree = trained.config.model_dump(mode="json")
+    config = parse_config(tree | {"sampling": tree["sampling"] | given}, "with the options given")
+    conditional = config.model.condition == "class"
+    classes = chosen_labels(options.labels, config.model.num_classes) if conditional else [0] * 10
+    names = [trained.class_names[label] for label in classes] if conditional else []
+    labels = torch.tensor(classes).repeat(options.rows)
+    with tqdm(total=len(labels), unit="sample", desc="drawing") as bar:
+        images = draw_images(
+            trained.model,
+            config,
+            codec_of(trained.codec),
+            labels,
+            options.seed,
+            batch_size=options.batch_size,
+            progress=lambda done, _: bar.update(done - bar.n),
+        )
+    image_grid(images, len(classes), names).save(options.output)
+    print(f"{len(labels)} samples of step {trained.step} are in {options.output}")
+
+
+def chosen_labels(text: str | None, num_classes: int) -> list[int]:
+    """ "0-2,7" to [0, 1, 2, 7]."""
+    if text is None:
+        return list(range(min(10, num_classes)))
+    try:
+        ranges = [part.partition("-") for part in text.split(",")]
+        labels = [
+            label for first, dash, last in ranges for label in range(int(first), int(last if dash else first) + 1)
+        ]
+    except ValueError:
+        raise ConfigError(f"--labels {text}: write it as 0-9 or 3,207,360") from None
+    if not labels or not all(0 <= label < num_classes for label in labels):
+        raise ConfigError(f"--labels {text}: labels lie between 0 and {num_classes - 1}")
+    return labels
+
+
+if __name__ == "__main__":
+    main()
