@@ -19,11 +19,14 @@ def main(arguments: list[str] | None = None) -> None:
 
 def train(config: RunConfig) -> None:
     """Trains as `config` says, on the ranks that the launcher started."""
+    config.data_parallel_size(int(os.environ.get("WORLD_SIZE", 1)))
+
     from rdm_scale.data.compatibility import check_data
+
+    identity = config.identity() | {"data": check_data(config)}
+
     from rdm_scale.training.run_directory import plan_start, prepare
 
-    config.data_parallel_size(int(os.environ.get("WORLD_SIZE", 1)))
-    identity = config.identity() | {"data": check_data(config)}
     start = plan_start(config, identity) if os.environ.get("RANK", "0") == "0" else None
 
     from rdm_scale.parallel.mesh import build_mesh, check_agreement

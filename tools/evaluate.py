@@ -36,7 +36,7 @@ def judge(options: argparse.Namespace) -> None:
 
     from rdm_scale.checkpoint import load_trained
     from rdm_scale.data.codecs import codec_of
-    from rdm_scale.data.images import find_images
+    from rdm_scale.data.images import load_images
     from rdm_scale.evaluation.labels import label_accuracy
     from rdm_scale.evaluation.pictures import image_grid
     from rdm_scale.evaluation.sampling import draw_images
@@ -59,9 +59,7 @@ def judge(options: argparse.Namespace) -> None:
     if options.picture:
         image_grid(images, classes, trained.class_names).save(options.picture)
         print(f"samples: {options.picture}")
-    found = find_images(options.images).images
-    real = torch.stack([image.load(images.shape[-1]) for image in found])
-    real_labels = torch.tensor([image.label for image in found])
+    real, real_labels = load_images(options.images, images.shape[-1])
     accuracy = label_accuracy(real, real_labels, images, labels, options.neighbours)
     print(f"label accuracy: {100 * accuracy:.1f} % of {len(labels)} samples of step {trained.step}")
 

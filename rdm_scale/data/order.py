@@ -55,22 +55,25 @@ class GlobalOrder:
 
     def places(self, positions: range) -> list[Place]:
         """Where the samples at these global positions lie."""
-        return [self._place(*divmod(position, self.samples)) for position in positions]
+        epochs, places = np.divmod(np.asarray(positions, np.int64), self.samples)
+        return [place for epoch in np.unique(epochs) for place in self._places(int(epoch), places[epochs == epoch])]
 
-    def _place(self, epoch: int, i: int) -> Place:
-        members, ends = self._epoch(epoch)
+    def _places(self, epoch: int, i: Indices) -> list[Place]:
+        order, ends = self._epoch(epoch)
         index = self._index(i)
-        slot = int(np.searchsorted(ends, index, side="right"))
-        member = int(members[slot])
-        nth = index - (int(ends[slot]) - int(self._counts[member]))
-        shard = int(np.searchsorted(self._first_members, member, side="right")) - 1
-        return Place(shard, member - int(self._first_members[shard]), int(self._within(epoch, member)[nth]))
+        slots = np.searchsorted(ends, index, side="right")
+        members = order[slots]
+        nth = index - (ends[slots] - self._counts[members])
+        samples = [int(self._within(epoch, m)[n]) for m, n in zip(members.tolist(), nth.tolist(), strict=True)]
+        shards = np.searchsorted(self._first_members, members, side="right") - 1
+        members_of_shards = members - self._first_members[shards]
+        return list(map(Place, shards.tolist(), members_of_shards.tolist(), samples))
 
-    def _index(self, i: int) -> int:
+    def _index(self, i: Indices) -> Indices:
         """Index, in the epoch's order of samples, of what is read i-th: run i mod C, at its (i div C)-th sample."""
         length, longer = divmod(self.samples, self.streams)  # the first `longer` runs have one sample more
-        nth, run = divmod(i, self.streams)
-        return run * length + min(run, longer) + nth
+        nth, run = np.divmod(i, self.streams)
+        return run * length + np.minimum(run, longer) + nth
 
     def _make_epoch(self, epoch: int) -> tuple[Indices, Indices]:
         """The members in the order of an epoch, and where each of them ends in its order of samples."""

@@ -44,7 +44,7 @@ class ShardWriter:
         class_names: the name of label i; empty for unlabelled data.
 
     Raises:
-        DataError: the folder already holds a manifest or shards.
+        DataError: the folder already holds a manifest or shards, or no set can be of that shape and codec.
     """
 
     def __init__(
@@ -59,14 +59,17 @@ class ShardWriter:
         samples_per_member: int = 64,
         members_per_shard: int = 64,
     ) -> None:
-        taken = [name for name in folder.names() if name == NAME or re.fullmatch(r"shard-\d+\.tar", name)]
+        self.folder = folder
+        try:
+            taken = [name for name in folder.names() if name == NAME or re.fullmatch(r"shard-\d+\.tar", name)]
+        except OSError as error:
+            raise self._explained(error) from None
         if taken:
             raise DataError(f"{folder} already holds {taken[0]}: choose another folder, or remove what is in this one")
         try:
             self._header = Header(kind=kind, dtype=dtype, shape=shape, codec=codec, class_names=class_names)
         except ValidationError as error:
             raise DataError(f"{folder} cannot hold such latents: {error.errors()[0]['msg']}") from None
-        self.folder = folder
         self._samples_per_member, self._members_per_shard = samples_per_member, members_per_shard
         self._ids: set[int] = set()
         self._pending: list[dict[str, Tensor]] = []  # samples that do not fill a member yet

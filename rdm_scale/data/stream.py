@@ -4,6 +4,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -142,6 +143,14 @@ def open_shards(manifest_url: str) -> tuple[Manifest, Location]:
     return manifest, folder
 
 
+class _Samples(NamedTuple):
+    """A member, taken apart so that one of its samples costs nothing to look up."""
+
+    latents: Sequence[Tensor]
+    ids: list[int]
+    labels: list[int]
+
+
 class _Reader:
     """Turns places into batches, and keeps members that are still in use: `streams` of them at least."""
 
@@ -150,13 +159,13 @@ class _Reader:
         largest = max(member.bytes for shard in manifest.shards for member in shard.members)
         self._bound = max(_CACHE_BYTES, streams * largest)  # with less, streams would drive out each other's members
         self._bytes = 0
-        self._members: OrderedDict[tuple[int, int], dict[str, Tensor]] = OrderedDict()
+        self._members: OrderedDict[tuple[int, int], _Samples] = OrderedDict()
 
     def batch(
         self, step: int, positions: Sequence[int], places: Sequence[Place], seed: int, purpose: str
     ) -> LatentBatch:
-        samples = [{name: t[sample] for name, t in self._member(s, m).items()} for s, m, sample in places]
-        raw = torch.stack([sample["latents"] for sample in samples]).float()
+        found = [(self._member(shard, member), sample) for shard, member, sample in places]
+        raw = torch.stack([member.latents[sample] for member, sample in found]).float()
         if self.manifest.kind == "moments":
             shape = self.manifest.shape
             noise = [torch.randn(shape, generator=rng.generator(seed, purpose, position)) for position in positions]
@@ -164,15 +173,17 @@ class _Reader:
         return LatentBatch(
             step=step,
             positions=torch.tensor(positions),
-            ids=torch.stack([sample["ids"] for sample in samples]),
-            labels=torch.stack([sample["labels"] for sample in samples]),
+            ids=torch.tensor([member.ids[sample] for member, sample in found]),
+            labels=torch.tensor([member.labels[sample] for member, sample in found]),
             latents=normalise(raw, self.manifest.codec),
         )
 
-    def _member(self, shard: int, member: int) -> dict[str, Tensor]:
+    def _member(self, shard: int, member: int) -> _Samples:
         key = shard, member
         if key not in self._members:
-            self._members[key] = read_member(self.folder, self.manifest, shard, member)
+            tensors = read_member(self.folder, self.manifest, shard, member)
+            ids, labels = tensors["ids"].tolist(), tensors["labels"].tolist()
+            self._members[key] = _Samples(tensors["latents"].unbind(), ids, labels)
             self._bytes += self._size(key)
         self._members.move_to_end(key)
         while self._bytes > self._bound:

@@ -1,8 +1,12 @@
 """All that touches megatron-core (tested with 0.16.1)."""
 
+import warnings
 from typing import Any
 
-from megatron.core import parallel_state
+# It looks for both at import, in four modules, for optimizers that are not used here.
+warnings.filterwarnings("ignore", "Transformer Engine and Apex are not installed", UserWarning)
+
+from megatron.core import parallel_state  # noqa: E402
 
 # What DeepSpeed asks of a model-parallel unit, all of which parallel_state must still offer.
 _ASKED_BY_DEEPSPEED = (

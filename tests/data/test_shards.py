@@ -16,7 +16,7 @@ import xxhash
 from latent_sets import IDENTITY, LatentSet, WriteSet
 from torch import Tensor
 
-from rdm_scale.data.manifest import NAME, Codec, read_manifest
+from rdm_scale.data.manifest import NAME, Codec, Member, read_manifest
 from rdm_scale.data.shards import ShardWriter, read_member, sample_id
 from rdm_scale.data.storage import Location
 from rdm_scale.errors import DataError
@@ -112,7 +112,7 @@ def test_shards_are_plain_ustar(write_set: WriteSet) -> None:
                 assert (info.mtime, info.uid, info.gid, info.mode, info.uname) == (0, 0, 0, 0o644, "")
                 assert content[info.offset + 257 : info.offset + 265] == b"ustar\x0000"
                 assert info.isreg() and not info.pax_headers
-                payload = content[member.offset : member.offset + member.bytes]
+                payload = content[member.offset : end_of(member)]
                 assert xxhash.xxh3_64(payload).hexdigest() == member.xxh3
                 read.append(safetensors.torch.load(payload))
     assert_same(joined(read), latents)
@@ -210,11 +210,12 @@ def test_an_error_around_the_writer_removes_its_shards_and_no_other_file(tmp_pat
     assert Location(tmp_path).names() == ["notes.txt"]
 
 
-def test_a_folder_that_cannot_be_written_is_a_data_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["file", "file/set"])
+def test_a_folder_that_cannot_be_written_is_a_data_error(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").write_text("in the way")
-    writer = writer_in(Location(tmp_path / "file" / "set"))
     with pytest.raises(DataError, match="cannot write to"):
-        writer.add(ONE.expand(5, -1, -1, -1, -1), torch.arange(5), torch.zeros(5, dtype=torch.int64))
+        writer_in(Location(tmp_path / name)).add(ONE.expand(4, -1, -1, -1, -1), torch.arange(4), ints(0, 0, 0, 0))
+    assert (tmp_path / "file").read_text() == "in the way"
 
 
 def test_closing_twice_gives_the_same_manifest(tmp_path: Path) -> None:
@@ -230,13 +231,17 @@ def flip(content: bytes, at: int) -> bytes:
     return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
 
 
+def end_of(member: Member) -> int:
+    return member.offset + member.bytes
+
+
 def swap_members(latents: LatentSet, content: bytes) -> bytes:
     one, two = latents.manifest.shards[0].members[:2]
     assert one.bytes == two.bytes
-    payloads = [content[m.offset : m.offset + m.bytes] for m in (one, two)]
+    payloads = [content[m.offset : end_of(m)] for m in (one, two)]
     swapped = bytearray(content)
-    swapped[one.offset : one.offset + one.bytes] = payloads[1]
-    swapped[two.offset : two.offset + two.bytes] = payloads[0]
+    swapped[one.offset : end_of(one)] = payloads[1]
+    swapped[two.offset : end_of(two)] = payloads[0]
     return bytes(swapped)
 
 
@@ -244,14 +249,14 @@ def swap_members(latents: LatentSet, content: bytes) -> bytes:
     ("damage", "message"),
     [
         (lambda s, c: flip(c, s.manifest.shards[0].members[1].offset), "not what was written"),
-        (lambda s, c: flip(c, s.manifest.shards[0].members[1].offset + 700), "not what was written"),
+        (lambda s, c: flip(c, end_of(s.manifest.shards[0].members[1]) - 1), "not what was written"),
         (lambda s, c: c[: s.manifest.shards[0].members[1].offset - 512], "bytes instead of"),
         (lambda s, c: c[: s.manifest.shards[0].members[1].offset + 100], "bytes instead of"),
         (lambda s, c: b"", "0 bytes instead of"),
         (swap_members, "not what was written"),
         (lambda s, c: None, "is missing"),
     ],
-    ids=["first bit", "a bit within", "cut at a member", "cut within", "empty", "swapped", "removed"],
+    ids=["first byte", "last byte", "cut at a member", "cut within", "empty", "swapped", "removed"],
 )
 @pytest.mark.parametrize("where", ["local", "memory"])
 def test_damage_is_named(

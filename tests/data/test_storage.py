@@ -84,5 +84,5 @@ def test_errors_of_a_client_are_os_errors(monkeypatch: pytest.MonkeyPatch, tmp_p
         monkeypatch.delenv(name, raising=False)
     for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
         monkeypatch.setenv(name, str(tmp_path / "none"))
-    with pytest.raises(OSError, match="(?i)credentials"):
+    with pytest.raises(OSError, match=r"(?i)credentials"):
         Location("s3://bucket/manifest.json").read()
