@@ -22,7 +22,10 @@ def main() -> None:
     parser.add_argument("--weights", choices=["ema", "weights"], default="ema", help="averaged or last weights")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=125, help="default: %(default)s")
-    parser.add_argument("--picture", type=Path, help="write the images judged to this PNG, a column a class")
+    parser.add_argument("--picture", type=Path, help="show the first images judged in this PNG, a column a class")
+    parser.add_argument(
+        "--rows", type=int, default=10, help="images of each class in the picture (default: %(default)s)"
+    )
     try:
         judge(parser.parse_args())
     except RdmError as error:
@@ -30,8 +33,8 @@ def main() -> None:
 
 
 def judge(options: argparse.Namespace) -> None:
-    if min(options.per_class, options.neighbours, options.batch_size) < 1:
-        raise ConfigError("--per-class, --neighbours and --batch-size must be at least 1")
+    if min(options.per_class, options.neighbours, options.batch_size, options.rows) < 1:
+        raise ConfigError("--per-class, --neighbours, --batch-size and --rows must be at least 1")
     import torch
 
     from rdm_scale.checkpoint import load_trained
@@ -57,7 +60,7 @@ def judge(options: argparse.Namespace) -> None:
             progress=lambda done, _: bar.update(done - bar.n),
         )
     if options.picture:
-        image_grid(images, classes, trained.class_names).save(options.picture)
+        image_grid(images[: options.rows * classes], classes, trained.class_names).save(options.picture)
         print(f"samples: {options.picture}")
     real, real_labels = load_images(options.images, images.shape[-1])
     accuracy = label_accuracy(real, real_labels, images, labels, options.neighbours)

@@ -75,8 +75,7 @@ def judge() -> None:
         *("tools/evaluate.py", str(RUN), str(DIGITS), "--per-class", "25", "--picture", str(RUN / "samples.png")),
     )
     plot_loss(RUN / "metrics.jsonl", RUN / "loss.png")
-    print(f"loss:    {RUN / 'loss.png'}")
-    print(AGAIN)
+    print(f"loss: {RUN / 'loss.png'}\n{AGAIN}")
 
 
 def trained_so_far() -> str:

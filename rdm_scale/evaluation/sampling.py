@@ -1,7 +1,7 @@
 """Drawing samples from a trained model: on many ranks while it trains, or on one from a checkpoint."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,7 +11,9 @@ from rdm_scale.data.codecs import ImageCodec, codec_of
 from rdm_scale.data.manifest import Manifest
 from rdm_scale.diffusion import sample
 from rdm_scale.evaluation.pictures import image_grid
-from rdm_scale.parallel.mesh import Mesh
+
+if TYPE_CHECKING:
+    from rdm_scale.parallel.mesh import Mesh  # megatron-core takes seconds to import
 
 GRID_ROWS = 4
 
@@ -77,7 +79,7 @@ class SampleGrid:
     stops the run before it starts.
     """
 
-    def __init__(self, config: RunConfig, mesh: Mesh, manifest: Manifest) -> None:
+    def __init__(self, config: RunConfig, mesh: "Mesh", manifest: Manifest) -> None:
         self.config, self.mesh = config, mesh
         conditional = config.model.condition == "class"
         self.columns = min(config.monitor.sample_columns, config.model.num_classes if conditional else 10**9)

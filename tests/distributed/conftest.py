@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
-from pool import RankPool
+from rank_pool import RankPool
 
 
 @pytest.fixture(scope="session")

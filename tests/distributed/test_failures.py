@@ -6,8 +6,8 @@ import resource
 from pathlib import Path
 
 import pytest
-from pool import RankPool
-from runs import metrics, run_config, train, write_latents
+from rank_pool import RankPool
+from small_runs import metrics, run_config, train, write_latents
 
 from rdm_scale.checkpoint import CheckpointDirectory
 from rdm_scale.config import RunConfig

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from runs import metrics, run_config, write_latents
+from small_runs import metrics, run_config, write_latents
 
 from rdm_scale.config import to_yaml
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from pool import RankPool
-from runs import metrics, run_config, train, write_latents
+from rank_pool import RankPool
+from small_runs import metrics, run_config, train, write_latents
 from torch import Tensor
 
 from rdm_scale.checkpoint import load_model

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -19,7 +20,7 @@ def record(step: int, **more: float) -> dict[str, float]:
     return {"step": step, "loss": 1 / step, "grad_norm": 0.5, "lr": 1e-3, "samples": 8 * step, "step_s": 0.5} | more
 
 
-def test_metrics_console_and_tensorboard(tmp_path: Path, capsys) -> None:  # noqa: ANN001
+def test_metrics_console_and_tensorboard(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     monitor = RunMonitor(config_in(tmp_path), 0)
     for step in (1, 2, 3):
         monitor.step(record(step))
