@@ -1,5 +1,6 @@
 """One message from many ranks: the first rank that fails speaks, the others end quietly and at once."""
 
+import errno
 import os
 import sys
 import time
@@ -58,6 +59,8 @@ def run_main(body: Callable[[], None]) -> NoReturn:
 def _tell(error: Exception) -> None:
     if isinstance(error, RdmError):
         print(f"\nerror: {error}", file=sys.stderr)
+    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        print(f"\nerror: there is no room to write {error.filename or 'to run.dir'}: {error.strerror}", file=sys.stderr)
     else:
         print(f"\nrank {os.environ.get('RANK', '0')} failed:", file=sys.stderr)
         traceback.print_exception(error)

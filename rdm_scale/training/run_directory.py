@@ -50,6 +50,11 @@ def plan_start(config: RunConfig, identity: dict[str, Any]) -> Start:
     if resume != "auto":
         state = read_state(Location(resume))
         _refuse_other_identity(identity, state["identity"], f"the checkpoint {resume}")
+        if latest is not None and latest > state["step"]:
+            raise ConfigError(
+                f"{directory.root} holds a later checkpoint (step {latest}) than the one to resume from (step "
+                f"{state['step']}): set run.dir to a new directory to branch off, or remove the later ones to go back"
+            )
         return Start(state["step"], resume)
     if latest is None:
         return Start()

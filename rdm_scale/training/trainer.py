@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import signal
 import time
 from functools import partial
@@ -34,6 +35,9 @@ class Trainer:
         self.config, self.mesh, self.identity = config, mesh, identity
         self.step = start.step
         self.stop_requested = False
+        if config.train.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to repeat itself
+            torch.use_deterministic_algorithms(True)
         self.objective = build_objective(config.diffusion, config.model.learned_variance)
         model = build_model(config.model, config.train.seed)
         self.engine = parallelize(model, config, mesh, partial(build_optimizer, config.optimizer))
@@ -54,6 +58,7 @@ class Trainer:
             seed=config.train.seed,
             num_classes=config.model.num_classes if config.model.condition == "class" else None,
         )
+        self.held_out = self._open_held_out()
         self.grid = SampleGrid(config, mesh, self.stream.manifest) if config.monitor.sample_every else None
         self.monitor = RunMonitor(config, self.step) if mesh.is_first else Monitor()
 
@@ -115,17 +120,8 @@ class Trainer:
         prediction = self.engine(x_t, self.objective.model_timesteps(batch.t), batch.condition)
         return self.objective.loss(prediction, batch.latents, batch.noise, batch.t, x_t)
 
-    def validation_loss(self) -> float:
+    def validation_loss(self, held_out: HeldOut) -> float:
         """Mean loss over the held-out set, with the noise and timestep that belong to each of its samples."""
-        assert self.config.data.validation is not None
-        micro = self.config.train.micro_batch_size or self.config.train.global_batch_size // self.mesh.data_size
-        held_out = HeldOut(
-            self.config.data.validation,
-            self.config.monitor.validation_samples,
-            batch_size=micro,
-            dp_rank=self.mesh.data_rank,
-            dp_size=self.mesh.data_size,
-        )
         total = torch.zeros((), dtype=torch.float64)
         with self.engine.evaluating():
             for latents, weights in held_out:
@@ -153,10 +149,22 @@ class Trainer:
         checkpoint.save(directory, state, self.engine, self.ema.flats, self.mesh, self.config.checkpoint.keep)
         self.monitor.say(f"saved {directory.folder(self.step)}")
 
+    def _open_held_out(self) -> HeldOut | None:
+        if self.config.data.validation is None:
+            return None
+        share = self.config.train.global_batch_size // self.mesh.data_size
+        return HeldOut(
+            self.config.data.validation,
+            self.config.monitor.validation_samples,
+            batch_size=self.config.train.micro_batch_size or share,
+            dp_rank=self.mesh.data_rank,
+            dp_size=self.mesh.data_size,
+        )
+
     def _observe(self, record: dict[str, Any]) -> None:
         """What is looked at after a step: validation loss and samples, each in its own rhythm."""
-        if self.config.data.validation and self._due(self.config.monitor.validate_every):
-            record["validation_loss"] = self.validation_loss()
+        if self.held_out is not None and self._due(self.config.monitor.validate_every):
+            record["validation_loss"] = self.validation_loss(self.held_out)
         self.monitor.step(record)
         if self.grid is not None and self._due(self.config.monitor.sample_every):
             with self.engine.holding(self.ema.flats):

@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -77,12 +78,21 @@ def test_every_number_of_ranks_trains_the_same_model(
     records = metrics(config.run.dir)
     assert [r["step"] for r in records] == list(range(1, 21))
     assert max(norms) > 1.0 > min(norms), "the reference must clip in some steps and not in others"
-    for record, loss, norm in zip(records, losses, norms, strict=True):
-        assert record["loss"] == pytest.approx(loss, rel=1e-5)
-        assert record["grad_norm"] == pytest.approx(norm, rel=1e-5)
-    for kind, expected in (("weights", weights), ("ema", averages)):
-        for name, parameter in load_model(config.run.dir, kind).named_parameters():
-            assert (parameter - expected[name]).norm() <= 1e-4 * expected[name].norm() + 1e-9, (kind, name)
+    worst = {
+        "loss": max(abs(r["loss"] / loss - 1) for r, loss in zip(records, losses, strict=True)),
+        "gradient norm": max(abs(r["grad_norm"] / norm - 1) for r, norm in zip(records, norms, strict=True)),
+        "weights": largest_distance(config.run.dir, "weights", weights),
+        "averages": largest_distance(config.run.dir, "ema", averages),
+    }
+    print(f"worst relative deviation on {world} ranks, micro-batch {micro}:", {k: f"{v:.1e}" for k, v in worst.items()})
+    assert worst["loss"] < 1e-5 and worst["gradient norm"] < 1e-5
+    assert worst["weights"] < 1e-4 and worst["averages"] < 1e-4
+
+
+def largest_distance(run_dir: str, kind: Literal["weights", "ema"], expected: dict[str, Tensor]) -> float:
+    """Of all tensors, relative to each one's norm (or to 1e-3 where it is almost nothing: gates and biases at 0)."""
+    found = load_model(run_dir, kind).named_parameters()
+    return max(float((p - expected[name]).norm() / expected[name].norm().clamp(min=1e-3)) for name, p in found)
 
 
 def test_bf16_stays_close_to_fp32(ranks: RankPool, reference: Reference, data: str, tmp_path: Path) -> None:

@@ -84,6 +84,10 @@ def test_resume_takes_a_named_checkpoint_into_a_new_run(
     changes = VALIDATED | data | {"checkpoint__resume": source, "run__dir": str(tmp_path / "second")}
     ranks.run(2, train, run_config(tmp_path, data["data__train"], **changes))
     assert metrics(tmp_path / "second") == uninterrupted[5:]
+    with pytest.raises(
+        ConfigError, match=r"holds a later checkpoint \(step 12\) than the one to resume from \(step 5\)"
+    ):
+        ranks.run(1, train, run_config(tmp_path, data["data__train"], **changes))
 
 
 def test_another_run_is_refused_with_the_differing_keys(ranks: RankPool, data: dict[str, str], tmp_path: Path) -> None:

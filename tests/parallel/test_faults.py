@@ -36,6 +36,11 @@ def test_a_bug_keeps_its_traceback() -> None:
     assert code == 1 and "rank 0 failed" in message and "ZeroDivisionError" in message
 
 
+def test_a_full_disk_is_one_line() -> None:
+    code, message = end_of("raise OSError(28, 'No space left on device', 'runs/x/metrics.jsonl')")
+    assert (code, message) == (1, "\nerror: there is no room to write runs/x/metrics.jsonl: No space left on device\n")
+
+
 def test_other_ranks_of_a_node_end_silently() -> None:
     assert end_of("raise ConfigError('set x')", local_rank=1) == (1, "")
 

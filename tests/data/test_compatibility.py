@@ -1,0 +1,53 @@
+"""Data that does not fit the model is refused before anything is built."""
+
+from typing import Any
+
+import pytest
+from latent_sets import LatentSet, WriteSet
+
+from rdm_scale.config import RunConfig
+from rdm_scale.data.compatibility import check_data
+from rdm_scale.data.manifest import Codec
+from rdm_scale.errors import DataError
+
+
+def config_for(train: LatentSet, validation: LatentSet | None = None, **model: Any) -> RunConfig:
+    shape = {"input": {"channels": 2, "height": 3, "width": 3}, "patch_size": (1, 1, 1), "num_classes": 3}
+    data = {"train": train.url, "validation": validation.url if validation else None}
+    return RunConfig.model_validate({"model": shape | model, "data": data, "run": {"dir": "x"}})
+
+
+def test_fitting_data_is_known_by_the_digest_of_its_manifest(write_set: WriteSet) -> None:
+    data, held_out = write_set(9), write_set(5)
+    assert check_data(config_for(data, held_out)) == {"train": data.manifest.digest}
+    assert write_set(8).manifest.digest != data.manifest.digest
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"num_classes": 4}, "data.train has 3 classes and model.num_classes=4: set model.num_classes=3"),
+        ({"input": {"channels": 4, "height": 3, "width": 3}}, r"= \[2, 1, 3, 3\], the configuration expects \[4, 1, 3"),
+    ],
+)
+def test_another_shape_or_number_of_classes(write_set: WriteSet, model: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        check_data(config_for(write_set(9), **model))
+
+
+def test_unlabelled_data_suits_an_unconditional_model_only(write_set: WriteSet) -> None:
+    data = write_set(3, class_names=("only",) * 3)
+    check_data(config_for(data, condition="none"))
+    empty = data.manifest.model_copy(update={"class_names": ()})
+    (data.folder / "manifest.json").write(empty.model_dump_json().encode())
+    check_data(config_for(data, condition="none"))
+    with pytest.raises(DataError, match=r"data.train has no labels: set model\.condition=none"):
+        check_data(config_for(data))
+
+
+def test_validation_must_come_from_the_same_codec(write_set: WriteSet) -> None:
+    other = write_set(5, codec=Codec(name="identity", location="identity", scale=(2.0,)))
+    with pytest.raises(DataError, match="with other weights or scale: encode both with the same codec"):
+        check_data(config_for(write_set(9), other))
+    with pytest.raises(DataError, match=r"data.validation holds latents of shape"):
+        check_data(config_for(write_set(9), write_set(5, shape=(2, 1, 4, 4))))

@@ -1,0 +1,45 @@
+"""Drawing from a model: the same samples in whatever batches, guidance and steps as configured."""
+
+import torch
+from torch import Tensor
+
+from rdm_scale.config import DiffusionConfig, InputConfig, ModelConfig, RunConfig, SamplingConfig
+from rdm_scale.data.codecs import load_codec
+from rdm_scale.evaluation.sampling import draw_images, draw_latents
+
+CONFIG = RunConfig(
+    model=ModelConfig(input=InputConfig(channels=3, height=4, width=4), num_classes=5, hidden_size=16, num_heads=2),
+    diffusion=DiffusionConfig(objective="flow"),
+    sampling=SamplingConfig(sampler="euler", steps=4, guidance=3.0),
+    data={"train": "x"},  # type: ignore[arg-type]
+    run={"dir": "x"},  # type: ignore[arg-type]
+)
+
+
+def straight_to_the_label(latents: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+    """The exact velocity of data that is one point a class, label / 10, and 0 for the null class 5."""
+    point = torch.where(labels == 5, 0.0, labels / 10).view(-1, 1, 1, 1, 1)
+    t = (timesteps / 1000).view(-1, 1, 1, 1, 1)
+    return (latents - point) / t
+
+
+def test_guidance_extrapolates_from_the_null_class() -> None:
+    latents = draw_latents(straight_to_the_label, CONFIG, torch.tensor([0, 1, 3]), seed=0)
+    # The guided field is that of the point 0 + 3 (label / 10 - 0), and Euler's steps follow straight lines exactly.
+    expected = torch.tensor([0.0, 0.3, 0.9]).view(-1, 1, 1, 1, 1).expand(3, 3, 1, 4, 4)
+    torch.testing.assert_close(latents, expected, atol=1e-5, rtol=0)
+
+
+def drifting(latents: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+    """A field that keeps the noise it starts from, so that samples differ."""
+    return 0.1 * latents + labels.view(-1, 1, 1, 1, 1) / 100
+
+
+def test_images_do_not_depend_on_the_batches_they_are_drawn_in() -> None:
+    labels, codec = torch.tensor([0, 1, 2, 3, 4]), load_codec("identity")
+    whole = draw_images(drifting, CONFIG, codec, labels, seed=7, batch_size=5)
+    done: list[tuple[int, int]] = []
+    parts = draw_images(drifting, CONFIG, codec, labels, 7, batch_size=2, progress=lambda n, of: done.append((n, of)))
+    assert torch.equal(whole, parts) and whole.shape == (5, 3, 4, 4) and done == [(2, 5), (4, 5), (5, 5)]
+    assert not torch.equal(whole, draw_images(drifting, CONFIG, codec, labels, seed=8, batch_size=5))
+    assert whole.std(0).min() > 0.01, "samples must differ from each other"
