@@ -84,7 +84,7 @@ class SampleGrid:
         conditional = config.model.condition == "class"
         self.columns = min(config.monitor.sample_columns, config.model.num_classes if conditional else 10**9)
         self.names = list(manifest.class_names[: self.columns]) if conditional else []
-        self.codec = codec_of(manifest.codec) if mesh.is_first else None
+        self.codec = codec_of(manifest.codec, mesh.device) if mesh.is_first else None
 
     def draw(self, model: Any) -> Any:
         """A PIL.Image on the first rank, None on the others. Collective: `model` may be spread over the ranks."""
@@ -99,4 +99,4 @@ class SampleGrid:
         if self.codec is None:
             return None
         whole = torch.cat([part for _, part in sorted(dict(parts).items())])[:count]
-        return image_grid(self.codec.decode(whole), self.columns, self.names)
+        return image_grid(self.codec.decode(whole).cpu(), self.columns, self.names)

@@ -1,0 +1,23 @@
+"""Looking at a run does not change it."""
+
+from pathlib import Path
+
+import pytest
+from rank_pool import RankPool
+from small_runs import metrics, run_config, train, write_latents
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_samples_and_validation_leave_no_trace_in_the_training(ranks: RankPool, tmp_path: Path, precision: str) -> None:
+    """Averaged weights are swapped in and out of both ranks' parameters, and forwards run that have no backward."""
+    data = write_latents(tmp_path / "train", channels=3)
+    held_out = write_latents(tmp_path / "validation", samples=7, channels=3)
+    same = {"model__input__channels": 3, "train__steps": 8, "train__precision": precision, "train__deterministic": True}
+    ranks.run(2, train, run_config(tmp_path / "alone", data, **same))
+    watched = {"data__validation": held_out, "monitor__validate_every": 3, "monitor__sample_every": 2}
+    sampling = {"sampling__steps": 3, "sampling__guidance": 2.0, "monitor__sample_columns": 3}
+    ranks.run(2, train, run_config(tmp_path / "watched", data, **same, **watched, **sampling))
+    records = metrics(tmp_path / "watched" / "run")
+    assert [r["step"] for r in records if r.pop("validation_loss", None)] == [3, 6]
+    assert records == metrics(tmp_path / "alone" / "run")
+    assert len(list((tmp_path / "watched" / "run" / "samples").glob("*.png"))) == 4
