@@ -4,9 +4,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from rank_pool import RankPool
 from small_runs import metrics, run_config, train, write_latents
 
+from rdm_scale.checkpoint import load_model
 from rdm_scale.errors import ConfigError
 
 STEPS = 12
@@ -22,10 +24,16 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(ranks: RankPool, data: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+def whole(ranks: RankPool, data: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of the run that was never interrupted."""
     config = run_config(tmp_path_factory.mktemp("whole"), data["data__train"], **VALIDATED, **data)
     ranks.run(2, train, config)
-    records = metrics(config.run.dir)
+    return Path(config.run.dir)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(whole: Path) -> list[dict]:
+    records = metrics(whole)
     assert [r["step"] for r in records if "validation_loss" in r] == [4, 8, 12]
     return records
 
@@ -43,6 +51,16 @@ def test_same_ranks_go_on_bit_for_bit(
     ranks: RankPool, uninterrupted: list[dict], data: dict[str, str], tmp_path: Path, stops: list[int]
 ) -> None:
     assert train_in_parts(ranks, tmp_path, data, [(s, 2) for s in [*stops, STEPS]]) == uninterrupted
+
+
+def test_weights_and_averages_are_those_of_the_uninterrupted_run(
+    ranks: RankPool, whole: Path, data: dict[str, str], tmp_path: Path
+) -> None:
+    train_in_parts(ranks, tmp_path, data, [(7, 2), (STEPS, 2)])
+    for kind in ("weights", "ema"):
+        expected = dict(load_model(str(whole), kind).named_parameters())
+        for name, parameter in load_model(str(tmp_path / "run"), kind).named_parameters():
+            assert torch.equal(parameter, expected[name]), (kind, name)
 
 
 @pytest.mark.full
