@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", help="YAML file; configs/ has examples")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for instance train.steps=100")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="for instance train.steps=100")
     parser.add_argument(
         "--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS
     )  # deepspeed's launcher gives it

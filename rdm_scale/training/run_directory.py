@@ -1,6 +1,7 @@
 """The directory of a run: what is in it, and whether a run may start, go on, or must be refused."""
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,19 @@ def prepare(config: RunConfig, start: Start) -> None:
         if (run_dir / METRICS).exists():
             Location(run_dir / METRICS).write(_cut_back(run_dir / METRICS, start.step))
     except OSError as error:
-        raise ConfigError(f"cannot write to run.dir={run_dir}: {error.strerror}") from None
+        raise ConfigError(f"cannot write to run.dir={run_dir}: {error.strerror or error}") from None
+    _check_writable(checkpoints_of(config).root)
+
+
+def _check_writable(folder: Location) -> None:
+    """Finds out now, and not after hours of training, that checkpoints cannot be saved."""
+    probe = folder / f".writable-{os.getpid()}"
+    try:
+        folder.make_dir()
+        probe.write(b"x")
+        probe.remove()
+    except OSError as error:
+        raise ConfigError(f"cannot write checkpoints to {folder}: {error.strerror or error}") from None
 
 
 def _cut_back(path: Path, step: int) -> bytes:

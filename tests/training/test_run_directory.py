@@ -1,0 +1,77 @@
+"""Where a run may start; what it would overwrite it refuses. (Going on from checkpoints: tests/distributed.)"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rdm_scale.config import RunConfig, to_yaml
+from rdm_scale.errors import CheckpointError, ConfigError
+from rdm_scale.training.run_directory import Start, plan_start, prepare
+
+
+def config_in(path: Path, **sections: dict) -> RunConfig:
+    return RunConfig.model_validate({"data": {"train": "x"}, "run": {"dir": str(path / "run")}} | sections)
+
+
+def start(config: RunConfig) -> Start:
+    return plan_start(config, config.identity())
+
+
+def test_a_new_directory_starts_at_step_0_and_planning_touches_nothing(tmp_path: Path) -> None:
+    config = config_in(tmp_path)
+    assert start(config) == Start(0, None)
+    assert list(tmp_path.iterdir()) == []
+    prepare(config, Start())
+    assert (tmp_path / "run" / "config.yaml").read_text() == to_yaml(config)
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(tmp_path: Path) -> None:
+    config = config_in(tmp_path)
+    prepare(config, Start())
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    metrics.write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert start(config) == Start(0, None)
+    prepare(config, Start())
+    assert metrics.read_text() == ""
+
+
+@pytest.mark.parametrize("step", [0, 1, 3])
+def test_metrics_are_cut_back_to_the_step_that_training_goes_on_from(tmp_path: Path, step: int) -> None:
+    config = config_in(tmp_path)
+    prepare(config, Start())
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    metrics.write_text("".join(json.dumps({"step": s}) + "\n" for s in (1, 2, 3)) + '{"step": 4')
+    prepare(config, Start(step, "somewhere"))
+    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == list(range(1, step + 1))
+
+
+def test_another_run_in_the_directory(tmp_path: Path) -> None:
+    prepare(config_in(tmp_path), Start())
+    with pytest.raises(ConfigError, match=r"(?s)belongs to another run.*model\.depth: 12 there, 3 here"):
+        start(config_in(tmp_path, model={"depth": 3}))
+    with pytest.raises(ConfigError, match=r"holds a run already and checkpoint\.resume=never"):
+        start(config_in(tmp_path, checkpoint={"resume": "never"}))
+
+
+def test_a_directory_that_is_not_a_run(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    with pytest.raises(ConfigError, match=r"holds metrics\.jsonl but no config\.yaml"):
+        start(config_in(tmp_path))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="is not a directory"):
+        start(config_in(tmp_path, run={"dir": str(tmp_path / "file")}))
+
+
+def test_a_checkpoint_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="there is no checkpoint"):
+        start(config_in(tmp_path, checkpoint={"resume": str(tmp_path / "none")}))
+
+
+def test_places_that_cannot_be_written_are_found_before_training(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot write to run\.dir=/proc/x"):
+        prepare(config_in(tmp_path, run={"dir": "/proc/x"}), Start())
+    with pytest.raises(ConfigError, match="cannot write checkpoints to /proc/x"):
+        prepare(config_in(tmp_path, checkpoint={"dir": "/proc/x"}), Start())
