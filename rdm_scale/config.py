@@ -139,6 +139,12 @@ class ParallelConfig(Section):
     tensor: int = Field(1, ge=1, description="tensor-parallel size")
     pipeline: int = Field(1, ge=1, description="pipeline-parallel size")
     zero_stage: Literal[3] = Field(3, description="DeepSpeed ZeRO stage of the data-parallel axis")
+    recompute: str = Field(
+        "none",
+        pattern=r"^(none|full|selective|every_([2-9]|[1-9]\d+))$",
+        description="activations computed again in the backward: none, full, selective (all but matrix products and "
+        "attention), or every_N (every N-th block fully: every_2, every_3, ...)",
+    )
     timeout_s: int = Field(600, ge=1, description="seconds after which a collective that hangs ends the run")
 
     @model_validator(mode="after")

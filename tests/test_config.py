@@ -60,6 +60,7 @@ def test_the_resolved_configuration_reads_back_as_itself(path: Path, tmp_path: P
         ("model.num_heads=7", "model.num_heads=7 does not divide model.hidden_size=384"),
         ("model.patch_size=[1,3,2]", "model.input.height=32 is not divisible by its model.patch_size entry 3"),
         ("parallel.tensor=2", "parallel.tensor=2 is not supported yet"),
+        ("parallel.recompute=every_1", "parallel.recompute"),
         ("optimizer.betas=[0.9,1.0]", "must lie in [0, 1)"),
         ("optimizer.schedule=cosine", "needs optimizer.schedule_steps"),
         ("train.residual_dtype=bf16", "needs train.precision=bf16"),

@@ -77,7 +77,7 @@ class ZeroEngine:
         self.engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=build_optimizer(model),
-            config=_deepspeed_config(config, mesh),
+            config=_deepspeed_config(config, mesh, sum(parameter.numel() for parameter in model.parameters())),
             mpu=ModelParallelUnit,
             dist_init_required=False,
         )
@@ -165,7 +165,7 @@ class ZeroEngine:
         return shards
 
 
-def _deepspeed_config(config: RunConfig, mesh: Mesh) -> dict[str, Any]:
+def _deepspeed_config(config: RunConfig, mesh: Mesh, parameters: int) -> dict[str, Any]:
     share = config.train.global_batch_size // mesh.data_size
     return {
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size or share,
@@ -174,6 +174,7 @@ def _deepspeed_config(config: RunConfig, mesh: Mesh) -> dict[str, Any]:
         "zero_optimization": {
             "stage": config.parallel.zero_stage,
             "stage3_param_persistence_threshold": 0,
+            "reduce_bucket_size": min(parameters, 500_000_000),  # allocated whole, in elements; else always the latter
             "overlap_comm": mesh.device.type == "cuda",
         },
         "zero_allow_untested_optimizer": True,

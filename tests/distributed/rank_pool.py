@@ -33,6 +33,7 @@ class RankPool:
         results: list[Any] = [None] * world
         pending, deadline = set(range(world)), time.monotonic() + timeout_s
         failure: BaseException | None = None
+        died = False
         while pending:
             ready = wait([self.workers[rank][1] for rank in pending], max(0.0, deadline - time.monotonic()))
             if not ready:
@@ -43,10 +44,10 @@ class RankPool:
                     try:
                         results[rank], error = self.workers[rank][1].recv()
                     except EOFError:
-                        error = RuntimeError(f"rank {rank} died")
+                        error, died = RuntimeError(f"rank {rank} died"), True
                     if error is not None and failure is None:
                         failure, deadline = error, min(deadline, time.monotonic() + _GRACE_S)
-        if pending:
+        if pending or died:
             self.close()
         if failure is not None:
             raise failure
@@ -103,9 +104,11 @@ def _work(connection: Connection) -> None:
 def _forget_world() -> None:
     """Brings the libraries back to where no world has been met."""
     import deepspeed
+    import torch
     import torch.distributed as dist
     from megatron.core import parallel_state
 
+    torch.use_deterministic_algorithms(False)
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()

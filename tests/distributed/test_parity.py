@@ -92,7 +92,20 @@ def test_every_number_of_ranks_trains_the_same_model(
 def largest_distance(run_dir: str, kind: Literal["weights", "ema"], expected: dict[str, Tensor]) -> float:
     """Of all tensors, relative to each one's norm (or to 1e-3 where it is almost nothing: gates and biases at 0)."""
     found = load_model(run_dir, kind).named_parameters()
-    return max(float((p - expected[name]).norm() / expected[name].norm().clamp(min=1e-3)) for name, p in found)
+    distances = {name: (p - expected[name]).norm() / expected[name].norm().clamp(min=1e-3) for name, p in found}
+    return max(distance.item() for distance in distances.values())
+
+
+@pytest.mark.parametrize("recompute", ["full", "selective", "every_2"])
+def test_recomputed_activations_change_nothing_under_zero(
+    ranks: RankPool, reference: Reference, data: str, tmp_path: Path, recompute: str
+) -> None:
+    config = run_config(
+        tmp_path, data, optimizer__grad_clip=1.0, parallel__recompute=recompute, train__micro_batch_size=2
+    )
+    ranks.run(2, train, config)
+    for record, loss, norm in zip(metrics(config.run.dir), reference[0], reference[1], strict=True):
+        assert (record["loss"], record["grad_norm"]) == pytest.approx((loss, norm), rel=1e-5)
 
 
 def test_bf16_stays_close_to_fp32(ranks: RankPool, reference: Reference, data: str, tmp_path: Path) -> None:
