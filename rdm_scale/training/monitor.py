@@ -47,7 +47,8 @@ class RunMonitor(Monitor):
             for name, value in record.items():
                 if name != "step":
                     self.board.add_scalar(name, value, step)
-        if step % self.config.monitor.log_every == 0 or "validation_loss" in record or step == self.first_step + 1:
+        ends = (self.first_step + 1, self.config.train.steps)
+        if step % self.config.monitor.log_every == 0 or "validation_loss" in record or step in ends:
             self._print(record)
 
     def pictures(self, step: int, image: Any) -> None:
