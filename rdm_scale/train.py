@@ -37,9 +37,15 @@ def train(config: RunConfig) -> None:
     if mesh.is_first:
         prepare(config, start)
 
+    from rdm_scale.parallel.layout import memory_of_rank, plan
+
+    layout = plan(config, mesh.world_size, mesh.from_first(memory_of_rank(config)))
+    if mesh.is_first:
+        print(layout.table(config), flush=True)
+
     from rdm_scale.training.trainer import Trainer
 
-    Trainer(config, mesh, identity, start).run()
+    Trainer(config, mesh, layout, identity, start).run()
     mesh.leave()
 
 

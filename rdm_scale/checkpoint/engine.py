@@ -37,7 +37,7 @@ def save(
     flat = {name: torch.cat([part.cpu() for part in parts]) for name, parts in fields.items()}
     try:
         records = _together(
-            mesh, lambda: write_tensors(directory.folder(step), mesh.rank, pieces_of(engine.shards), flat)
+            mesh, lambda: write_tensors(directory.folder(step), mesh.rank, pieces_of(engine.writes), flat)
         )
         files = [record for rank_records in records for record in rank_records]
         _together(mesh, lambda: directory.commit(step, state, files) if mesh.is_first else None)
@@ -72,9 +72,9 @@ def pieces_of(shards: "list[Shard]") -> list[Piece]:
     """A rank's ranges as rectangles of the logical tensors."""
     pieces = []
     for shard in shards:
-        start = shard.start
+        start, whole, offset = shard.start, shard.part.whole(shard.shape), shard.part.offset(shard.shape)
         for rectangle in rectangles_of_range(shard.shape, shard.first, shard.count):
-            pieces.append(Piece(shard.name, shard.shape, rectangle, start))
+            pieces.append(Piece(shard.name, whole, rectangle.shifted(offset), start))
             start += rectangle.numel
     return pieces
 

@@ -1,7 +1,9 @@
 """The transformer block: two gated residual units, attention and MLP, modulated by the condition (adaLN)."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -32,7 +34,12 @@ class Attention(nn.Module):
         super().__init__()
         self.head_size = config.hidden_size // config.num_heads
         self.qkv = layers.column(config.hidden_size, 3 * config.hidden_size)
-        self.out = layers.row(config.hidden_size, config.hidden_size)
+        self.out: Any = layers.row(config.hidden_size, config.hidden_size)
+
+    @property
+    def last(self) -> Any:
+        """The layer whose bias is left to the gate."""
+        return self.out
 
     def forward(self, x_SBD: Tensor) -> Tensor:
         qkv = self.qkv(x_SBD)
@@ -49,16 +56,25 @@ class Mlp(nn.Module):
     def __init__(self, config: ModelConfig, layers: LayerFactory) -> None:
         super().__init__()
         self.up = layers.column(config.hidden_size, config.mlp_size)
-        self.down = layers.row(config.mlp_size, config.hidden_size)
+        self.down: Any = layers.row(config.mlp_size, config.hidden_size)
+
+    @property
+    def last(self) -> Any:
+        """The layer whose bias is left to the gate."""
+        return self.down
 
     def forward(self, x_SBD: Tensor) -> Tensor:
         return self.down(F.gelu(self.up(x_SBD), approximate="tanh"))
 
 
 class ResidualUnit(nn.Module):
-    """One residual branch with its gate: z + alpha * F(z; c) + beta (the mrs-unit of Neural-RDM)."""
+    """One residual branch with its gate: z + alpha * F(z; c) + beta (the mrs-unit of Neural-RDM).
 
-    def __init__(self, branch: nn.Module, gate: ResidualGate) -> None:
+    `vectors` computes what acts alike on all tokens, `forward` works on the tokens: with tokens split over ranks, all
+    that is between the two is where a gradient has to be summed over them.
+    """
+
+    def __init__(self, branch: Attention | Mlp, gate: ResidualGate) -> None:
         super().__init__()
         self.branch = branch
         self.gate = gate
@@ -68,8 +84,18 @@ class ResidualUnit(nn.Module):
         """How many vectors [B, D] of the condition it takes: shift, scale and, with a conditional gate, g."""
         return 3 if self.gate.conditional else 2
 
-    def forward(self, z_SBD: Tensor, shift_BD: Tensor, scale_BD: Tensor, gate_BD: Tensor | None = None) -> Tensor:
-        return self.gate(z_SBD, self.branch(modulated_norm(z_SBD, shift_BD, scale_BD)), gate_BD)
+    def vectors(self, modulation: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+        """shift and scale in the branch's type, beta and, unless it is 1, alpha in the stream's."""
+        shift, scale, *g = modulation
+        alpha, beta = self.gate(g[0] if g else None, self.branch.last.bias, dtype)
+        return [shift, scale, beta] if alpha is None else [shift, scale, beta, alpha]
+
+    def forward(
+        self, z_SBD: Tensor, shift_BD: Tensor, scale_BD: Tensor, beta: Tensor, alpha: Tensor | None = None
+    ) -> Tensor:
+        branch_SBD = self.branch(modulated_norm(z_SBD, shift_BD, scale_BD)).to(z_SBD.dtype)
+        z_SBD = z_SBD + branch_SBD if alpha is None else torch.addcmul(z_SBD, alpha, branch_SBD)
+        return z_SBD + beta
 
 
 class Block(nn.Module):
@@ -79,11 +105,15 @@ class Block(nn.Module):
         super().__init__()
         self.attention = ResidualUnit(Attention(config, layers), ResidualGate(config))
         self.mlp = ResidualUnit(Mlp(config, layers), ResidualGate(config))
+        self.onto_tokens = layers.onto_tokens
         self.width = config.hidden_size
         vectors = self.attention.modulations + self.mlp.modulations
         self.modulation = layers.gathered(self.width, vectors * self.width)
 
     def forward(self, z_SBD: Tensor, side: SideInputs) -> Tensor:
-        vectors = self.modulation(F.silu(side.condition)).split(self.width, dim=-1)
-        z_SBD = self.attention(z_SBD, *vectors[: self.attention.modulations])
-        return self.mlp(z_SBD, *vectors[self.attention.modulations :])
+        modulation = self.modulation(F.silu(side.condition)).split(self.width, dim=-1)
+        first = self.attention.vectors(modulation[: self.attention.modulations], z_SBD.dtype)
+        second = self.mlp.vectors(modulation[self.attention.modulations :], z_SBD.dtype)
+        vectors = self.onto_tokens(first + second)
+        z_SBD = self.attention(z_SBD, *vectors[: len(first)])
+        return self.mlp(z_SBD, *vectors[len(first) :])

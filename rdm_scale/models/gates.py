@@ -30,7 +30,7 @@ def _layerscale_start(depth: int) -> float:
 
 
 class ResidualGate(nn.Module):
-    """z + alpha * F + beta; see the module's table. `a` and `b` take no weight decay."""
+    """alpha and beta of z + alpha * F + beta; see the module's table. `a` and `b` take no weight decay."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -47,18 +47,20 @@ class ResidualGate(nn.Module):
         self.a = nn.Parameter(torch.empty(size)) if size else None
         self.b = nn.Parameter(torch.empty(size)) if has_b else None
 
-    def forward(self, z_SBD: Tensor, branch_SBD: Tensor, condition_gate_BD: Tensor | None) -> Tensor:
-        """Joins a branch's output to the stream, in the stream's type.
+    def forward(
+        self, condition_gate_BD: Tensor | None, bias_D: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor | None, Tensor]:
+        """(alpha, beta) such that z + alpha * F + beta joins a branch with its last bias: alpha and beta are [D], [B, D]
+        or a scalar, and alpha is None where it is 1.
 
         Args:
-            z_SBD: residual stream [S, B, D].
-            branch_SBD: output of the branch [S, B, D], in the compute type.
             condition_gate_BD: g(c) [B, D], given exactly when `conditional`.
+            bias_D: the bias of the branch's last layer, which that layer has left out of F.
+            dtype: type of the stream, in which all of this is computed.
         """
-        branch_SBD = branch_SBD.to(z_SBD.dtype)
-        alpha = None if self.a is None else self.multiplier * self.a.to(z_SBD.dtype)
+        alpha = None if self.a is None else self.multiplier * self.a.to(dtype)
         if condition_gate_BD is not None:
-            g = condition_gate_BD.to(z_SBD.dtype)
+            g = condition_gate_BD.to(dtype)
             alpha = g if alpha is None else alpha + g
-        z_SBD = z_SBD + branch_SBD if alpha is None else torch.addcmul(z_SBD, alpha, branch_SBD)
-        return z_SBD if self.b is None else z_SBD + self.multiplier * self.b.to(z_SBD.dtype)
+        beta = bias_D.to(dtype) if alpha is None else alpha * bias_D.to(dtype)
+        return alpha, beta if self.b is None else beta + self.multiplier * self.b.to(dtype)

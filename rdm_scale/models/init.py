@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from rdm_scale import rng
 from rdm_scale.models.gates import ResidualGate
+from rdm_scale.models.layers import slice_of
 
 
 def initial_value(name: str, shape: torch.Size, seed: int) -> Tensor:
@@ -33,12 +34,13 @@ def initial_value(name: str, shape: torch.Size, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, seed: int) -> None:
-    """Fills every parameter of a model that is on a real device."""
-    gates = {name: module for name, module in model.named_modules() if isinstance(module, ResidualGate)}
-    for name, parameter in model.named_parameters():
+def initialise(model: nn.Module, seed: int, prefix: str = "") -> None:
+    """Fills every parameter of a model, or of its part called `prefix`, that is on a real device."""
+    gates = {prefix + name: module for name, module in model.named_modules() if isinstance(module, ResidualGate)}
+    for name, parameter in model.named_parameters(prefix=prefix.rstrip(".")):
         owner, _, leaf = name.rpartition(".")
         if owner in gates:
             parameter.fill_(gates[owner].start if leaf == "a" else 0.0)
         else:
-            parameter.copy_(initial_value(name, parameter.shape, seed))
+            part = slice_of(parameter)
+            parameter.copy_(part.of(initial_value(name, torch.Size(part.whole(parameter.shape)), seed)))

@@ -1,5 +1,9 @@
 """The diffusion transformer: patches in, a chain of gated residual blocks, a prediction of the same shape out."""
 
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,6 +19,19 @@ from rdm_scale.models.embeddings import (
 )
 from rdm_scale.models.init import initialise
 from rdm_scale.models.layers import LayerFactory
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which part of a model a process holds: some of its blocks, and perhaps its beginning and its end."""
+
+    blocks: tuple[int, ...]
+    embeds: bool = True
+    unembeds: bool = True
+
+    @staticmethod
+    def whole(config: ModelConfig) -> "Part":
+        return Part(tuple(range(config.depth)))
 
 
 class Head(nn.Module):
@@ -34,26 +51,40 @@ class DiffusionTransformer(nn.Module):
     """DiT (arXiv 2212.09748) with the residual structure of the configuration; `adaln_zero` is DiT itself.
 
     The stream z is [S, B, D], tokens first, in `residual_dtype`; branches compute in the type of their weights.
-    `embed`, each entry of `blocks`, and `unembed` are separate steps, so that a pipeline can place them.
+    `embed`, each entry of `blocks`, and `unembed` are separate steps, so that a pipeline can place them; with a `part`
+    the model has only some of them, under the names that they have in the whole.
     """
 
     pos_spatial: Tensor
     pos_temporal: Tensor
 
-    def __init__(self, config: ModelConfig, layers: LayerFactory) -> None:
+    def __init__(self, config: ModelConfig, layers: LayerFactory, part: Part | None = None) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.layers = config, layers
         self.residual_dtype = torch.float32
-        (t, h, w), size, width = config.patch_size, config.input, config.hidden_size
-        self.patch_embed = nn.Linear(size.channels * t * h * w, width)
-        self.register_buffer("pos_spatial", spatial_positions(width, size.height // h, size.width // w), False)
-        if size.frames > 1:
-            self.register_buffer("pos_temporal", temporal_positions(width, size.frames // t), False)
+        part = part or Part.whole(config)
+        if part.embeds:
+            self._build_embeddings()
+        self.blocks = nn.ModuleDict({str(i): Block(config, layers) for i in part.blocks})
+        if part.unembeds:
+            channels = config.input.channels * (2 if config.learned_variance else 1)
+            self.head = Head(config.hidden_size, channels * math.prod(config.patch_size), layers)
+
+    def _build_embeddings(self) -> None:
+        config = self.config
+        size, width = config.input, config.hidden_size
+        self.patch_embed = nn.Linear(size.channels * math.prod(config.patch_size), width)
+        self.set_positions()
         self.timestep_embed = TimestepEmbedding(width, config.timestep_spacing)
         self.class_embed = nn.Embedding(config.num_classes + 1, width) if config.condition == "class" else None
-        self.blocks = nn.ModuleList(Block(config, layers) for _ in range(config.depth))
-        channels = size.channels * (2 if config.learned_variance else 1)
-        self.head = Head(width, channels * t * h * w, layers)
+
+    def set_positions(self, device: torch.device | None = None) -> None:
+        """Computes the fixed position tables, on the device given."""
+        (t, h, w), size, width = self.config.patch_size, self.config.input, self.config.hidden_size
+        with torch.device(device or torch.get_default_device()):
+            self.register_buffer("pos_spatial", spatial_positions(width, size.height // h, size.width // w), False)
+            if size.frames > 1:
+                self.register_buffer("pos_temporal", temporal_positions(width, size.frames // t), False)
 
     def forward(self, latents: Tensor, timesteps: Tensor, condition: Tensor | None = None) -> Tensor:
         """Predicts noise or velocity.
@@ -67,8 +98,7 @@ class DiffusionTransformer(nn.Module):
             [B, C, T, H, W] in fp32, or [B, 2C, T, H, W] with learned variance.
         """
         z_SBD, side = self.embed(latents, timesteps, condition)
-        for block in self.blocks:
-            z_SBD = block(z_SBD, side)
+        z_SBD = self.run_blocks(map(int, self.blocks), z_SBD, side)
         return self.unembed(z_SBD, side)
 
     def embed(self, latents: Tensor, timesteps: Tensor, condition: Tensor | None) -> tuple[Tensor, SideInputs]:
@@ -78,12 +108,18 @@ class DiffusionTransformer(nn.Module):
         condition_BD = self.timestep_embed(timesteps)
         if self.class_embed is not None:
             condition_BD = condition_BD + self.class_embed(condition)
-        return z_SBD, SideInputs(condition_BD)
+        return self.layers.split_tokens(z_SBD), SideInputs(condition_BD)
+
+    def run_blocks(self, numbers: Iterable[int], z_SBD: Tensor, side: SideInputs) -> Tensor:
+        """The stream after some of the blocks."""
+        for i in numbers:
+            z_SBD = self.blocks[str(i)](z_SBD, side)
+        return z_SBD
 
     def unembed(self, z_SBD: Tensor, side: SideInputs) -> Tensor:
         """The stream to a prediction in fp32."""
         size = self.config.input
-        tokens = self.head(z_SBD, side).float()
+        tokens = self.head(self.layers.join_tokens(z_SBD), side).float()
         return unpatchify(tokens, self.config.patch_size, (size.frames, size.height, size.width))
 
     def _positions(self) -> Tensor:
@@ -93,9 +129,11 @@ class DiffusionTransformer(nn.Module):
         return (self.pos_temporal[:, None] + self.pos_spatial[None]).flatten(0, 1)
 
 
-def build_model(config: ModelConfig, seed: int = 0, layers: LayerFactory | None = None) -> DiffusionTransformer:
-    """The model of a configuration, initialised from `seed`; on the meta device it has shapes only."""
-    model = DiffusionTransformer(config, layers or LayerFactory())
-    if not model.patch_embed.weight.is_meta:
+def build_model(
+    config: ModelConfig, seed: int = 0, layers: LayerFactory | None = None, part: Part | None = None
+) -> DiffusionTransformer:
+    """The model of a configuration, or a part of it, initialised from `seed`; on the meta device it has shapes only."""
+    model = DiffusionTransformer(config, layers or LayerFactory(), part)
+    if not next(model.parameters()).is_meta:
         initialise(model, seed)
     return model

@@ -1,36 +1,57 @@
-"""All that touches megatron-core (tested with 0.16.1)."""
+"""All that touches megatron-core (tested with 0.16.1): its process groups, and its tensor-parallel layers."""
 
+import inspect
 import warnings
 from typing import Any
+
+import torch
+from torch import Tensor
 
 # It looks for both at import, in four modules, for optimizers that are not used here.
 warnings.filterwarnings("ignore", "Transformer Engine and Apex are not installed", UserWarning)
 
-from megatron.core import parallel_state  # noqa: E402
-
-# What DeepSpeed asks of a model-parallel unit, all of which parallel_state must still offer.
-_ASKED_BY_DEEPSPEED = (
-    "get_tensor_model_parallel_group",
-    "get_tensor_model_parallel_rank",
-    "get_tensor_model_parallel_world_size",
-    "get_data_parallel_group",
-    "get_data_parallel_rank",
-    "get_data_parallel_world_size",
+from megatron.core import ModelParallelConfig, parallel_state  # noqa: E402
+from megatron.core.tensor_parallel import (  # noqa: E402
+    ColumnParallelLinear,
+    RowParallelLinear,
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
 )
-_missing = [name for name in _ASKED_BY_DEEPSPEED if not hasattr(parallel_state, name)]
-if _missing:
-    raise ImportError(
-        f"megatron-core lacks parallel_state.{_missing[0]}; rdm_scale is tested with megatron-core 0.16.1"
-    )
+
+_TESTED = "rdm_scale is tested with megatron-core 0.16.1"
+_GROUPS = ("tensor_model_parallel", "pipeline_model_parallel", "data_parallel")
+_EXPECTED: dict[Any, tuple[str, ...]] = {
+    ColumnParallelLinear.__init__: ("config", "init_method", "bias", "gather_output"),
+    RowParallelLinear.__init__: ("config", "init_method", "bias", "input_is_parallel", "skip_bias_add"),
+    gather_from_sequence_parallel_region: ("tensor_parallel_output_grad",),
+    scatter_to_sequence_parallel_region: ("group",),
+    parallel_state.initialize_model_parallel: ("tensor_model_parallel_size", "pipeline_model_parallel_size", "order"),
+}
+for _name in (f"get_{group}_{what}" for group in _GROUPS for what in ("group", "rank", "world_size")):
+    if not hasattr(parallel_state, _name):
+        raise ImportError(f"megatron-core lacks parallel_state.{_name}; {_TESTED}")
+for _callable, _parameters in _EXPECTED.items():
+    for _name in _parameters:
+        if _name not in inspect.signature(_callable).parameters:
+            raise ImportError(f"megatron-core's {_callable.__qualname__} takes no {_name}; {_TESTED}")
+
+if not torch.cuda.is_available():
+    # Its sequence-parallel layers allocate on the "current CUDA device" and wait for it, whatever they compute on.
+    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
+    torch.cuda.synchronize = lambda device=None: None  # type: ignore[assignment]
 
 
 class ModelParallelUnit:
-    """parallel_state under the names of DeepSpeed's `mpu` protocol."""
+    """parallel_state under the names of DeepSpeed's `mpu` protocol.
 
-    get_model_parallel_group = staticmethod(parallel_state.get_tensor_model_parallel_group)
+    DeepSpeed sums the squared gradient norm over the model-parallel group: all ranks that hold different parts of the
+    model, along the tensor and along the pipeline axis.
+    """
+
+    get_model_parallel_group = staticmethod(parallel_state.get_model_parallel_group)
     get_model_parallel_rank = staticmethod(parallel_state.get_tensor_model_parallel_rank)
     get_model_parallel_world_size = staticmethod(parallel_state.get_tensor_model_parallel_world_size)
-    get_tensor_model_parallel_group = get_model_parallel_group
+    get_tensor_model_parallel_group = staticmethod(parallel_state.get_tensor_model_parallel_group)
     get_tensor_model_parallel_rank = get_model_parallel_rank
     get_tensor_model_parallel_world_size = get_model_parallel_world_size
     get_data_parallel_group = staticmethod(parallel_state.get_data_parallel_group)
@@ -44,12 +65,77 @@ def initialise_axes(tensor: int, pipeline: int) -> dict[str, Any]:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline, order="tp-cp-ep-dp-pp"
         )
-    return {
-        "tensor_rank": parallel_state.get_tensor_model_parallel_rank(),
-        "tensor_size": parallel_state.get_tensor_model_parallel_world_size(),
-        "pipeline_rank": parallel_state.get_pipeline_model_parallel_rank(),
-        "pipeline_size": parallel_state.get_pipeline_model_parallel_world_size(),
-        "data_rank": parallel_state.get_data_parallel_rank(),
-        "data_size": parallel_state.get_data_parallel_world_size(),
-        "data_group": parallel_state.get_data_parallel_group(),
-    }
+    axes = {}
+    for axis, group in zip(("tensor", "pipeline", "data"), _GROUPS, strict=True):
+        for name, what in (("group", "group"), ("rank", "rank"), ("size", "world_size")):
+            axes[f"{axis}_{name}"] = getattr(parallel_state, f"get_{group}_{what}")()
+    return axes
+
+
+def forget_axes() -> None:
+    """Lets go of the process groups, so that another mesh can be laid."""
+    parallel_state.destroy_model_parallel()
+
+
+class Column(ColumnParallelLinear):  # type: ignore[misc]
+    """Linear layer whose output features are cut over the tensor-parallel ranks.
+
+    Args:
+        gather: give every rank all features back. The input is then whole, too.
+        sequence: the input holds this rank's tokens only, and all of them are gathered first.
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, gather: bool, sequence: bool) -> None:
+        super().__init__(
+            inputs, outputs, config=_config(sequence), init_method=_untouched, bias=True, gather_output=gather
+        )
+
+    def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(input)[0]
+
+
+class Row(RowParallelLinear):  # type: ignore[misc]
+    """Linear layer whose input features are cut over the tensor-parallel ranks; it leaves its bias to the caller.
+
+    Args:
+        sequence: the output is this rank's tokens only.
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, sequence: bool) -> None:
+        super().__init__(
+            inputs,
+            outputs,
+            config=_config(sequence),
+            init_method=_untouched,
+            bias=True,
+            input_is_parallel=True,
+            skip_bias_add=True,
+        )
+
+    def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(input)[0]
+
+
+def scatter_tokens(z_SBD: Tensor) -> Tensor:
+    """This rank's tokens out of all; the gradient is gathered."""
+    return scatter_to_sequence_parallel_region(z_SBD)
+
+
+def gather_tokens(z_SBD: Tensor) -> Tensor:
+    """All tokens; every rank then computes the same with them, so of the gradient each takes its part."""
+    return gather_from_sequence_parallel_region(z_SBD, tensor_parallel_output_grad=False)
+
+
+def _config(sequence: bool) -> ModelParallelConfig:
+    return ModelParallelConfig(
+        tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
+        sequence_parallel=sequence,
+        params_dtype=torch.float32,
+        use_cpu_initialization=True,  # made where torch makes tensors, also on the meta device
+        perform_initialization=False,  # models.init does
+        gradient_accumulation_fusion=False,  # it would keep gradients from ZeRO
+    )
+
+
+def _untouched(weight: Tensor) -> Tensor:
+    return weight

@@ -21,14 +21,17 @@ _LIBRARIES = ("rdm_scale", "torch", "deepspeed", "megatron-core")
 
 @dataclass(frozen=True)
 class Mesh:
-    """This rank's place. Ranks that differ only in `data_rank` hold the same part of the model."""
+    """This rank's place. Ranks that differ only in `data_rank` hold the same part of the model and work on different
+    samples; all ranks of one `data_rank` work on the same samples."""
 
     rank: int
     world_size: int
     tensor_rank: int
     tensor_size: int
+    tensor_group: Any
     pipeline_rank: int
     pipeline_size: int
+    pipeline_group: Any
     data_rank: int
     data_size: int
     data_group: Any
@@ -38,6 +41,12 @@ class Mesh:
     def is_first(self) -> bool:
         """True for the one rank that writes what is not sharded."""
         return self.rank == 0
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Element-wise sum over all ranks."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
 
     def sum_over_data(self, values: Sequence[float] | torch.Tensor) -> torch.Tensor:
         """Element-wise float64 sum over the data-parallel ranks, on the CPU."""
@@ -60,6 +69,7 @@ class Mesh:
     def leave(self) -> None:
         """Parts from the other ranks, when all have come to their end."""
         dist.barrier()
+        megatron.forget_axes()
         dist.destroy_process_group()
 
 

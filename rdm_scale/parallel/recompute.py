@@ -17,6 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 _aten = torch.ops.aten
 _KEPT = {
     _aten.addmm.default,  # what models.layers.Linear runs, and why it does
+    _aten.mm.default,  # layers without a bias, and megatron-core's
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
     _aten._scaled_dot_product_flash_attention.default,
     _aten._scaled_dot_product_efficient_attention.default,

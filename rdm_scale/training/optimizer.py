@@ -24,15 +24,15 @@ def learning_rate(config: OptimizerConfig, step: int) -> float:
     return config.lr * (config.final_lr_ratio + (1 - config.final_lr_ratio) * remaining)
 
 
-def takes_decay(name: str, parameter: nn.Parameter) -> bool:
-    """Weight matrices decay; gates, biases and embeddings do not."""
-    return parameter.ndim >= 2 and not name.startswith("class_embed.")
+def takes_decay(name: str) -> bool:
+    """Whether a parameter of this logical name decays: weight matrices do; gates, biases and embeddings do not."""
+    return name.endswith(".weight") and not name.startswith("class_embed.")
 
 
 def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
     """NVIDIA apex's FusedAdam on GPUs where it is installed, PyTorch's fused AdamW otherwise."""
-    decayed = [p for name, p in model.named_parameters() if takes_decay(name, p)]
-    others = [p for name, p in model.named_parameters() if not takes_decay(name, p)]
+    decayed = [p for name, p in model.named_parameters() if takes_decay(name)]
+    others = [p for name, p in model.named_parameters() if not takes_decay(name)]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     if decayed[0].is_cuda and importlib.util.find_spec("apex.optimizers"):
         from apex.optimizers import FusedAdam

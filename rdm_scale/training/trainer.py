@@ -19,7 +19,7 @@ from rdm_scale.data.stream import HeldOut, LatentStream
 from rdm_scale.diffusion import build_objective
 from rdm_scale.errors import NonFiniteError
 from rdm_scale.evaluation.sampling import SampleGrid
-from rdm_scale.models import build_model
+from rdm_scale.parallel.layout import Layout
 from rdm_scale.parallel.mesh import Mesh
 from rdm_scale.parallel.parallelize import parallelize
 from rdm_scale.training.ema import Ema
@@ -31,7 +31,7 @@ from rdm_scale.training.run_directory import Start, checkpoints_of
 class Trainer:
     """Trains one model on one mesh, from `start` to `train.steps`."""
 
-    def __init__(self, config: RunConfig, mesh: Mesh, identity: dict[str, Any], start: Start) -> None:
+    def __init__(self, config: RunConfig, mesh: Mesh, layout: Layout, identity: dict[str, Any], start: Start) -> None:
         self.config, self.mesh, self.identity = config, mesh, identity
         self.step = start.step
         self.stop_requested = False
@@ -39,11 +39,11 @@ class Trainer:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to repeat itself
             torch.use_deterministic_algorithms(True)
         self.objective = build_objective(config.diffusion, config.model.learned_variance)
-        model = build_model(config.model, config.train.seed)
-        self.engine = parallelize(model, config, mesh, partial(build_optimizer, config.optimizer))
-        self.ema = Ema(self.engine.masters, config.optimizer.ema_decay)
+        self.model = parallelize(config, mesh, layout, partial(build_optimizer, config.optimizer))
+        self.zero = self.model.zero
+        self.ema = Ema(self.zero.masters, config.optimizer.ema_decay)
         if start.checkpoint is not None:
-            checkpoint.load(start.checkpoint, self.engine, self.ema.flats)
+            checkpoint.load(start.checkpoint, self.zero, self.ema.flats)
         self.stream = LatentStream(
             config.data.train,
             global_batch_size=config.train.global_batch_size,
@@ -86,20 +86,15 @@ class Trainer:
         began = time.perf_counter()
         batch = next(batches)
         micro_batches = batch.to(self.mesh.device).split(self.config.train.micro_batch_size or len(batch))
-        losses = []
-        for micro_batch in micro_batches:
-            loss_B = self.loss(micro_batch)
-            self.engine.backward(loss_B.mean() / len(micro_batches))
-            losses.append(loss_B.detach())
-        loss_B = torch.cat(losses).double()
-        loss, stop = self.mesh.sum_over_data([loss_B.sum().item(), float(self.stop_requested)]).tolist()
-        loss /= self.config.train.global_batch_size
+        loss_B = self.model.accumulate(micro_batches, self.model_inputs, self.loss_of).double()
+        total, stop = self.mesh.sum([loss_B.sum().item(), float(self.stop_requested)])
+        loss = total / (self.mesh.world_size // self.mesh.data_size) / self.config.train.global_batch_size
         self._refuse_non_finite("loss", loss, batch, loss_B)
         lr = learning_rate(self.config.optimizer, self.step + 1)
-        grad_norm = self.engine.step(lr)
+        grad_norm = self.model.step(lr)
         self._refuse_non_finite("gradient norm", grad_norm, batch, loss_B)
         self.step += 1
-        self.ema.update(self.engine.masters, self.step)
+        self.ema.update(self.zero.masters, self.step)
         step_s = time.perf_counter() - began
         samples = self.config.train.global_batch_size
         record = {
@@ -114,20 +109,25 @@ class Trainer:
         }
         return record, stop > 0
 
-    def loss(self, batch: TrainingBatch) -> Tensor:
+    def model_inputs(self, batch: TrainingBatch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What the model takes: noised latents, timesteps and condition."""
+        x_t = self.objective.noised(batch.latents, batch.noise, batch.t)
+        return x_t, self.objective.model_timesteps(batch.t), batch.condition
+
+    def loss_of(self, prediction: Tensor, batch: TrainingBatch) -> Tensor:
         """Loss of each sample [B]."""
         x_t = self.objective.noised(batch.latents, batch.noise, batch.t)
-        prediction = self.engine(x_t, self.objective.model_timesteps(batch.t), batch.condition)
         return self.objective.loss(prediction, batch.latents, batch.noise, batch.t, x_t)
 
     def validation_loss(self, held_out: HeldOut) -> float:
         """Mean loss over the held-out set, with the noise and timestep that belong to each of its samples."""
         total = torch.zeros((), dtype=torch.float64)
-        with self.engine.evaluating():
+        with self.zero.evaluating():
             for latents, weights in held_out:
                 # Of seed 0 whatever the run's, so that the losses of different runs can be compared.
                 batch = self.draw(latents, condition_dropout=0.0, purpose="validation", seed=0).to(self.mesh.device)
-                total += (self.loss(batch).double().cpu() * weights).sum()
+                loss_B = self.loss_of(self.model(*self.model_inputs(batch)), batch)
+                total += (loss_B.double().cpu() * weights).sum()
         return self.mesh.sum_over_data(total).item() / held_out.samples
 
     def save(self) -> None:
@@ -146,7 +146,7 @@ class Trainer:
             },
         }
         directory = checkpoints_of(self.config)
-        checkpoint.save(directory, state, self.engine, self.ema.flats, self.mesh, self.config.checkpoint.keep)
+        checkpoint.save(directory, state, self.zero, self.ema.flats, self.mesh, self.config.checkpoint.keep)
         self.monitor.say(f"saved {directory.folder(self.step)}")
 
     def _open_held_out(self) -> HeldOut | None:
@@ -167,8 +167,8 @@ class Trainer:
             record["validation_loss"] = self.validation_loss(self.held_out)
         self.monitor.step(record)
         if self.grid is not None and self._due(self.config.monitor.sample_every):
-            with self.engine.holding(self.ema.flats):
-                image = self.grid.draw(self.engine)
+            with self.zero.holding(self.ema.flats):
+                image = self.grid.draw(self.model)
             if image is not None:
                 self.monitor.pictures(self.step, image)
 

@@ -21,7 +21,7 @@ def end_to_end(model_config: ModelConfig) -> tuple[float, float]:
     z, side = model.embed(latents, torch.rand(16, generator=generator) * 1000, torch.arange(16) % 10)
     first = z.detach().requires_grad_()
     last = first
-    for block in model.blocks:
+    for block in model.blocks.values():
         last = block(last, side)
     cotangent = torch.randn(last.shape, generator=generator)
     (pulled,) = torch.autograd.grad(last, first, cotangent)

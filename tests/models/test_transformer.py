@@ -148,7 +148,7 @@ def test_residual_stream_stays_fp32_under_bf16() -> None:
     latents, side = torch.randn(2, 4, 1, 8, 8), torch.tensor([1, 2])
     z, inputs = model.embed(latents, torch.tensor([1.0, 900.0]), side)
     seen = []
-    for block in model.blocks:
+    for block in model.blocks.values():
         block.mlp.branch.register_forward_hook(lambda m, args, out: seen.append((args[0].dtype, out.dtype)))
         z = block(z, inputs)
         assert z.dtype == torch.float32

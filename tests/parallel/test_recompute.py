@@ -34,7 +34,7 @@ def model_with(policy: str) -> DiffusionTransformer:
     with torch.no_grad():
         for parameter in model.parameters():  # no zeros, so that every path has a gradient
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
-    recompute_blocks(model.blocks, policy)
+    recompute_blocks(model.blocks.values(), policy)
     return model
 
 

@@ -1,20 +1,10 @@
-"""The validated configuration of a run.
+"""The tree of typed, documented fields that a run is configured by, with the checks between fields beside them."""
 
-One tree of typed, documented fields; YAML plus dotted `key=value` overrides; cross-field checks beside the
-fields they check. Nothing heavy is imported here, so that a mistake costs a second and not a minute, and
-nothing is opened but the YAML file: `load_config` needs neither data nor a world size.
-"""
-
-import difflib
 import hashlib
-import json
-import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Literal, Self
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from rdm_scale.errors import ConfigError
 
@@ -138,20 +128,49 @@ class OptimizerConfig(Section):
 class ParallelConfig(Section):
     tensor: int = Field(1, ge=1, description="tensor-parallel size")
     pipeline: int = Field(1, ge=1, description="pipeline-parallel size")
-    zero_stage: Literal[3] = Field(3, description="DeepSpeed ZeRO stage of the data-parallel axis")
+    sequence: bool = Field(False, description="keep 1/tensor of the tokens on a rank between the linear layers")
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        3, description="DeepSpeed ZeRO stage of the data-parallel axis: what is sharded over it (0: nothing)"
+    )
+    schedule: Literal["1f1b", "interleaved_1f1b", "v_1f1b"] = Field("1f1b", description="pipeline schedule")
+    chunks: int | None = Field(
+        None, ge=1, description="model chunks a pipeline rank; null: 2, or 1 under the schedule 1f1b"
+    )
+    keep_gathered: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="ZeRO 3: gather parameters and reduce gradients once a step (always) or by block (never); auto: "
+        "once if memory allows",
+    )
     recompute: str = Field(
         "none",
         pattern=r"^(none|full|selective|every_([2-9]|[1-9]\d+))$",
         description="activations computed again in the backward: none, full, selective (all but matrix products and "
         "attention), or every_N (every N-th block fully: every_2, every_3, ...)",
     )
+    memory_gib: float | None = Field(None, gt=0, description="memory that a rank may use; null: what its device has")
     timeout_s: int = Field(600, ge=1, description="seconds after which a collective that hangs ends the run")
+
+    @property
+    def chunks_per_rank(self) -> int:
+        return self.chunks or (1 if self.schedule == "1f1b" else 2)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        for name in ("tensor", "pipeline"):
-            if getattr(self, name) > 1:
-                raise ValueError(f"parallel.{name}={getattr(self, name)} is not supported yet: set it to 1")
+        if self.sequence and self.tensor == 1:
+            raise ValueError("parallel.sequence=true needs parallel.tensor of 2 or more")
+        if self.schedule != "1f1b" and self.pipeline == 1:
+            raise ValueError(f"parallel.schedule={self.schedule} needs parallel.pipeline of 2 or more")
+        chunks, given = self.chunks_per_rank, f"parallel.chunks={self.chunks}"
+        if self.schedule == "1f1b" and chunks > 1:
+            raise ValueError(f"{given} needs parallel.schedule=interleaved_1f1b or v_1f1b")
+        if self.schedule == "interleaved_1f1b" and chunks < 2:
+            raise ValueError(f"{given}: parallel.schedule=interleaved_1f1b needs 2 or more")
+        if self.schedule == "v_1f1b" and chunks != 2:
+            raise ValueError(f"{given}: parallel.schedule=v_1f1b has 2 on every rank")
+        if self.keep_gathered == "never" and self.zero_stage < 3:
+            raise ValueError(
+                f"parallel.keep_gathered=never needs parallel.zero_stage=3: stage {self.zero_stage} shards no parameters"
+            )
         return self
 
 
@@ -222,7 +241,26 @@ class RunConfig(Section):
             )
         if self.sampling.guidance != 1 and self.model.condition == "none":
             raise ValueError("sampling.guidance other than 1 needs a model.condition other than none")
+        self._check_layout()
         return self
+
+    def _check_layout(self) -> None:
+        """Whether the model can be cut as `parallel` says."""
+        model, parallel = self.model, self.parallel
+        for what, size in (("num_heads", model.num_heads), ("hidden_size * model.mlp_ratio", model.mlp_size)):
+            if size % parallel.tensor:
+                raise ValueError(f"parallel.tensor={parallel.tensor} does not divide model.{what}={size}")
+        if parallel.sequence and model.tokens % parallel.tensor:
+            raise ValueError(
+                f"parallel.sequence=true: parallel.tensor={parallel.tensor} does not divide the {model.tokens} tokens of "
+                "a sample; change parallel.tensor, model.patch_size or set parallel.sequence=false"
+            )
+        chunks = parallel.pipeline * parallel.chunks_per_rank
+        if model.depth < chunks:
+            raise ValueError(
+                f"model.depth={model.depth} is less than the {chunks} chunks of parallel.pipeline={parallel.pipeline} x "
+                f"parallel.chunks={parallel.chunks_per_rank}: each needs a block"
+            )
 
     def data_parallel_size(self, world_size: int) -> int:
         """The data-parallel size that a world of `world_size` ranks leaves over.
@@ -247,6 +285,12 @@ class RunConfig(Section):
                 f"a rank's share of the batch, {batch // dp} = train.global_batch_size={batch} / {dp} ranks, "
                 f"is not divisible by train.micro_batch_size={micro}"
             )
+        count = batch // dp // (micro or batch // dp)
+        if self.parallel.schedule == "interleaved_1f1b" and count % self.parallel.pipeline:
+            raise ConfigError(
+                f"parallel.schedule=interleaved_1f1b needs a multiple of parallel.pipeline={self.parallel.pipeline} "
+                f"micro-batches a step, and there are {count}: change train.micro_batch_size"
+            )
         return dp
 
     def identity(self) -> dict[str, Any]:
@@ -268,120 +312,3 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield from flatten(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
-
-
-class _YamlLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice and reads 1e-4 as a number (YAML 1.1 takes it for text)."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_YamlLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
-
-
-def _parse_yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_YamlLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where} is not valid YAML: {error}") from None
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    path = key.strip().split(".")
-    if not equals or not all(path):
-        raise ConfigError(f"override {override!r}: write it as key=value, for instance train.steps=100")
-    node = tree
-    for name in path[:-1]:
-        node = node.setdefault(name, {})
-        if not isinstance(node, dict):
-            raise ConfigError(f"override {override!r}: {name} is a value, not a section")
-    node[path[-1]] = _parse_yaml(text, f"the value of override {override!r}")
-
-
-def _section(path: tuple[Any, ...]) -> type[Section]:
-    section: type[Section] = RunConfig
-    for name in path:
-        section = section.model_fields[str(name)].annotation  # type: ignore[assignment]
-    return section
-
-
-def _describe(error: Any) -> str:
-    """One line for one pydantic error: which key, what is wrong, what would be right."""
-    location = tuple(error["loc"])
-    key = ".".join(str(part) for part in location)
-    if error["type"] == "extra_forbidden":
-        names = list(_section(location[:-1]).model_fields)
-        near = difflib.get_close_matches(str(location[-1]), names, n=1, cutoff=0.5)
-        hint = (
-            f"did you mean {'.'.join([*map(str, location[:-1]), near[0]])}?" if near else f"known: {', '.join(names)}"
-        )
-        return f"unknown key {key}: {hint}"
-    if error["type"] == "missing":
-        return f"{key} is missing: {key}=... must be given"
-    if error["type"] == "value_error":
-        return str(error["ctx"]["error"])
-    return f"{key}={json.dumps(error['input'])}: {error['msg'][0].lower()}{error['msg'][1:]}"
-
-
-def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
-    """Reads and checks a configuration file, with `key=value` overrides applied in order.
-
-    Raises:
-        ConfigError: file missing, not YAML, unknown key, wrong type or impossible combination; all mistakes at once.
-    """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"cannot read the configuration {path}: {getattr(error, 'strerror', None) or error}"
-        ) from None
-    tree = _parse_yaml(text, str(path))
-    if tree is None:
-        tree = {}
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path} must hold sections such as model: and train:, found a {type(tree).__name__}")
-    for override in overrides:
-        _apply_override(tree, override)
-    return parse_config(tree, str(path))
-
-
-def parse_config(tree: dict[str, Any], where: str) -> RunConfig:
-    """Checks a configuration that is already a tree (for instance out of a checkpoint found at `where`)."""
-    try:
-        # Through JSON: strict typing (no "3" for 3, no true for 1) that still takes a list for a tuple.
-        return RunConfig.model_validate_json(json.dumps(tree, default=str), strict=True)
-    except ValidationError as error:
-        lines = sorted({_describe(e) for e in error.errors()})
-        raise ConfigError("\n  ".join([f"the configuration {where} is not valid:", *lines])) from None
-
-
-def describe_keys() -> str:
-    """Every key with its type's default and meaning, one line each, for --help."""
-
-    def lines(section: type[Section], prefix: str) -> Iterator[str]:
-        for name, field in section.model_fields.items():
-            inner = field.annotation
-            if isinstance(inner, type) and issubclass(inner, Section):
-                yield from lines(inner, f"{prefix}{name}.")
-            else:
-                default = "required" if field.is_required() else json.dumps(field.default)
-                choices = re.findall(r"Literal\[(.*?)\]", str(inner))
-                values = f" [{choices[0].replace(chr(39), '')}]" if choices else ""
-                yield f"  {prefix}{name} = {default}\n      {field.description}{values}"
-
-    return "\n".join(lines(RunConfig, ""))
-
-
-def to_yaml(config: RunConfig) -> str:
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

@@ -1,0 +1,44 @@
+"""The validated configuration of a run.
+
+Nothing heavy is imported here, so that a mistake costs a second and not a minute, and nothing is opened but the YAML
+file: `load_config` needs neither data nor a world size.
+"""
+
+from rdm_scale.config.loading import describe_keys, load_config, parse_config, to_yaml
+from rdm_scale.config.schema import (
+    CheckpointConfig,
+    DataConfig,
+    DiffusionConfig,
+    GateConfig,
+    InputConfig,
+    ModelConfig,
+    MonitorConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    RunSection,
+    SamplingConfig,
+    TrainConfig,
+    flatten,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "DataConfig",
+    "DiffusionConfig",
+    "GateConfig",
+    "InputConfig",
+    "ModelConfig",
+    "MonitorConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "RunConfig",
+    "RunSection",
+    "SamplingConfig",
+    "TrainConfig",
+    "describe_keys",
+    "flatten",
+    "load_config",
+    "parse_config",
+    "to_yaml",
+]

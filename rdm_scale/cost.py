@@ -1,0 +1,167 @@
+"""What a model costs: parameters, floating-point operations and bytes, from its configuration alone.
+
+The one source of these numbers for the layout table, the choice of `keep_gathered`, the balance of pipeline stages and
+reports of efficiency. Nothing is built and no library is imported, so that 100B parameters on thousands of ranks are
+counted in a moment. Widths: D stream, M MLP, S tokens, B samples, V modulation vectors of a block.
+"""
+
+import math
+from dataclasses import dataclass
+
+from rdm_scale.config import ModelConfig, RunConfig
+
+BYTES = {"fp32": 4, "bf16": 2}
+TIMESTEP_FREQUENCIES = 256
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Number of parameters of some part of a model: what tensor parallelism cuts, and what every rank has whole."""
+
+    cut: int
+    whole: int
+    tensors: int = 0
+
+    def on_rank(self, tensor: int) -> int:
+        return self.cut // tensor + self.whole
+
+    def __add__(self, other: "Parameters") -> "Parameters":
+        return Parameters(self.cut + other.cut, self.whole + other.whole, self.tensors + other.tensors)
+
+    def __mul__(self, number: int) -> "Parameters":
+        return Parameters(self.cut * number, self.whole * number, self.tensors * number)
+
+    @property
+    def total(self) -> int:
+        return self.cut + self.whole
+
+
+NOTHING = Parameters(0, 0)
+
+
+def _gate(model: ModelConfig) -> tuple[list[int], bool]:
+    """Sizes of a gate's parameters, and whether it takes a vector of the condition."""
+    width = model.hidden_size
+    rdm = width if model.gate.per_channel else 1
+    return {
+        "plain": ([], False),
+        "rezero": ([1], False),
+        "layerscale": ([width], False),
+        "adaln_zero": ([], True),
+        "neural_rdm": ([rdm, rdm], model.gate.conditional),
+    }[model.residual]
+
+
+def _modulations(model: ModelConfig) -> int:
+    """Vectors [B, D] of the condition that a block takes."""
+    return 2 * (3 if _gate(model)[1] else 2)
+
+
+def _outputs(model: ModelConfig) -> int:
+    return model.input.channels * (2 if model.learned_variance else 1) * math.prod(model.patch_size)
+
+
+def block_parameters(model: ModelConfig) -> Parameters:
+    """Of one block."""
+    D, M, V = model.hidden_size, model.mlp_size, _modulations(model)
+    gates = _gate(model)[0]
+    cut = (3 * D * D + 3 * D) + D * D + (D * M + M) + M * D + V * (D * D + D)
+    return Parameters(cut, 2 * D + 2 * sum(gates), 10 + 2 * len(gates))
+
+
+def embedding_parameters(model: ModelConfig) -> Parameters:
+    """Of what turns latents, timesteps and classes into tokens and the condition."""
+    D, patch = model.hidden_size, model.input.channels * math.prod(model.patch_size)
+    classes = model.num_classes + 1 if model.condition == "class" else 0
+    whole = (patch * D + D) + (TIMESTEP_FREQUENCIES * D + D) + (D * D + D) + classes * D
+    return Parameters(0, whole, 6 + (classes > 0))
+
+
+def head_parameters(model: ModelConfig) -> Parameters:
+    """Of the last modulation and layer."""
+    D = model.hidden_size
+    return Parameters(2 * (D * D + D), D * _outputs(model) + _outputs(model), 4)
+
+
+def model_parameters(model: ModelConfig) -> Parameters:
+    return embedding_parameters(model) + block_parameters(model) * model.depth + head_parameters(model)
+
+
+def block_flops(model: ModelConfig) -> int:
+    """Floating-point operations of one block's forward on one sample, two for a product and a sum."""
+    S, D, M, V = model.tokens, model.hidden_size, model.mlp_size, _modulations(model)
+    return 2 * S * (4 * D * D + 2 * D * M) + 4 * S * S * D + 2 * V * D * D
+
+
+def embedding_flops(model: ModelConfig) -> int:
+    S, D = model.tokens, model.hidden_size
+    patch = model.input.channels * math.prod(model.patch_size)
+    return 2 * S * patch * D + 2 * (TIMESTEP_FREQUENCIES * D + D * D)
+
+
+def head_flops(model: ModelConfig) -> int:
+    return 2 * model.tokens * model.hidden_size * _outputs(model) + 4 * model.hidden_size**2
+
+
+def model_flops(model: ModelConfig) -> int:
+    """Of the whole forward on one sample; a training step takes three times as many."""
+    return embedding_flops(model) + block_flops(model) * model.depth + head_flops(model)
+
+
+def block_activation_bytes(config: RunConfig, samples: int, policy: str) -> float:
+    """Bytes that one block keeps from its forward for its backward, on one tensor-parallel rank.
+
+    Counted in streams of S x B x D elements, r of the stream's type and c of the branches'. Whole unless sequence
+    parallelism splits the tokens: both units' inputs, normed inputs and outputs before the gate (6 r), both modulated
+    inputs (2 c). Cut by tensor parallelism: q, k, v, the heads' output and its copy in token order (5 c), the MLP's
+    hidden layer before and after GELU (2 M / D c). `selective` keeps the products' outputs only, and the block's input.
+    """
+    model, train, parallel = config.model, config.train, config.parallel
+    r, c = BYTES[train.residual_dtype], BYTES[train.precision]
+    stream = model.tokens * samples * model.hidden_size
+    tokens = parallel.tensor if parallel.sequence else 1
+    ratio = model.mlp_size / model.hidden_size
+    if policy == "full":
+        return stream * r / tokens
+    if policy == "selective":
+        return stream * ((r + 2 * c) / tokens + (4 + ratio) * c / parallel.tensor)
+    return stream * ((6 * r + 2 * c) / tokens + (5 + 2 * ratio) * c / parallel.tensor)
+
+
+def blocks_activation_bytes(config: RunConfig, samples: int, blocks: int) -> float:
+    """Bytes that `blocks` successive blocks keep under the configured recompute policy."""
+    policy = config.parallel.recompute
+    if not policy.startswith("every_"):
+        return blocks * block_activation_bytes(config, samples, policy)
+    recomputed = math.ceil(blocks / int(policy.removeprefix("every_")))
+    kept = block_activation_bytes(config, samples, "none") * (blocks - recomputed)
+    return kept + block_activation_bytes(config, samples, "full") * recomputed
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """Bytes on one rank, at the end of a step's last backward."""
+
+    parameters: int
+    gradients: int
+    optimizer: int  # fp32 masters and Adam's two moments
+    average: int  # of the weights (EMA)
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.gradients + self.optimizer + self.average
+
+
+def state_bytes(config: RunConfig, parameters: int, data: int, keep_gathered: bool) -> StateBytes:
+    """What `parameters` parameters on a rank take there, with `data` data-parallel ranks."""
+    stage, compute = config.parallel.zero_stage, BYTES[config.train.precision]
+    share = math.ceil(parameters / data)
+    sharded = share if stage else parameters
+    held = share if stage == 3 else parameters
+    gradients = share if stage >= 2 else parameters
+    return StateBytes(
+        parameters=compute * (held + (parameters if keep_gathered and stage == 3 else 0)),
+        gradients=4 * (gradients + (parameters if keep_gathered and stage == 3 else 0)),
+        optimizer=12 * sharded,
+        average=4 * sharded,
+    )

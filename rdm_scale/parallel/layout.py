@@ -1,0 +1,198 @@
+"""How a model would lie on so many ranks, and what that costs: planned before anything is built."""
+
+import os
+from dataclasses import dataclass
+
+from rdm_scale import cost
+from rdm_scale.config import RunConfig
+from rdm_scale.parallel.schedules import Placement, operations, placement, simulate
+
+_GIB = 2**30
+_SPARE = 0.9  # share of a device's memory that the plan may fill: allocators and libraries need the rest
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """What one rank of the pipeline holds (every rank of its tensor and data groups holds as much)."""
+
+    blocks: tuple[int, ...]  # in each of its chunks
+    parameters: int
+    state: cost.StateBytes
+    activations: float  # bytes
+    working: float  # bytes of what exists for a moment only: a block gathered, recomputed or reduced
+
+    @property
+    def total(self) -> float:
+        return self.state.total + self.activations + self.working
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A run's layout on its ranks."""
+
+    tensor: int
+    pipeline: int
+    data: int
+    placement: Placement
+    blocks: tuple[range, ...]  # of each chunk
+    micro_batch: int  # samples
+    micro_batches: int  # a step, on each data-parallel rank
+    keep_gathered: bool
+    bubble: float  # predicted idle share of the pipeline's ranks
+    stages: tuple[StageCost, ...]
+    memory: float | None  # bytes a rank may use
+
+    def table(self, config: RunConfig) -> str:
+        """What rank 0 prints at the start, and --dry-run."""
+        parallel = config.parallel
+        names = ["stage", "blocks", "parameters", "gradients", "optimizer", "average", "activations", "working", "all"]
+        rows = [["", "", *["GiB"] * 7]]
+        for rank, stage in enumerate(self.stages):
+            state = stage.state
+            numbers = [state.parameters, state.gradients, state.optimizer, state.average]
+            numbers += [stage.activations, stage.working, stage.total]
+            blocks = "+".join(map(str, stage.blocks))
+            rows.append([str(rank), blocks, *(f"{number / _GIB:.3f}" for number in numbers)])
+        rows = _shortened(rows)
+        widths = [max(len(row[i]) for row in [names, *rows]) for i in range(len(names))]
+        lines = [
+            "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [names, *rows]
+        ]
+        most = max(stage.parameters for stage in self.stages)
+        whole = cost.model_parameters(config.model).total
+        summary = [
+            f"layout: {self.tensor * self.pipeline * self.data} ranks = tensor {self.tensor} x pipeline "
+            f"{self.pipeline} x data {self.data}"
+            + (", sequence parallel" if parallel.sequence else "")
+            + f"; ZeRO stage {parallel.zero_stage}"
+            + (
+                f", parameters {'kept gathered' if self.keep_gathered else 'gathered by block'}"
+                * (parallel.zero_stage == 3)
+            ),
+            f"model: {whole / 1e6:,.1f} M parameters in {config.model.depth} blocks, at most {most / 1e6:,.1f} M on a rank",
+            f"batch: {config.train.global_batch_size} samples = {self.data} x {self.micro_batches} micro-batches of "
+            f"{self.micro_batch}; schedule {parallel.schedule}, predicted bubble {self.bubble:.1%}; recompute "
+            f"{parallel.recompute}",
+        ]
+        worst = max(stage.total for stage in self.stages)
+        if self.memory is not None and worst > self.memory:
+            lines.append(
+                f"warning: {worst / _GIB:.1f} GiB a rank are needed and {self.memory / _GIB:.1f} GiB there: use more "
+                "ranks, parallel.recompute=full, a smaller train.micro_batch_size or parallel.keep_gathered=never"
+            )
+        return "\n".join([*summary, *("  " + line for line in lines)])
+
+
+def plan(config: RunConfig, world_size: int, memory: float | None) -> Layout:
+    """The layout of a configuration on so many ranks, each of which may use `memory` bytes (None: not known).
+
+    Raises:
+        ConfigError: the layout does not fit the world or the batch; says which key to change.
+    """
+    data = config.data_parallel_size(world_size)
+    parallel, train = config.parallel, config.train
+    share = train.global_batch_size // data
+    micro_batch = train.micro_batch_size or share
+    place = placement(parallel.schedule, parallel.pipeline, parallel.chunks_per_rank)
+    blocks = balance(config, place.chunks)
+    orders = operations(parallel.schedule, place, share // micro_batch)
+    flops = [_chunk_flops(config, blocks, chunk) for chunk in range(place.chunks)]
+    again = sum(parallel.recompute == policy for policy in ("full",))  # a forward more in each backward
+    simulation = simulate(orders, place, lambda chunk: (flops[chunk], (2 + again) * flops[chunk]))
+
+    def stage(rank: int, keep: bool) -> StageCost:
+        chunks = place.chunks_of(rank)
+        parameters = sum(_chunk_parameters(config, blocks, chunk).on_rank(parallel.tensor) for chunk in chunks)
+        mean = sum(len(blocks[chunk]) for chunk in chunks) / len(chunks)
+        one = cost.blocks_activation_bytes(config, micro_batch, round(mean))
+        return StageCost(
+            blocks=tuple(len(blocks[chunk]) for chunk in chunks),
+            parameters=parameters,
+            state=cost.state_bytes(config, parameters, data, keep),
+            activations=simulation.in_flight[rank] * one,
+            working=_working_bytes(config, micro_batch, parameters, keep),
+        )
+
+    def stages(keep: bool) -> tuple[StageCost, ...]:
+        return tuple(stage(rank, keep) for rank in range(parallel.pipeline))
+
+    keep = parallel.keep_gathered == "always"
+    if parallel.keep_gathered == "auto" and parallel.zero_stage == 3:
+        keep = memory is None or max(s.total for s in stages(True)) <= _SPARE * memory
+    return Layout(
+        tensor=parallel.tensor,
+        pipeline=parallel.pipeline,
+        data=data,
+        placement=place,
+        blocks=blocks,
+        micro_batch=micro_batch,
+        micro_batches=share // micro_batch,
+        keep_gathered=keep and parallel.zero_stage == 3,
+        bubble=simulation.bubble,
+        stages=stages(keep and parallel.zero_stage == 3),
+        memory=memory,
+    )
+
+
+def memory_of_rank(config: RunConfig) -> float | None:
+    """Bytes that a rank may use: as configured, else of its GPU, else its share of this node's memory."""
+    if config.parallel.memory_gib is not None:
+        return config.parallel.memory_gib * _GIB
+    import torch
+
+    if torch.cuda.is_available():
+        return float(torch.cuda.mem_get_info()[1])
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return pages / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def balance(config: RunConfig, chunks: int) -> tuple[range, ...]:
+    """The blocks of each chunk, such that the costliest chunk is as cheap as can be; embeddings and head count."""
+    block = cost.block_flops(config.model)
+    sizes = [1] * chunks
+
+    def flops(chunk: int) -> float:
+        ends = cost.embedding_flops(config.model) * (chunk == 0) + cost.head_flops(config.model) * (chunk == chunks - 1)
+        return sizes[chunk] * block + ends
+
+    for _ in range(config.model.depth - chunks):
+        # Blocks are alike, so giving each to what is cheapest is optimal; late stages first: they keep fewer activations.
+        cheapest = min(range(chunks), key=lambda chunk: (flops(chunk), -chunk))
+        sizes[cheapest] += 1
+    ends = [sum(sizes[: i + 1]) for i in range(chunks)]
+    return tuple(range(end - size, end) for end, size in zip(ends, sizes, strict=True))
+
+
+def _chunk_flops(config: RunConfig, blocks: tuple[range, ...], chunk: int) -> float:
+    model = config.model
+    flops = len(blocks[chunk]) * cost.block_flops(model)
+    flops += cost.embedding_flops(model) if chunk == 0 else 0
+    return flops + (cost.head_flops(model) if chunk == len(blocks) - 1 else 0)
+
+
+def _chunk_parameters(config: RunConfig, blocks: tuple[range, ...], chunk: int) -> cost.Parameters:
+    model = config.model
+    parameters = cost.block_parameters(model) * len(blocks[chunk])
+    parameters += cost.embedding_parameters(model) if chunk == 0 else cost.NOTHING
+    return parameters + (cost.head_parameters(model) if chunk == len(blocks) - 1 else cost.NOTHING)
+
+
+def _working_bytes(config: RunConfig, samples: int, parameters: int, keep: bool) -> float:
+    block = cost.block_parameters(config.model).on_rank(config.parallel.tensor)
+    working = 0.0
+    if config.parallel.recompute != "none":
+        working += cost.block_activation_bytes(config, samples, "none")
+    if config.parallel.zero_stage == 3:
+        # By block: two blocks gathered, one's gradients before and during their reduction. At once: the same for all.
+        compute = cost.BYTES[config.train.precision]
+        working += 4 * parameters if keep else 2 * compute * block + 8 * block
+    else:
+        working += 4 * block
+    return working
+
+
+def _shortened(rows: list[list[str]]) -> list[list[str]]:
+    """Long runs of alike stages by their first and last."""
+    if len(rows) <= 10:
+        return rows
+    return [*rows[:5], ["..."] * len(rows[0]), *rows[-3:]]

@@ -1,0 +1,81 @@
+"""The part of a model that one rank of the pipeline holds: its chunks, built in place, behind one forward."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from rdm_scale.config import ModelConfig, RunConfig
+from rdm_scale.models import DiffusionTransformer, Part
+from rdm_scale.models.blocks import SideInputs
+from rdm_scale.models.init import initialise
+from rdm_scale.models.layers import LayerFactory
+from rdm_scale.parallel.layout import Layout
+from rdm_scale.parallel.mesh import Mesh
+
+_RESIDUAL_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Stage(DiffusionTransformer):
+    """All chunks of a rank: one module, because one ZeRO engine must hold all of a rank's parameters.
+
+    The condition travels with the stream: it is [B, D] against the stream's [S, B, D], 1/S more traffic. Computing it
+    again on every stage would need the embedders' parameters there, and their gradients summed over the pipeline.
+    """
+
+    def __init__(self, config: ModelConfig, layers: LayerFactory, parts: dict[int, Part]) -> None:
+        held = Part(
+            tuple(block for part in parts.values() for block in part.blocks),
+            embeds=any(part.embeds for part in parts.values()),
+            unembeds=any(part.unembeds for part in parts.values()),
+        )
+        super().__init__(config, layers, held)
+        self.parts = parts
+
+    def forward(self, chunk: int, *inputs: Any) -> Any:
+        """(stream, condition) to the same, for chunk number `chunk`; the first chunk takes (latents, timesteps,
+        condition) as the whole model does, the last one returns the prediction."""
+        part = self.parts[chunk]
+        z_SBD, side = self.embed(*inputs) if part.embeds else (inputs[0], SideInputs(inputs[1]))
+        z_SBD = self.run_blocks(part.blocks, z_SBD, side)
+        if part.unembeds:
+            return self.unembed(z_SBD, side)
+        return z_SBD, side.condition.view_as(side.condition)  # its gradient adds up on the way back through the stages
+
+
+def build_stage(config: RunConfig, mesh: Mesh, layout: Layout, layers: LayerFactory) -> Stage:
+    """This rank's stage on the meta device: shapes, but no values."""
+    place = layout.placement
+    parts = {
+        chunk: Part(tuple(layout.blocks[chunk]), embeds=chunk == 0, unembeds=chunk == place.chunks - 1)
+        for chunk in place.chunks_of(mesh.pipeline_rank)
+    }
+    with torch.device("meta"):
+        stage = Stage(config.model, layers, parts)
+    stage.residual_dtype = _RESIDUAL_DTYPES[config.train.residual_dtype]
+    return stage
+
+
+def materialise(stage: Stage, seed: int, device: torch.device) -> Iterator[nn.Module]:
+    """Gives the parameters their initial values, a block at a time, and yields each module that has become real; who
+    shards it before the next one keeps no more than one block whole."""
+    if "pos_spatial" in dict(stage.named_buffers()):
+        stage.set_positions(device)
+    for name, module in _units(stage):
+        for owner in module.modules():
+            for leaf, parameter in list(owner._parameters.items()):
+                if parameter is not None:
+                    real = nn.Parameter(torch.empty_like(parameter, device=device))
+                    real.__dict__.update(parameter.__dict__)  # what it is a slice of
+                    owner._parameters[leaf] = real
+        initialise(module, seed, prefix=f"{name}.")
+        yield module
+
+
+def _units(stage: Stage) -> Iterable[tuple[str, nn.Module]]:
+    for name, child in stage.named_children():
+        if name == "blocks":
+            yield from ((f"blocks.{i}", block) for i, block in child.named_children())
+        else:
+            yield name, child
