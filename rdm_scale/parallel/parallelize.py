@@ -29,9 +29,7 @@ class ParallelModel:
     def __init__(self, config: RunConfig, mesh: Mesh, layout: Layout, zero: ZeroEngine) -> None:
         self.config, self.mesh, self.layout, self.zero = config, mesh, layout, zero
         self._place = layout.placement
-        self._links = None
-        if mesh.pipeline_size > 1:
-            self._links = Links(dist.get_process_group_ranks(mesh.pipeline_group), mesh.pipeline_rank, mesh.device)
+        self._links = Links(mesh) if mesh.pipeline_size > 1 else None
         self._pipelines: dict[int, Pipeline] = {}
 
     def __call__(self, latents: Tensor, timesteps: Tensor, condition: Tensor | None = None) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rdm_scale.parallel.mesh import Mesh
 from rdm_scale.parallel.schedules import Operation, Placement
 
 Tensors = tuple[Tensor, ...]
@@ -56,10 +57,15 @@ class Chunks(Protocol):
 class Links:
     """Messages between the ranks of one pipeline, first in, first out in each direction."""
 
-    def __init__(self, ranks: Sequence[int], rank: int, device: torch.device) -> None:
-        self.rank, self.device = rank, device
-        self._global_ranks = ranks
-        self._groups = [dist.new_group(ranks, use_local_synchronization=True) for _ in range(2)]  # up and down
+    def __init__(self, mesh: Mesh) -> None:
+        self.rank, self.device = mesh.pipeline_rank, mesh.device
+        self._global_ranks = dist.get_process_group_ranks(mesh.pipeline_group)
+        self._up = mesh.pipeline_group
+        # All ranks make all groups, in the same order: torch wants it so.
+        pipelines = mesh.world_size // mesh.pipeline_size
+        self._down, _ = dist.new_subgroups_by_enumeration(
+            [list(range(first, mesh.world_size, pipelines)) for first in range(pipelines)]
+        )
         self._under_way: deque[tuple[Any, Tensor]] = deque()
 
     def send(self, target: int, tensors: Tensors) -> None:
@@ -83,7 +89,7 @@ class Links:
             self._under_way.popleft()[0].wait()
 
     def _group(self, source: int, target: int) -> Any:
-        return self._groups[source < target]
+        return self._up if source < target else self._down
 
 
 class Pipeline:

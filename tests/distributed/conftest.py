@@ -8,6 +8,6 @@ from rank_pool import RankPool
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[RankPool]:
-    pool = RankPool(4)
+    pool = RankPool(8)
     yield pool
     pool.close()

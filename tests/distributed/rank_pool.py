@@ -26,7 +26,7 @@ class RankPool:
 
     def run(self, world: int, body: Callable[..., Any], *arguments: Any, timeout_s: float = 240) -> list[Any]:
         """`body(*arguments)` on `world` ranks. Raises what the first failing rank raised, with its type."""
-        self._start()
+        self._start(world)
         port = _free_port()
         for rank in range(world):
             self.workers[rank][1].send((rank, world, port, body, arguments))
@@ -62,9 +62,9 @@ class RankPool:
             connection.close()
         self.workers = []
 
-    def _start(self) -> None:
+    def _start(self, world: int) -> None:
         context = multiprocessing.get_context("spawn")
-        while len(self.workers) < self.size:
+        while len(self.workers) < world:
             ours, theirs = context.Pipe()
             process = context.Process(target=_work, args=(theirs,), daemon=True)
             process.start()

@@ -1,0 +1,96 @@
+"""Training as anyone would write it down, on one process, and how far a run has come out from it."""
+
+import copy
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from small_runs import metrics
+from torch import Tensor
+
+from rdm_scale.checkpoint import load_model
+from rdm_scale.config import RunConfig
+from rdm_scale.data.prefetch import draw
+from rdm_scale.data.stream import LatentStream
+from rdm_scale.diffusion import build_objective
+from rdm_scale.models import build_model
+
+
+class Reference(NamedTuple):
+    """Losses and gradient norms by step, last weights and averaged weights."""
+
+    losses: list[float]
+    norms: list[float]
+    weights: dict[str, Tensor]
+    averages: dict[str, Tensor]
+
+
+def plain_training(config: RunConfig) -> Reference:
+    """Losses, gradient norms, last weights and averaged weights of AdamW as anyone would write it down."""
+    options = config.optimizer
+    model = build_model(config.model, config.train.seed)
+    average = copy.deepcopy(model)
+    decayed = [p for n, p in model.named_parameters() if n.endswith("weight") and "class_embed" not in n]
+    others = [p for n, p in model.named_parameters() if not (n.endswith("weight") and "class_embed" not in n)]
+    groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps, foreach=False)
+    batches = iter(
+        LatentStream(config.data.train, global_batch_size=config.train.global_batch_size, seed=config.train.seed)
+    )
+    losses, norms = [], []
+    for step in range(1, config.train.steps + 1):
+        batch = draw(
+            next(batches),
+            objective=build_objective(config.diffusion, False),
+            seed=config.train.seed,
+            num_classes=config.model.num_classes,
+            condition_dropout=config.diffusion.condition_dropout,
+        )
+        t = batch.t.view(-1, 1, 1, 1, 1)
+        prediction = model((1 - t) * batch.latents + t * batch.noise, 1000 * batch.t, batch.condition)
+        loss = ((prediction - (batch.noise - batch.latents)) ** 2).mean()
+        adamw.zero_grad()
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), options.grad_clip)))
+        for group in adamw.param_groups:
+            group["lr"] = options.lr * min(1.0, step / options.warmup_steps)
+        adamw.step()
+        decay = min(options.ema_decay, (1 + step) / (10 + step))
+        with torch.no_grad():
+            for mean, weight in zip(average.parameters(), model.parameters(), strict=True):
+                mean.mul_(decay).add_(weight, alpha=1 - decay)
+        losses.append(loss.item())
+    return Reference(losses, norms, dict(model.named_parameters()), dict(average.named_parameters()))
+
+
+class Deviation(NamedTuple):
+    """Largest relative differences from the reference."""
+
+    loss: float
+    norm: float
+    weights: float
+    averages: float
+
+    def check(self) -> None:
+        """The bounds of a layout that computes the same in fp32."""
+        assert self.loss < 1e-5 and self.norm < 1e-5, self
+        assert self.weights < 1e-4 and self.averages < 1e-4, self
+
+
+def deviation(config: RunConfig, reference: Reference) -> Deviation:
+    """Of a finished run."""
+    records = metrics(Path(config.run.dir))
+    assert [r["step"] for r in records] == list(range(1, len(reference.losses) + 1))
+    return Deviation(
+        max(abs(r["loss"] / loss - 1) for r, loss in zip(records, reference.losses, strict=True)),
+        max(abs(r["grad_norm"] / norm - 1) for r, norm in zip(records, reference.norms, strict=True)),
+        largest_distance(config.run.dir, "weights", reference.weights),
+        largest_distance(config.run.dir, "ema", reference.averages),
+    )
+
+
+def largest_distance(run_dir: str, kind: Literal["weights", "ema"], expected: dict[str, Tensor]) -> float:
+    """Of all tensors, relative to each one's norm (or to 1e-3 where it is almost nothing: gates and biases at 0)."""
+    found = load_model(run_dir, kind).named_parameters()
+    distances = {name: (p - expected[name]).norm() / expected[name].norm().clamp(min=1e-3) for name, p in found}
+    return max(distance.item() for distance in distances.values())
