@@ -1,5 +1,7 @@
 """The main of a training run: `torchrun --nproc_per_node N -m rdm_scale.train CONFIG [key=value ...]`.
 
+With --dry-run --world-size N one process prints how the model would lie on N ranks and what it would take there.
+
 The configuration, the data's manifest and the run's directory are checked before torch.distributed, DeepSpeed or
 Megatron are imported, so that a mistake costs a second.
 """
@@ -13,8 +15,18 @@ from rdm_scale.parallel.faults import run_main
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs a rank to its end and leaves the process with code 0 or 1."""
-    parsed = _parser().parse_args(arguments)
+    parsed = _parser().parse_intermixed_args(arguments)
+    if parsed.dry_run:
+        run_main(lambda: dry_run(load_config(parsed.config, parsed.overrides), parsed.world_size))
     run_main(lambda: train(load_config(parsed.config, parsed.overrides)))
+
+
+def dry_run(config: RunConfig, world_size: int) -> None:
+    """Prints the layout of a run on `world_size` ranks; builds nothing and opens nothing."""
+    from rdm_scale.parallel.layout import plan
+
+    memory = config.parallel.memory_gib
+    print(plan(config, world_size, None if memory is None else memory * 2**30).table(config))
 
 
 def train(config: RunConfig) -> None:
@@ -58,6 +70,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("config", help="YAML file; configs/ has examples")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="for instance train.steps=100")
+    parser.add_argument("--dry-run", action="store_true", help="print the layout and its memory, and end")
+    parser.add_argument(
+        "--world-size", type=int, default=int(os.environ.get("WORLD_SIZE", 1)), help="number of ranks, for --dry-run"
+    )
     parser.add_argument(
         "--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS
     )  # deepspeed's launcher gives it

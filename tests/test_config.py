@@ -59,7 +59,14 @@ def test_the_resolved_configuration_reads_back_as_itself(path: Path, tmp_path: P
         ("model.depth={", "not valid YAML"),
         ("model.num_heads=7", "model.num_heads=7 does not divide model.hidden_size=384"),
         ("model.patch_size=[1,3,2]", "model.input.height=32 is not divisible by its model.patch_size entry 3"),
-        ("parallel.tensor=2", "parallel.tensor=2 is not supported yet"),
+        ("parallel.tensor=4", "parallel.tensor=4 does not divide model.num_heads=6"),
+        ("parallel.pipeline=13", "model.depth=12 is less than the 13 chunks of parallel.pipeline=13"),
+        ("parallel.sequence=true", "needs parallel.tensor of 2 or more"),
+        ("parallel.zero_stage=4", "parallel.zero_stage=4"),
+        ("parallel.schedule=gpipe", "'1f1b', 'interleaved_1f1b' or 'v_1f1b'"),
+        ("parallel.schedule=v_1f1b", "parallel.schedule=v_1f1b needs parallel.pipeline of 2 or more"),
+        ("parallel.chunks=2", "parallel.chunks=2 needs parallel.schedule=interleaved_1f1b or v_1f1b"),
+        ("parallel.memory_gib=0", "parallel.memory_gib"),
         ("parallel.recompute=every_1", "parallel.recompute"),
         ("optimizer.betas=[0.9,1.0]", "must lie in [0, 1)"),
         ("optimizer.schedule=cosine", "needs optimizer.schedule_steps"),
@@ -142,3 +149,31 @@ def test_reading_a_configuration_imports_nothing_heavy() -> None:
 @pytest.mark.parametrize("file", sorted(Path("configs").glob("*.yaml")), ids=lambda p: p.stem)
 def test_the_configurations_in_the_repository_are_valid(file: Path) -> None:
     load_config(file)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["parallel.tensor=2", "model.mlp_ratio=1.0027"], "does not divide model.hidden_size * model.mlp_ratio=385"),
+        (
+            ["parallel.tensor=2", "parallel.sequence=true", "model.patch_size=[1,32,32]"],
+            "parallel.tensor=2 does not divide the 1 tokens of a sample",
+        ),
+        (["parallel.pipeline=2", "parallel.schedule=v_1f1b", "parallel.chunks=3"], "v_1f1b has 2 on every rank"),
+        (["parallel.pipeline=2", "parallel.schedule=interleaved_1f1b", "parallel.chunks=1"], "needs 2 or more"),
+        (
+            ["parallel.pipeline=4", "parallel.schedule=interleaved_1f1b", "parallel.chunks=4"],
+            "model.depth=12 is less than the 16 chunks",
+        ),
+        (["parallel.zero_stage=1", "parallel.keep_gathered=never"], "needs parallel.zero_stage=3"),
+    ],
+)
+def test_layouts_that_cannot_be_are_refused(path: Path, overrides: list[str], words: str) -> None:
+    assert words in refusal(path, *overrides)
+
+
+def test_interleaving_needs_groups_of_micro_batches(path: Path) -> None:
+    layout = ["parallel.pipeline=2", "parallel.schedule=interleaved_1f1b", "train.global_batch_size=12"]
+    load_config(path, [*layout, "train.micro_batch_size=3"]).data_parallel_size(2)
+    with pytest.raises(ConfigError, match=r"multiple of parallel.pipeline=2 micro-batches a step, and there are 3"):
+        load_config(path, [*layout, "train.micro_batch_size=4"]).data_parallel_size(2)

@@ -169,7 +169,7 @@ class ParallelConfig(Section):
             raise ValueError(f"{given}: parallel.schedule=v_1f1b has 2 on every rank")
         if self.keep_gathered == "never" and self.zero_stage < 3:
             raise ValueError(
-                f"parallel.keep_gathered=never needs parallel.zero_stage=3: stage {self.zero_stage} shards no parameters"
+                f"parallel.keep_gathered=never needs parallel.zero_stage=3: stage {self.zero_stage} keeps them whole"
             )
         return self
 
@@ -252,14 +252,14 @@ class RunConfig(Section):
                 raise ValueError(f"parallel.tensor={parallel.tensor} does not divide model.{what}={size}")
         if parallel.sequence and model.tokens % parallel.tensor:
             raise ValueError(
-                f"parallel.sequence=true: parallel.tensor={parallel.tensor} does not divide the {model.tokens} tokens of "
-                "a sample; change parallel.tensor, model.patch_size or set parallel.sequence=false"
+                f"parallel.sequence=true: parallel.tensor={parallel.tensor} does not divide the {model.tokens} tokens "
+                "of a sample; change parallel.tensor, model.patch_size or set parallel.sequence=false"
             )
         chunks = parallel.pipeline * parallel.chunks_per_rank
         if model.depth < chunks:
             raise ValueError(
-                f"model.depth={model.depth} is less than the {chunks} chunks of parallel.pipeline={parallel.pipeline} x "
-                f"parallel.chunks={parallel.chunks_per_rank}: each needs a block"
+                f"model.depth={model.depth} is less than the {chunks} chunks of parallel.pipeline="
+                f"{parallel.pipeline} x parallel.chunks={parallel.chunks_per_rank}: each needs a block"
             )
 
     def data_parallel_size(self, world_size: int) -> int:

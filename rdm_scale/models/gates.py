@@ -50,8 +50,8 @@ class ResidualGate(nn.Module):
     def forward(
         self, condition_gate_BD: Tensor | None, bias_D: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor | None, Tensor]:
-        """(alpha, beta) such that z + alpha * F + beta joins a branch with its last bias: alpha and beta are [D], [B, D]
-        or a scalar, and alpha is None where it is 1.
+        """(alpha, beta) such that z + alpha * F + beta joins a branch with its last bias: alpha and beta are [D],
+        [B, D] or a scalar, and alpha is None where it is 1.
 
         Args:
             condition_gate_BD: g(c) [B, D], given exactly when `conditional`.

@@ -1,5 +1,6 @@
 """How a model would lie on so many ranks, and what that costs: planned before anything is built."""
 
+import itertools
 import os
 from dataclasses import dataclass
 
@@ -8,7 +9,8 @@ from rdm_scale.config import RunConfig
 from rdm_scale.parallel.schedules import Placement, operations, placement, simulate
 
 _GIB = 2**30
-_SPARE = 0.9  # share of a device's memory that the plan may fill: allocators and libraries need the rest
+_FILLED = 0.9  # share of a device's memory that the plan may fill: allocators and libraries need the rest
+_COLUMNS = ("parameters", "gradients", "optimizer", "average", "activations", "working")
 
 
 @dataclass(frozen=True)
@@ -21,9 +23,15 @@ class StageCost:
     activations: float  # bytes
     working: float  # bytes of what exists for a moment only: a block gathered, recomputed or reduced
 
+    def bytes(self) -> dict[str, float]:
+        """By what they hold."""
+        state = self.state
+        values = (state.parameters, state.gradients, state.optimizer, state.average, self.activations, self.working)
+        return dict(zip(_COLUMNS, values, strict=True))
+
     @property
     def total(self) -> float:
-        return self.state.total + self.activations + self.working
+        return sum(self.bytes().values())
 
 
 @dataclass(frozen=True)
@@ -44,43 +52,34 @@ class Layout:
 
     def table(self, config: RunConfig) -> str:
         """What rank 0 prints at the start, and --dry-run."""
-        parallel = config.parallel
-        names = ["stage", "blocks", "parameters", "gradients", "optimizer", "average", "activations", "working", "all"]
-        rows = [["", "", *["GiB"] * 7]]
+        parallel, worst = config.parallel, max(stage.total for stage in self.stages)
+        unit, size = ("GiB", 2**30) if worst >= 2**30 else ("MiB", 2**20)
+        rows = [["stage", "blocks", *_COLUMNS, "in all"], ["", "", *[unit] * (len(_COLUMNS) + 1)]]
         for rank, stage in enumerate(self.stages):
-            state = stage.state
-            numbers = [state.parameters, state.gradients, state.optimizer, state.average]
-            numbers += [stage.activations, stage.working, stage.total]
-            blocks = "+".join(map(str, stage.blocks))
-            rows.append([str(rank), blocks, *(f"{number / _GIB:.3f}" for number in numbers)])
-        rows = _shortened(rows)
-        widths = [max(len(row[i]) for row in [names, *rows]) for i in range(len(names))]
+            numbers = [*stage.bytes().values(), stage.total]
+            rows.append([str(rank), "+".join(map(str, stage.blocks)), *(f"{number / size:,.2f}" for number in numbers)])
+        gathering = ", parameters kept gathered" if self.keep_gathered else ", parameters gathered by block"
+        train, most = config.train, max(stage.parameters for stage in self.stages)
         lines = [
-            "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [names, *rows]
-        ]
-        most = max(stage.parameters for stage in self.stages)
-        whole = cost.model_parameters(config.model).total
-        summary = [
             f"layout: {self.tensor * self.pipeline * self.data} ranks = tensor {self.tensor} x pipeline "
-            f"{self.pipeline} x data {self.data}"
-            + (", sequence parallel" if parallel.sequence else "")
-            + f"; ZeRO stage {parallel.zero_stage}"
-            + (
-                f", parameters {'kept gathered' if self.keep_gathered else 'gathered by block'}"
-                * (parallel.zero_stage == 3)
-            ),
-            f"model: {whole / 1e6:,.1f} M parameters in {config.model.depth} blocks, at most {most / 1e6:,.1f} M on a rank",
-            f"batch: {config.train.global_batch_size} samples = {self.data} x {self.micro_batches} micro-batches of "
-            f"{self.micro_batch}; schedule {parallel.schedule}, predicted bubble {self.bubble:.1%}; recompute "
-            f"{parallel.recompute}",
+            f"{self.pipeline} x data {self.data}; ZeRO stage {parallel.zero_stage}{gathering * (parallel.zero_stage == 3)}"
+            f"{'; sequence parallel' * parallel.sequence}",
+            f"model: {cost.model_parameters(config.model).total / 1e6:,.1f} M parameters in {config.model.depth} "
+            f"blocks, at most {most / 1e6:,.1f} M on a rank",
+            f"step: {train.global_batch_size} samples = {self.data} x {self.micro_batches} micro-batches of "
+            f"{self.micro_batch}; schedule {parallel.schedule}, predicted bubble {self.bubble:.1%}; "
+            f"recompute {parallel.recompute}",
+            "bytes on a rank of each stage:",
+            *_aligned(_shortened(rows)),
         ]
-        worst = max(stage.total for stage in self.stages)
-        if self.memory is not None and worst > self.memory:
+        if self.memory is None:
+            lines.append("set parallel.memory_gib to what a rank may use to see whether it fits")
+        elif worst > self.memory:
             lines.append(
-                f"warning: {worst / _GIB:.1f} GiB a rank are needed and {self.memory / _GIB:.1f} GiB there: use more "
+                f"warning: a rank needs {worst / size:,.1f} {unit} and has {self.memory / size:,.1f} {unit}: use more "
                 "ranks, parallel.recompute=full, a smaller train.micro_batch_size or parallel.keep_gathered=never"
             )
-        return "\n".join([*summary, *("  " + line for line in lines)])
+        return "\n".join(lines)
 
 
 def plan(config: RunConfig, world_size: int, memory: float | None) -> Layout:
@@ -94,22 +93,21 @@ def plan(config: RunConfig, world_size: int, memory: float | None) -> Layout:
     share = train.global_batch_size // data
     micro_batch = train.micro_batch_size or share
     place = placement(parallel.schedule, parallel.pipeline, parallel.chunks_per_rank)
-    blocks = balance(config, place.chunks)
+    blocks = balance(config, place)
     orders = operations(parallel.schedule, place, share // micro_batch)
     flops = [_chunk_flops(config, blocks, chunk) for chunk in range(place.chunks)]
-    again = sum(parallel.recompute == policy for policy in ("full",))  # a forward more in each backward
-    simulation = simulate(orders, place, lambda chunk: (flops[chunk], (2 + again) * flops[chunk]))
+    backward = 3 if parallel.recompute == "full" else 2  # forwards' worth
+    simulation = simulate(orders, place, lambda chunk: (flops[chunk], backward * flops[chunk]))
 
     def stage(rank: int, keep: bool) -> StageCost:
         chunks = place.chunks_of(rank)
         parameters = sum(_chunk_parameters(config, blocks, chunk).on_rank(parallel.tensor) for chunk in chunks)
-        mean = sum(len(blocks[chunk]) for chunk in chunks) / len(chunks)
-        one = cost.blocks_activation_bytes(config, micro_batch, round(mean))
+        kept = [cost.blocks_activation_bytes(config, micro_batch, len(blocks[chunk])) for chunk in chunks]
         return StageCost(
             blocks=tuple(len(blocks[chunk]) for chunk in chunks),
             parameters=parameters,
             state=cost.state_bytes(config, parameters, data, keep),
-            activations=simulation.in_flight[rank] * one,
+            activations=simulation.in_flight[rank] * sum(kept) / len(kept),
             working=_working_bytes(config, micro_batch, parameters, keep),
         )
 
@@ -118,7 +116,7 @@ def plan(config: RunConfig, world_size: int, memory: float | None) -> Layout:
 
     keep = parallel.keep_gathered == "always"
     if parallel.keep_gathered == "auto" and parallel.zero_stage == 3:
-        keep = memory is None or max(s.total for s in stages(True)) <= _SPARE * memory
+        keep = memory is None or max(s.total for s in stages(True)) <= _FILLED * memory
     return Layout(
         tensor=parallel.tensor,
         pipeline=parallel.pipeline,
@@ -146,20 +144,22 @@ def memory_of_rank(config: RunConfig) -> float | None:
     return pages / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def balance(config: RunConfig, chunks: int) -> tuple[range, ...]:
-    """The blocks of each chunk, such that the costliest chunk is as cheap as can be; embeddings and head count."""
-    block = cost.block_flops(config.model)
-    sizes = [1] * chunks
-
-    def flops(chunk: int) -> float:
-        ends = cost.embedding_flops(config.model) * (chunk == 0) + cost.head_flops(config.model) * (chunk == chunks - 1)
-        return sizes[chunk] * block + ends
-
-    for _ in range(config.model.depth - chunks):
-        # Blocks are alike, so giving each to what is cheapest is optimal; late stages first: they keep fewer activations.
-        cheapest = min(range(chunks), key=lambda chunk: (flops(chunk), -chunk))
-        sizes[cheapest] += 1
-    ends = [sum(sizes[: i + 1]) for i in range(chunks)]
+def balance(config: RunConfig, place: Placement) -> tuple[range, ...]:
+    """The blocks of each chunk, such that the costliest rank has as little to do as can be, and of its chunks the
+    costliest; embeddings and head count."""
+    block, last = cost.block_flops(config.model), place.chunks - 1
+    sizes = [1] * place.chunks
+    chunks: list[float] = [block] * place.chunks
+    chunks[0] += cost.embedding_flops(config.model)
+    chunks[last] += cost.head_flops(config.model)
+    ranks = [sum(chunks[chunk] for chunk in place.chunks_of(rank)) for rank in range(place.ranks)]
+    for _ in range(config.model.depth - place.chunks):
+        # Blocks are alike, so giving each to who has least is optimal; to late chunks first, of which less is kept.
+        least = min(range(place.chunks), key=lambda chunk: (ranks[place.rank_of(chunk)], chunks[chunk], -chunk))
+        sizes[least] += 1
+        chunks[least] += block
+        ranks[place.rank_of(least)] += block
+    ends = list(itertools.accumulate(sizes))
     return tuple(range(end - size, end) for end, size in zip(ends, sizes, strict=True))
 
 
@@ -192,7 +192,10 @@ def _working_bytes(config: RunConfig, samples: int, parameters: int, keep: bool)
 
 
 def _shortened(rows: list[list[str]]) -> list[list[str]]:
-    """Long runs of alike stages by their first and last."""
-    if len(rows) <= 10:
-        return rows
-    return [*rows[:5], ["..."] * len(rows[0]), *rows[-3:]]
+    """Of many stages the first and the last."""
+    return rows if len(rows) <= 12 else [*rows[:6], ["..."] * len(rows[0]), *rows[-4:]]
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]

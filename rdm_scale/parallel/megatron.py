@@ -38,7 +38,7 @@ for _callable, _parameters in _EXPECTED.items():
 if not torch.cuda.is_available():
     # Its sequence-parallel layers allocate on the "current CUDA device" and wait for it, whatever they compute on.
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
-    torch.cuda.synchronize = lambda device=None: None  # type: ignore[assignment]
+    torch.cuda.synchronize = lambda device=None: None
 
 
 class ModelParallelUnit:
@@ -77,7 +77,7 @@ def forget_axes() -> None:
     parallel_state.destroy_model_parallel()
 
 
-class Column(ColumnParallelLinear):  # type: ignore[misc]
+class Column(ColumnParallelLinear):
     """Linear layer whose output features are cut over the tensor-parallel ranks.
 
     Args:
@@ -90,11 +90,11 @@ class Column(ColumnParallelLinear):  # type: ignore[misc]
             inputs, outputs, config=_config(sequence), init_method=_untouched, bias=True, gather_output=gather
         )
 
-    def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, input: Tensor) -> Tensor:
         return super().forward(input)[0]
 
 
-class Row(RowParallelLinear):  # type: ignore[misc]
+class Row(RowParallelLinear):
     """Linear layer whose input features are cut over the tensor-parallel ranks; it leaves its bias to the caller.
 
     Args:
@@ -112,7 +112,7 @@ class Row(RowParallelLinear):  # type: ignore[misc]
             skip_bias_add=True,
         )
 
-    def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, input: Tensor) -> Tensor:
         return super().forward(input)[0]
 
 

@@ -17,7 +17,7 @@ from rdm_scale.parallel.pipeline import Links, Outputs, Pipeline, Shapes, Tensor
 from rdm_scale.parallel.recompute import recompute_blocks
 from rdm_scale.parallel.schedules import operations
 from rdm_scale.parallel.stage import build_stage, materialise
-from rdm_scale.parallel.zero import Zero3, Zero012, ZeroEngine
+from rdm_scale.parallel.zero import Zero012, Zero3, ZeroEngine
 
 Inputs = tuple[Tensor, Tensor, Tensor | None]  # latents, timesteps, condition
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

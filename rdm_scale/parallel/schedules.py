@@ -8,8 +8,9 @@ second to last, ... live together. A schedule is a list of operations for each r
                       bubble (p - 1) / (m + p - 1) for m micro-batches, rank r keeps p - r of them
     interleaved_1f1b  loop, v chunks a rank (Megatron-LM, arXiv 2104.04473): bubble (p - 1) / (v m + p - 1), more
                       messages, more activations kept
-    v_1f1b            V, 2 chunks a rank: every rank keeps at most p micro-batches, and what belongs to the two ends of
-                      the model (long skips) never crosses the network; its bubble has no formula and is simulated
+    v_1f1b            V, 2 chunks a rank: what belongs to the two ends of the model (long skips) never crosses the
+                      network. Every rank keeps at most 3 p forwards of a chunk, as interleaving's first one does; the
+                      bubble has no formula, lies between those of the other two for m about 2 p, and is simulated
 """
 
 from collections.abc import Callable
@@ -50,7 +51,7 @@ def placement(schedule: str, ranks: int, chunks_per_rank: int) -> Placement:
 def operations(schedule: str, place: Placement, micro_batches: int) -> list[list[Operation]]:
     """Each rank's operations, in order. Interleaving needs micro_batches to be a multiple of the ranks."""
     if schedule == "v_1f1b":
-        return _list_scheduled(place, micro_batches, in_flight=place.chunks)
+        return _list_scheduled(place, micro_batches, in_flight=3 * place.ranks)
     if place.chunks > place.ranks and micro_batches % place.ranks:
         raise ValueError(f"{micro_batches} micro-batches are no multiple of {place.ranks} ranks")
     return [_one_forward_one_backward(place, rank, micro_batches) for rank in range(place.ranks)]
@@ -75,33 +76,34 @@ def _one_forward_one_backward(place: Placement, rank: int, micro_batches: int) -
 
 
 def _list_scheduled(place: Placement, micro_batches: int, in_flight: int) -> list[list[Operation]]:
-    """In each tick an idle rank takes the oldest backward that is ready, else the forward of its deepest chunk that is,
-    with at most `in_flight` forwards whose backward is still to come before it begins another micro-batch."""
+    """Whenever a rank is idle it takes the oldest backward that is ready, else the forward of its deepest chunk that
+    is, with at most `in_flight` forwards whose backward is still to come before it begins another micro-batch."""
     orders: list[list[Operation]] = [[] for _ in range(place.ranks)]
     waiting = [[Operation(b, c, 0) for c in place.chunks_of(r) for b in (True, False)] for r in range(place.ranks)]
-    live = [0] * place.ranks
-    done: set[Operation] = set()
+    live, idle_from = [0] * place.ranks, [0] * place.ranks
+    ends: dict[Operation, int] = {}
+    never = 3 * 2 * place.chunks * micro_batches
+    now = 0
     while any(waiting):
-        chosen = []
         for rank, candidates in enumerate(waiting):
+            if idle_from[rank] > now:
+                continue
             first = min(place.chunks_of(rank))
             ready = [
                 o
                 for o in candidates
-                if all(n in done for n in needs(o, place))
+                if all(ends.get(n, never) <= now for n in needs(o, place))
                 and (o.backward or o.chunk != first or live[rank] < in_flight)
             ]
             if ready:
-                chosen.append(
-                    (rank, min(ready, key=lambda o: (not o.backward, o.backward and o.micro_batch, -o.chunk)))
-                )
-        for rank, operation in chosen:
-            orders[rank].append(operation)
-            live[rank] += -1 if operation.backward else 1
-            waiting[rank].remove(operation)
-            if operation.micro_batch + 1 < micro_batches:
-                waiting[rank].append(operation._replace(micro_batch=operation.micro_batch + 1))
-            done.add(operation)
+                operation = min(ready, key=lambda o: (not o.backward, o.backward and o.micro_batch, -o.chunk))
+                orders[rank].append(operation)
+                live[rank] += -1 if operation.backward else 1
+                candidates.remove(operation)
+                if operation.micro_batch + 1 < micro_batches:
+                    candidates.append(operation._replace(micro_batch=operation.micro_batch + 1))
+                idle_from[rank] = ends[operation] = now + (2 if operation.backward else 1)
+        now += 1
     return orders
 
 

@@ -33,7 +33,7 @@ class Stage(DiffusionTransformer):
         super().__init__(config, layers, held)
         self.parts = parts
 
-    def forward(self, chunk: int, *inputs: Any) -> Any:
+    def forward(self, chunk: int, *inputs: Any) -> Any:  # type: ignore[override]
         """(stream, condition) to the same, for chunk number `chunk`; the first chunk takes (latents, timesteps,
         condition) as the whole model does, the last one returns the prediction."""
         part = self.parts[chunk]

@@ -1,7 +1,7 @@
 """The data-parallel axis under DeepSpeed ZeRO, and all that touches DeepSpeed (tested with 0.19.8).
 
-Every rank keeps, of its part of the model, one contiguous range of flat fp32 buffers: the master weights, Adam's moments
-and whatever is averaged from them. `ZeroEngine.shards` says which ranges of which parameters these are, so that nothing
+Every rank keeps, of its part of the model, flat fp32 buffers: the master weights, Adam's moments and whatever is
+averaged from them. `ZeroEngine.shards` says which ranges of which parameters these are, so that nothing
 above this module needs to know how DeepSpeed arranges its buffers.
 
     stage 3  parameters, gradients and optimizer states sharded; parameters are gathered a block at a time for every
@@ -90,9 +90,9 @@ class Shard:
 class ZeroEngine(ABC):
     """A rank's part of the model, with its gradients and optimizer states spread over the data-parallel ranks.
 
-    Calling it runs the module's forward. All of it is collective over the data-parallel group. `masters`, and the tensors
-    of `moments`, are this rank's flat fp32 buffers, all of one layout; `writes` are the shards that this rank and no
-    other puts into a checkpoint.
+    Calling it runs the module's forward. All of it is collective over the data-parallel group. `masters`, and the
+    tensors of `moments`, are this rank's flat fp32 buffers, all of one layout; `writes` are the shards that this rank
+    and no other puts into a checkpoint.
     """
 
     def __init__(
@@ -104,8 +104,8 @@ class ZeroEngine(ABC):
         build_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
         leaves: Sequence[type[nn.Module]],
     ) -> None:
-        """`real` goes through the children of `module`, which is on the meta device, and makes one after the other real;
-        the parameters of modules of the types `leaves` are gathered together."""
+        """`real` goes through the children of `module`, which is on the meta device, and makes one after the other
+        real; the parameters of modules of the types `leaves` are gathered together."""
         deepspeed_logger.setLevel(logging.ERROR)
         self.mesh = mesh
         self.parameters: list[Any] = []
@@ -141,7 +141,7 @@ class ZeroEngine(ABC):
 
     def backward(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
         """Adds to the gradients; the step uses their mean over the data-parallel ranks."""
-        self._zero.clear_backward_seen_flag()  # DeepSpeed does so in a forward only, and loses the second of two backwards
+        self._zero.clear_backward_seen_flag()  # which DeepSpeed does in forwards only: the next backward would be lost
         torch.autograd.backward(outputs, gradients)
 
     def step(self, lr: float) -> float:
@@ -248,7 +248,7 @@ class Zero3(ZeroEngine):
             try:
                 yield
                 self._reduce()
-            finally:  # also when a forward failed: DeepSpeed would reduce what gradients there are, and wait for its peers
+            finally:  # when a forward failed, too: DeepSpeed would reduce what there is, and wait for its peers
                 for parameter in self.parameters:
                     parameter.grad = None
             self._release()

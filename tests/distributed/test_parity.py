@@ -7,6 +7,7 @@ from rank_pool import RankPool
 from reference import Reference, deviation, plain_training
 from small_runs import metrics, run_config, train, write_latents
 
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_latents(tmp_path_factory.mktemp("latents"))

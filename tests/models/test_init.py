@@ -58,7 +58,8 @@ def test_gates_follow_the_table_of_structures() -> None:
                 if parameter is not None:
                     parameter.fill_(value)
         assert module.conditional == (condition is not None)
-        return module(z, f, condition).mean().item()
+        alpha, beta = module(condition, torch.zeros(8), torch.float32)
+        return (z + (f if alpha is None else alpha * f) + beta).mean().item()
 
     assert output("plain", None) == 5.0
     assert output("rezero", None, a=0.5) == 3.5

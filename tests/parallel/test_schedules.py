@@ -1,0 +1,96 @@
+"""Schedules: complete, free of deadlock, with the bubbles and the memory that are published for them."""
+
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+
+from rdm_scale.parallel.schedules import Operation, Placement, needs, operations, placement, simulate
+
+SIZES = [(1, 1), (1, 5), (2, 1), (2, 2), (2, 5), (3, 9), (4, 7), (4, 8), (5, 3), (8, 16)]
+
+
+def cases(schedule: str) -> list[tuple[str, int, int, int]]:
+    chunks = {"1f1b": [1], "interleaved_1f1b": [2, 3], "v_1f1b": [2]}[schedule]
+    return [
+        (schedule, p, v, m)
+        for p, m in SIZES
+        for v in chunks
+        if (schedule == "1f1b" or p > 1) and (schedule != "interleaved_1f1b" or m % p == 0)
+    ]
+
+
+ALL = [case for schedule in ("1f1b", "interleaved_1f1b", "v_1f1b") for case in cases(schedule)]
+
+
+@pytest.mark.parametrize(("schedule", "p", "v", "m"), ALL)
+def test_every_chunk_meets_every_micro_batch_once_each_way(schedule: str, p: int, v: int, m: int) -> None:
+    place = placement(schedule, p, v)
+    orders = operations(schedule, place, m)
+    done = Counter(operation for order in orders for operation in order)
+    assert done == {Operation(b, c, i): 1 for b in (False, True) for c in range(p * v) for i in range(m)}
+    for rank, order in enumerate(orders):
+        assert {operation.chunk for operation in order} == set(place.chunks_of(rank))
+    simulate(orders, place)  # raises if it deadlocks
+
+
+@pytest.mark.parametrize(("schedule", "p", "v", "m"), cases("1f1b") + cases("interleaved_1f1b"))
+def test_bubbles_are_those_of_the_papers(schedule: str, p: int, v: int, m: int) -> None:
+    place = placement(schedule, p, v)
+    bubble = simulate(operations(schedule, place, m), place).bubble
+    assert bubble == pytest.approx((p - 1) / (v * m + p - 1))
+
+
+@pytest.mark.parametrize(("p", "m"), [(p, m) for p, m in SIZES if m >= p])
+def test_1f1b_keeps_as_many_micro_batches_as_stages_follow(p: int, m: int) -> None:
+    place = placement("1f1b", p, 1)
+    assert simulate(operations("1f1b", place, m), place).in_flight == [p - rank for rank in range(p)]
+
+
+@pytest.mark.parametrize(("schedule", "p", "v", "m"), cases("v_1f1b"))
+def test_v_keeps_no_more_than_three_forwards_a_rank(schedule: str, p: int, v: int, m: int) -> None:
+    place = placement(schedule, p, v)
+    assert max(simulate(operations(schedule, place, m), place).in_flight) <= 3 * p
+
+
+@pytest.mark.parametrize(("p", "m"), [(2, 4), (4, 8), (4, 16), (8, 32)])
+def test_v_is_between_the_other_two(p: int, m: int) -> None:
+    bubbles = {}
+    for schedule, v in (("1f1b", 1), ("v_1f1b", 2), ("interleaved_1f1b", 2)):
+        place = placement(schedule, p, v)
+        bubbles[schedule] = simulate(operations(schedule, place, m), place).bubble
+    assert bubbles["interleaved_1f1b"] < bubbles["v_1f1b"] < bubbles["1f1b"]
+
+
+def test_v_places_mirrors_together_and_turns_on_the_last_rank() -> None:
+    place = placement("v_1f1b", 4, 2)
+    assert [place.rank_of(chunk) for chunk in range(8)] == [0, 1, 2, 3, 3, 2, 1, 0]
+    assert all(place.rank_of(k) == place.rank_of(7 - k) for k in range(8))
+    assert placement("interleaved_1f1b", 3, 2).chunks_of(1) == [1, 4]
+
+
+def test_a_deadlock_is_told() -> None:
+    place = Placement(2, 2, False)
+    orders = [[Operation(True, 0, 0), Operation(False, 0, 0)], [Operation(False, 1, 0), Operation(True, 1, 0)]]
+    with pytest.raises(ValueError, match="deadlocks"):
+        simulate(orders, place)
+
+
+def test_costs_weigh_the_bubble() -> None:
+    """Two ranks, one micro-batch: nothing overlaps, so one of two is always idle, whatever the costs."""
+    place = placement("1f1b", 2, 1)
+    costs: Callable[[int], tuple[float, float]] = lambda chunk: (1.0, 2.0) if chunk else (3.0, 5.0)  # noqa: E731
+    assert simulate(operations("1f1b", place, 1), place, costs).bubble == pytest.approx(0.5)
+
+
+def test_what_an_operation_waits_for() -> None:
+    place = placement("1f1b", 3, 1)
+    assert needs(Operation(False, 0, 4), place) == []
+    assert needs(Operation(False, 2, 4), place) == [Operation(False, 1, 4)]
+    assert needs(Operation(True, 2, 4), place) == [Operation(False, 2, 4)]
+    assert needs(Operation(True, 1, 4), place) == [Operation(False, 1, 4), Operation(True, 2, 4)]
+
+
+def test_a_part_of_a_group_cannot_be_interleaved() -> None:
+    with pytest.raises(ValueError, match="3 micro-batches are no multiple of 2 ranks"):
+        operations("interleaved_1f1b", placement("interleaved_1f1b", 2, 2), 3)
