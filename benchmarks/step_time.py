@@ -1,11 +1,12 @@
 """Time of a training step of DiT-S/2 on 32x32x4 latents, on one process: ours, ours under ZeRO-3, and diffusers'.
 
-A step is forward, backward and AdamW. The three take turns in one run, so that a machine that slows down slows all of
-them; the medians are compared. DeepSpeed replaces `torch.nn.functional.linear` for the whole process by a version for
+A step is forward, backward and AdamW; ZeRO-3 gathers parameters once a step (`parallel.keep_gathered=always`) or a block
+at a time (`never`). All take turns in one run, so that a machine that slows down slows all of them; the medians are
+compared. DeepSpeed replaces `torch.nn.functional.linear` for the whole process by a version for
 sharded weights; the two plain loops get the original back for their turns. Prints a table and writes
 benchmarks/results/step_time.json.
 
-    python benchmarks/step_time.py --batch-size 2 --rounds 15
+    OMP_NUM_THREADS=2 python benchmarks/step_time.py --batch-size 2 --rounds 15
 """
 
 import argparse
@@ -23,14 +24,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from rdm_scale.config import load_config
+from rdm_scale.config import RunConfig, load_config
 from rdm_scale.models import build_model
-from rdm_scale.parallel.mesh import build_mesh
+from rdm_scale.parallel.layout import plan
+from rdm_scale.parallel.mesh import Mesh, build_mesh
 from rdm_scale.parallel.parallelize import parallelize
 from rdm_scale.training.optimizer import build_optimizer
 
 LINEAR = functional.linear
 RESULTS = Path(__file__).parent / "results" / "step_time.json"
+KEPT, BY_BLOCK = "ours, ZeRO-3 kept gathered", "ours, ZeRO-3 by block"
 Step = Callable[[Tensor, Tensor, Tensor, Tensor], None]  # latents [B, 4, 32, 32], timesteps, labels, target
 
 
@@ -66,21 +69,27 @@ def make_steps(batch_size: int) -> tuple[dict[str, Step], dict[str, int]]:
         patch_size=2,
         num_embeds_ada_norm=1000,
     )
-    sharded = build_model(model_config)
-    engine = parallelize(sharded, config, build_mesh(config.parallel), make_optimizer)
-
-    def zero_step(latents: Tensor, timesteps: Tensor, labels: Tensor, target: Tensor) -> None:
-        engine.backward(loss_of(engine(latents[:, :, None], timesteps, labels).squeeze(2), target))
-        engine.step(config.optimizer.lr)
-
-    count = {"ours": ours, "diffusers": theirs}
-    parameters = {name: sum(p.numel() for p in model.parameters()) for name, model in count.items()}
+    mesh = build_mesh(config.parallel)
     steps = {
         "diffusers": plain_step(theirs, lambda x, t, y: theirs(x, t, y).sample, adamw(theirs)),
         "ours": plain_step(ours, lambda x, t, y: ours(x[:, :, None], t, y).squeeze(2), make_optimizer(ours)),
-        "ours, ZeRO-3": zero_step,
+        KEPT: zero_step(load_config("configs/dit_s.yaml", [*overrides, "parallel.keep_gathered=always"]), mesh),
+        BY_BLOCK: zero_step(load_config("configs/dit_s.yaml", [*overrides, "parallel.keep_gathered=never"]), mesh),
     }
-    return steps, parameters | {"ours, ZeRO-3": parameters["ours"]}
+    count = {"diffusers": theirs, "ours": ours, KEPT: ours, BY_BLOCK: ours}
+    return steps, {name: sum(p.numel() for p in model.parameters()) for name, model in count.items()}
+
+
+def zero_step(config: RunConfig, mesh: Mesh) -> Step:
+    model = parallelize(config, mesh, plan(config, mesh.world_size, None), partial(build_optimizer, config.optimizer))
+
+    def step(latents: Tensor, timesteps: Tensor, labels: Tensor, target: Tensor) -> None:
+        with model.zero.accumulating():
+            prediction = model.zero(0, latents[:, :, None], timesteps, labels)
+            model.zero.backward((loss_of(prediction.squeeze(2), target),), (None,))
+        model.step(config.optimizer.lr)
+
+    return step
 
 
 def plain_step(

@@ -58,12 +58,13 @@ class Layout:
         for rank, stage in enumerate(self.stages):
             numbers = [*stage.bytes().values(), stage.total]
             rows.append([str(rank), "+".join(map(str, stage.blocks)), *(f"{number / size:,.2f}" for number in numbers)])
-        gathering = ", parameters kept gathered" if self.keep_gathered else ", parameters gathered by block"
+        zero = f"ZeRO stage {parallel.zero_stage}"
+        if parallel.zero_stage == 3:
+            zero += ", parameters kept gathered" if self.keep_gathered else ", parameters gathered by block"
         train, most = config.train, max(stage.parameters for stage in self.stages)
         lines = [
             f"layout: {self.tensor * self.pipeline * self.data} ranks = tensor {self.tensor} x pipeline "
-            f"{self.pipeline} x data {self.data}; ZeRO stage {parallel.zero_stage}{gathering * (parallel.zero_stage == 3)}"
-            f"{'; sequence parallel' * parallel.sequence}",
+            f"{self.pipeline} x data {self.data}; {zero}{'; sequence parallel' * parallel.sequence}",
             f"model: {cost.model_parameters(config.model).total / 1e6:,.1f} M parameters in {config.model.depth} "
             f"blocks, at most {most / 1e6:,.1f} M on a rank",
             f"step: {train.global_batch_size} samples = {self.data} x {self.micro_batches} micro-batches of "

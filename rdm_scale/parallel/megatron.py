@@ -1,12 +1,15 @@
 """All that touches megatron-core (tested with 0.16.1): its process groups, and its tensor-parallel layers."""
 
 import inspect
+import os
 import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
+# So that a kernel waits for the collective launched before it; its layers count on that to overlap the two.
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 # It looks for both at import, in four modules, for optimizers that are not used here.
 warnings.filterwarnings("ignore", "Transformer Engine and Apex are not installed", UserWarning)
 
@@ -25,6 +28,7 @@ _EXPECTED: dict[Any, tuple[str, ...]] = {
     RowParallelLinear.__init__: ("config", "init_method", "bias", "input_is_parallel", "skip_bias_add"),
     gather_from_sequence_parallel_region: ("tensor_parallel_output_grad",),
     scatter_to_sequence_parallel_region: ("group",),
+    RowParallelLinear._forward_impl: ("input", "weight"),
     parallel_state.initialize_model_parallel: ("tensor_model_parallel_size", "pipeline_model_parallel_size", "order"),
 }
 for _name in (f"get_{group}_{what}" for group in _GROUPS for what in ("group", "rank", "world_size")):
@@ -111,6 +115,12 @@ class Row(RowParallelLinear):
             input_is_parallel=True,
             skip_bias_add=True,
         )
+        self.sums_in_place = not sequence
+
+    def _forward_impl(self, *arguments: Any, **more: Any) -> Tensor:
+        # The ranks' products are then summed in place, and selective recompute keeps products: it needs its own.
+        product = super()._forward_impl(*arguments, **more)
+        return product.clone() if self.sums_in_place else product
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input)[0]

@@ -1,13 +1,9 @@
-"""`ranks`: a pool of worker processes that lives as long as the test session."""
-
-from collections.abc import Iterator
+"""`ranks`: runs a function on real ranks."""
 
 import pytest
 from rank_pool import RankPool
 
 
 @pytest.fixture(scope="session")
-def ranks() -> Iterator[RankPool]:
-    pool = RankPool(8)
-    yield pool
-    pool.close()
+def ranks() -> RankPool:
+    return RankPool()

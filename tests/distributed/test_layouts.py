@@ -1,0 +1,107 @@
+"""Every layout trains the same model: tensor x pipeline x ZeRO on up to 8 ranks against plain PyTorch on one."""
+
+from pathlib import Path
+
+import pytest
+from layouts import MODEL, Case, covering, full
+from rank_pool import RankPool
+from reference import Deviation, Reference, deviation, plain_training
+from small_runs import metrics, run_config, train, write_latents
+
+COVERING = covering()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_latents(tmp_path_factory.mktemp("latents"))
+
+
+@pytest.fixture(scope="module")
+def reference(data: str, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    reference = plain_training(run_config(tmp_path_factory.mktemp("reference"), data, **MODEL))
+    assert max(reference.norms) > 1.5 > min(reference.norms), "it must clip in some steps and not in others"
+    return reference
+
+
+def run(case: Case, ranks: RankPool, reference: Reference, data: str, folder: Path) -> Deviation:
+    config = run_config(folder, data, **case.changes())
+    ranks.run(case.world, train, config)
+    return deviation(config, reference)
+
+
+@pytest.mark.parametrize("case", COVERING, ids=str)
+def test_layout(case: Case, ranks: RankPool, reference: Reference, data: str, tmp_path: Path) -> None:
+    """Loads the checkpoint as well: what the layout wrote is the whole model, each part of it once."""
+    run(case, ranks, reference, data, tmp_path).check()
+
+
+@pytest.mark.full
+def test_full_matrix(ranks: RankPool, reference: Reference, data: str, tmp_path: Path) -> None:
+    """Writes docs/parity.md."""
+    found = {case: run(case, ranks, reference, data, tmp_path / str(i)) for i, case in enumerate(full())}
+    table = Path(__file__).parents[2] / "docs" / "parity.md"
+    table.write_text(report(found))
+    for worst in found.values():
+        worst.check()
+
+
+def report(found: dict[Case, Deviation]) -> str:
+    lines = [
+        "# Parity of layouts",
+        "",
+        "Written by `pytest tests/distributed/test_layouts.py -k full_matrix` (part of `make test-full`): each layout "
+        "trains 10 steps in fp32 with clipping, weight decay and averaging, and is compared with a plain PyTorch AdamW "
+        "loop on one process that shares no training code. Largest relative deviation of any step (loss, gradient "
+        "norm; bound 1e-5) and of any tensor from its norm at the end (weights, averages; bound 1e-4).",
+        "",
+        "| tensor | pipeline | data | ZeRO | sequence | schedule | recompute | loss | norm | weights | averages |",
+        "|" + "---|" * 11,
+    ]
+    for case, worst in sorted(found.items()):
+        cells = [case.tensor, case.pipeline, case.data, case.zero, "yes" if case.sequence else "", case.schedule]
+        figures = [f"{value:.1e}" for value in worst]
+        lines.append("| " + " | ".join([*map(str, cells), case.recompute, *figures]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+# From tensor x pipeline x data to others, in the middle of a run: uneven stages, chunks, cut qkv, all ZeRO stages.
+MOVES = [
+    [Case(2, 2, 2, "3 kept", "1f1b", "none", True), Case(1, 1, 3, "1", "1f1b", "none", False)],
+    [Case(1, 4, 2, "2", "v_1f1b", "none", False), Case(4, 1, 2, "3 by block", "1f1b", "full", False)],
+    [Case(1, 1, 1, "0", "1f1b", "none", False), Case(2, 4, 1, "3 kept", "interleaved_1f1b", "none", False)],
+    [Case(8, 1, 1, "1", "1f1b", "none", True), Case(1, 2, 3, "0", "v_1f1b", "selective", False)],
+]
+
+
+@pytest.mark.parametrize("move", MOVES, ids=lambda move: f"{move[0]} -> {move[1]}")
+def test_a_run_goes_on_under_another_layout(
+    move: list[Case], ranks: RankPool, reference: Reference, data: str, tmp_path: Path
+) -> None:
+    """Weights, moments and averages: with any of them lost the next five losses would not be those of the reference."""
+    for steps, case in zip((5, 10), move, strict=True):
+        config = run_config(tmp_path, data, **(case.changes() | {"train__steps": steps}))
+        ranks.run(case.world, train, config)
+    deviation(config, reference).check()
+
+
+def test_the_same_layout_repeats_bit_for_bit(ranks: RankPool, data: str, tmp_path: Path) -> None:
+    case = Case(2, 2, 2, "3 kept", "v_1f1b", "none", True)
+    whole = run_config(tmp_path / "whole", data, **(case.changes() | {"train__steps": 6}))
+    ranks.run(case.world, train, whole)
+    for steps in (3, 6):
+        parts = run_config(tmp_path / "parts", data, **(case.changes() | {"train__steps": steps}))
+        ranks.run(case.world, train, parts)
+    assert metrics(parts.run.dir) == metrics(whole.run.dir)
+
+
+def test_validation_and_samples_under_a_layout(ranks: RankPool, data: str, tmp_path: Path) -> None:
+    """What is looked at is the same on every layout, too."""
+    held_out = write_latents(tmp_path / "held_out", samples=17, seed=1)
+    changes = {"data__validation": held_out, "monitor__validate_every": 2, "train__steps": 4}
+    losses = {}
+    for case in (Case(1, 1, 1, "0", "1f1b", "none", False), Case(2, 2, 2, "3 kept", "v_1f1b", "none", True)):
+        config = run_config(tmp_path / case.zero, data, **(case.changes() | changes))
+        ranks.run(case.world, train, config)
+        losses[case] = [r["validation_loss"] for r in metrics(config.run.dir) if "validation_loss" in r]
+    one, other = losses.values()
+    assert len(one) == 2 and other == pytest.approx(one, rel=1e-5)

@@ -1,0 +1,133 @@
+"""Counts against models that are built, and against published figures."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from rdm_scale import cost
+from rdm_scale.config import GateConfig, InputConfig, ModelConfig, RunConfig, parse_config
+from rdm_scale.models import build_model
+from rdm_scale.models.blocks import SideInputs
+from rdm_scale.parallel.recompute import recompute_blocks
+
+
+def small(**changes: object) -> ModelConfig:
+    size = InputConfig(height=16, width=16)
+    return ModelConfig(**{"input": size, "hidden_size": 64, "num_heads": 4, "depth": 3, "num_classes": 10} | changes)
+
+
+def run(model: ModelConfig, **sections: dict[str, object]) -> RunConfig:
+    tree = {"model": model.model_dump(mode="json"), "data": {"train": "x"}, "run": {"dir": "x"}} | sections
+    return parse_config(tree, "the test")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"residual": "plain"},
+        {"residual": "rezero"},
+        {"residual": "layerscale"},
+        {"residual": "adaln_zero", "condition": "none"},
+        {"residual": "neural_rdm", "mlp_ratio": 3.0},
+        {"gate": GateConfig(conditional=False, per_channel=False)},
+        {"input": InputConfig(frames=4, height=8, width=16), "patch_size": (2, 2, 4)},
+    ],
+)
+def test_parameters_are_those_of_the_model(changes: dict) -> None:
+    with torch.device("meta"):
+        model = build_model(small(**changes))
+    config = model.config
+    counted = cost.model_parameters(config)
+    assert counted.total == sum(p.numel() for p in model.parameters())
+    assert counted.tensors == len(list(model.parameters()))
+    assert cost.block_parameters(config).total == sum(p.numel() for p in model.blocks["1"].parameters())
+
+
+def test_dit_xl_has_its_published_size_and_cost() -> None:
+    """DiT-XL/2: 675 M parameters and 118.6 Gflop a sample at 256 px (arXiv 2212.09748, table 4, which counts a
+    multiplication and an addition as one)."""
+    model = ModelConfig(hidden_size=1152, depth=28, num_heads=16, residual="adaln_zero", learned_variance=True)
+    assert cost.model_parameters(model).total == pytest.approx(675e6, rel=0.002)
+    assert cost.model_flops(model) / 2 == pytest.approx(118.6e9, rel=0.01)
+
+
+def test_tensor_parallelism_cuts_all_but_vectors_and_embeddings() -> None:
+    model = small()
+    counted = cost.block_parameters(model)
+    assert counted.on_rank(4) == counted.cut // 4 + counted.whole
+    assert counted.whole == 6 * 64  # two biases, two gates of two vectors
+    assert cost.embedding_parameters(model).cut == 0
+
+
+@pytest.mark.parametrize("policy", ["none", "selective", "full"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_activations_are_what_autograd_keeps(policy: str, precision: str) -> None:
+    config = run(small(depth=1), train={"precision": precision}, parallel={"recompute": policy})
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    block = build_model(config.model).blocks["0"].to(dtype)
+    recompute_blocks([block], policy)
+    S, B, D = config.model.tokens, 16, config.model.hidden_size
+    z = torch.randn(S, B, D, requires_grad=True)
+    side = SideInputs(torch.randn(B, D, dtype=dtype, requires_grad=True))
+    parameters = {p.untyped_storage().data_ptr() for p in block.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = block(z, side)
+    measured = sum(kept.values())
+    if policy != "none":  # what checkpoint keeps lies outside autograd's saved tensors
+        measured = allocated_by(lambda: block(z, side)) - out.untyped_storage().nbytes() + z.untyped_storage().nbytes()
+    assert measured == pytest.approx(cost.block_activation_bytes(config, B, policy), rel=0.06)
+
+
+def allocated_by(forward: object) -> int:
+    """Bytes allocated in a forward and alive after it, its output with them."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        kept = forward()  # type: ignore[operator]
+    del kept
+    return sum(event.self_cpu_memory_usage for event in recorded.events())
+
+
+def test_every_second_block_keeps_its_activations() -> None:
+    config = run(small(depth=5), parallel={"recompute": "every_2"})
+    none, full = (cost.block_activation_bytes(config, 4, policy) for policy in ("none", "full"))
+    assert cost.blocks_activation_bytes(config, 4, 5) == 2 * none + 3 * full  # blocks 0, 2 and 4 are recomputed
+
+
+@pytest.mark.parametrize(
+    ("stage", "expected"),
+    # n = 1000 parameters on 4 ranks in bf16: parameters 2 n, gradients 4 n, masters and moments 12 n, average 4 n
+    [
+        (0, (2000, 4000, 12000, 4000)),
+        (1, (2000, 4000, 3000, 1000)),
+        (2, (2000, 1000, 3000, 1000)),
+        (3, (500, 1000, 3000, 1000)),
+    ],
+)
+def test_each_stage_shards_more(stage: int, expected: tuple[int, ...]) -> None:
+    config = run(small(), train={"precision": "bf16"}, parallel={"zero_stage": stage})
+    state = cost.state_bytes(config, 1000, 4, keep_gathered=False)
+    assert (state.parameters, state.gradients, state.optimizer, state.average) == expected
+    assert state.total == sum(expected)
+
+
+def test_kept_gathered_holds_both() -> None:
+    state = cost.state_bytes(run(small()), 1000, 4, keep_gathered=True)
+    assert (state.parameters, state.gradients) == (5000, 5000)
+
+
+def test_no_library_is_needed(tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    code = "import sys, rdm_scale.cost; assert not {'torch', 'deepspeed', 'megatron'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,130 @@
+"""The tests of parallelism can fail: each deliberate breakage is caught by the test named beside it."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LAYOUTS = "tests/distributed/test_layouts.py::test_layout"
+
+
+class Mutation(NamedTuple):
+    what: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+MUTATIONS = [
+    Mutation(
+        "replicated parameters count on every tensor-parallel rank in the norm",
+        "parallel/zero.py",
+        "parameter.model_parallel = slice_of(parameter).count > 1 or self.mesh.tensor_rank == 0",
+        "parameter.model_parallel = True",
+        f"{LAYOUTS}[tp4 pp1 dp2, ZeRO 2, 1f1b, recompute full]",
+    ),
+    Mutation(
+        "the norm leaves out the other pipeline stages",
+        "parallel/megatron.py",
+        "get_model_parallel_group = staticmethod(parallel_state.get_model_parallel_group)",
+        "get_model_parallel_group = staticmethod(parallel_state.get_tensor_model_parallel_group)",
+        f"{LAYOUTS}[tp1 pp2 dp4, ZeRO 3 kept, interleaved_1f1b, recompute none]",
+    ),
+    Mutation(
+        "DeepSpeed is not told that another backward begins",
+        "parallel/zero.py",
+        "self._zero.clear_backward_seen_flag()",
+        "pass",
+        f"{LAYOUTS}[tp1 pp2 dp4, ZeRO 3 by block, interleaved_1f1b, recompute every_2]",
+    ),
+    Mutation(
+        "a second chunk's gradients are added to the last step's",
+        "parallel/zero.py",
+        "self._zero.grad_partitions_flat_buffer.zero_()",
+        "pass",
+        f"{LAYOUTS}[tp1 pp2 dp4, ZeRO 3 by block, interleaved_1f1b, recompute every_2]",
+    ),
+    Mutation(
+        "gradients of gates are not summed over the ranks that share the tokens",
+        "parallel/tensor.py",
+        "dist.all_reduce(flat, group=ctx.group)",
+        "pass",
+        f"{LAYOUTS}[tp2 pp1 dp4, ZeRO 2, sequence, 1f1b, recompute selective]",
+    ),
+    Mutation(
+        "the loss is not divided by the number of micro-batches",
+        "parallel/parallelize.py",
+        "loss_B.mean() / len(self.micro_batches)",
+        "loss_B.mean()",
+        f"{LAYOUTS}[tp1 pp1 dp8, ZeRO 0, 1f1b, recompute none]",
+    ),
+    Mutation(
+        "gradients are summed and not averaged over the data-parallel ranks",
+        "parallel/zero.py",
+        "mine.div_(size)",
+        "pass",
+        f"{LAYOUTS}[tp1 pp1 dp8, ZeRO 3 kept, 1f1b, recompute selective]",
+    ),
+    Mutation(
+        "stage 0 does not reduce gradients",
+        "parallel/zero.py",
+        "dist.all_reduce(flat, group=self.mesh.data_group)",
+        "pass",
+        f"{LAYOUTS}[tp1 pp1 dp3, ZeRO 0, 1f1b, recompute none]",
+    ),
+    Mutation(
+        "the sum over tensor-parallel ranks is made in what selective recompute keeps",
+        "parallel/megatron.py",
+        "return product.clone() if self.sums_in_place else product",
+        "return product",
+        f"{LAYOUTS}[tp4 pp2 dp1, ZeRO 0, interleaved_1f1b, recompute selective]",
+    ),
+    Mutation(
+        "a message is taken for the one that was waited for",
+        "parallel/pipeline.py",
+        "coming = next(self.expected[source])",
+        "coming = operation",
+        "tests/distributed/test_pipeline.py",
+    ),
+    Mutation(
+        "the condition's gradient ends at a stage's boundary",
+        "parallel/stage.py",
+        "side.condition.view_as(side.condition)",
+        "side.condition.detach() + 0 * z_SBD[0]",
+        f"{LAYOUTS}[tp1 pp8 dp1, ZeRO 1, 1f1b, recompute every_2]",
+    ),
+    Mutation(
+        "every tensor-parallel rank starts with the first part of a weight",
+        "models/layers.py",
+        "return whole.chunk(self.count, self.dim)[self.index]",
+        "return whole.chunk(self.count, self.dim)[0]",
+        f"{LAYOUTS}[tp4 pp1 dp2, ZeRO 2, 1f1b, recompute full]",
+    ),
+    Mutation(
+        "a checkpoint takes a part of a tensor for its beginning",
+        "checkpoint/engine.py",
+        "rectangle.shifted(offset)",
+        "rectangle",
+        f"{LAYOUTS}[tp4 pp1 dp2, ZeRO 2, 1f1b, recompute full]",
+    ),
+]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.what)
+def test_mutation_is_caught(mutation: Mutation, tmp_path: Path) -> None:
+    for folder in ("rdm_scale", "tests"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    path = tmp_path / "rdm_scale" / mutation.file
+    source = path.read_text()
+    assert source.count(mutation.old) == 1, "the line to break is not there, or not once"
+    path.write_text(source.replace(mutation.old, mutation.new))
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", mutation.test]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 1, f"not caught, or not run:\n{done.stdout[-3000:]}"
