@@ -1,10 +1,9 @@
 """Time of a training step of DiT-S/2 on 32x32x4 latents, on one process: ours, ours under ZeRO-3, and diffusers'.
 
-A step is forward, backward and AdamW; ZeRO-3 gathers parameters once a step (`parallel.keep_gathered=always`) or a block
-at a time (`never`). All take turns in one run, so that a machine that slows down slows all of them; the medians are
-compared. DeepSpeed replaces `torch.nn.functional.linear` for the whole process by a version for
-sharded weights; the two plain loops get the original back for their turns. Prints a table and writes
-benchmarks/results/step_time.json.
+A step is forward, backward and AdamW; ZeRO-3 gathers parameters once a step (`parallel.keep_gathered=always`) or by
+block (`never`). All take turns in one run, so that a machine that slows down slows all of them; the medians are
+compared. DeepSpeed replaces `torch.nn.functional.linear` for the whole process by a version for sharded weights; the
+two plain loops get the original back for their turns. Prints a table and writes benchmarks/results/step_time.json.
 
     OMP_NUM_THREADS=2 python benchmarks/step_time.py --batch-size 2 --rounds 15
 """

@@ -124,6 +124,8 @@ def _default_environment(use_cuda: bool) -> None:
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if not use_cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        # DeepSpeed asks for the number of devices in every reduction, and would start `numactl` each time to count them.
+        os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if "MASTER_PORT" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))

@@ -1,0 +1,462 @@
+"""Layouts of 8 ranks side by side: step time, traffic, pipeline bubble and memory, each against what was planned.
+
+All layouts train one model on one global batch. The ranks are processes that share this machine's cores, so wall time
+compares layouts by the work they do in all, not by what they would take on 8 devices; beside it stands the CPU time of
+all ranks together, which does not count what else the machine is busy with.
+
+    traffic  bytes that a rank sends in one step, ring algorithms assumed, by axis of the mesh (benchmarks/traffic.py)
+    bubble   idle share of the pipeline's ranks: `planned` as the layout's table says, from floating-point operations;
+             `replayed` by the schedule's simulation with the CPU time that each chunk's forwards and backwards took.
+             Two ranks on two cores can be watched in real time: `observed` is then the share of the time between the
+             first operation and the last that ranks did not spend in forwards and backwards, but in receives
+    memory   bytes of live tensors by kind at the end of a step's last backward, before gradients are reduced; `planned`
+             is the layout's table. The peak is the process's during one more step, less what it held before the model
+             was built and less pages of libraries; it includes activations and buffers of the transport
+
+Prints Markdown, writes benchmarks/results/parallel.json and docs/images/parallel.png.
+
+    python benchmarks/parallel.py --steps 3
+"""
+
+import argparse
+import contextlib
+import ctypes
+import gc
+import itertools
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+from traffic import TrafficCounter
+
+from rdm_scale.config import RunConfig, parse_config
+from rdm_scale.data.prefetch import TrainingBatch
+from rdm_scale.parallel.layout import Layout, plan
+from rdm_scale.parallel.schedules import Operation, operations, simulate
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "parallel.json"
+PICTURE = ROOT / "docs" / "images" / "parallel.png"
+sys.path.insert(0, str(ROOT / "tests" / "distributed"))
+from rank_pool import RankPool  # noqa: E402
+
+MIB = 2**20
+_M_MMAP_THRESHOLD = -3  # malloc.h
+AXES = ("tensor", "pipeline", "data", "other")
+KINDS = ("parameters", "gradients", "optimizer", "average", "other")
+KEPT: dict[str, Any] = {"zero_stage": 3, "keep_gathered": "always"}
+BY_BLOCK: dict[str, Any] = {"zero_stage": 3, "keep_gathered": "never"}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "dp8 ZeRO-1": {"zero_stage": 1},
+    "dp8 ZeRO-2": {"zero_stage": 2},
+    "dp8 ZeRO-3 kept": KEPT,
+    "dp8 ZeRO-3 by block": BY_BLOCK,
+    "tp2 dp4": KEPT | {"tensor": 2},
+    "tp2+sequence dp4": KEPT | {"tensor": 2, "sequence": True},
+    "pp2 dp4": KEPT | {"pipeline": 2},
+    "pp2 dp4 by block": BY_BLOCK | {"pipeline": 2},
+    "pp4 dp2 1f1b": KEPT | {"pipeline": 4},
+    "pp4 dp2 1f1b recompute": KEPT | {"pipeline": 4, "recompute": "full"},
+    "pp4 dp2 interleaved": KEPT | {"pipeline": 4, "schedule": "interleaved_1f1b"},
+    "pp4 dp2 v": KEPT | {"pipeline": 4, "schedule": "v_1f1b"},
+    "pp8": KEPT | {"pipeline": 8},
+    "tp2 pp2 dp2": KEPT | {"tensor": 2, "pipeline": 2},
+}
+OBSERVED = {
+    f"pp2 {name}": KEPT | {"pipeline": 2, "schedule": schedule}
+    for name, schedule in {"1f1b": "1f1b", "interleaved": "interleaved_1f1b", "v": "v_1f1b"}.items()
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=3, help="timed steps of each layout")
+    parser.add_argument("--observed-steps", type=int, default=8, help="steps of each pair of ranks that is watched")
+    parser.add_argument("--only", default="", help="layouts whose name contains this; nothing is written then")
+    options = parser.parse_args()
+    pool = RankPool()
+    result: dict[str, Any] = {"cores": os.cpu_count(), "torch": torch.__version__, "layouts": {}, "observed": {}}
+    result |= {
+        "model": configuration({}).model.model_dump(mode="json"),
+        "batch": configuration({}).train.global_batch_size,
+    }
+    work = [("layouts", 8, options.steps, LAYOUTS), ("observed", 2, options.observed_steps, OBSERVED)]
+    jobs = [(part, world, steps, *item) for part, world, steps, layouts in work for item in layouts.items()]
+    for part, world, steps, name, parallel in (bar := tqdm([job for job in jobs if options.only in job[3]])):
+        bar.set_description(name)
+        config = configuration(parallel)
+        ranks = pool.run(world, measure, config, steps, timeout_s=300)
+        result[part][name] = summary(config, world, ranks)
+    print(f"\n{table(result['layouts'])}\n\n{memory_table(result['layouts'])}\n\n{observed_table(result['observed'])}")
+    if not options.only:
+        RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+        draw(result["layouts"])
+
+
+def configuration(parallel: dict[str, Any]) -> RunConfig:
+    tree = {
+        "model": {
+            "input": {"channels": 4, "height": 16, "width": 16},
+            "hidden_size": 256,
+            "num_heads": 4,
+            "depth": 16,
+            "num_classes": 10,
+        },
+        "data": {"train": "none"},
+        "train": {"global_batch_size": 16, "micro_batch_size": 1},
+        "parallel": parallel,
+        "run": {"dir": "none"},
+    }
+    return parse_config(tree, "the benchmark")
+
+
+# On each rank
+
+
+class Clock:
+    """What each operation of the pipeline takes on this rank: seconds of CPU, and of wall time less receives."""
+
+    def __init__(self, model: Any) -> None:
+        self.marks: list[tuple[Operation | None, float, float, float]] = []
+        self.waited = 0.0
+        (pipeline,) = model._pipelines.values()
+        pipeline.on_operation = self._mark
+        if model._links is not None:
+            self._receive = model._links.receive
+            model._links.receive = self._timed_receive
+
+    def spans(self) -> list[tuple[Operation, float, float]]:
+        """(operation, CPU, wall) of each operation."""
+        return [
+            (operation, cpu - cpu_before, wall - before - (waited - waited_before))
+            for (operation, cpu_before, before, waited_before), (_, cpu, wall, waited) in itertools.pairwise(self.marks)
+            if operation is not None
+        ]
+
+    def _mark(self, operation: Operation | None) -> None:
+        self.marks.append((operation, time.thread_time(), time.perf_counter(), self.waited))
+
+    def _timed_receive(self, *arguments: Any) -> Any:
+        began = time.perf_counter()
+        received = self._receive(*arguments)
+        self.waited += time.perf_counter() - began
+        return received
+
+
+def measure(config: RunConfig, steps: int) -> dict[str, Any]:
+    """One rank's figures; a body for the pool."""
+    from rdm_scale.parallel.mesh import build_mesh
+    from rdm_scale.parallel.parallelize import parallelize
+    from rdm_scale.training.ema import Ema
+    from rdm_scale.training.optimizer import build_optimizer
+
+    before, tensors_before = rss(), {storage for storage, _ in live_storages()}
+    mesh = build_mesh(config.parallel)
+    layout = plan(config, mesh.world_size, None)
+    began = time.perf_counter()
+    model = parallelize(config, mesh, layout, partial(build_optimizer, config.optimizer))
+    ema = Ema(model.zero.masters, config.optimizer.ema_decay)
+    start_s, start_peak = time.perf_counter() - began, peak_since(before)
+    batches = random_batch(config, layout, mesh.data_rank).split(layout.micro_batch)
+
+    def step(number: int) -> None:
+        model.accumulate(batches, inputs_of, loss_of)
+        model.step(1e-4)
+        ema.update(model.zero.masters, number)
+
+    step(1)  # allocates; makes the moments
+    clock = Clock(model)
+    timed = [timed_step(partial(step, number), clock) for number in range(2, steps + 2)]
+    found: list[dict[str, int]] = []
+    with TrafficCounter(mesh, model._links) as counter, looking_at_the_end(model, ema, tensors_before, found):
+        step(steps + 2)
+    forget_peak()
+    step(steps + 3)
+    peak = peak_since(before)
+    figures = {
+        "pipeline_rank": mesh.pipeline_rank,
+        "start_s": start_s,
+        "start_peak": start_peak,
+        "steps": timed,
+        "peak": peak,
+        "live": found[0],
+        "calls": dict(counter.calls),
+        "bytes": dict(counter.bytes),
+        "sent": dict(counter.sent),
+    }
+    mesh.leave()
+    return figures
+
+
+def timed_step(step: Any, clock: Clock) -> dict[str, Any]:
+    clock.marks.clear()
+    dist.barrier()
+    began, cpu = time.perf_counter(), time.process_time()
+    step()
+    ended = time.perf_counter()
+    spans = clock.spans()
+    return {
+        "wall": (began, ended),
+        "cpu": time.process_time() - cpu,
+        "pipeline": (clock.marks[0][2], clock.marks[-1][2]),
+        "busy": sum(wall for _, _, wall in spans),
+        "forward_cpu": sum(cpu for operation, cpu, _ in spans if not operation.backward),
+        "backward_cpu": sum(cpu for operation, cpu, _ in spans if operation.backward),
+        "operations": [(operation.chunk, operation.backward, cpu) for operation, cpu, _ in spans],
+    }
+
+
+def inputs_of(batch: TrainingBatch) -> tuple[Tensor, Tensor, Tensor | None]:
+    return batch.latents, batch.t, batch.condition
+
+
+def loss_of(prediction: Tensor, batch: TrainingBatch) -> Tensor:
+    return (prediction - batch.noise).square().flatten(1).mean(1)
+
+
+def random_batch(config: RunConfig, layout: Layout, data_rank: int) -> TrainingBatch:
+    """All ranks that share samples draw the same."""
+    samples, size = layout.micro_batch * layout.micro_batches, config.model.input
+    generator = torch.Generator().manual_seed(data_rank)
+    latents = torch.randn(samples, size.channels, size.frames, size.height, size.width, generator=generator)
+    noise = torch.randn(latents.shape, generator=generator)
+    numbers = torch.arange(samples)
+    return TrainingBatch(0, numbers, numbers, latents, noise, torch.rand(samples, generator=generator), numbers % 10)
+
+
+# Memory
+
+
+@contextlib.contextmanager
+def looking_at_the_end(model: Any, ema: Any, before: set[int], found: list[dict[str, int]]) -> Iterator[None]:
+    """Within, finds out what is alive after the last backward of a step."""
+    accumulating = model.zero.accumulating
+
+    @contextlib.contextmanager
+    def watched() -> Iterator[None]:
+        with accumulating():
+            yield
+            found.append(live_by_kind(model, ema, before))
+
+    model.zero.accumulating = watched
+    yield
+    model.zero.accumulating = accumulating
+
+
+def live_by_kind(model: Any, ema: Any, before: set[int]) -> dict[str, int]:
+    zero = model.zero
+    optimizer = [*zero.masters, *itertools.chain(*zero.moments().values())]
+    kind_of = {address(t): "optimizer" for t in optimizer} | {address(t): "average" for t in ema.flats}
+    for parameter in zero.parameters:
+        kind_of[address(parameter)] = "parameters"
+        if hasattr(parameter, "ds_tensor"):
+            kind_of[address(parameter.ds_tensor)] = "parameters"
+        for name in ("grad", "grad_accum"):  # DeepSpeed's below stage 3
+            if getattr(parameter, name, None) is not None:
+                kind_of[address(getattr(parameter, name))] = "gradients"
+    flat = getattr(zero._zero, "grad_partitions_flat_buffer", None)  # ZeRO-3
+    partitions = [flat] if flat is not None else itertools.chain(*zero._zero.averaged_gradients.values())
+    kind_of |= {address(t): "gradients" for t in partitions if t is not None}
+    sizes = dict.fromkeys(KINDS, 0)
+    for storage, size in live_storages():
+        if storage not in before:
+            sizes[kind_of.get(storage, "other")] += size
+    return sizes
+
+
+def live_storages() -> set[tuple[int, int]]:
+    """(address, bytes) of the memory of all tensors that Python reaches."""
+    gc.collect()
+    found = [o for o in gc.get_objects() if isinstance(o, Tensor) and not o.is_meta]
+    found += [t.grad for t in found if t.is_leaf and t.requires_grad and t.grad is not None]
+    return {(address(t), t.untyped_storage().nbytes()) for t in found if t.untyped_storage().nbytes()}
+
+
+def address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def rss() -> dict[str, int]:
+    """Bytes of this process's memory, from /proc."""
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    return {line[0].rstrip(":"): 1024 * int(line[1]) for line in lines if line[-1] == "kB"}
+
+
+def peak_since(before: dict[str, int]) -> int:
+    """Growth of memory up to its peak, without pages of files."""
+    now = rss()
+    return (now["VmHWM"] - now["RssFile"]) - (before["VmRSS"] - before["RssFile"])
+
+
+def forget_peak() -> None:
+    """From here on memory that is freed is also given back, else the peak would be that of the allocator's habits."""
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_M_MMAP_THRESHOLD, 2**16)
+    libc.malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+# Over all ranks
+
+
+def summary(config: RunConfig, world: int, ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    layout = plan(config, world, None)
+    steps = range(len(ranks[0]["steps"]))
+    busiest = max(ranks, key=lambda rank: sum(rank["sent"].values()))
+    fullest = max(ranks, key=lambda rank: sum(rank["live"].values()))
+    state = layout.stages[fullest["pipeline_rank"]].state
+    planned_total = max(stage.total for stage in layout.stages)
+
+    def cpu(name: str) -> float:
+        return statistics.median(sum(rank["steps"][i][name] for rank in ranks) for i in steps)
+
+    return {
+        "step_s": statistics.median(wall_of(ranks, i) for i in steps),
+        "cpu_s": {
+            name: cpu(key) for name, key in (("all", "cpu"), ("forward", "forward_cpu"), ("backward", "backward_cpu"))
+        },
+        "start_s": max(rank["start_s"] for rank in ranks),
+        "micro_batches": layout.micro_batches,
+        "calls": busiest["calls"],
+        "bytes": busiest["bytes"],
+        "sent": busiest["sent"],
+        "sent_by_axis": {axis: sum(n for k, n in busiest["sent"].items() if k.startswith(axis)) for axis in AXES},
+        "bubble": bubbles(config, layout, ranks),
+        "state": fullest["live"],
+        "state_planned": {kind: getattr(state, kind) for kind in KINDS[:-1]},
+        "peak": max(rank["peak"] for rank in ranks),
+        "start_peak": max(rank["start_peak"] for rank in ranks),
+        "peak_planned": planned_total,
+    }
+
+
+def wall_of(ranks: list[dict[str, Any]], step: int) -> float:
+    walls = [rank["steps"][step]["wall"] for rank in ranks]
+    return max(ended for _, ended in walls) - min(began for began, _ in walls)
+
+
+def bubbles(config: RunConfig, layout: Layout, ranks: list[dict[str, Any]]) -> dict[str, float]:
+    """Observed is right only if every rank has a core of its own."""
+    place = layout.placement
+    took: dict[tuple[int, bool], list[float]] = {}
+    for rank in ranks:
+        for step in rank["steps"]:
+            for chunk, backward, cpu in step["operations"]:
+                took.setdefault((chunk, backward), []).append(cpu)
+    medians = {key: statistics.median(values) for key, values in took.items()}
+    orders = operations(config.parallel.schedule, place, layout.micro_batches)
+    replay = simulate(orders, place, lambda chunk: (medians[chunk, False], medians[chunk, True]))
+    return {
+        "planned": layout.bubble,
+        "replayed": replay.bubble,
+        "observed": statistics.median(observed_bubble(ranks, i) for i in range(len(ranks[0]["steps"]))),
+    }
+
+
+def observed_bubble(ranks: list[dict[str, Any]], step: int) -> float:
+    steps = [rank["steps"][step] for rank in ranks]
+    span = max(s["pipeline"][1] for s in steps) - min(s["pipeline"][0] for s in steps)
+    return 1 - sum(s["busy"] for s in steps) / (len(ranks) * span)
+
+
+# Reports
+
+
+def table(layouts: dict[str, Any]) -> str:
+    lines = [
+        "| layout | step (s) | CPU of all ranks (s) | sent over tensor / pipeline / data axis (MiB) | "
+        "calls on the data axis | bubble planned / replayed |",
+        "|" + "---|" * 6,
+    ]
+    for name, r in layouts.items():
+        sent = " / ".join(f"{r['sent_by_axis'][axis] / MIB:,.1f}" for axis in AXES[:3])
+        calls = {
+            k.removeprefix("data "): n for k, n in r["calls"].items() if k.startswith("data ") if r["bytes"][k] / n > 64
+        }
+        said = ", ".join(f"{n} {kind}" for kind, n in calls.items()) if r["sent_by_axis"]["data"] else "none"
+        bubble = f"{r['bubble']['planned']:.1%} / {r['bubble']['replayed']:.1%}" if "pp" in name else ""
+        lines.append(f"| {name} | {r['step_s']:.2f} | {r['cpu_s']['all']:.2f} | {sent} | {said} | {bubble} |")
+    return "\n".join(lines)
+
+
+def memory_table(layouts: dict[str, Any]) -> str:
+    lines = [
+        "| layout (MiB, found / planned) | " + " | ".join(KINDS) + " | state | peak of the process |",
+        "|" + "---|" * (len(KINDS) + 3),
+    ]
+    for name, r in layouts.items():
+        found, planned = r["state"], r["state_planned"]
+        cells = [f"{found[kind] / MIB:.1f} / {planned[kind] / MIB:.1f}" for kind in KINDS[:-1]]
+        whole = f"{(sum(found.values())) / MIB:.1f} / {sum(planned.values()) / MIB:.1f}"
+        peak = f"{r['peak'] / MIB:.0f} / {r['peak_planned'] / MIB:.0f}"
+        lines.append(f"| {name} | " + " | ".join([*cells, f"{found['other'] / MIB:.1f}", whole, peak]) + " |")
+    return "\n".join(lines)
+
+
+def observed_table(layouts: dict[str, Any]) -> str:
+    lines = ["| 2 ranks on 2 cores | step (s) | bubble planned | replayed | observed |", "|" + "---|" * 5]
+    for name, r in layouts.items():
+        cells = [f"{r['bubble'][kind]:.1%}" for kind in ("planned", "replayed", "observed")]
+        lines.append(f"| {name}, {r['micro_batches']} micro-batches | {r['step_s']:.2f} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def draw(layouts: dict[str, Any]) -> None:
+    """Four panels of bars, one row a layout."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = list(layouts)
+    figure, panels = pyplot.subplots(1, 4, figsize=(16, 5.6), sharey=True, layout="constrained")
+    cpu = [r["cpu_s"] for r in layouts.values()]
+    rest = [c["all"] - c["forward"] - c["backward"] for c in cpu]
+    parts = {"forward": [c["forward"] for c in cpu], "backward": [c["backward"] for c in cpu]}
+    stack(panels[0], names, parts | {"communication, engine, optimizer": rest})
+    panels[0].plot([r["step_s"] for r in layouts.values()], names, "k|", markersize=11, mew=2, label="wall time")
+    panels[0].set_title("CPU time of a step, all ranks (s)")
+    axes = {axis: [r["sent_by_axis"][axis] / MIB for r in layouts.values()] for axis in AXES[:3]}
+    stack(panels[1], names, axes)
+    panels[1].set_title("sent by a rank in a step (MiB)")
+    live = {kind: [r["state"][kind] / MIB for r in layouts.values()] for kind in KINDS}
+    stack(panels[2], names, live)
+    planned = [sum(r["state_planned"].values()) / MIB for r in layouts.values()]
+    panels[2].plot(planned, names, "k|", markersize=11, mew=2, label="planned")
+    panels[2].plot([r["peak"] / MIB for r in layouts.values()], names, "k.", label="peak of the process")
+    panels[2].set_title("memory of a rank after the backwards (MiB)")
+    piped = {name: r["bubble"] for name, r in layouts.items() if "pp" in name}
+    panels[3].barh(list(piped), [100 * b["replayed"] for b in piped.values()], color="C4", label="replayed")
+    panels[3].plot(
+        [100 * b["planned"] for b in piped.values()], list(piped), "k|", markersize=11, mew=2, label="planned"
+    )
+    panels[3].set_title("bubble of the pipeline (%)")
+    panels[0].invert_yaxis()
+    for panel in panels:
+        panel.grid(axis="x", alpha=0.3)
+        panel.set_axisbelow(True)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=3, frameon=False)
+    figure.savefig(PICTURE, dpi=110)
+
+
+def stack(panel: Any, names: list[str], parts: dict[str, list[float]]) -> None:
+    """Horizontal bars of parts, one after the other."""
+    left = [0.0] * len(names)
+    for label, values in parts.items():
+        panel.barh(names, values, left=left, label=label)
+        left = [a + b for a, b in zip(left, values, strict=True)]
+
+
+if __name__ == "__main__":
+    main()
