@@ -8,7 +8,9 @@ from torch import Tensor
 from rdm_scale.config import InputConfig, ModelConfig
 from rdm_scale.models import DiffusionTransformer, build_model
 
-CONFIG = ModelConfig(input=InputConfig(height=8, width=8), patch_size=(1, 4, 4), hidden_size=32, num_heads=4, depth=1000, num_classes=4)
+CONFIG = ModelConfig(
+    input=InputConfig(height=8, width=8), patch_size=(1, 4, 4), hidden_size=32, num_heads=4, depth=1000, num_classes=4
+)
 
 
 def output(model: DiffusionTransformer, dtype: torch.dtype, residual_dtype: torch.dtype) -> Tensor:
