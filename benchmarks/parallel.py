@@ -106,7 +106,7 @@ def main() -> None:
 def configuration(parallel: dict[str, Any]) -> RunConfig:
     tree = {
         "model": {
-            "input": {"channels": 4, "height": 16, "width": 16},
+            "input": {"channels": 4, "height": 8, "width": 16},
             "hidden_size": 256,
             "num_heads": 4,
             "depth": 16,

@@ -3,6 +3,7 @@
 import inspect
 import os
 import warnings
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -29,7 +30,12 @@ _EXPECTED: dict[Any, tuple[str, ...]] = {
     gather_from_sequence_parallel_region: ("tensor_parallel_output_grad",),
     scatter_to_sequence_parallel_region: ("group",),
     RowParallelLinear._forward_impl: ("input", "weight"),
-    parallel_state.initialize_model_parallel: ("tensor_model_parallel_size", "pipeline_model_parallel_size", "order"),
+    parallel_state.initialize_model_parallel: (
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "order",
+        "distributed_timeout_minutes",
+    ),
 }
 for _name in (f"get_{group}_{what}" for group in _GROUPS for what in ("group", "rank", "world_size")):
     if not hasattr(parallel_state, _name):
@@ -63,11 +69,14 @@ class ModelParallelUnit:
     get_data_parallel_world_size = staticmethod(parallel_state.get_data_parallel_world_size)
 
 
-def initialise_axes(tensor: int, pipeline: int) -> dict[str, Any]:
+def initialise_axes(tensor: int, pipeline: int, timeout: timedelta) -> dict[str, Any]:
     """Makes the process groups of a mesh: tensor-parallel ranks next to each other, then data, then pipeline."""
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline, order="tp-cp-ep-dp-pp"
+            tensor_model_parallel_size=tensor,
+            pipeline_model_parallel_size=pipeline,
+            order="tp-cp-ep-dp-pp",
+            distributed_timeout_minutes=timeout / timedelta(minutes=1),
         )
     axes = {}
     for axis, group in zip(("tensor", "pipeline", "data"), _GROUPS, strict=True):

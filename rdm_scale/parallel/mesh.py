@@ -36,6 +36,7 @@ class Mesh:
     data_size: int
     data_group: Any
     device: torch.device
+    timeout: timedelta  # of every collective, and of a message between stages
 
     @property
     def is_first(self) -> bool:
@@ -99,8 +100,8 @@ def build_mesh(config: ParallelConfig) -> Mesh:
         world_size=world,
         timeout=timeout,
     )
-    axes = megatron.initialise_axes(config.tensor, config.pipeline)
-    return Mesh(rank=rank, world_size=world, device=device, **axes)
+    axes = megatron.initialise_axes(config.tensor, config.pipeline, timeout)
+    return Mesh(rank=rank, world_size=world, device=device, timeout=timeout, **axes)
 
 
 def check_agreement(mesh: Mesh, config: RunConfig) -> None:
@@ -124,7 +125,7 @@ def _default_environment(use_cuda: bool) -> None:
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if not use_cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        # DeepSpeed asks for the number of devices in every reduction, and would start `numactl` each time to count them.
+        # DeepSpeed asks for the number of devices in every reduction, and would start `numactl` each time to learn it.
         os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if "MASTER_PORT" not in os.environ:
         with socket.socket() as probe:

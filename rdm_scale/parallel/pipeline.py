@@ -64,7 +64,7 @@ class Links:
         # All ranks make all groups, in the same order: torch wants it so.
         pipelines = mesh.world_size // mesh.pipeline_size
         self._down, _ = dist.new_subgroups_by_enumeration(
-            [list(range(first, mesh.world_size, pipelines)) for first in range(pipelines)]
+            [list(range(first, mesh.world_size, pipelines)) for first in range(pipelines)], timeout=mesh.timeout
         )
         self._under_way: deque[tuple[Any, Tensor]] = deque()
 

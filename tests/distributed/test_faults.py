@@ -1,0 +1,95 @@
+"""A rank that raises, dies or hangs in the middle of a pipelined step: the others end soon, and one of them speaks."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from small_runs import run_config, write_latents
+
+from rdm_scale.config import to_yaml
+
+RANKS, FAULTY = 4, 1
+SCRIPT = f"""
+import os, time
+from rdm_scale.training.trainer import Trainer
+train_step, loss_of = Trainer.train_step, Trainer.loss_of
+def faulty_loss(self, *arguments):
+    if self.step == 2:
+        {{fault}}
+    return loss_of(self, *arguments)
+def faulty_step(self, batches):
+    if self.step == 2 and self.mesh.rank == {FAULTY}:
+        self.model_inputs = lambda batch: faulty_loss(self)
+    return train_step(self, batches)
+Trainer.train_step = faulty_step
+from rdm_scale.train import main
+main()
+"""
+
+
+def start(config: Path, fault: str) -> list[subprocess.Popen]:
+    """The ranks of one node, as a launcher starts them; nothing ends one because another has ended."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {"WORLD_SIZE": RANKS, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT.format(fault=fault), str(config)],
+            env=os.environ | {k: str(v) for k, v in (common | {"RANK": rank, "LOCAL_RANK": rank}).items()},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        for rank in range(RANKS)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("raise ArithmeticError('of this rank')", "ArithmeticError: of this rank"),
+        ("os.kill(os.getpid(), 9)", "failed:"),
+        ("time.sleep(1000)", "imed out"),
+    ],
+    ids=["raises", "dies", "hangs"],
+)
+def test_all_ranks_end_soon_and_one_speaks(tmp_path: Path, fault: str, words: str) -> None:
+    timeout_s = 20
+    config = run_config(
+        tmp_path,
+        write_latents(tmp_path / "latents"),
+        parallel__pipeline=2,
+        parallel__timeout_s=timeout_s,
+        train__micro_batch_size=1,
+    )
+    (tmp_path / "run.yaml").write_text(to_yaml(config))
+    processes = start(tmp_path / "run.yaml", fault)
+    try:
+        wait_for_steps(Path(config.run.dir) / "metrics.jsonl", 2)
+        others = [p for rank, p in enumerate(processes) if rank != FAULTY]
+        deadline = time.monotonic() + 60 + (timeout_s if "sleep" in fault else 0)
+        errors = [p.communicate(timeout=max(1, deadline - time.monotonic()))[1] for p in others]
+        assert all(p.returncode == 1 for p in others)
+        if "sleep" not in fault:
+            errors.append(processes[FAULTY].communicate(timeout=10)[1])
+        told = [text for text in errors if "failed:" in text or "error:" in text]
+        assert len(told) == 1 and words in told[0], errors
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def wait_for_steps(metrics: Path, steps: int) -> None:
+    deadline = time.monotonic() + 150
+    while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= steps):
+        assert time.monotonic() < deadline, "the run did not get that far"
+        time.sleep(0.1)
