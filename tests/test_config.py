@@ -63,6 +63,7 @@ def test_the_resolved_configuration_reads_back_as_itself(path: Path, tmp_path: P
         ("parallel.pipeline=13", "model.depth=12 is less than the 13 chunks of parallel.pipeline=13"),
         ("parallel.sequence=true", "needs parallel.tensor of 2 or more"),
         ("parallel.zero_stage=4", "parallel.zero_stage=4"),
+        ("parallel.schedule=zero_bubble", "costs more than the bubble it fills"),
         ("parallel.schedule=gpipe", "'1f1b', 'interleaved_1f1b' or 'v_1f1b'"),
         ("parallel.schedule=v_1f1b", "parallel.schedule=v_1f1b needs parallel.pipeline of 2 or more"),
         ("parallel.chunks=2", "parallel.chunks=2 needs parallel.schedule=interleaved_1f1b or v_1f1b"),

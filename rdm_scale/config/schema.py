@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterator
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from rdm_scale.errors import ConfigError
 
@@ -149,6 +149,16 @@ class ParallelConfig(Section):
     )
     memory_gib: float | None = Field(None, gt=0, description="memory that a rank may use; null: what its device has")
     timeout_s: int = Field(600, ge=1, description="seconds after which a collective that hangs ends the run")
+
+    @field_validator("schedule", mode="before")
+    @classmethod
+    def _say_why_not(cls, schedule: Any) -> Any:
+        if schedule == "zero_bubble":
+            raise ValueError(
+                "parallel.schedule=zero_bubble is not offered: splitting the backward costs more than the bubble it "
+                "fills (docs/parallelism.md); choose interleaved_1f1b"
+            )
+        return schedule
 
     @property
     def chunks_per_rank(self) -> int:
