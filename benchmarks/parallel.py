@@ -82,25 +82,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each layout")
     parser.add_argument("--observed-steps", type=int, default=8, help="steps of each pair of ranks that is watched")
-    parser.add_argument("--only", default="", help="layouts whose name contains this; nothing is written then")
+    parser.add_argument("--only", default="", help="measure layouts whose name contains this, and keep the others")
     options = parser.parse_args()
     pool = RankPool()
-    result: dict[str, Any] = {"cores": os.cpu_count(), "torch": torch.__version__, "layouts": {}, "observed": {}}
-    result |= {
-        "model": configuration({}).model.model_dump(mode="json"),
-        "batch": configuration({}).train.global_batch_size,
-    }
+    result = earlier() if options.only else {"layouts": {}, "observed": {}}
+    config = configuration({})
+    result |= {"cores": os.cpu_count(), "torch": torch.__version__, "batch": config.train.global_batch_size}
+    result |= {"model": config.model.model_dump(mode="json")}
     work = [("layouts", 8, options.steps, LAYOUTS), ("observed", 2, options.observed_steps, OBSERVED)]
     jobs = [(part, world, steps, *item) for part, world, steps, layouts in work for item in layouts.items()]
     for part, world, steps, name, parallel in (bar := tqdm([job for job in jobs if options.only in job[3]])):
         bar.set_description(name)
         config = configuration(parallel)
-        ranks = pool.run(world, measure, config, steps, timeout_s=300)
-        result[part][name] = summary(config, world, ranks)
-    print(f"\n{table(result['layouts'])}\n\n{memory_table(result['layouts'])}\n\n{observed_table(result['observed'])}")
-    if not options.only:
+        result[part][name] = summary(config, world, pool.run(world, measure, config, steps, timeout_s=300))
         RESULTS.write_text(json.dumps(result, indent=1) + "\n")
-        draw(result["layouts"])
+    layouts = {name: result["layouts"][name] for name in LAYOUTS if name in result["layouts"]}
+    print(f"\n{table(layouts)}\n\n{memory_table(layouts)}\n\n{observed_table(result['observed'])}")
+    draw(layouts)
+
+
+def earlier() -> dict[str, Any]:
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {"layouts": {}, "observed": {}}
 
 
 def configuration(parallel: dict[str, Any]) -> RunConfig:
@@ -178,10 +180,9 @@ def measure(config: RunConfig, steps: int) -> dict[str, Any]:
     clock = Clock(model)
     timed = [timed_step(partial(step, number), clock) for number in range(2, steps + 2)]
     found: list[dict[str, int]] = []
+    forget_peak()
     with TrafficCounter(mesh, model._links) as counter, looking_at_the_end(model, ema, tensors_before, found):
         step(steps + 2)
-    forget_peak()
-    step(steps + 3)
     peak = peak_since(before)
     figures = {
         "pipeline_rank": mesh.pipeline_rank,
@@ -264,14 +265,21 @@ def live_by_kind(model: Any, ema: Any, before: set[int]) -> dict[str, int]:
         for name in ("grad", "grad_accum"):  # DeepSpeed's below stage 3
             if getattr(parameter, name, None) is not None:
                 kind_of[address(getattr(parameter, name))] = "gradients"
-    flat = getattr(zero._zero, "grad_partitions_flat_buffer", None)  # ZeRO-3
-    partitions = [flat] if flat is not None else itertools.chain(*zero._zero.averaged_gradients.values())
-    kind_of |= {address(t): "gradients" for t in partitions if t is not None}
+    kind_of |= {address(t): "gradients" for t in partitioned_gradients(zero._zero)}
     sizes = dict.fromkeys(KINDS, 0)
     for storage, size in live_storages():
         if storage not in before:
             sizes[kind_of.get(storage, "other")] += size
     return sizes
+
+
+def partitioned_gradients(zero: Any) -> list[Tensor]:
+    """Where DeepSpeed keeps what it has reduced: stage 3, and stage 2."""
+    groups = [[getattr(zero, "grad_partitions_flat_buffer", None)]]
+    for name in ("averaged_gradients", "all_grad_tensors"):
+        found = getattr(zero, name, None)
+        groups += found.values() if isinstance(found, dict) else []
+    return [t for group in groups if group is not None for t in group if t is not None]
 
 
 def live_storages() -> set[tuple[int, int]]:

@@ -160,7 +160,7 @@ def state_bytes(config: RunConfig, parameters: int, data: int, keep_gathered: bo
     held = share if stage == 3 else parameters
     gradients = share if stage >= 2 else parameters
     return StateBytes(
-        parameters=compute * (held + (parameters if keep_gathered and stage == 3 else 0)),
+        parameters=compute * (held + (parameters if keep_gathered and stage == 3 and data > 1 else 0)),
         gradients=4 * (gradients + (parameters if keep_gathered and stage == 3 else 0)),
         optimizer=12 * sharded,
         average=4 * sharded,

@@ -1,0 +1,178 @@
+"""Cost of a block in a model of 1,000 blocks against one of 28: our training step and plain PyTorch's.
+
+A narrow model with few tokens, so that what is paid for a block beside its arithmetic shows: hooks, bookkeeping,
+anything that grows faster than the depth. A step is forward, backward and AdamW on one process; ours is `ParallelModel`
+under ZeRO-3 with the parameters kept gathered, plain is `build_model` and a loop. All four take turns in one run, a
+step of 1,000 blocks for each 1,000 / 28 steps of 28. Of each its fastest turn counts (wall time; another tenant of the
+machine can only add to it), beside the median of CPU time. `superlinear` is the cost of a block at 1,000 blocks over
+that at 28, ours over plain PyTorch's. Start-up is `parallelize` at several depths, once each.
+
+DeepSpeed replaces `torch.nn.functional.linear` for the whole process by a version for sharded weights; the plain loop
+gets the original back for its turns. Prints Markdown and writes benchmarks/results/depth.json.
+
+    OMP_NUM_THREADS=1 python benchmarks/depth.py --rounds 5
+"""
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from tqdm import tqdm
+
+from rdm_scale.config import RunConfig, parse_config
+from rdm_scale.data.prefetch import TrainingBatch
+from rdm_scale.models import build_model
+from rdm_scale.parallel.layout import plan
+from rdm_scale.parallel.mesh import Mesh, build_mesh
+from rdm_scale.parallel.parallelize import ParallelModel, parallelize
+from rdm_scale.training.optimizer import build_optimizer
+
+LINEAR = functional.linear
+RESULTS = Path(__file__).parent / "results" / "depth.json"
+SHALLOW, DEEP = 28, 1000
+STARTED = (28, 250, 500, 1000)  # depths whose start-up is timed
+Step = Callable[[], None]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=2)
+    options = parser.parse_args()
+    configure = partial(configuration, options.width, options.batch_size)
+    mesh = build_mesh(configure(SHALLOW).parallel)
+    start_s, models = start(configure, mesh)
+    steps = {("ours", depth): ours(model) for depth, model in models.items()}
+    steps |= {("plain", depth): plain(configure(depth)) for depth in (SHALLOW, DEEP)}
+    times: dict[tuple[str, int], list[tuple[float, float]]] = {key: [] for key in steps}
+    for round_number in tqdm(range(options.rounds + 1), unit="round"):
+        for key, step in steps.items():
+            taken = turn(step, repeats=DEEP // key[1])
+            if round_number:  # the first one allocates
+                times[key].append(taken)
+    report(options, times, start_s)
+
+
+def configuration(width: int, batch_size: int, depth: int) -> RunConfig:
+    tree = {
+        "model": {
+            "input": {"channels": 4, "height": 8, "width": 8},
+            "hidden_size": width,
+            "num_heads": 4,
+            "depth": depth,
+            "num_classes": 10,
+        },
+        "data": {"train": "none"},
+        "optimizer": {"grad_clip": 0.0},
+        "train": {"global_batch_size": batch_size},
+        "parallel": {"zero_stage": 3, "keep_gathered": "always"},
+        "run": {"dir": "none"},
+    }
+    return parse_config(tree, "the benchmark")
+
+
+def start(configure: Callable[[int], RunConfig], mesh: Mesh) -> tuple[dict[int, float], dict[int, ParallelModel]]:
+    """Seconds of `parallelize` by depth, and the models to be trained."""
+    parallel_model(configure(2), mesh)  # what the libraries do once
+    seconds, models = {}, {}
+    for depth in STARTED:
+        gc.collect()
+        began = time.perf_counter()
+        model = parallel_model(configure(depth), mesh)
+        seconds[depth] = time.perf_counter() - began
+        if depth in (SHALLOW, DEEP):
+            models[depth] = model
+        del model
+    return seconds, models
+
+
+def parallel_model(config: RunConfig, mesh: Mesh) -> ParallelModel:
+    return parallelize(config, mesh, plan(config, 1, None), partial(build_optimizer, config.optimizer))
+
+
+def ours(model: ParallelModel) -> Step:
+    batch = random_batch(model.config)
+
+    def step() -> None:
+        model.accumulate([batch], inputs_of, loss_of)
+        model.step(1e-4)
+
+    return step
+
+
+def plain(config: RunConfig) -> Step:
+    model, batch = build_model(config.model), random_batch(config)
+    optimizer = build_optimizer(config.optimizer, model)
+
+    def step() -> None:
+        of_deepspeed, functional.linear = functional.linear, LINEAR
+        loss_of(model(*inputs_of(batch)), batch).mean().backward()
+        functional.linear = of_deepspeed
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def inputs_of(batch: TrainingBatch) -> tuple[Tensor, Tensor, Tensor | None]:
+    return batch.latents, batch.t, batch.condition
+
+
+def loss_of(prediction: Tensor, batch: TrainingBatch) -> Tensor:
+    return (prediction - batch.noise).square().flatten(1).mean(1)
+
+
+def random_batch(config: RunConfig) -> TrainingBatch:
+    samples, size = config.train.global_batch_size, config.model.input
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(samples, size.channels, size.frames, size.height, size.width, generator=generator)
+    noise = torch.randn(latents.shape, generator=generator)
+    numbers = torch.arange(samples)
+    return TrainingBatch(0, numbers, numbers, latents, noise, torch.rand(samples, generator=generator), numbers % 10)
+
+
+def turn(step: Step, repeats: int) -> tuple[float, float]:
+    """Seconds of a step (wall, CPU), the mean of so many."""
+    began, cpu = time.perf_counter(), time.process_time()
+    for _ in range(repeats):
+        step()
+    return (time.perf_counter() - began) / repeats, (time.process_time() - cpu) / repeats
+
+
+def report(
+    options: argparse.Namespace, times: dict[tuple[str, int], list[tuple[float, float]]], start_s: dict[int, float]
+) -> None:
+    result: dict[str, Any] = {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    result |= vars(options) | {"start_s": start_s}
+    fastest = {(name, d): min(wall for wall, _ in taken) / d for (name, d), taken in times.items()}
+    cpu = {(name, d): statistics.median(c for _, c in taken) / d for (name, d), taken in times.items()}
+    for what, costs in (("wall", fastest), ("cpu", cpu)):
+        growth = {name: costs[name, DEEP] / costs[name, SHALLOW] for name in ("ours", "plain")}
+        result[what] = {
+            "block_s": {f"{name} {depth}": cost for (name, depth), cost in costs.items()},
+            "growth": growth,
+            "superlinear": growth["ours"] / growth["plain"],
+        }
+        print(f"\n| {what} time of a block (ms) | {SHALLOW} blocks | {DEEP} blocks | ratio |\n|---|---|---|---|")
+        for name in growth:
+            print(f"| {name} | {1e3 * costs[name, SHALLOW]:.3f} | {1e3 * costs[name, DEEP]:.3f} | {growth[name]:.3f} |")
+        print(f"| ours over plain | | | {result[what]['superlinear']:.3f} |")
+    print("\n| blocks | start-up (s) | for each block (ms) |\n|---|---|---|")
+    for depth, seconds in start_s.items():
+        print(f"| {depth} | {seconds:.2f} | {1e3 * seconds / depth:.1f} |")
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
