@@ -37,7 +37,7 @@ from rdm_scale.parallel.mesh import Mesh
 
 _TESTED = "rdm_scale is tested with deepspeed 0.19.8"
 _METHODS: dict[type, tuple[str, ...]] = {
-    deepspeed.DeepSpeedEngine: ("coalesce_grad_reduction", "set_gradient_accumulation_boundary"),
+    deepspeed.DeepSpeedEngine: ("coalesce_grad_reduction", "_check_for_duplicates"),
     DeepSpeedZeroOptimizer_Stage3: (
         "clear_backward_seen_flag",
         "get_param_id",
@@ -66,6 +66,8 @@ if not hasattr(partitioned_param_coordinator, "assert_ints_same_as_other_ranks")
 # It compares numbers that count modules since the process began, over all ranks: they differ between pipeline stages,
 # and between processes that have trained before.
 partitioned_param_coordinator.assert_ints_same_as_other_ranks = lambda ints: None
+# It looks through all parameters for each parameter, minutes for a thousand blocks; ours are in one group each.
+deepspeed.DeepSpeedEngine._check_for_duplicates = lambda self, optimizer: None
 # It calls what torch has renamed, in every collective; the pinned versions go together.
 warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
 # On CPUs DeepSpeed would spend a minute compiling an all-reduce for inference, which training never calls.
@@ -232,7 +234,22 @@ class Zero3(ZeroEngine):
 
     def __init__(self, *arguments: Any, keep_gathered: bool, **more: Any) -> None:
         self.keep_gathered = keep_gathered
+        self._inputs: dict[Any, int] = {}  # of each module: how many of its tensor inputs have a gradient
         super().__init__(*arguments, **more)
+
+    def __call__(self, *inputs: Any) -> Any:
+        outputs = super().__call__(*inputs)
+        for module in () if self.keep_gathered else self.engine.module.modules():
+            if getattr(module, "ds_grads_remaining", 0) > 0:
+                self._inputs[module] = module.ds_grads_remaining
+        return outputs
+
+    def backward(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+        # DeepSpeed counts them down to release a module's parameters, and up in forwards only: without this a second
+        # backward after two forwards would keep the whole stage gathered.
+        for module, count in self._inputs.items():
+            module.ds_grads_remaining = count
+        super().backward(outputs, gradients)
 
     @contextlib.contextmanager
     def accumulating(self) -> Iterator[None]:
@@ -300,6 +317,11 @@ class Zero3(ZeroEngine):
         return {
             "stage": 3,
             "stage3_param_persistence_threshold": 0,
+            # Nothing is kept for its next use, however soon: by block means by block, and looking for that next use in
+            # every release takes time that grows with the square of the depth.
+            "stage3_max_reuse_distance": 0,
+            "stage3_max_live_parameters": 2 * largest,
+            "stage3_prefetch_bucket_size": 0 if self.keep_gathered else largest,
             "contiguous_gradients": False,  # or each gradient would be copied once more, into a buffer kept for that
             "reduce_bucket_size": largest,
             "overlap_comm": self.mesh.device.type == "cuda",
