@@ -116,6 +116,7 @@ MUTATIONS = [
 
 
 @pytest.mark.full
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.what)
 def test_mutation_is_caught(mutation: Mutation, tmp_path: Path) -> None:
     for folder in ("rdm_scale", "tests"):

@@ -36,6 +36,7 @@ def test_layout(case: Case, ranks: RankPool, reference: Reference, data: str, tm
 
 
 @pytest.mark.full
+@pytest.mark.timeout(3600)
 def test_full_matrix(ranks: RankPool, reference: Reference, data: str, tmp_path: Path) -> None:
     """Writes docs/parity.md."""
     found = {case: run(case, ranks, reference, data, tmp_path / str(i)) for i, case in enumerate(full())}

@@ -113,6 +113,7 @@ def _resident(field: str) -> float:
 
 
 @pytest.mark.full
+@pytest.mark.timeout(900)
 def test_half_a_billion_parameters_start_on_eight_ranks(ranks: RankPool, tmp_path: Path) -> None:
     """No rank holds more than its share and a block at any time; libraries' own buffers get 150 MiB."""
     changes = {"model__hidden_size": 1024, "model__depth": 26, "model__num_heads": 16, "parallel__tensor": 2}
