@@ -297,7 +297,7 @@ class Zero3(ZeroEngine):
     def _reduce(self) -> None:
         """One reduce-scatter of all gradients, into the buffer from which DeepSpeed steps."""
         size, mine = self.mesh.data_size, self._zero.grad_partitions_flat_buffer
-        whole = mine.new_zeros(size, mine.numel())
+        whole = mine.new_zeros(size, mine.numel()) if size > 1 else mine.zero_().view(1, -1)
         start = 0
         for parameter in (p for group in self._zero.fp16_groups for p in group):
             count = parameter.partition_numel()
@@ -310,8 +310,9 @@ class Zero3(ZeroEngine):
                         whole[rank, start : start + part.numel()] = part
                 parameter.grad = None
             start += count
-        dist.reduce_scatter_tensor(mine, whole.flatten(), group=self.mesh.data_group)
-        mine.div_(size)
+        if size > 1:
+            dist.reduce_scatter_tensor(mine, whole.flatten(), group=self.mesh.data_group)
+            mine.div_(size)
 
     def _zero_settings(self, largest: int) -> dict[str, Any]:
         return {
