@@ -18,6 +18,8 @@ from rdm_scale.errors import DataError
 NAME = "manifest.json"
 _MAX_BYTES = 2**30  # a manifest from elsewhere is untrusted; this one would describe about 10 million members
 
+Shape = tuple[int, int, int, int]  # C, T, H, W
+
 
 class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -46,23 +48,60 @@ class Member(_Record):
     xxh3: str = Field(pattern=r"^[0-9a-f]{16}$", description="xxh3_64 of the member's bytes, in hexadecimal")
 
 
-class Shard(_Record):
+class Tar(_Record):
+    """A tar beside the manifest: its members in order, none overlapping another."""
+
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="file name beside the manifest")
-    samples: int = Field(ge=1)
     bytes: int = Field(ge=1)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     members: tuple[Member, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
-        if sum(m.samples for m in self.members) != self.samples:
-            raise ValueError(f"{self.name}: the members' samples do not add up to {self.samples}")
+    def _check_members(self) -> Self:
         end = 0
         for member in self.members:
             if member.offset < end or member.offset + member.bytes > self.bytes:
                 raise ValueError(f"{self.name}: member {member.name} overlaps another or reaches beyond the shard")
             end = member.offset + member.bytes
         return self
+
+
+class Shard(Tar):
+    """Latents of one shape and, where the set has captions, the side-car with those of the same samples."""
+
+    samples: int = Field(ge=1)
+    shape: Shape | None = Field(None, description="[C, T, H, W] where it is not that of the set")
+    text: Tar | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if sum(m.samples for m in self.members) != self.samples:
+            raise ValueError(f"{self.name}: the members' samples do not add up to {self.samples}")
+        if self.text and [(m.name, m.samples) for m in self.text.members] != [
+            (m.name, m.samples) for m in self.members
+        ]:
+            raise ValueError(f"{self.text.name}: its members are not those of {self.name}")
+        return self
+
+
+class TextEncoding(_Record):
+    """How captions became vectors, and the empty caption, which stands for a caption that is dropped in training."""
+
+    encoder: str = Field(description="class of the text encoder")
+    location: str
+    digest: str = Field(description="sha256 of the encoder's weights and tokenizer")
+    width: int = Field(ge=1, description="D of the tokens [N, D]")
+    pooled_width: int = Field(ge=1, description="P of the pooled vector [P]")
+    max_tokens: int = Field(ge=1)
+    dtype: Literal["float32", "float16", "bfloat16"]
+    empty: str = Field(description="a text member (safetensors, base64) with the empty caption alone")
+
+
+class Statistics(_Record):
+    """Of the raw latents of all samples, for each channel, over positions and (for moments) the posterior."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
 
 class Header(_Record):
@@ -72,9 +111,10 @@ class Header(_Record):
     version: Literal[1] = 1
     kind: Literal["mode", "moments"] = Field(description="latents [K,C,T,H,W], or mean and log-variance [K,2C,T,H,W]")
     dtype: Literal["float32", "float16", "bfloat16"]
-    shape: tuple[int, int, int, int] = Field(description="[C, T, H, W] of one latent, for kind moments too")
+    shape: Shape = Field(description="[C, T, H, W] of one latent, for kind moments too; a shard may have another")
     codec: Codec
     class_names: tuple[str, ...] = Field((), description="name of label i; empty for unlabelled data")
+    text: TextEncoding | None = None
 
     @model_validator(mode="after")
     def _check_header(self) -> Self:
@@ -87,48 +127,63 @@ class Header(_Record):
             raise ValueError("codec.scale must not be 0")
         return self
 
-    @property
-    def stored_shape(self) -> tuple[int, int, int, int]:
-        """Shape of one sample as it is stored: moments have a mean and a log-variance for each channel."""
-        C, T, H, W = self.shape
+    def stored_shape(self, shape: Shape) -> Shape:
+        """Of one sample of latent shape `shape`, as stored: moments have a mean and a log-variance for each channel."""
+        C, T, H, W = shape
         return (2 * C if self.kind == "moments" else C), T, H, W
 
-    @property
-    def sample_bytes(self) -> int:
+    def sample_bytes(self, shape: Shape) -> int:
         """Bytes of the latents of one sample as they are stored."""
-        return math.prod(self.stored_shape) * (4 if self.dtype == "float32" else 2)
+        return math.prod(self.stored_shape(shape)) * (4 if self.dtype == "float32" else 2)
 
 
 class Manifest(Header):
     """All that a reader needs to know of a folder of latent shards."""
 
     samples: int = Field(ge=1)
+    rejected: int = Field(0, ge=0, description="inputs that could not be encoded: see rejected.jsonl")
+    statistics: Statistics | None = None
     shards: tuple[Shard, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if sum(shard.samples for shard in self.shards) != self.samples:
             raise ValueError(f"the shards' samples do not add up to {self.samples}")
-        if len({shard.name for shard in self.shards}) != len(self.shards):
+        names = [tar.name for shard in self.shards for tar in (shard, shard.text) if tar]
+        if len(set(names)) != len(names):
             raise ValueError("two shards have the same name")
         for shard in self.shards:
+            shape = self.shape_of(shard)
+            if min(shape) < 1 or shape[0] != self.shape[0]:
+                raise ValueError(f"{shard.name}: impossible latent shape {list(shape)}")
+            if (shard.text is None) != (self.text is None):
+                raise ValueError(f"{shard.name}: some shards have captions, or the set has them, and others do not")
             for member in shard.members:
                 # Also bounds every number here by the size of a file that is really there.
-                if member.bytes < member.samples * self.sample_bytes:
+                if member.bytes < member.samples * self.sample_bytes(shape):
                     raise ValueError(f"{shard.name}: member {member.name} is too small for {member.samples} samples")
         return self
 
+    def shape_of(self, shard: Shard) -> Shape:
+        """[C, T, H, W] of the latents of a shard."""
+        return shard.shape or self.shape
+
     @cached_property
-    def _content(self) -> bytes:
-        return self.model_dump_json(indent=1).encode()
+    def buckets(self) -> dict[Shape, tuple[int, ...]]:
+        """The indices of the shards of each shape, in the order in which the shapes first occur."""
+        found: dict[Shape, list[int]] = {}
+        for index, shard in enumerate(self.shards):
+            found.setdefault(self.shape_of(shard), []).append(index)
+        return {shape: tuple(indices) for shape, indices in found.items()}
 
     def to_json(self) -> bytes:
-        return self._content
+        return self.model_dump_json(indent=1, exclude_none=True).encode()
 
     @cached_property
     def digest(self) -> str:
-        """Identity of the data set: changes when anything in it does."""
-        return hashlib.sha256(self._content).hexdigest()
+        """Identity of the data set: changes when any of its samples does."""
+        described = self.model_copy(update={"statistics": None, "rejected": 0})
+        return hashlib.sha256(described.to_json()).hexdigest()
 
 
 def read_manifest(url: str) -> tuple[Manifest, Location]:

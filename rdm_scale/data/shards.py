@@ -7,9 +7,10 @@ import hashlib
 import io
 import re
 import tarfile
+from collections.abc import Sequence
 from contextlib import suppress
 from types import TracebackType
-from typing import Literal, Self
+from typing import Literal, NamedTuple, Self
 
 import safetensors.torch
 import torch
@@ -18,7 +19,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
-from rdm_scale.data.manifest import NAME, Codec, Header, Manifest, Member, Shard
+from rdm_scale.data.manifest import NAME, Codec, Header, Manifest, Member, Shape, Shard, Tar
 from rdm_scale.data.storage import Location
 from rdm_scale.errors import DataError
 
@@ -31,7 +32,7 @@ def sample_id(key: str, clip: int = 0, view: int = 0) -> int:
 
 
 class ShardWriter:
-    """Writes samples, in the order given, as shards into a folder, and the manifest last.
+    """Writes samples of one shape, in the order given, as shards into a folder, and the manifest last.
 
     The same samples give the same bytes, however they are cut into calls of `add`. After an error nothing of it is left
     in the folder and the writer is of no further use. As a context manager it closes itself, or cleans up after an
@@ -53,7 +54,7 @@ class ShardWriter:
         *,
         kind: Literal["mode", "moments"],
         dtype: Literal["float32", "float16", "bfloat16"],
-        shape: tuple[int, int, int, int],
+        shape: Shape,
         codec: Codec,
         class_names: tuple[str, ...],
         samples_per_member: int = 64,
@@ -72,9 +73,7 @@ class ShardWriter:
             raise DataError(f"{folder} cannot hold such latents: {error.errors()[0]['msg']}") from None
         self._samples_per_member, self._members_per_shard = samples_per_member, members_per_shard
         self._ids: set[int] = set()
-        self._pending: list[dict[str, Tensor]] = []  # samples that do not fill a member yet
-        self._members: list[tuple[str, int, bytes]] = []  # name, samples and content of those of the next shard
-        self._count = 0  # members so far, over the whole set
+        self._pending: list[dict[str, Tensor]] = []  # samples that do not fill a shard yet
         self._shards: list[Shard] = []
         self._manifest: Manifest | None = None
         self._failed = False
@@ -90,12 +89,17 @@ class ShardWriter:
         """
         self._refuse_if_over()
         try:
-            self._check(latents, ids, labels)
+            check_samples(self._header, self._header.shape, latents, ids, labels, self.folder)
+            for number in ids.tolist():
+                if number in self._ids:
+                    raise DataError(f"two samples have the id {number}: {self.folder} takes a key, clip and view once")
+                self._ids.add(number)
             added = {"latents": latents.detach(), "ids": ids, "labels": labels}
             # a copy: the caller may go on to write into its tensors
             self._pending.append({name: values.to("cpu", copy=True) for name, values in added.items()})
-            if self._pending_samples() >= self._samples_per_member:
-                self._pack(self._pending_samples() // self._samples_per_member * self._samples_per_member)
+            full = self._samples_per_member * self._members_per_shard
+            while self._pending_samples() >= full:
+                self._write_shard(full)
         except BaseException as error:
             self.discard()
             raise self._explained(error) from None
@@ -109,9 +113,7 @@ class ShardWriter:
             if not self._ids:
                 raise DataError(f"no samples were added, so there is nothing to write to {self.folder}")
             if self._pending_samples():
-                self._pack(self._pending_samples())
-            if self._members:
-                self._write_shard()
+                self._write_shard(self._pending_samples())
             manifest = Manifest(**dict(self._header), samples=len(self._ids), shards=tuple(self._shards))
             (self.folder / NAME).write(manifest.to_json())
         except BaseException as error:
@@ -126,7 +128,7 @@ class ShardWriter:
         for shard in self._shards:
             with suppress(OSError):
                 (self.folder / shard.name).remove()
-        self._shards, self._members, self._pending = [], [], []
+        self._shards, self._pending = [], []
 
     def __enter__(self) -> Self:
         return self
@@ -146,84 +148,85 @@ class ShardWriter:
     def _explained(self, error: BaseException) -> BaseException:
         return DataError(f"cannot write to {self.folder}: {error}") if isinstance(error, OSError) else error
 
-    def _check(self, latents: Tensor, ids: Tensor, labels: Tensor) -> None:
-        dtype, shape = DTYPES[self._header.dtype], self._header.stored_shape
-        if latents.dtype != dtype or latents.ndim != 5 or latents.shape[1:] != shape:
-            raise DataError(
-                f"{self.folder} takes latents {['K', *shape]} in {dtype}, not {list(latents.shape)} in {latents.dtype}"
-            )
-        for name, values in (("ids", ids), ("labels", labels)):
-            if values.dtype != torch.int64 or values.shape != (len(latents),):
-                raise DataError(
-                    f"{name} must be int64 [{len(latents)}], one a latent, not {values.dtype} {list(values.shape)}"
-                )
-        finite = latents.flatten(1).isfinite().all(dim=1)
-        if not finite.all():
-            raise DataError(
-                f"the latent of the sample with id {ids[~finite][0].item()} is not finite in {dtype}: "
-                "mend or leave out the input, or use a wider dtype"
-            )
-        classes = len(self._header.class_names)
-        unknown = (labels < -1) | (labels >= classes)
-        if unknown.any():
-            raise DataError(
-                f"the sample with id {ids[unknown][0].item()} has label {labels[unknown][0].item()}, "
-                f"and there are {classes} class names: use 0 .. {classes - 1}, or -1 for unlabelled"
-            )
-        if (ids < 0).any():
-            raise DataError(f"the id {ids.min().item()} is negative: ids are made by sample_id")
-        for number in ids.tolist():
-            if number in self._ids:
-                raise DataError(
-                    f"two samples have the id {number}: a source key, clip and view may be added to {self.folder} once"
-                )
-            self._ids.add(number)
-
     def _pending_samples(self) -> int:
         return sum(len(part["ids"]) for part in self._pending)
 
-    def _pack(self, samples: int) -> None:
-        """Moves the first `samples` pending samples into members, and members into shards as those get full."""
+    def _write_shard(self, samples: int) -> None:
+        """Moves the first `samples` pending samples into a shard."""
         joined = {name: torch.cat([part[name] for part in self._pending]) for name in self._pending[0]}
         # clone: what is left must not keep alive all that was added
         self._pending = [{name: values[samples:].clone() for name, values in joined.items()}]
-        for first in range(0, samples, self._samples_per_member):
-            last = min(first + self._samples_per_member, samples)
-            content = safetensors.torch.save({name: values[first:last] for name, values in joined.items()})
-            self._members.append((f"{self._count:08d}.safetensors", last - first, content))
-            self._count += 1
-            if len(self._members) == self._members_per_shard:
-                self._write_shard()
-
-    def _write_shard(self) -> None:
-        name = f"shard-{len(self._shards):06d}.tar"
-        content, offsets = _tar(self._members)
-        shard = Shard(
-            name=name,
-            samples=sum(samples for _, samples, _ in self._members),
-            bytes=len(content),
-            sha256=hashlib.sha256(content).hexdigest(),
-            members=tuple(
-                Member(name=n, offset=o, bytes=len(c), samples=k, xxh3=xxhash.xxh3_64_hexdigest(c))
-                for (n, k, c), o in zip(self._members, offsets, strict=True)
-            ),
-        )
-        self.folder.make_dir()
-        (self.folder / name).write(content)
-        self._shards.append(shard)
-        self._members = []
+        first = len(self._shards) * self._members_per_shard
+        parts = {name: values[:samples].split(self._samples_per_member) for name, values in joined.items()}
+        members = [
+            Packed(f"{first + i:08d}.safetensors", len(ids), pack_samples(latents, ids, labels))
+            for i, (latents, ids, labels) in enumerate(
+                zip(parts["latents"], parts["ids"], parts["labels"], strict=True)
+            )
+        ]
+        tar = write_tar(self.folder, f"shard-{len(self._shards):06d}.tar", members)
+        self._shards.append(Shard(**dict(tar), samples=samples))
 
 
-def _tar(members: list[tuple[str, int, bytes]]) -> tuple[bytes, list[int]]:
-    """A tar with no trace of when or by whom it was made, and the offset of each member's content."""
+class Packed(NamedTuple):
+    """A member to be written: its name, how many samples are in it, and the safetensors file itself."""
+
+    name: str
+    samples: int
+    content: bytes
+
+
+def pack_samples(latents: Tensor, ids: Tensor, labels: Tensor) -> bytes:
+    """The member that holds these samples."""
+    return safetensors.torch.save({"latents": latents.contiguous(), "ids": ids.clone(), "labels": labels.clone()})
+
+
+def write_tar(folder: Location, name: str, members: Sequence[Packed]) -> Tar:
+    """Writes the members as one tar, whole or not at all, with no trace of when or by whom it was made. OSError."""
     buffer, offsets = io.BytesIO(), []
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for name, _, content in members:
-            info = tarfile.TarInfo(name)  # mtime 0, uid 0, gid 0, mode 0644, no names of users
-            info.size = len(content)
+        for member in members:
+            info = tarfile.TarInfo(member.name)  # mtime 0, uid 0, gid 0, mode 0644, no names of users
+            info.size = len(member.content)
             offsets.append(tar.offset + tarfile.BLOCKSIZE)
-            tar.addfile(info, io.BytesIO(content))
-    return buffer.getvalue(), offsets
+            tar.addfile(info, io.BytesIO(member.content))
+    content = buffer.getvalue()
+    folder.make_dir()
+    (folder / name).write(content)
+    records = (
+        Member(name=n, offset=o, bytes=len(c), samples=k, xxh3=xxhash.xxh3_64_hexdigest(c))
+        for (n, k, c), o in zip(members, offsets, strict=True)
+    )
+    return Tar(name=name, bytes=len(content), sha256=hashlib.sha256(content).hexdigest(), members=tuple(records))
+
+
+def check_samples(header: Header, shape: Shape, latents: Tensor, ids: Tensor, labels: Tensor, folder: Location) -> None:
+    """Raises DataError unless `folder` can take these samples: shape, dtype, finite values, ids and labels."""
+    dtype, stored = DTYPES[header.dtype], header.stored_shape(shape)
+    if latents.dtype != dtype or latents.ndim != 5 or latents.shape[1:] != stored:
+        raise DataError(
+            f"{folder} takes latents {['K', *stored]} in {dtype}, not {list(latents.shape)} in {latents.dtype}"
+        )
+    for name, values in (("ids", ids), ("labels", labels)):
+        if values.dtype != torch.int64 or values.shape != (len(latents),):
+            raise DataError(
+                f"{name} must be int64 [{len(latents)}], one a latent, not {values.dtype} {list(values.shape)}"
+            )
+    finite = latents.flatten(1).isfinite().all(dim=1)
+    if not finite.all():
+        raise DataError(
+            f"the latent of the sample with id {ids[~finite][0].item()} is not finite in {dtype}: "
+            "mend or leave out the input, or use a wider dtype"
+        )
+    classes = len(header.class_names)
+    unknown = (labels < -1) | (labels >= classes)
+    if unknown.any():
+        raise DataError(
+            f"the sample with id {ids[unknown][0].item()} has label {labels[unknown][0].item()}, "
+            f"and there are {classes} class names: use 0 .. {classes - 1}, or -1 for unlabelled"
+        )
+    if (ids < 0).any():
+        raise DataError(f"the id {ids.min().item()} is negative: ids are made by sample_id")
 
 
 def read_member(folder: Location, manifest: Manifest, shard: int, member: int) -> dict[str, Tensor]:
@@ -236,18 +239,22 @@ def read_member(folder: Location, manifest: Manifest, shard: int, member: int) -
         DataError: the shard is missing, cannot be read, is too short, or its content is not what was written.
     """
     record = manifest.shards[shard]
-    part = record.members[member]
-    place = folder / record.name
+    return unpack_samples(read_bytes(folder, record, member), folder, manifest, shard, member)
+
+
+def read_bytes(folder: Location, tar: Tar, member: int) -> bytes:
+    """The member of a tar as it was written. Raises DataError: missing, cut short or changed since."""
+    part, place = tar.members[member], folder / tar.name
     try:
         content = place.read_range(part.offset, part.bytes)
-        found = place.size() if len(content) < part.bytes else record.bytes
+        found = place.size() if len(content) < part.bytes else tar.bytes
     except FileNotFoundError:
         raise DataError(f"{place} is missing, and the manifest lists it: {_REMEDY}") from None
     except OSError as error:
         raise DataError(f"cannot read {_describe(place, part, member)}: {error}") from None
     if len(content) < part.bytes:
         raise DataError(
-            f"{place} is shorter than the manifest says, {found} bytes instead of {record.bytes}, "
+            f"{place} is shorter than the manifest says, {found} bytes instead of {tar.bytes}, "
             f"and ends before the end of member {part.name} ({member}): {_REMEDY}"
         )
     checksum = xxhash.xxh3_64_hexdigest(content)
@@ -256,11 +263,18 @@ def read_member(folder: Location, manifest: Manifest, shard: int, member: int) -
             f"{_describe(place, part, member)} is not what was written: its xxh3 is {checksum}, "
             f"the manifest says {part.xxh3}: {_REMEDY}"
         )
+    return content
+
+
+def unpack_samples(content: bytes, folder: Location, manifest: Manifest, shard: int, member: int) -> dict[str, Tensor]:
+    """The tensors of a member. Raises DataError: they are not what the manifest says."""
+    record = manifest.shards[shard]
+    where = _describe(folder / record.name, record.members[member], member)
     try:
         tensors = safetensors.torch.load(content)
     except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise DataError(f"{_describe(place, part, member)} is not a safetensors file ({error}): {_REMEDY}") from None
-    _check_member(tensors, manifest, part.samples, _describe(place, part, member))
+        raise DataError(f"{where} is not a safetensors file ({error}): {_REMEDY}") from None
+    _check_member(tensors, manifest, manifest.shape_of(record), record.members[member].samples, where)
     return tensors
 
 
@@ -271,9 +285,9 @@ def _describe(place: Location, part: Member, member: int) -> str:
     return f"member {part.name} ({member}, bytes {part.offset} to {part.offset + part.bytes}) of {place}"
 
 
-def _check_member(tensors: dict[str, Tensor], manifest: Manifest, samples: int, where: str) -> None:
+def _check_member(tensors: dict[str, Tensor], header: Header, shape: Shape, samples: int, where: str) -> None:
     expected = {
-        "latents": ((samples, *manifest.stored_shape), DTYPES[manifest.dtype]),
+        "latents": ((samples, *header.stored_shape(shape)), DTYPES[header.dtype]),
         "ids": ((samples,), torch.int64),
         "labels": ((samples,), torch.int64),
     }
@@ -287,8 +301,8 @@ def _check_member(tensors: dict[str, Tensor], manifest: Manifest, samples: int, 
                 f"the manifest says {list(shape)} in {dtype}: {_REMEDY}"
             )
     labels = tensors["labels"]
-    if labels.min() < -1 or labels.max() >= len(manifest.class_names):
+    if labels.min() < -1 or labels.max() >= len(header.class_names):
         raise DataError(
             f"{where} has labels from {labels.min()} to {labels.max()}, "
-            f"and the manifest names {len(manifest.class_names)} classes: {_REMEDY}"
+            f"and the manifest names {len(header.class_names)} classes: {_REMEDY}"
         )
