@@ -1,0 +1,218 @@
+"""Lists of images or videos: a JSON object a line, or the rows of a Parquet file, read as a stream.
+
+The column `path` is relative to the list's folder, or any absolute path or URL. Columns for a class, a caption and a
+key are optional. Listed files are not opened here, so a list of millions costs no more than reading it.
+"""
+
+import json
+import math
+import posixpath
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rdm_scale.data.media import MAX_CAPTION_BYTES, Found, kind_of, locate
+from rdm_scale.data.storage import Location
+from rdm_scale.errors import ConfigError, DataError
+
+EXTENSIONS = ("jsonl", "parquet")
+_MAX_LINE_BYTES = 2**20
+_MAX_TEXT = 4096  # characters of a path, a class name or a key
+_MAX_COLUMN_BYTES = 2**31  # of one row group, unpacked
+_CHUNK_BYTES = 2**20
+_BATCH_ROWS = 8192
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of the columns of a list (or, for label and caption, of the fields of a tar's `key.json`)."""
+
+    path: str = "path"
+    label: str = "label"
+    caption: str = "caption"
+    key: str = "key"
+
+
+def in_list(location: Location, columns: Columns, options: Mapping[str, Any] | None = None) -> Iterator[Found | None]:
+    """All images and videos of a list, in its order; None for each entry that is neither by its name.
+
+    The key of an entry without one is its path without the extension.
+
+    Args:
+        options: of the file systems of URLs in the list, where they are not that of the list itself.
+
+    Raises:
+        DataError: not such a list, no column of paths, or a value that cannot be what its column says.
+        OSError: it cannot be read.
+    """
+    rows = _json_rows(location) if location.name.endswith(".jsonl") else _parquet_rows(location, columns)
+    places = _Places(location, options)
+    keyed = None
+    for row, name in rows:
+        path = _required_text(row, columns.path, name)
+        key = _key_of(row.get(columns.key), columns.key, name)
+        if keyed is None:
+            keyed = key is not None
+        elif keyed != (key is not None):
+            raise DataError(f"{name}: some entries have a {columns.key!r} and others have none: give all one, or none")
+        query = "?" in path and path.startswith(("http://", "https://"))
+        kind = kind_of(path.partition("?")[0] if query else path)
+        if kind is None:
+            yield None
+            continue
+        class_name = class_of(row.get(columns.label), columns.label, name)
+        caption = caption_of(row.get(columns.caption), columns.caption, name)
+        place = places.find(path, name)
+        if key is None:
+            key = path if query else posixpath.splitext(path if "://" in path else posixpath.normpath(path))[0]
+        yield Found(kind, key, class_name, caption, place, str(place))
+
+
+class _Places:
+    """Paths and URLs of a list as locations; each file system is looked up once, not once an entry."""
+
+    def __init__(self, location: Location, options: Mapping[str, Any] | None) -> None:
+        self._folder, self._options = location.parent, dict(options or {})
+        own = location.fs.protocol
+        self._systems = dict.fromkeys((own,) if isinstance(own, str) else own, location.fs)
+
+    def find(self, path: str, name: str) -> Location:
+        """Raises DataError: a URL of an unknown file system."""
+        scheme, separator, _ = path.partition("://")
+        if not separator:
+            if not path.startswith("/"):
+                return Location(posixpath.normpath(posixpath.join(self._folder.path, path)), self._folder.fs)
+            scheme, path = "file", f"file://{path}"
+        if scheme not in self._systems:
+            try:
+                self._systems[scheme] = locate(path, None if scheme == "file" else self._options).fs
+            except ConfigError as error:
+                raise DataError(f"{name}: {error}") from None
+        fs = self._systems[scheme]
+        return Location(fs._strip_protocol(path), fs)
+
+
+def _json_rows(location: Location) -> Iterator[tuple[Mapping[str, Any], str]]:
+    """Each line's object and its place, for messages."""
+    for number, line in enumerate(_lines(location), 1):
+        name = f"{location}, line {number}"
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{name} is not JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise DataError(f"{name} is not a JSON object, such as " + '{"path": "a.png", "caption": "..."}')
+        yield row, name
+
+
+def _lines(location: Location) -> Iterator[bytes]:
+    rest = b""
+    with location.open() as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            *whole, rest = (rest + chunk).split(b"\n")
+            yield from whole
+            if len(rest) > _MAX_LINE_BYTES:
+                raise DataError(f"{location} has a line of more than {_MAX_LINE_BYTES} bytes: is it a .jsonl file?")
+    if rest:
+        yield rest
+
+
+def _parquet_rows(location: Location, columns: Columns) -> Iterator[tuple[Mapping[str, Any], str]]:
+    import pyarrow as pa  # takes a second to import
+    import pyarrow.parquet as pq
+
+    try:
+        with location.open() as file, pq.ParquetFile(file) as parquet:
+            used = _used_columns(location, parquet.schema_arrow, columns)
+            _check_row_groups(location, parquet.metadata, used)
+            row = 0
+            for batch in parquet.iter_batches(_BATCH_ROWS, columns=used, use_threads=False):
+                for values in zip(*(batch.column(name).to_pylist() for name in used), strict=True):
+                    row += 1
+                    yield dict(zip(used, values, strict=True)), f"{location}, row {row}"
+    except (pa.ArrowException, ValueError) as error:
+        raise DataError(f"{location} is not a Parquet file, or a damaged one: {error}") from None
+
+
+def _used_columns(location: Location, schema: Any, columns: Columns) -> Sequence[str]:
+    names = schema.names
+    if columns.path not in names:
+        embedded = [name for name in ("image", "video") if name in names]
+        reason = (
+            f": it seems to hold the files themselves (column {embedded[0]!r}), which is not read; "
+            "write them as files or as webdataset tars"
+            if embedded
+            else f", only {', '.join(map(repr, names))}"
+        )
+        raise DataError(f"{location} has no column {columns.path!r} of paths{reason}")
+    wanted = (columns.path, columns.label, columns.caption, columns.key)
+    return [name for name in dict.fromkeys(wanted) if name in names]
+
+
+def _check_row_groups(location: Location, metadata: Any, used: Sequence[str]) -> None:
+    """Pages are unpacked as a whole: a hostile or careless file must not take all memory."""
+    for group in range(metadata.num_row_groups):
+        for index in range(metadata.num_columns):
+            column = metadata.row_group(group).column(index)
+            if column.path_in_schema.split(".")[0] in used and column.total_uncompressed_size > _MAX_COLUMN_BYTES:
+                raise DataError(
+                    f"{location}: column {column.path_in_schema!r} has {column.total_uncompressed_size} bytes in one "
+                    "row group: write it with smaller row groups"
+                )
+
+
+def class_of(value: object, column: str, name: str) -> str | None:
+    """The class that a label names, a number written in digits; None where there is none.
+
+    Raises DataError: it is neither text nor a number from 0 on.
+    """
+    if value is None or (isinstance(value, float) and math.isnan(value)):  # NaN: pandas' missing number
+        return None
+    if isinstance(value, float) and value.is_integer():  # a column of numbers, some of which are missing in pandas
+        value = int(value)
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return str(value)
+    if isinstance(value, str) and 0 < len(value.strip()) <= _MAX_TEXT:
+        return value.strip()
+    raise DataError(f"{name}: {_shown(value)} in {column!r} is no label: give a number from 0 on or a name, or nothing")
+
+
+def caption_of(value: object, column: str, name: str) -> str | None:
+    """A caption, without white space around it; None where there is none. Raises DataError: it cannot be one."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if not isinstance(value, str):
+        raise DataError(f"{name}: {_shown(value)} in {column!r} is no caption: it must be one text")
+    try:
+        size = len(value) if value.isascii() else len(value.encode())
+    except UnicodeEncodeError:
+        raise DataError(f"{name}: the caption in {column!r} is no valid Unicode: correct it") from None
+    if size > MAX_CAPTION_BYTES:
+        raise DataError(f"{name}: the caption in {column!r} has {size} bytes; at most {MAX_CAPTION_BYTES} are read")
+    return value.strip()
+
+
+def _key_of(value: object, column: str, name: str) -> str | None:
+    if value is None:
+        return None
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, str) and 0 < len(value) <= _MAX_TEXT:
+        return value
+    raise DataError(f"{name}: {_shown(value)} in {column!r} is no key: it must be a text, not empty, or a number")
+
+
+def _required_text(row: Mapping[str, Any], column: str, name: str) -> str:
+    value = row.get(column)
+    if value is None:
+        raise DataError(f"{name} has no {column!r}: every entry needs the path or URL of its file")
+    if not isinstance(value, str) or not 0 < len(value) <= _MAX_TEXT:
+        raise DataError(f"{name}: {_shown(value)} in {column!r} is no path or URL")
+    return value
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
