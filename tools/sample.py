@@ -12,7 +12,7 @@ from rdm_scale.errors import ConfigError, RdmError
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", help="a checkpoint's folder, or a run's directory (its newest checkpoint)")
-    parser.add_argument("output", type=Path, help="PNG to write")
+    parser.add_argument("output", type=Path, help="PNG to write; of clips it shows the middle frames, and a GIF beside it plays them")
     parser.add_argument("--labels", help="classes to draw, for instance 0-9 or 3,207,360 (default: the first ten)")
     parser.add_argument("--rows", type=int, default=8, help="samples of each class (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="sampling steps (default: as in the run)")
@@ -21,6 +21,7 @@ def main() -> None:
     parser.add_argument("--weights", choices=["ema", "weights"], default="ema", help="averaged or last weights")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=64, help="default: %(default)s")
+    parser.add_argument("--fps", type=float, default=8.0, help="frames a second of clips (default: %(default)s)")
     try:
         draw(parser.parse_args())
     except RdmError as error:
@@ -30,6 +31,10 @@ def main() -> None:
 def draw(options: argparse.Namespace) -> None:
     if min(options.rows, options.batch_size) < 1:
         raise ConfigError("--rows and --batch-size must be at least 1")
+    if not 0 < options.fps <= 1000:
+        raise ConfigError("--fps must be above 0, and 1000 at most")
+    if options.output.suffix != ".png":
+        raise ConfigError(f"the output {options.output} must end with .png")
     if not options.output.parent.is_dir():
         raise ConfigError(f"there is no folder {options.output.parent} to write {options.output.name} to")
     import torch
@@ -37,8 +42,9 @@ def draw(options: argparse.Namespace) -> None:
     from rdm_scale.checkpoint import load_trained
     from rdm_scale.config import parse_config
     from rdm_scale.data.codecs import codec_of
-    from rdm_scale.evaluation.pictures import image_grid
-    from rdm_scale.evaluation.sampling import draw_images
+    from rdm_scale.data.storage import Location
+    from rdm_scale.evaluation.pictures import write_grid
+    from rdm_scale.evaluation.sampling import draw_pixels
 
     trained = load_trained(options.checkpoint, options.weights)
     given = {k: v for k in ("steps", "guidance", "sampler") if (v := getattr(options, k)) is not None}
@@ -49,7 +55,7 @@ def draw(options: argparse.Namespace) -> None:
     names = [trained.class_names[label] for label in classes] if conditional else []
     labels = torch.tensor(classes).repeat(options.rows)
     with tqdm(total=len(labels), unit="sample", desc="drawing") as bar:
-        images = draw_images(
+        pixels = draw_pixels(
             trained.model,
             config,
             codec_of(trained.codec),
@@ -58,8 +64,8 @@ def draw(options: argparse.Namespace) -> None:
             batch_size=options.batch_size,
             progress=lambda done, _: bar.update(done - bar.n),
         )
-    image_grid(images, len(classes), names).save(options.output)
-    print(f"{len(labels)} samples of step {trained.step} are in {options.output}")
+    files = write_grid(pixels, Location(options.output), len(classes), names, fps=options.fps)
+    print(f"{len(labels)} samples of step {trained.step} are in {' and '.join(map(str, files))}")
 
 
 def chosen_labels(text: str | None, num_classes: int) -> list[int]:

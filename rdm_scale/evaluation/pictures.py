@@ -1,4 +1,4 @@
-"""Pictures for people: grids of images, and the course of a run's loss."""
+"""Pictures for people: grids of images and of clips, and the course of a run's loss."""
 
 import io
 import json
@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -57,6 +58,90 @@ def image_grid(
         row, column = divmod(i, columns)
         grid.paste(Image.fromarray(cell), (padding + column * width, header.height + padding + row * height))
     return grid
+
+
+def middle_frames(videos: Tensor) -> Tensor:
+    """[N, C, T, H, W] to images [N, C, H, W]: what stands for a clip on paper."""
+    return videos[:, :, videos.shape[2] // 2]
+
+
+def animated_grid(
+    videos: Tensor,
+    columns: int,
+    column_labels: Sequence[str] = (),
+    scale: int | None = None,
+    padding: int = 8,
+    *,
+    fps: float = 8.0,
+    kind: Literal["gif", "png", "webp"] = "gif",
+) -> bytes:
+    """Clips laid out as `image_grid` lays out images, all playing at once, as a file that repeats for ever.
+
+    Args:
+        videos: [N, 3, T, H, W] in [-1, 1]; one channel is shown as grey.
+        columns, column_labels, scale, padding: as for `image_grid`.
+        fps: frames a second; a GIF counts in hundredths of a second, so its own rate is the nearest there is.
+        kind: GIF plays everywhere but has 256 colours; animated PNG and WebP (both lossless here) have all.
+
+    Returns:
+        The bytes of the file.
+
+    Raises:
+        ValueError: as `image_grid`, no frames, or an impossible rate.
+    """
+    if videos.dim() != 5 or not videos.shape[2]:
+        raise ValueError(f"cannot show {list(videos.shape)} as clips: expected [N, 3, T, H, W]")
+    if not 0 < fps < math.inf:
+        raise ValueError(f"cannot play {fps} frames a second")
+    frames = [image_grid(images, columns, column_labels, scale, padding) for images in videos.unbind(2)]
+    options: dict[str, Any] = {"disposal": 1} if kind == "gif" else {"lossless": True} if kind == "webp" else {}
+    if kind == "gif":
+        frames = _with_one_palette(frames)
+    file = io.BytesIO()
+    frames[0].save(
+        file, kind, save_all=True, append_images=frames[1:], duration=max(1, round(1000 / fps)), loop=0, **options
+    )
+    return file.getvalue()
+
+
+def _with_one_palette(frames: list[Image.Image]) -> list[Image.Image]:
+    """The same 256 colours in all frames, chosen from all of them, so that nothing flickers that does not move."""
+    width, height = frames[0].size
+    strip = Image.new("RGB", (width, height * len(frames)))
+    for i, frame in enumerate(frames):
+        strip.paste(frame, (0, i * height))
+    palette = strip.quantize(256, Image.Quantize.MEDIANCUT)
+    return [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+
+
+def write_grid(
+    pixels: Tensor, output: Location, columns: int, column_labels: Sequence[str] = (), *, fps: float = 8.0
+) -> list[Location]:
+    """Writes a PNG of images, or of the middle frames of clips and, beside it, an animated GIF of the whole clips.
+
+    Args:
+        pixels: [N, 3, T, H, W] in [-1, 1]; images have T = 1.
+        output: the PNG; the GIF has the same name with .gif in the place of .png.
+
+    Returns:
+        The files written.
+
+    Raises:
+        DataError: a file cannot be written.
+        ValueError: as `image_grid`.
+    """
+    png = io.BytesIO()
+    image_grid(middle_frames(pixels), columns, column_labels).save(png, "PNG")
+    files = {output: png.getvalue()}
+    if pixels.shape[2] > 1:
+        stem = output.name.removesuffix(".png")
+        files[output.parent / f"{stem}.gif"] = animated_grid(pixels, columns, column_labels, fps=fps)
+    try:
+        for location, content in files.items():
+            location.write(content)
+    except OSError as error:
+        raise DataError(f"cannot write the picture {output}: {error}; choose another place") from None
+    return list(files)
 
 
 def _pixels(images: Tensor) -> np.ndarray:

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from rdm_scale.config import RunConfig
-from rdm_scale.data.codecs import ImageCodec, codec_of
-from rdm_scale.data.manifest import Manifest
+from rdm_scale.data.codecs import LatentCodec, codec_of
+from rdm_scale.data.compatibility import DataFacts
 from rdm_scale.diffusion import sample
-from rdm_scale.evaluation.pictures import image_grid
+from rdm_scale.evaluation.pictures import image_grid, middle_frames
 
 if TYPE_CHECKING:
     from rdm_scale.parallel.mesh import Mesh  # megatron-core takes seconds to import
@@ -49,27 +49,27 @@ def draw_latents(
     )
 
 
-def draw_images(
+def draw_pixels(
     model: Any,
     config: RunConfig,
-    codec: ImageCodec,
+    codec: LatentCodec,
     labels: Tensor,
     seed: int,
     *,
     batch_size: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Images [N, 3, H, W] in [-1, 1] for labels [N], drawn and decoded in batches.
+    """Pixels [N, 3, T, H, W] in [-1, 1] for labels [N], drawn and decoded in batches; images have T = 1.
 
     `progress` is called as progress(samples done, samples).
     """
-    images = []
+    parts = []
     for first in range(0, len(labels), batch_size):
         part = labels[first : first + batch_size]
-        images.append(codec.decode(draw_latents(model, config, part, seed, first_index=first)))
+        parts.append(codec.decode(draw_latents(model, config, part, seed, first_index=first)))
         if progress is not None:
             progress(first + len(part), len(labels))
-    return torch.cat(images)
+    return torch.cat(parts)
 
 
 class SampleGrid:
@@ -79,15 +79,18 @@ class SampleGrid:
     stops the run before it starts.
     """
 
-    def __init__(self, config: RunConfig, mesh: "Mesh", manifest: Manifest) -> None:
+    def __init__(self, config: RunConfig, mesh: "Mesh", facts: DataFacts) -> None:
         self.config, self.mesh = config, mesh
         conditional = config.model.condition == "class"
         self.columns = min(config.monitor.sample_columns, config.model.num_classes if conditional else 10**9)
-        self.names = list(manifest.class_names[: self.columns]) if conditional else []
-        self.codec = codec_of(manifest.codec, mesh.device) if mesh.is_first else None
+        self.names = list(facts.class_names[: self.columns]) if conditional else []
+        self.codec = codec_of(facts.codec, mesh.device) if mesh.is_first else None
 
     def draw(self, model: Any) -> Any:
-        """A PIL.Image on the first rank, None on the others. Collective: `model` may be spread over the ranks."""
+        """A PIL.Image on the first rank, None on the others. Collective: `model` may be spread over the ranks.
+
+        Of clips it shows the frames in the middle.
+        """
         count = self.columns * GRID_ROWS
         share = -(-count // self.mesh.data_size)  # all ranks draw as many, for all take part in every forward
         labels = torch.arange(share * self.mesh.data_size) % self.columns
@@ -99,4 +102,4 @@ class SampleGrid:
         if self.codec is None:
             return None
         whole = torch.cat([part for _, part in sorted(dict(parts).items())])[:count]
-        return image_grid(self.codec.decode(whole).cpu(), self.columns, self.names)
+        return image_grid(middle_frames(self.codec.decode(whole)).cpu(), self.columns, self.names)

@@ -46,15 +46,16 @@ def folder(scalar_vae, tmp_path):
 
 
 def images(n: int = 3, size: int = 16) -> torch.Tensor:
-    return torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    """[N, 3, 1, size, size]"""
+    return torch.rand(n, 3, 1, size, size, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
 @torch.no_grad()
 def test_a_folder_does_what_diffusers_does(scalar_vae):
     folder, vae = scalar_vae
     codec, x = load_codec(str(folder)), images()
-    assert codec.latent_shape(16, 24) == (2, 1, 8, 12)
-    posterior = vae.encode(x).latent_dist
+    assert codec.latent_shape(1, 16, 24) == (2, 1, 8, 12) and codec.has_posterior
+    posterior = vae.encode(x[:, :, 0]).latent_dist
     moments = codec.encode(x)
     assert moments.shape == (3, 4, 1, 8, 8) and not moments.requires_grad
     torch.testing.assert_close(moments[:, :2, 0], posterior.mean)
@@ -63,7 +64,7 @@ def test_a_folder_does_what_diffusers_does(scalar_vae):
     latents = (posterior.mean - 0.25) * 0.5
     torch.testing.assert_close(normalise(moments[:, :2], codec.record)[:, :, 0], latents)
     restored = vae.decode(latents / 0.5 + 0.25).sample.clamp(-1, 1)
-    torch.testing.assert_close(codec.decode(latents.unsqueeze(2)), restored)
+    torch.testing.assert_close(codec.decode(latents.unsqueeze(2))[:, :, 0], restored)
     assert codec.decode(1000 * latents.unsqueeze(2)).abs().max() <= 1
 
 
@@ -77,7 +78,7 @@ def test_normalisation_by_channel(tmp_path):
     latents = (raw - mean) * 0.5 / std
     torch.testing.assert_close(normalise(raw, codec.record), latents)
     torch.testing.assert_close(denormalise(latents, codec.record), raw)
-    torch.testing.assert_close(codec.decode(latents), vae.decode(raw[:, :, 0]).sample.clamp(-1, 1))
+    torch.testing.assert_close(codec.decode(latents)[:, :, 0], vae.decode(raw[:, :, 0]).sample.clamp(-1, 1))
 
 
 def test_the_record_identifies_the_weights(scalar_vae):
@@ -105,7 +106,7 @@ def test_attention_weights_with_the_names_of_old_files(tmp_path):
     assert any("attentions.0.query.weight" in key for key in state)
     save_file(state, tmp_path / WEIGHTS)
     with torch.no_grad():
-        expected = vae.encode(images()).latent_dist.mean
+        expected = vae.encode(images()[:, :, 0]).latent_dist.mean
     torch.testing.assert_close(load_codec(str(tmp_path)).encode(images())[:, :2, 0], expected)
 
 
@@ -113,7 +114,7 @@ def test_half_precision_weights_are_computed_in_float32(folder):
     vae = AutoencoderKL.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False).half()
     vae.save_pretrained(folder, safe_serialization=True)
     with torch.no_grad():
-        expected = vae.float().encode(images()).latent_dist.mean
+        expected = vae.float().encode(images()[:, :, 0]).latent_dist.mean
     torch.testing.assert_close(load_codec(str(folder)).encode(images())[:, :2, 0], expected)
 
 
@@ -127,10 +128,10 @@ def test_a_folder_on_another_file_system(scalar_vae):
 
 
 def test_identity_is_exact():
-    codec, x = load_codec("identity"), images(size=15)
-    assert codec.latent_shape(15, 15) == (3, 1, 15, 15)
+    codec, x = load_codec("identity"), images(size=15).reshape(1, 3, 3, 15, 15)
+    assert codec.latent_shape(3, 15, 15) == (3, 3, 15, 15) and not codec.has_posterior
     moments = codec.encode(x)
-    torch.testing.assert_close(moments[:, :3, 0], x, rtol=0, atol=0)
+    torch.testing.assert_close(moments[:, :3], x, rtol=0, atol=0)
     assert (0.5 * moments[:, 3:]).exp().max() < 1e-6  # the standard deviation of the posterior
     torch.testing.assert_close(codec.decode(moments[:, :3]), x, rtol=0, atol=0)
     assert codec_of(codec.record).record == Codec(name="identity", location="identity")
@@ -139,12 +140,12 @@ def test_identity_is_exact():
 def test_what_does_not_fit(scalar_vae):
     codec = load_codec(str(scalar_vae[0]))
     with pytest.raises(DataError, match=r"16 x 17 pixels do not fit .* multiples of 2"):
-        codec.latent_shape(16, 17)
+        codec.latent_shape(1, 16, 17)
     with pytest.raises(DataError, match="multiples of 2"):
         codec.encode(images(size=15))
-    with pytest.raises(DataError, match=r"images \[B, 3, H, W\], not \[3, 1, 16, 16\]"):
+    with pytest.raises(DataError, match=r"pixels \[B, 3, T, H, W\], not \[3, 1, 1, 16, 16\]"):
         codec.encode(images()[:, :1])
-    with pytest.raises(DataError, match=r"latents \[B, 2, 1, H, W\], not \[1, 4, 1, 8, 8\]"):
+    with pytest.raises(DataError, match=r"latents \[B, 2, T, H, W\], not \[1, 4, 1, 8, 8\]"):
         codec.decode(torch.zeros(1, 4, 1, 8, 8))
 
 
@@ -207,7 +208,7 @@ def test_damaged_folders(folder, damage, message):
 
 @pytest.fixture(scope="module")
 def scans():
-    """All digit scans as images [N, 3, 32, 32], and their labels."""
+    """All digit scans as images [N, 3, 1, 32, 32], and their labels."""
     data, labels = load_digits(return_X_y=True)
     small = torch.from_numpy(data).reshape(-1, 8, 8)
     large = [
@@ -217,13 +218,13 @@ def scans():
         for s in small
     ]
     pixels = torch.stack(large).float() / 127.5 - 1
-    return pixels.unsqueeze(1).expand(-1, 3, -1, -1), labels
+    return pixels[:, None, None].expand(-1, 3, -1, -1, -1), labels
 
 
 def test_the_packaged_vae_restores_digits(scans):
     x, labels = scans
     codec = load_codec("digits")
-    assert codec.latent_shape(32, 32) == (4, 1, 8, 8)
+    assert codec.latent_shape(1, 32, 32) == (4, 1, 8, 8)
     assert codec.record.name == codec.record.location == "digits"
     shown = x[::9]
     latents = normalise(codec.encode(shown)[:, :4], codec.record)
