@@ -12,7 +12,7 @@ from rdm_scale.errors import ConfigError, RdmError
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", help="a checkpoint's folder, or a run's directory (its newest checkpoint)")
-    parser.add_argument("output", type=Path, help="PNG to write; of clips it shows the middle frames, and a GIF beside it plays them")
+    parser.add_argument("output", type=Path, help="PNG to write; for clips their middle frames, and a GIF beside it")
     parser.add_argument("--labels", help="classes to draw, for instance 0-9 or 3,207,360 (default: the first ten)")
     parser.add_argument("--rows", type=int, default=8, help="samples of each class (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="sampling steps (default: as in the run)")

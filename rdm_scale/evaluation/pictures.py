@@ -132,16 +132,16 @@ def write_grid(
     """
     png = io.BytesIO()
     image_grid(middle_frames(pixels), columns, column_labels).save(png, "PNG")
-    files = {output: png.getvalue()}
+    files = [(output, png.getvalue())]
     if pixels.shape[2] > 1:
-        stem = output.name.removesuffix(".png")
-        files[output.parent / f"{stem}.gif"] = animated_grid(pixels, columns, column_labels, fps=fps)
+        gif = output.parent / f"{output.name.removesuffix('.png')}.gif"
+        files.append((gif, animated_grid(pixels, columns, column_labels, fps=fps)))
     try:
-        for location, content in files.items():
+        for location, content in files:
             location.write(content)
     except OSError as error:
         raise DataError(f"cannot write the picture {output}: {error}; choose another place") from None
-    return list(files)
+    return [location for location, _ in files]
 
 
 def _pixels(images: Tensor) -> np.ndarray:

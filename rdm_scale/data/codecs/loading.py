@@ -1,0 +1,130 @@
+"""From a name, or the record in a manifest, to a codec that is ready to use."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rdm_scale.data.codecs.codec import LatentCodec
+from rdm_scale.data.codecs.files import CONFIG, CodecFiles, read_files
+from rdm_scale.data.codecs.vaes import IDENTITY_GEOMETRY, VAES, Vae
+from rdm_scale.data.manifest import Codec
+from rdm_scale.data.storage import Location
+from rdm_scale.errors import DataError
+
+DIGITS_FOLDER = Path(__file__).parents[1] / "digits_vae"
+
+
+def load_codec(name: str, device: str | torch.device = "cpu") -> LatentCodec:
+    """The codec called `identity` or `digits`, or the one in the folder (path or URL) `name`.
+
+    Raises:
+        DataError: no such folder, a model of another class than those known, damaged or pickled weights.
+    """
+    return _load(name, torch.device(device), expected_digest=None)
+
+
+def codec_of(record: Codec, device: str | torch.device = "cpu", location: str | None = None) -> LatentCodec:
+    """The codec that made the latents of a manifest, from its recorded place or from where it has moved to.
+
+    It keeps the record's normalisation, which the data was made with.
+
+    Raises:
+        DataError: as `load_codec`, or the weights there are not those that the data was encoded with.
+    """
+    codec = _load(location or record.location, torch.device(device), expected_digest=record.digest)
+    if (codec.record.name, codec.record.digest) != (record.name, record.digest):
+        raise DataError(f"the data was encoded with the codec {record.name}, but {codec.record.location} holds another")
+    codec.record = record
+    return codec
+
+
+def _load(name: str, device: torch.device, expected_digest: str | None) -> LatentCodec:
+    if name == "identity":
+        record = Codec(name="identity", location="identity")
+        return LatentCodec(record, IDENTITY_GEOMETRY, _same, _same, device, has_posterior=False)
+    folder = Location(DIGITS_FOLDER if name == "digits" else name)
+    files = read_files(folder)
+    if files.kind not in VAES:
+        raise DataError(
+            f"{folder} holds a {files.kind}: the codecs known are identity, digits and the VAEs {', '.join(VAES)}"
+        )
+    digest = files.digest
+    if expected_digest is not None and digest != expected_digest:
+        raise DataError(
+            f"the weights in {folder} are not those that the data was encoded with (sha256 {digest}, the manifest "
+            f"says {expected_digest or 'none'}): bring back the old ones or encode the data again"
+        )
+    known = VAES[files.kind]
+    model = _build(folder, files)
+    geometry = known.geometry(model)
+    shift, scale = _normalisation(folder, known, model, geometry.channels)
+    known_as = ("digits", "digits") if name == "digits" else (files.kind, str(folder))
+    record = Codec(name=known_as[0], location=known_as[1], digest=digest, shift=shift, scale=scale)
+    model.to(device).eval().requires_grad_(False)
+    return LatentCodec(
+        record,
+        geometry,
+        lambda pixels: known.encode(model, pixels),
+        lambda raw: known.decode(model, raw),
+        device,
+        has_posterior=known.has_posterior,
+    )
+
+
+def _same(values: Tensor) -> Tensor:
+    return values
+
+
+def _build(folder: Location, files: CodecFiles) -> Any:
+    """The model, whose memory comes from the files of weights alone, however large the configuration says it is."""
+    import diffusers  # takes seconds to import
+    from safetensors.torch import load
+
+    try:
+        state: dict[str, Tensor] = {}
+        for content in files.weights:
+            tensors = load(content)
+            if twice := state.keys() & tensors.keys():
+                raise ValueError(f"two files hold {min(twice)}")
+            state |= {name: tensor.float() for name, tensor in tensors.items()}
+        _check_depth(files.config, len(state))
+        with torch.device("meta"):
+            model = getattr(diffusers, files.kind).from_config(files.config)
+        model._fix_state_dict_keys_on_load(state)  # names of attention weights from before diffusers 0.17
+        model.load_state_dict(state, strict=True, assign=True)
+        if unfilled := [name for name, buffer in model.named_buffers() if buffer.is_meta]:
+            raise ValueError(f"{unfilled[0]} is not among the weights")
+        VAES[files.kind].check(model)
+    except Exception as error:  # an untrusted configuration makes the constructor fail in many ways
+        first = str(error).strip().splitlines()[:2]
+        raise DataError(f"the configuration and weights in {folder} do not make a model: {' '.join(first)}") from None
+    return model
+
+
+def _check_depth(config: dict[str, Any], tensors: int) -> None:
+    """Layers cost memory and time even without weights: there can be no more of them than tensors in the files."""
+    for key, value in config.items():
+        values = value if isinstance(value, list) else [value]
+        counts = [v for v in values if isinstance(v, int)] if "layers" in key or "blocks" in key else []
+        if max([len(values), *counts]) > max(tensors, 16):
+            raise ValueError(f"{key} describes a larger model than the {tensors} tensors of its weights")
+
+
+def _normalisation(
+    folder: Location, known: Vae, model: Any, channels: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(shift, scale) of `Codec`: one number for all channels, or one for each."""
+    try:
+        shift, scale = (tuple(map(float, values)) for values in known.normalisation(model))
+        fits = len(shift) in (1, channels) and len(scale) in (1, channels)
+        if fits and all(map(math.isfinite, shift + scale)) and min(scale) > 0:
+            return shift, scale
+    except (TypeError, ValueError, ArithmeticError, AttributeError):
+        pass
+    raise DataError(
+        f"{folder / CONFIG} has an impossible normalisation: correct scaling_factor and shift_factor, "
+        "or latents_mean and latents_std"
+    )

@@ -1,0 +1,176 @@
+"""The VAEs of diffusers that are known: how each is called, what it compresses, and its normalisation.
+
+One record for a class. Normalisations are those of the pipelines of diffusers (0.42) that a model trained on the
+latents would be used in, all in the form (raw - shift) * scale.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rdm_scale.data.codecs.codec import Geometry
+
+IDENTITY_GEOMETRY = Geometry(channels=3)
+
+Normalisation = tuple[Sequence[float], Sequence[float]]  # shift, scale
+
+
+@dataclass(frozen=True)
+class Vae:
+    """One class of diffusers. The functions take a model of that class."""
+
+    geometry: Callable[[Any], Geometry]
+    normalisation: Callable[[Any], Normalisation]
+    encode: Callable[[Any, Tensor], Tensor]  # as LatentCodec wants it
+    decode: Callable[[Any, Tensor], Tensor]
+    has_posterior: bool = True
+    pixel_channels: Callable[[Any], int] = lambda model: 3
+
+    def check(self, model: Any) -> None:
+        """Raises ValueError: the model is not one of RGB pixels, or its geometry is impossible."""
+        config, expected = model.config, self.pixel_channels(model)
+        found = {key: getattr(config, key, expected) for key in ("in_channels", "out_channels")}
+        if set(found.values()) != {expected}:
+            raise ValueError(f"it is no model of RGB pixels: {found}")
+        geometry = self.geometry(model)
+        if min(geometry.channels, geometry.spatial, geometry.temporal, geometry.frame_step) < 1:
+            raise ValueError(f"impossible geometry {geometry}")
+
+
+# Calls -----------------------------------------------------------------------------------------------------------
+
+
+def _fold(clips: Tensor) -> Tensor:
+    """[B, C, T, H, W] to [B T, C, H, W]: an image VAE sees the frames of a clip as images."""
+    return clips.transpose(1, 2).flatten(0, 1)
+
+
+def _unfold(images: Tensor, batch: int) -> Tensor:
+    return images.unflatten(0, (batch, -1)).transpose(1, 2)
+
+
+def _moments(vae: Any, pixels: Tensor) -> Tensor:
+    posterior = vae.encode(pixels).latent_dist
+    return torch.cat([posterior.mean, posterior.logvar], dim=1)
+
+
+def _frame_moments(vae: Any, pixels: Tensor) -> Tensor:
+    return _unfold(_moments(vae, _fold(pixels)), len(pixels))
+
+
+def _frame_latents(vae: Any, pixels: Tensor) -> Tensor:
+    return _unfold(vae.encode(_fold(pixels), return_dict=False)[0], len(pixels))
+
+
+def _decode(vae: Any, raw: Tensor) -> Tensor:
+    pixels: Tensor = vae.decode(raw, return_dict=False)[0]
+    return pixels
+
+
+def _decode_frames(vae: Any, raw: Tensor) -> Tensor:
+    return _unfold(_decode(vae, _fold(raw)), len(raw))
+
+
+def _decode_ltx(vae: Any, raw: Tensor) -> Tensor:
+    """Later versions of the decoder take a timestep (LTXPipeline's default is 0) and inject noise of their own."""
+    timestep = raw.new_zeros(len(raw)) if vae.config.timestep_conditioning else None
+    with torch.random.fork_rng(devices=[raw.device] if raw.is_cuda else []):
+        torch.manual_seed(0)
+        pixels: Tensor = vae.decode(raw, timestep, return_dict=False)[0]
+    return pixels
+
+
+# Normalisations --------------------------------------------------------------------------------------------------
+
+
+def _scaled(vae: Any) -> Normalisation:
+    return (0.0,), (vae.config.scaling_factor,)
+
+
+def _shifted(vae: Any) -> Normalisation:
+    """(raw - shift_factor) * scaling_factor, as FluxPipeline with AutoencoderTiny and Stable Diffusion 3."""
+    return (vae.config.shift_factor or 0.0,), (vae.config.scaling_factor,)
+
+
+def _shifted_or_standardised(vae: Any) -> Normalisation:
+    """With statistics by channel: (raw - latents_mean) * scaling_factor / latents_std, as Stable Diffusion XL."""
+    mean, std = vae.config.latents_mean, vae.config.latents_std
+    if mean is None or std is None:
+        return _shifted(vae)
+    return mean, [vae.config.scaling_factor / value for value in std]
+
+
+def _standardised(vae: Any) -> Normalisation:
+    """(raw - latents_mean) / latents_std: WanPipeline has no scaling factor."""
+    return vae.config.latents_mean, [1 / value for value in vae.config.latents_std]
+
+
+def _standardised_by_buffers(vae: Any) -> Normalisation:
+    """LTXPipeline: (raw - mean) * scaling_factor / std, the statistics being among the weights."""
+    return vae.latents_mean.tolist(), [vae.config.scaling_factor / value for value in vae.latents_std.tolist()]
+
+
+# Geometries ------------------------------------------------------------------------------------------------------
+
+
+def _halved(blocks: str) -> Callable[[Any], Geometry]:
+    """All but one of the blocks halve the sides."""
+    return lambda vae: Geometry(vae.config.latent_channels, spatial=2 ** (len(vae.config[blocks]) - 1))
+
+
+def _cogvideox(vae: Any) -> Geometry:
+    config = vae.config
+    temporal = int(config.temporal_compression_ratio)
+    # Latent frames are decoded in pairs, after one triple when their number is odd: only then does the first one
+    # become one frame, as it was encoded. So that number must be odd.
+    step = 2 * temporal if temporal > 1 else 1
+    return Geometry(config.latent_channels, 2 ** (len(config.block_out_channels) - 1), temporal, step)
+
+
+def _wan(vae: Any) -> Geometry:
+    config = vae.config
+    spatial = 2 ** (len(config.dim_mult) - 1) * (config.patch_size or 1)
+    # The encoder takes one frame, then four at a time, whatever their compression.
+    return Geometry(config.z_dim, spatial, temporal=2 ** sum(map(bool, config.temperal_downsample)), frame_step=4)
+
+
+def _stated(vae: Any) -> Geometry:
+    temporal = int(vae.temporal_compression_ratio)
+    return Geometry(vae.config.latent_channels, int(vae.spatial_compression_ratio), temporal, temporal)
+
+
+VAES: dict[str, Vae] = {
+    "AutoencoderKL": Vae(
+        _halved("block_out_channels"), _shifted_or_standardised, encode=_frame_moments, decode=_decode_frames
+    ),
+    # Its latent_magnitude and latent_shift are for storing latents as bytes; no pipeline applies them.
+    "AutoencoderTiny": Vae(
+        _halved("encoder_block_out_channels"),
+        _shifted,
+        encode=_frame_latents,
+        decode=_decode_frames,
+        has_posterior=False,
+    ),
+    "AutoencoderDC": Vae(
+        _halved("encoder_block_out_channels"),
+        _scaled,
+        encode=_frame_latents,
+        decode=_decode_frames,
+        has_posterior=False,
+    ),
+    # invert_scale_latents is about the conditioning picture of CogVideoXImageToVideoPipeline only; latents of clips
+    # are scaled by scaling_factor in all its pipelines, which ignore shift_factor and the statistics.
+    "AutoencoderKLCogVideoX": Vae(_cogvideox, _scaled, encode=_moments, decode=_decode),
+    "AutoencoderKLWan": Vae(
+        _wan,
+        _standardised,
+        encode=_moments,
+        decode=_decode,
+        pixel_channels=lambda vae: 3 * (vae.config.patch_size or 1) ** 2,
+    ),
+    "AutoencoderKLLTXVideo": Vae(_stated, _standardised_by_buffers, encode=_moments, decode=_decode_ltx),
+    "AutoencoderKLHunyuanVideo": Vae(_stated, _scaled, encode=_moments, decode=_decode),
+}
