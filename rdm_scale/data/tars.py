@@ -68,7 +68,9 @@ class _Index:
             class_name = self.classes.get(key, class_name)
             caption = self.captions.get(key, caption)
             found.append(Found(kind, key, class_name, caption, self.location, name, offset, length))
-        return found, self.others
+        keys = {file.key for file in found}
+        alone = sum(key not in keys for beside in (self.classes, self.captions, self.records) for key in beside)
+        return found, self.others + alone
 
     def _add(self, tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
         path = posixpath.normpath(member.name)

@@ -78,7 +78,7 @@ RED, BLUE = encoded(flat("red")), encoded(flat("blue"))
 
 
 def test_tars_one_many_and_by_glob(tmp_path):
-    write_tar(tmp_path / "a-0.tar", {"./x/1.png": RED, "./x/1.cls": b"2\n", "./x/1.json": b"{}"})
+    write_tar(tmp_path / "a-0.tar", {"./x/1.png": RED, "./x/1.cls": b"2\n", "./x/1.json": b"{}", "x/1.npy": b""})
     write_tar(tmp_path / "a-1.tar", {"2.cls": b"0", "2.PNG": BLUE})
     for url in (tmp_path, tmp_path / "a-*.tar", tmp_path / "a-[01].tar"):
         found = find_media(str(url))

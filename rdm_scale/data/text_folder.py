@@ -1,0 +1,221 @@
+"""The folder of a text encoder, as transformers or sentence-transformers write it, brought to this machine.
+
+Only files that are known are looked at: no Python code, no adapters, and no pickled weights, which could run code. They
+are put into a temporary folder, local ones as links, so that whatever else lies beside them cannot be picked up.
+"""
+
+import hashlib
+import json
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rdm_scale.data.media import locate
+from rdm_scale.data.storage import Location
+from rdm_scale.errors import DataError
+
+Pooling = Literal["mean", "cls", "max"]
+CONFIG, WEIGHTS, INDEX, TOKENIZER = "config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json"
+_BESIDE_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_LENGTH = "sentence_bert_config.json"
+_MODULES = "modules.json"  # of sentence-transformers
+_MAX_JSON_BYTES = 2**27  # tokenizers of 250,000 tokens take 20 MB
+_MAX_WEIGHT_BYTES = 2**36
+_MAX_LAYERS = 1000
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_CHUNK_BYTES = 2**24
+# In a configuration these name code, or settings of the process that saved it.
+_UNWANTED = {"auto_map", "attn_implementation", "_attn_implementation", "_attn_implementation_internal", "dtype"}
+_UNWANTED |= {"torch_dtype", "_name_or_path", "chat_template", "experts_implementation"}
+_FLAGS: dict[str, Pooling] = {
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+}
+
+
+@dataclass(frozen=True)
+class TextFolder:
+    path: Path  # with config.json, the weights, tokenizer.json and what belongs to it; gone after use
+    config: dict[str, Any]
+    weights: tuple[Path, ...]
+    pooling: Pooling | None  # None: not the layout of sentence-transformers
+    unit_norm: bool  # the pooled vector is brought to length 1
+    max_tokens: int | None  # the length that sentence-transformers cuts at
+    digest: str  # sha256 of weights, tokenizer and pooling
+
+
+@contextmanager
+def text_folder(url: str, options: Mapping[str, Any] | None = None) -> Iterator[TextFolder]:
+    """A local copy of the known files of the encoder at `url`, a folder on any fsspec file system.
+
+    Raises:
+        DataError: no such folder, one of the files is missing, too large or damaged, or the weights are pickled.
+    """
+    folder = locate(url, options)
+    with tempfile.TemporaryDirectory(prefix="text-encoder-") as temporary:
+        try:
+            staged = _stage(folder, Path(temporary))
+        except OSError as error:
+            raise DataError(f"cannot read the text encoder {folder}: {error}") from None
+        yield staged
+
+
+def _stage(folder: Location, path: Path) -> TextFolder:
+    names = folder.names() if folder.is_dir() else []
+    transformer, pooling, unit_norm = folder, None, False
+    if _MODULES in names:
+        transformer, pooling, unit_norm = _modules(folder)
+        names = transformer.names()
+    if CONFIG not in names:
+        raise DataError(
+            f"there is no text encoder {transformer}: give a folder as transformers saves it ({CONFIG}, ...)"
+        )
+    if TOKENIZER not in names:
+        raise DataError(
+            f"{transformer} has no {TOKENIZER}: save the tokenizer into the same folder, "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(folder)"
+        )
+    weights = _weight_names(transformer, names)
+    config = _read_object(transformer / CONFIG)
+    _check_config(config, transformer)
+    (path / CONFIG).write_text(json.dumps(_wanted(config)))
+    for name in _BESIDE_TOKENIZER:
+        if name in names:
+            (path / name).write_text(json.dumps(_wanted(_read_object(transformer / name))))
+    _read_object(transformer / TOKENIZER)  # its size is bounded and it is JSON
+    left = _MAX_WEIGHT_BYTES
+    for name in (TOKENIZER, *weights, *([INDEX] if WEIGHTS not in weights else [])):
+        left -= _bring(transformer / name, path / name, left)
+    return TextFolder(
+        path,
+        config,
+        tuple(path / name for name in weights),
+        pooling,
+        unit_norm,
+        _max_tokens(transformer) if _LENGTH in names else None,
+        _digest(path, (TOKENIZER, *weights), f"{pooling} {unit_norm}"),
+    )
+
+
+def _weight_names(folder: Location, names: list[str]) -> tuple[str, ...]:
+    if WEIGHTS in names:
+        return (WEIGHTS,)
+    if INDEX not in names:
+        pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+        found = f", only {pickled[0]}, and pickled weights are not loaded because they can run code" if pickled else ""
+        raise DataError(
+            f"{folder} has no {WEIGHTS}{found}: save it with save_pretrained(folder, safe_serialization=True)"
+        )
+    places = _read_object(folder / INDEX).get("weight_map")
+    parts = sorted(set(map(str, places.values()))) if isinstance(places, dict) else []
+    if not parts or not all(_NAME.fullmatch(part) and part.endswith(".safetensors") for part in parts):
+        raise DataError(f"{folder / INDEX} has no weight_map of safetensors files beside it: save the model again")
+    if missing := [part for part in parts if part not in names]:
+        raise DataError(f"{folder / missing[0]} is missing, and {INDEX} names it: copy the folder again")
+    return tuple(parts)
+
+
+def _modules(folder: Location) -> tuple[Location, Pooling, bool]:
+    """The folder of the transformer, and what sentence-transformers makes of its tokens."""
+    modules = _read(folder / _MODULES)
+    kinds: dict[str, str] = {}  # kind of module to its folder
+    for module in modules if isinstance(modules, list) else []:
+        kind, place = (module.get("type"), module.get("path")) if isinstance(module, dict) else (None, None)
+        if not isinstance(kind, str) or not isinstance(place, str) or (place and not _NAME.fullmatch(place)):
+            raise DataError(f"{folder / _MODULES} has an entry that is no module: save the model again")
+        kinds[kind.rpartition(".")[2]] = place
+    if list(kinds) not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
+        raise DataError(
+            f"{folder / _MODULES} lists {', '.join(kinds) or 'nothing'}: what is known is Transformer, Pooling and, "
+            f"after them, Normalize; without {_MODULES} the folder is read as a plain transformers model"
+        )
+    transformer = folder / kinds["Transformer"] if kinds["Transformer"] else folder
+    place = folder / kinds["Pooling"] / CONFIG
+    return transformer, _pooling(_read_object(place), place), "Normalize" in kinds
+
+
+def _pooling(config: dict[str, Any], place: Location) -> Pooling:
+    named = config.get("pooling_mode")
+    named = [named] if isinstance(named, str) else named
+    if not isinstance(named, list):  # before sentence-transformers 5.3: one flag for each mode
+        named = [name for name, value in config.items() if name.startswith("pooling_mode_") and value is True]
+    known = [_FLAGS.get(name, name) for name in named]
+    if len(known) != 1 or known[0] not in _FLAGS.values():
+        raise DataError(
+            f"{place} asks for the pooling {', '.join(map(str, named)) or 'of no kind'}: "
+            f"one of {', '.join(_FLAGS)} is known"
+        )
+    mode: Pooling = known[0]
+    return mode
+
+
+def _max_tokens(folder: Location) -> int | None:
+    value = _read_object(folder / _LENGTH).get("max_seq_length")
+    return value if isinstance(value, int) and value > 0 else None
+
+
+def _check_config(config: dict[str, Any], folder: Location) -> None:
+    """Refuses what would need other libraries, and a depth that takes for ever to build."""
+    if config.get("quantization_config"):
+        raise DataError(f"{folder} holds quantised weights: save the text encoder as float32, float16 or bfloat16")
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for name, value in part.items():
+            if "layers" in name and isinstance(value, int | float) and value > _MAX_LAYERS:
+                raise DataError(f"{folder / CONFIG}: {name} is {value}, and at most {_MAX_LAYERS} are built")
+
+
+def _wanted(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _wanted(inner) for name, inner in value.items() if name not in _UNWANTED}
+    return value
+
+
+def _read(file: Location) -> Any:
+    try:
+        if file.size() > _MAX_JSON_BYTES:
+            raise DataError(f"{file} has {file.size()} bytes: too many for such a file")
+        return json.loads(file.read())
+    except FileNotFoundError:
+        raise DataError(f"{file} is missing: copy the folder of the text encoder again") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file} is not JSON: {error}") from None
+
+
+def _read_object(file: Location) -> dict[str, Any]:
+    value = _read(file)
+    if not isinstance(value, dict):
+        raise DataError(f"{file} is not a JSON object: copy the folder of the text encoder again")
+    return value
+
+
+def _bring(file: Location, to: Path, limit: int) -> int:
+    """Links or copies a file, and returns its size."""
+    size = file.size()
+    if size > limit:
+        raise DataError(f"{file.parent} is too large: more than {_MAX_WEIGHT_BYTES} bytes of weights")
+    if file.is_local:
+        to.symlink_to(Path(file.path).resolve())
+        return size
+    done = 0
+    with file.open() as source, to.open("wb") as target:
+        while done < size and (chunk := source.read(min(_CHUNK_BYTES, size - done))):
+            target.write(chunk)
+            done += len(chunk)
+    if done < size:
+        raise DataError(f"{file} ends after {done} of {size} bytes: was it changed meanwhile?")
+    return size
+
+
+def _digest(path: Path, names: tuple[str, ...], beside: str) -> str:
+    digest = hashlib.sha256(beside.encode())
+    for name in names:
+        with (path / name).open("rb") as file:
+            digest.update(f"\n{name} {(path / name).stat().st_size}\n".encode())
+            while chunk := file.read(_CHUNK_BYTES):
+                digest.update(chunk)
+    return digest.hexdigest()
