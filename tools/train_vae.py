@@ -1,6 +1,6 @@
 """Trains a small diffusers AutoencoderKL (4 channels, a quarter of the size) on images, as a codec for encode_latents.
 
-INPUT is what encode_latents takes: a folder of images, a webdataset tar, or a folder or glob of tars. The loss is the
+INPUT is what encode_latents takes: a folder of images, webdataset tars, or a list of paths. The loss is the
 mean squared error plus a weighted Kullback-Leibler divergence to N(0, 1) (Kingma & Welling 2013), each averaged over
 its elements. The images that `encode_latents --holdout` sets aside with the same seed and share are not trained on,
 and are measured at the end. On a CPU, the same versions, threads and seed give the same weights. The packaged VAE:
@@ -27,7 +27,7 @@ from rdm_scale.errors import DataError, RdmError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rdm_scale.data.images import ImageFile
+    from rdm_scale.data.inputs import MediaFile
 
 LATENT_CHANNELS = 4
 FACTOR = 4  # pixels along each side of a latent
@@ -61,16 +61,16 @@ def main() -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from rdm_scale.data.encode import split
+    from rdm_scale.data.encoding.planning import split
     from rdm_scale.data.images import find_images
 
     folder = Path(options.output)
     if folder.exists():
         raise DataError(f"{folder} exists already: choose another folder or remove it")
     source = find_images(options.input)
-    images, held_out = split(source.images, options.seed, options.holdout_share)
+    images, held_out = split(source.files, options.seed, options.holdout_share)
     if not images or not held_out:
-        raise DataError(f"{len(source.images)} images are too few to train on some and measure the others")
+        raise DataError(f"{len(source.files)} images are too few to train on some and measure the others")
     vae = build_vae(options.size, options.width, options.seed)
     train(vae, images, options)
     vae.half().float()  # the weights are saved as float16: what is measured is what will be loaded
@@ -97,7 +97,7 @@ def build_vae(size: int, width: int, seed: int) -> Any:
         )
 
 
-def train(vae: Any, images: "Sequence[ImageFile]", options: argparse.Namespace) -> None:
+def train(vae: Any, images: "Sequence[MediaFile]", options: argparse.Namespace) -> None:
     import torch
     import torch.nn.functional as F
 
@@ -118,9 +118,11 @@ def train(vae: Any, images: "Sequence[ImageFile]", options: argparse.Namespace) 
         progress.set_postfix(mse=f"{mse.item():.5f}", kl=f"{kl.item():.3f}")
 
 
-def batches(images: "Sequence[ImageFile]", options: argparse.Namespace) -> "Iterator[Tensor]":
+def batches(images: "Sequence[MediaFile]", options: argparse.Namespace) -> "Iterator[Tensor]":
     """One batch [B, 3, size, size] a step; every epoch takes the images in another order, and tails carry over."""
     import torch
+
+    from rdm_scale.data.images import decode
 
     epoch = 0
     queue: list[int] = []
@@ -129,16 +131,16 @@ def batches(images: "Sequence[ImageFile]", options: argparse.Namespace) -> "Iter
             queue += torch.randperm(len(images), generator=rng.generator(options.seed, "vae order", epoch)).tolist()
             epoch += 1
         taken, queue = queue[: options.batch_size], queue[options.batch_size :]
-        yield torch.stack([images[i].load(options.size) for i in taken])
+        yield torch.stack([decode(images[i].read(), options.size, options.size, images[i].name) for i in taken])
 
 
 def measure_normalisation(
-    vae: Any, images: "Sequence[ImageFile]", options: argparse.Namespace
+    vae: Any, images: "Sequence[MediaFile]", options: argparse.Namespace
 ) -> dict[str, float | list[float]]:
     """The entries of config.json that bring every channel of the posterior means to mean 0 and variance 1."""
     import torch
 
-    from rdm_scale.data.encode import load_batches
+    from rdm_scale.data.encoding.pixels import load_batches
 
     total, squares, count = torch.zeros(LATENT_CHANNELS), torch.zeros(LATENT_CHANNELS), 0
     with torch.no_grad():
@@ -165,19 +167,19 @@ def save(vae: Any, folder: Path) -> None:
 
 
 def report(
-    folder: Path, held_out: "Sequence[ImageFile]", class_names: Sequence[str], options: argparse.Namespace
+    folder: Path, held_out: "Sequence[MediaFile]", class_names: Sequence[str], options: argparse.Namespace
 ) -> None:
     """Prints the mean squared error of held-out images through the codec as it is loaded, and draws some of them."""
     import torch
 
     from rdm_scale.data.codecs import load_codec
-    from rdm_scale.data.encode import reconstruct
+    from rdm_scale.data.encoding.pixels import load_batches, reconstruct
     from rdm_scale.evaluation.pictures import image_grid
 
     codec = load_codec(str(folder))
     total = 0.0
-    for start in range(0, len(held_out), options.batch_size):
-        originals, restored = reconstruct(held_out[start : start + options.batch_size], codec, options.size)
+    for _, originals in load_batches(held_out, options.size, options.batch_size):
+        restored = reconstruct(originals.unsqueeze(2), codec).squeeze(2)
         total += float((originals - restored).square().mean(dim=(1, 2, 3)).sum())
     print(f"{folder}: mean squared error {total / len(held_out):.5f} on {len(held_out)} held-out images in [-1, 1]")
     if options.preview:
@@ -185,7 +187,8 @@ def report(
         shown = ([by_label[label] for label in sorted(by_label)] or list(held_out))[:PREVIEW_COLUMNS]
         names = [class_names[image.label] for image in shown if class_names]
         picture, path = io.BytesIO(), Path(options.preview)
-        pair = torch.cat(reconstruct(shown, codec, options.size))
+        _, originals = next(load_batches(shown, options.size, len(shown)))
+        pair = torch.cat([originals, reconstruct(originals.unsqueeze(2), codec).squeeze(2)])
         image_grid(pair, len(shown), names).save(picture, "PNG")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(picture.getvalue())

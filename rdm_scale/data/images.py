@@ -12,7 +12,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
-from rdm_scale.data.inputs import MediaFile, MediaSet, find_media
+from rdm_scale.data.inputs import MediaSet, find_media
 from rdm_scale.errors import DataError
 
 _FORMATS = ("PNG", "JPEG", "WEBP")
@@ -20,9 +20,6 @@ _MAX_PIXELS = 89_478_485  # PIL's own threshold, above which it warns of a decom
 # Where a PNG can say how it is to be turned. PIL looks for these at its end too, and decodes all of it on the way.
 _PNG_ORIENTATIONS = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
-
-# TODO(transition): encode.py still uses the old names
-ImageFile, ImageSet, find_images = MediaFile, MediaSet, find_media
 
 
 def image_size(content: bytes, name: str) -> tuple[int, int]:
@@ -89,13 +86,19 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def load_images(url: str, size: int) -> tuple[Tensor, Tensor]:
-    """All images of a small set at once: float32 [N, 3, size, size] in [-1, 1], and labels int64 [N].
-
-    Raises DataError: as `find_media` and `decode` do, or these are videos.
-    """
+def find_images(url: str) -> MediaSet:
+    """As `find_media`, where nothing but images will do. Raises DataError: these are videos, too."""
     source = find_media(url)
     if source.kind != "image":
         raise DataError(f"{url} holds {len(source.files)} videos: images are needed here")
-    images = [decode(file.read(), size, size, file.name) for file in source.files]
-    return torch.stack(images), torch.tensor([file.label for file in source.files])
+    return source
+
+
+def load_images(url: str, size: int) -> tuple[Tensor, Tensor]:
+    """All images of a small set at once: float32 [N, 3, size, size] in [-1, 1], and labels int64 [N].
+
+    Raises DataError: as `find_images` and `decode` do.
+    """
+    files = find_images(url).files
+    images = torch.stack([decode(file.read(), size, size, file.name) for file in files])
+    return images, torch.tensor([file.label for file in files])

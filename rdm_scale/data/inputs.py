@@ -41,10 +41,6 @@ class MediaSet:
     captioned: bool  # all have a caption, which may be empty; otherwise none has
     ignored: int  # files or entries that are neither image nor video by their name, nor belong to one
 
-    @property
-    def images(self) -> tuple[MediaFile, ...]:  # TODO(transition): the name that encode.py uses
-        return self.files
-
 
 def find_media(url: str, columns: Columns | None = None, options: Mapping[str, Any] | None = None) -> MediaSet:
     """All images, or all videos, of an input, which may be on any fsspec file system:

@@ -78,12 +78,6 @@ class MediaFile:
             raise DataError(f"cannot read {self.name}: {error}") from None
         return cast(BinaryIO, io.BufferedReader(_Window(file, self.offset, length, self.name), _BUFFER_BYTES))
 
-    # TODO(transition): encode.py decodes itself, then this goes
-    def load(self, size: int) -> Any:
-        from rdm_scale.data.images import decode
-
-        return decode(self.read(), size, size, self.name)
-
 
 class Found(NamedTuple):
     """What a source (folder, tar, list) says of one file, before classes are numbered."""
