@@ -132,8 +132,9 @@ def _parquet_rows(location: Location, columns: Columns) -> Iterator[tuple[Mappin
                 for values in zip(*(batch.column(name).to_pylist() for name in used), strict=True):
                     row += 1
                     yield dict(zip(used, values, strict=True)), f"{location}, row {row}"
-    except (pa.ArrowException, ValueError) as error:
-        raise DataError(f"{location} is not a Parquet file, or a damaged one: {error}") from None
+    except (pa.ArrowException, ValueError, OSError) as error:  # OSError is Arrow's for damaged pages, too
+        what = "cannot be read" if isinstance(error, OSError) else "is not a Parquet file, or a damaged one"
+        raise DataError(f"{location} {what}: {str(error).strip()}") from None
 
 
 def _used_columns(location: Location, schema: Any, columns: Columns) -> Sequence[str]:

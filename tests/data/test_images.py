@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from rdm_scale.data.images import decode
+from rdm_scale.data.images import centre_box, decode, image_size
 from rdm_scale.errors import DataError
 
 
@@ -126,3 +126,80 @@ def test_what_cannot_be_decoded_is_named(content):
 def test_the_number_of_pixels_is_bounded_before_they_are_decoded():
     with pytest.raises(DataError, match=r"x\.png has 9500 x 9500 pixels; at most"):
         decode(png_of_size(9500, 9500), 8, 8, "x.png")
+
+
+@pytest.mark.parametrize("size", [(8, 8), (33, 20), (20, 33), (64, 63), (7, 301)])
+def test_squares_are_those_of_pil_to_the_last_bit(size):
+    """The packaged VAE and the figures of the quickstart were made with exactly this crop."""
+    pixels = np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    short = min(size)
+    left, top = (size[0] - short) // 2, (size[1] - short) // 2
+    for target in (8, 16, 32):
+        square = image.resize((target, target), Image.Resampling.BICUBIC, box=(left, top, left + short, top + short))
+        expected = torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 127.5 - 1
+        assert torch.equal(decode(encoded(image), target, target, "x"), expected)
+
+
+@pytest.mark.parametrize(("height", "width"), [(16, 32), (32, 16), (24, 40), (16, 17)])
+def test_a_box_of_any_aspect_is_covered_and_centred(height, width):
+    for image_height, image_width in ((48, 96), (96, 48), (50, 50), (31, 200)):
+        rows, columns = np.indices((image_height, image_width))
+        pixels = np.stack([columns * 255 / image_width, rows * 255 / image_height, 0 * rows], axis=-1).round()
+        x = bytes_of(decode(encoded(Image.fromarray(pixels.astype(np.uint8))), height, width, "x"))
+        assert x.shape == (3, height, width)
+        box_width = min(image_width, image_height * width / height)  # one side is kept whole
+        box_height = min(image_height, image_width * height / width)
+        across, down = x[0].mean(axis=0) * image_width / 255, x[1].mean(axis=1) * image_height / 255  # pixels of origin
+        inner = slice(2, -2)  # the filter is cut off at the borders
+        left, top = (image_width - box_width) // 2, (image_height - box_height) // 2
+        for found, start, side, count in ((across, left, box_width, width), (down, top, box_height, height)):
+            expected = start + (np.arange(count) + 0.5) * side / count - 0.5
+            np.testing.assert_allclose(found[inner], expected[inner], atol=1)  # 8 bits for up to 200 pixels
+            assert found[inner].mean() == pytest.approx(expected[inner].mean(), abs=0.3)
+
+
+def test_boxes_lie_within_the_image():
+    for height, width in ((1, 30_000), (30_000, 1), (479, 853), (1, 1)):
+        for to_height, to_width in ((8, 8), (7, 300), (301, 8), (256, 144)):
+            left, top, right, bottom = centre_box(height, width, to_height, to_width)
+            assert 0 <= left < right <= width and 0 <= top < bottom <= height
+            assert (right - left) / (bottom - top) == pytest.approx(to_width / to_height)
+            decode(encoded(flat("red", size=(width, height))), to_height, to_width, "x")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_sizes_are_those_of_the_upright_image(kind):
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        content = encoded(flat("red", size=(40, 20)), kind, exif=exif)
+        assert image_size(content, "x") == ((40, 20) if orientation > 4 else (20, 40))
+    assert image_size(encoded(flat("red", size=(40, 20)), kind), "x") == (20, 40)
+
+
+def test_an_orientation_at_the_end_of_a_png_counts():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    whole = encoded(flat("red", size=(40, 20)), exif=exif)
+    start = whole.index(b"eXIf") - 4
+    length = 12 + int.from_bytes(whole[start : start + 4], "big")
+    chunk, rest = whole[start : start + length], whole[:start] + whole[start + length :]
+    assert image_size(rest, "x") == (20, 40)
+    end = rest.index(b"IEND") - 4
+    moved = rest[:end] + chunk + rest[end:]
+    assert image_size(moved, "x") == (40, 20)
+    assert decode(moved, 8, 8, "x").shape == (3, 8, 8)
+
+
+def test_sizes_are_read_from_the_header_alone():
+    content = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 48, 3), dtype=np.uint8)))
+    assert image_size(content[:200], "x") == (64, 48)
+    assert image_size(png_of_size(9000, 9000), "x") == (9000, 9000)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_sizes_of_what_is_no_image():
+    for content in (b"", b"text", encoded(flat("red"), "GIF"), png_of_size(9500, 9500)):
+        with pytest.raises(DataError, match=r"holiday/beach\.png"):
+            image_size(content, "holiday/beach.png")

@@ -1,14 +1,17 @@
 """Images and videos found in folders, tars and lists; and inputs that must be refused by name."""
 
 import io
+import json
 import tarfile
 
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from rdm_scale.data.images import load_images
-from rdm_scale.data.inputs import find_media
+from rdm_scale.data.images import find_images, load_images
+from rdm_scale.data.inputs import Columns, find_media
 from rdm_scale.errors import DataError
 
 
@@ -186,3 +189,322 @@ def test_a_file_that_shrinks_after_it_was_found(tmp_path):
     (tmp_path / "a.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:520])
     with pytest.raises(DataError, match=r"a\.tar:1\.png ends after"):
         image.read()
+
+
+MOVIE = bytes(range(256)) * 40
+
+
+def test_videos_in_folders_and_tars(tmp_path):
+    (tmp_path / "in/cat").mkdir(parents=True)
+    for name in ("a.mp4", "b.AVI", "c.webm", "d.mkv", "e.mov"):
+        (tmp_path / "in/cat" / name).write_bytes(MOVIE)
+    write_tar(tmp_path / "a.tar", {"cat/a.mp4": MOVIE, "cat/a.cls": b"cat", "cat/b.mkv": MOVIE, "cat/b.cls": b"cat"})
+    for url, count in ((tmp_path / "in", 5), (tmp_path / "a.tar", 2)):
+        found = find_media(str(url))
+        assert found.kind == "video" and found.class_names == ("cat",)
+        assert [file.key for file in found.files] == [f"cat/{key}" for key in "abcde"[:count]]
+        with pytest.raises(DataError, match=f"holds {count} videos: images are needed"):
+            find_images(str(url))
+
+
+def test_a_mixture_is_refused_with_both_counts(tmp_path):
+    for name in ("a.mp4", "b.png", "c.jpg"):
+        (tmp_path / name).write_bytes(RED)
+    with pytest.raises(DataError, match="both 2 images and 1 videos"):
+        find_media(str(tmp_path))
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["in a tar", "a file"])
+def test_open_is_a_file_of_exactly_these_bytes(tmp_path, inside):
+    if inside:
+        write_tar(tmp_path / "a.tar", {"0.mp4": b"before" * 999, "1.mp4": MOVIE, "2.mp4": b"behind" * 999})
+    else:
+        (tmp_path / "1.mp4").write_bytes(MOVIE)
+    file = next(file for file in find_media(str(tmp_path)).files if file.key == "1")
+    assert file.read() == MOVIE
+    with file.open() as video:
+        assert video.readable() and video.seekable() and not video.writable()
+        assert video.read(10) == MOVIE[:10] and video.tell() == 10
+        assert video.seek(-7, io.SEEK_END) == len(MOVIE) - 7
+        assert video.read() == MOVIE[-7:] and video.read() == b""
+        assert video.seek(300) == 300 and video.seek(-100, io.SEEK_CUR) == 200
+        assert video.read(3000) == MOVIE[200:3200]
+        assert video.seek(len(MOVIE) + 5) and video.read(4) == b""
+        with pytest.raises((ValueError, OSError)):
+            video.seek(-1)
+        video.seek(0)
+        assert video.read() == MOVIE
+    assert video.closed
+    (tmp_path / ("a.tar" if inside else "1.mp4")).write_bytes(b"")
+    with pytest.raises(DataError, match=r"1\.mp4 ends after 0 of"), file.open() as video:
+        video.read()
+        raise AssertionError if inside else DataError("1.mp4 ends after 0 of 0 bytes")  # an empty file is whole
+
+
+def test_a_window_does_not_read_what_lies_around_it(tmp_path):
+    """A tar of videos may be larger than the memory: a read must not cost more than what is asked for."""
+    with (tmp_path / "a.tar").open("wb") as raw, tarfile.open(fileobj=raw, mode="w") as tar:
+        info = tarfile.TarInfo("big.mp4")
+        info.size = 2**36  # a hole on the disk
+        raw.write(info.tobuf())
+        raw.seek(info.size, io.SEEK_CUR)
+        tar.offset = raw.tell()
+        info = tarfile.TarInfo("small.mp4")
+        info.size = len(MOVIE)
+        tar.addfile(info, io.BytesIO(MOVIE))
+    big, small = find_media(str(tmp_path / "a.tar")).files
+    with big.open() as video:
+        video.seek(2**35)
+        assert video.read(1000) == bytes(1000)
+    with small.open() as video:
+        assert video.read() == MOVIE
+    with pytest.raises(DataError, match="too large for an image"):
+        big.read()
+
+
+def test_captions_beside_files(tmp_path):
+    texts = {"cat/a": "A  cat,\nasleep \n", "cat/b": "", "dog/c": "größe 写真"}
+    for name, text in texts.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.png").write_bytes(RED)
+        (tmp_path / f"{name}.txt").write_text(text)
+    (tmp_path / "dog/notes.txt").write_text("of no file")
+    found = find_media(str(tmp_path))
+    assert found.captioned and [file.caption for file in found.files] == ["A  cat,\nasleep", "", "größe 写真"]
+    assert found.class_names == ("cat", "dog") and found.ignored == 1
+    (tmp_path / "cat/a.txt").unlink()
+    with pytest.raises(DataError, match="1 of 3 images have no caption: give all of them one, or none"):
+        find_media(str(tmp_path))
+    (tmp_path / "cat/a.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match=r"a\.txt is not UTF-8 text: it must hold a caption"):
+        find_media(str(tmp_path))
+    (tmp_path / "cat/a.txt").write_bytes(b"x" * (2**16 + 1))
+    with pytest.raises(DataError, match=r"a\.txt has 65537 bytes: too many for a caption"):
+        find_media(str(tmp_path))
+
+
+def test_captions_in_tars(tmp_path):
+    record = json.dumps({"label": 3, "caption": "from json", "width": 8}).encode()
+    write_tar(
+        tmp_path / "a.tar",
+        {
+            "0.txt": b"before its image",
+            "0.png": RED,
+            "0.cls": b"1",
+            "1.png": RED,
+            "1.json": record,
+            "2.json": record,
+            "2.txt": b"beats json",
+            "2.cls": b"0",
+            "2.png": RED,
+            "9.txt": b"of no image",
+        },
+    )
+    found = find_media(str(tmp_path / "a.tar"))
+    assert [(f.label, f.caption) for f in found.files] == [(1, "before its image"), (3, "from json"), (0, "beats json")]
+    assert found.captioned and found.ignored == 1
+    write_tar(tmp_path / "b.tar", {"1.png": RED, "1.json": b'{"text": "a cat", "class": "cat"}'})
+    assert not find_media(str(tmp_path / "b.tar")).captioned
+    found = find_media(str(tmp_path / "b.tar"), Columns(label="class", caption="text"))
+    assert found.files[0].caption == "a cat" and found.class_names == ("cat",)
+    with pytest.raises(DataError, match="no captions in a column or field 'txt'"):
+        find_media(str(tmp_path / "b.tar"), Columns(caption="txt"))
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (b"{", "1.json is not JSON"),
+        (b"[1]", "1.json is not a JSON object"),
+        (b"[" * 10**5, "1.json is not JSON"),
+        (b" " * 2**21, "1.json has 2097152 bytes"),
+        (b'{"label": -1}', "-1 in 'label' is no label"),
+        (b'{"label": true}', "True in 'label' is no label"),
+        (b'{"label": [1]}', "is no label"),
+        (b'{"label": ""}', "is no label"),
+        (b'{"label": 1e400}', "is no label"),
+        (b'{"caption": ["a", "b"]}', "is no caption"),
+        (b'{"caption": "' + b"x" * 70_000 + b'"}', "70000 bytes; at most 65536"),
+        (b'{"caption": "\\ud800"}', "no valid Unicode"),
+    ],
+)
+def test_json_in_tars_that_is_refused(tmp_path, record, message):
+    write_tar(tmp_path / "a.tar", {"1.png": RED, "1.json": record})
+    with pytest.raises(DataError, match=message):
+        find_media(str(tmp_path / "a.tar"))
+
+
+def write_list(path, rows: list[dict]) -> str:
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    return str(path)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    for name in ("x/1.png", "2.jpg", "elsewhere/3.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(RED if name.endswith("png") else BLUE)
+    fsspec.filesystem("memory").pipe("/inputs_test/4.png", BLUE)
+    return tmp_path
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_lists(pictures, kind):
+    rows = [
+        {"path": "./x/1.png", "label": "cat", "caption": "one"},
+        {"path": "2.jpg", "label": "ant", "caption": ""},
+        {"path": str(pictures / "elsewhere/3.png"), "label": "cat", "caption": " three "},
+        {"path": "memory://inputs_test/4.png", "label": "747", "caption": "four"},
+        {"path": "film.gif", "label": "cat", "caption": "not read"},
+    ]
+    found = find_media(write_list(pictures / f"all.{kind}", rows))
+    keys = ["x/1", "2", str(pictures / "elsewhere/3"), "memory://inputs_test/4"]
+    assert [file.key for file in found.files] == keys and found.ignored == 1
+    assert found.class_names == ("747", "ant", "cat") and [file.label for file in found.files] == [2, 1, 2, 0]
+    assert [file.caption for file in found.files] == ["one", "", "three", "four"] and found.captioned
+    assert [file.read() for file in found.files] == [RED, BLUE, RED, BLUE]
+    assert found.files[3].name == "memory:///inputs_test/4.png"
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_columns_of_other_names_numbers_and_keys(pictures, kind):
+    rows = [{"file": "x/1.png", "text": "a", "y": 2, "id": i} for i in (5, 6)]  # one image with two captions
+    columns = Columns(path="file", label="y", caption="text", key="id")
+    url = write_list(pictures / f"all.{kind}", rows)
+    found = find_media(url, columns)
+    assert [(file.key, file.label, file.caption) for file in found.files] == [("5", 2, "a"), ("6", 2, "a")]
+    assert found.class_names == ("0", "1", "2")
+    with pytest.raises(DataError, match=r"(line|row) 1 has no 'path'|no column 'path' of paths, only 'file', 'text'"):
+        find_media(url)
+    with pytest.raises(DataError, match="same key 'x/1': rename one of them, or give a list a column of keys"):
+        find_media(url, Columns(path="file"))
+    with pytest.raises(DataError, match="no labels in a column or field 'class'"):
+        find_media(url, Columns(path="file", key="id", label="class"))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_lists_that_are_refused(pictures, kind):
+    good = {"path": "x/1.png", "label": 1, "caption": "a", "key": "k"}
+    for row, message in (
+        ({"path": None}, "(line|row) 2 has no 'path'"),
+        ({"path": ""}, "(line|row) 2: '' in 'path' is no path"),
+        ({"path": "x" * 5000}, "is no path"),
+        ({"label": None}, "1 of 2 images have no class"),
+        ({"caption": None}, "1 of 2 images have no caption"),
+        ({"label": 10**7}, "class number is not below"),
+        ({"label": -2}, "(line|row) 2: -2 in 'label' is no label"),
+        ({"key": None}, "some entries have a 'key' and others have none"),
+        ({"key": "k"}, "same key 'k'"),
+        ({"key": "a\tb"}, "control character"),
+        ({"caption": "x" * 70_000}, "70000 bytes"),
+        ({"path": "nosuchscheme://x/1.png"}, "nosuchscheme"),
+        ({"path": "a.mp4"}, "both 1 images and 1 videos"),
+    ):
+        url = write_list(pictures / f"all.{kind}", [good, {**good, "path": "2.jpg", "key": "l"} | row])
+        with pytest.raises(DataError, match=message):
+            find_media(url)
+    with pytest.raises(DataError, match="no images or videos in"):
+        find_media(write_list(pictures / f"all.{kind}", [{"path": "a.gif"}]))
+
+
+def test_files_that_are_no_lists(tmp_path):
+    for name, content, message in (
+        ("a.jsonl", b"", "no images or videos"),
+        ("a.jsonl", b'{"path": "a.png"}\n[1]\n', "line 2 is not a JSON object"),
+        ("a.jsonl", b'\n\n{"path": ', "line 3 is not JSON"),
+        ("a.jsonl", b"\xff" * 100, "line 1 is not JSON"),
+        ("a.jsonl", b"[" * 10**6, "line 1 is not JSON"),
+        ("a.jsonl", b"x" * 2**22, "has a line of more than"),
+        ("a.parquet", b"", "not a Parquet file"),
+        ("a.parquet", b"PAR1" + bytes(1000) + b"PAR1", r"a\.parquet cannot be read"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=message):
+            find_media(str(tmp_path / name))
+
+
+def test_parquet_files_that_hold_the_images_themselves_are_refused(tmp_path):
+    table = pa.table({"image": [{"bytes": RED, "path": "a.png"}], "label": [1]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"hold the files themselves \(column 'image'\).*write them as files"):
+        find_media(str(tmp_path / "a.parquet"))
+
+
+def test_a_damaged_parquet_file_and_one_of_huge_row_groups(tmp_path, monkeypatch):
+    url = write_list(tmp_path / "a.parquet", [{"path": f"{i}.png"} for i in range(1000)])
+    whole = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "b.parquet").write_bytes(whole[:4] + b"\x00" * 300 + whole[304:])
+    with pytest.raises(DataError, match=r"b\.parquet"):
+        find_media(str(tmp_path / "b.parquet"))
+    assert len(find_media(url).files) == 1000
+    monkeypatch.setattr("rdm_scale.data.lists._MAX_COLUMN_BYTES", 1000)
+    with pytest.raises(DataError, match="write it with smaller row groups"):
+        find_media(url)
+
+
+def test_missing_labels_of_pandas_and_categories(pictures):
+    table = pa.table(
+        {
+            "path": pa.array(["x/1.png", "2.jpg"]).dictionary_encode(),
+            "label": pa.array([1.0, 0.0]),  # what pandas makes of numbers when one is missing
+        }
+    )
+    pq.write_table(table, pictures / "a.parquet")
+    assert [file.label for file in find_media(str(pictures / "a.parquet")).files] == [1, 0]
+    pq.write_table(pa.table({"path": ["2.jpg"], "label": [float("nan")]}), pictures / "a.parquet")
+    assert find_media(str(pictures / "a.parquet")).class_names == ()
+
+
+def test_a_glob_of_lists_and_lists_on_other_file_systems(pictures):
+    write_list(pictures / "part-0.jsonl", [{"path": "x/1.png"}])
+    write_list(pictures / "part-1.jsonl", [{"path": "2.jpg"}])
+    assert [file.key for file in find_media(str(pictures / "part-*.jsonl")).files] == ["x/1", "2"]
+    write_tar(pictures / "part-2.tar", {"1.png": RED})
+    with pytest.raises(DataError, match="both tars and lists"):
+        find_media(str(pictures / "part-*"))
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/inputs_test/lists/a.jsonl", b'{"path": "../4.png"}\n{"path": "memory://inputs_test/4.png"}')
+    found = find_media("memory://inputs_test/lists/a.jsonl")
+    assert [file.key for file in found.files] == ["../4", "memory://inputs_test/4"]
+    assert [file.read() for file in found.files] == [BLUE, BLUE]
+
+
+def test_addresses_on_the_web(tmp_path):
+    rows = [{"path": "https://example.org/a.jpg?size=3"}, {"path": "https://example.org/b.png"}]
+    files = find_media(write_list(tmp_path / "a.jsonl", rows)).files
+    assert [file.key for file in files] == ["https://example.org/a.jpg?size=3", "https://example.org/b"]
+    assert files[0].name == "https://example.org/a.jpg?size=3"
+
+
+def test_a_long_list_takes_little_memory(tmp_path):
+    """Ten million entries must fit: all that is kept of an entry is what is in it, once."""
+    import tracemalloc
+
+    count = 20_000
+    with (tmp_path / "a.jsonl").open("w") as file:
+        for i in range(count):
+            file.write(f'{{"path": "{i // 100:04d}/{i:08d}.png", "label": "{i % 10}", "caption": "number {i}"}}\n')
+    tracemalloc.start()
+    found = find_media(str(tmp_path / "a.jsonl"))
+    current, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(found.files) == count
+    assert current < 800 * count and peak < 900 * count
+
+
+def test_options_go_to_the_file_system(tmp_path):
+    (tmp_path / "a.png").write_bytes(RED)
+    found = find_media(f"file://{tmp_path}", options={"auto_mkdir": True})
+    assert found.files[0].location.fs.auto_mkdir and found.files[0].read() == RED
+
+
+def test_sparse_members_are_refused(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        info = tarfile.TarInfo("1.png")
+        info.type = tarfile.GNUTYPE_SPARSE
+        tar.addfile(info)
+    with pytest.raises(DataError, match=r"1\.png is stored as a sparse file"):
+        find_media(str(tmp_path / "a.tar"))
