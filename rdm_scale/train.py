@@ -34,18 +34,18 @@ def train(config: RunConfig) -> None:
     config.data_parallel_size(int(os.environ.get("WORLD_SIZE", 1)))
 
     from rdm_scale.data.compatibility import check_data
-
-    identity = config.identity() | {"data": check_data(config)}
-
     from rdm_scale.training.run_directory import plan_start, prepare
 
-    start = plan_start(config, identity) if os.environ.get("RANK", "0") == "0" else None
+    checked = None
+    if os.environ.get("RANK", "0") == "0":  # the others need not read what may lie far away
+        facts = check_data(config)
+        checked = facts, plan_start(config, config.identity() | {"data": facts.identity})
 
     from rdm_scale.parallel.mesh import build_mesh, check_agreement
 
     mesh = build_mesh(config.parallel)
     check_agreement(mesh, config)
-    start = mesh.from_first(start)
+    facts, start = mesh.from_first(checked)
     if mesh.is_first:
         prepare(config, start)
 
@@ -57,7 +57,7 @@ def train(config: RunConfig) -> None:
 
     from rdm_scale.training.trainer import Trainer
 
-    Trainer(config, mesh, layout, identity, start).run()
+    Trainer(config, mesh, layout, facts, start).run()
     mesh.leave()
 
 

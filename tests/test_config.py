@@ -1,5 +1,6 @@
 """The configuration: what is accepted, what is refused, and in which words."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,12 +27,25 @@ def refusal(path: Path, *overrides: str) -> str:
     return str(caught.value)
 
 
+def test_sources_are_a_path_or_a_list_of_them_with_weights(path: Path) -> None:
+    assert [(s.path, s.weight) for s in load_config(path, ["data.train=a"]).data.train] == [("a", 1.0)]
+    config = load_config(path, ["data.train=[{path: a, weight: 3}, b]"])
+    assert [(s.path, s.weight) for s in config.data.train] == [("a", 3.0), ("b", 1.0)]
+    for wrong, said in (
+        ("[]", "data.train is empty"),
+        ("[{path: a, weight: 0}]", "data.train.0.weight=0"),
+        ("[{pth: a}]", "unknown key data.train.0.pth: did you mean data.train.0.path?"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(said)):
+            load_config(path, [f"data.train={wrong}"])
+
+
 def test_overrides_parse_as_yaml_and_later_ones_win(path: Path) -> None:
     config = load_config(
         path,
         ["train.steps=7", "train.steps=8", "optimizer.lr=1e-3", "data.validation=null", "model.patch_size=[1,4,4]"],
     )
-    assert (config.train.steps, config.optimizer.lr, config.data.validation) == (8, 1e-3, None)
+    assert (config.train.steps, config.optimizer.lr, config.data.validation) == (8, 1e-3, ())
     assert config.model.patch_size == (1, 4, 4)
 
 

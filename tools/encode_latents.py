@@ -1,57 +1,120 @@
-"""Encodes images into latent shards that rdm_scale.train reads.
+"""Encodes images or videos into latent shards that rdm_scale.train reads, and looks at what was encoded.
 
-INPUT is a folder of images (PNG, JPEG, WebP; the sub-folders are the classes), a webdataset tar (`key.png` with its
-class in `key.cls`), or a folder or a quoted glob of tars. INPUT, OUTPUT and a codec's folder may be any fsspec URL.
-Images are centre-cropped and resized; samples are shuffled over the whole input.
+    encode_latents.py INPUT OUTPUT --codec CODEC --size 256     encode
+    encode_latents.py OUTPUT --verify                           read everything again and check it
+    encode_latents.py OUTPUT --stats                            mean and deviation of each channel, also as a plot
+    encode_latents.py OUTPUT --decode 40                        a picture (or a moving one) of decoded samples
+
+INPUT is a folder of images (PNG, JPEG, WebP) or videos (MP4, MOV, AVI, WebM, MKV) whose sub-folders are the classes, a
+webdataset tar or a folder or quoted glob of tars (`key.png` with its class in `key.cls`, its caption in `key.txt`), or
+a .jsonl or .parquet list of paths. INPUT, OUTPUT and the folders of models may be on any fsspec location, for instance
+s3://bucket/prefix. Samples are shuffled over the whole input, centre-cropped and resized.
+
+Under torchrun the ranks share the work. The same command goes on where a job was cut off, with any number of ranks, and
+ends with the same bytes as one that was not.
 """
 
 import argparse
 import io
+import os
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from rdm_scale.errors import DataError, RdmError
 
 if TYPE_CHECKING:
-    from rdm_scale.data.codecs import ImageCodec
-    from rdm_scale.data.images import ImageFile
+    from rdm_scale.data.encoding.job import Job
 
 HOLDOUT_SHARE = 0.1
+MAX_REJECTED = 0.01
 PREVIEW_COLUMNS = 10
 UNIT_STD = (0.5, 2.0)  # beyond these the noise levels of training do not fit the latents
 
 
 def main() -> None:
+    parser = _parser()
+    options = parser.parse_intermixed_args()
+    looks = [name for name in ("verify", "stats", "decode") if getattr(options, name)]
+    wanted = ["OUTPUT"] if looks else ["INPUT", "OUTPUT"]
+    if len(options.paths) != len(wanted):
+        parser.error(f"give {' and '.join(wanted)}, not {len(options.paths)} paths")
+    if len(looks) > 1:
+        parser.error(f"--{looks[0]} and --{looks[1]} are two commands")
+    try:
+        if looks:
+            {"verify": verify, "stats": stats, "decode": decode}[looks[0]](options)
+        else:
+            _check_encoding(parser, options)
+            encode(options)
+    except RdmError as error:
+        sys.exit(f"encode_latents: error: {error}")
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("input", metavar="INPUT", help="where the images are")
-    parser.add_argument("output", metavar="OUTPUT", help="folder of the shards: new or empty")
-    parser.add_argument("--codec", required=True, help="identity (pixels), digits, or the folder of an AutoencoderKL")
-    parser.add_argument("--size", type=_positive, required=True, help="height and width in pixels to encode at")
-    parser.add_argument(
+    parser.add_argument("paths", nargs="*", metavar="PATH", help="INPUT and OUTPUT, or OUTPUT alone to look at it")
+
+    what = parser.add_argument_group("what is encoded")
+    what.add_argument("--codec", help="identity (pixels), digits, or the folder of a VAE of diffusers")
+    what.add_argument("--size", type=_positive, help="height and width in pixels to encode at")
+    what.add_argument(
+        "--buckets",
+        nargs="+",
+        metavar="HxW",
+        help="instead of --size: several sizes, HxW or TxHxW; each input goes to the one nearest to it",
+    )
+    what.add_argument("--frames", type=_positive, help="frames of a clip (videos)")
+    what.add_argument("--fps", type=_number, help="frame rate that clips are taken at (default: the video's own)")
+    what.add_argument("--stride", type=_positive, default=1, help="frames from one of a clip to the next")
+    what.add_argument("--clip-step", type=_positive, help="frames between the starts of clips (default: their length)")
+    what.add_argument("--flips", action="store_true", help="encode a mirrored second view of every sample too")
+    what.add_argument("--text-encoder", metavar="DIR", help="folder of a text encoder: captions are encoded with it")
+    for name, default in (("path", "path"), ("label", "label"), ("caption", "caption"), ("key", "key")):
+        what.add_argument(f"--{name}-column", default=default, help=f"of lists and key.json (default: {default})")
+
+    how = parser.add_argument_group("how it is written")
+    how.add_argument(
         "--latents",
         choices=["mode", "moments"],
         default="mode",
         help="keep the posterior's mode, or its mean and variance, to be sampled in training (default: %(default)s)",
     )
-    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float16")
-    parser.add_argument("--holdout", metavar="DIR", help="folder of a second set of shards, for validation")
-    parser.add_argument(
-        "--holdout-share", type=_share, help=f"share of the samples held out (default: {HOLDOUT_SHARE})"
+    how.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float16")
+    how.add_argument("--holdout", metavar="DIR", help="folder of a second set of shards, for validation")
+    how.add_argument("--holdout-share", type=_share, help=f"share of the inputs held out (default: {HOLDOUT_SHARE})")
+    how.add_argument("--seed", type=int, default=0, help="of the order and of the holdout (default: %(default)s)")
+    how.add_argument("--batch-size", type=_positive, default=64, help="samples in a batch (default: %(default)s)")
+    how.add_argument("--samples-per-member", type=_positive, help="default: 64 images or 8 clips")
+    how.add_argument("--members-per-shard", type=_positive, default=64, help="default: %(default)s")
+    how.add_argument(
+        "--max-rejected",
+        type=_share,
+        default=MAX_REJECTED,
+        help="share of the inputs that may prove undecodable; they are listed in rejected.jsonl (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the order and of the holdout (default: %(default)s)")
-    parser.add_argument("--batch-size", type=_positive, default=64, help="default: %(default)s")
-    parser.add_argument("--preview", metavar="FILE.png", help="picture of some originals above their reconstructions")
-    options = parser.parse_args()
+    how.add_argument("--preview", metavar="FILE.png", help="picture of some originals above their reconstructions")
+
+    look = parser.add_argument_group("looking at what is encoded")
+    look.add_argument("--verify", action="store_true", help="check every byte of OUTPUT")
+    look.add_argument("--stats", action="store_true", help="measure OUTPUT, and keep the figures in its manifest")
+    look.add_argument("--decode", type=_positive, metavar="N", help="decode N samples of OUTPUT")
+    look.add_argument("--picture", help="file that --stats or --decode draw (default: beside the manifest)")
+    return parser
+
+
+def _check_encoding(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    if not options.codec:
+        parser.error("--codec is needed to encode")
+    if bool(options.size) == bool(options.buckets):
+        parser.error("give either --size or --buckets")
+    if options.buckets and options.frames:
+        parser.error("with --buckets the frames are part of a size: --buckets 16x256x256")
     if options.holdout_share is not None and options.holdout is None:
         parser.error("--holdout-share needs --holdout DIR")
     if options.preview and not options.preview.endswith(".png"):
         parser.error("--preview must end with .png")
-    try:
-        encode(options)
-    except RdmError as error:
-        sys.exit(f"encode_latents: error: {error}")
 
 
 def _positive(text: str) -> int:
@@ -60,76 +123,204 @@ def _positive(text: str) -> int:
     return number
 
 
+def _number(text: str) -> float:
+    if not 0 < (number := float(text)) < 1000:
+        raise argparse.ArgumentTypeError(f"{text} does not lie between 0 and 1000")
+    return number
+
+
 def _share(text: str) -> float:
-    if not 0 < (number := float(text)) < 1:
+    if not 0 <= (number := float(text)) < 1:
         raise argparse.ArgumentTypeError(f"{text} does not lie between 0 and 1")
     return number
 
 
 def encode(options: argparse.Namespace) -> None:
-    import torch
-
-    from rdm_scale.data.codecs import load_codec
-    from rdm_scale.data.encode import Holdout, check_unused, encode_images, split
-    from rdm_scale.data.images import find_images
+    from rdm_scale.data.encoding.job import Ranks, check_output
+    from rdm_scale.data.encoding.job import encode as run
     from rdm_scale.data.manifest import NAME
-    from rdm_scale.data.storage import Location
 
-    output = Location(options.output)
-    holdout = Holdout(Location(options.holdout), options.holdout_share or HOLDOUT_SHARE) if options.holdout else None
-    check_unused(output)  # said before the seconds that the codec takes to load
-    source = find_images(options.input)
-    classes = f"{len(source.class_names)} classes" if source.class_names else "no classes"
-    print(f"{options.input}: {len(source.images)} images, {classes}", flush=True)
-    if source.ignored:
-        print(f"note: {source.ignored} files that are not PNG, JPEG or WebP were ignored")
-    codec = load_codec(options.codec, "cuda" if torch.cuda.is_available() else "cpu")
-
-    with tqdm(total=len(source.images), unit="sample", desc=f"encoding ({codec.device})") as bar:
-        encoded = encode_images(
-            source,
-            codec,
-            output,
-            size=options.size,
-            kind=options.latents,
-            dtype=options.dtype,
-            seed=options.seed,
-            batch_size=options.batch_size,
-            holdout=holdout,
-            progress=bar.update,
-        )
-    print(f"{output / NAME}: {encoded.train.samples} samples, latents {list(encoded.train.shape)} [C, T, H, W]")
-    if holdout and encoded.holdout:
-        print(f"{holdout.folder / NAME}: {encoded.holdout.samples} samples held out")
+    ranks = Ranks(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+    job = _job(options, speaks=ranks.rank == 0)
+    folders = [job.folder] + ([job.holdout] if job.holdout else [])
+    if check_output(folders, job.digest):
+        if ranks.rank == 0:
+            print(f"{job.folder / NAME}: complete already, nothing to do")
+        return
+    with tqdm(unit="sample", desc=f"encoding ({job.codec.device})", disable=ranks.rank > 0) as bar:
+        encoded = run(job, ranks, lambda done, total: _show(bar, done, total))
+    if encoded is None:
+        return
+    for folder, manifest in zip(folders, (encoded.train, encoded.holdout), strict=False):
+        if manifest is not None:
+            shapes = ", ".join(str(list(shape)) for shape in manifest.buckets)
+            print(f"{folder / NAME}: {manifest.samples} samples, latents {shapes} [C, T, H, W]")
+    if encoded.train.rejected:
+        print(f"{encoded.train.rejected} inputs could not be encoded: see {job.folder}/rejected.jsonl")
+    if job.text is not None and job.text.truncated:
+        print(f"{job.text.truncated} captions were cut to {job.text.record.max_tokens} tokens")
     print(f"normalised latents: mean {encoded.mean:.3f}, standard deviation {encoded.std:.3f}")
     if not UNIT_STD[0] <= encoded.std <= UNIT_STD[1]:
         print(
-            "warning: diffusion expects a standard deviation near 1: is this codec meant for such images, and is the "
+            "warning: diffusion expects a standard deviation near 1: is this codec meant for such inputs, and is the "
             "scaling_factor in its config.json right?",
             file=sys.stderr,
         )
     if options.preview:
-        shown = split(source.images, options.seed, holdout.share if holdout else 0.0)[0][:PREVIEW_COLUMNS]
-        write_preview(options, codec, shown, [source.class_names[image.label] for image in shown if image.label >= 0])
+        _write_preview(options.preview, job)
 
 
-def write_preview(
-    options: argparse.Namespace, codec: "ImageCodec", images: "list[ImageFile]", names: list[str]
-) -> None:
+def _show(bar: Any, done: int, total: int) -> None:
+    if bar.total is None:  # what an earlier call has done says nothing of the speed of this one
+        bar.total, bar.initial, bar.n = total, done, done
+    bar.update(max(0, done - bar.n))
+
+
+def _job(options: argparse.Namespace, speaks: bool) -> "Job":
+    """Looks at the input and loads the models; what is wrong with the folders is said before that takes its time."""
     import torch
 
-    from rdm_scale.data.encode import reconstruct
+    from rdm_scale.data.codecs import load_codec
+    from rdm_scale.data.encoding.job import Job
+    from rdm_scale.data.encoding.planning import Bucket, Settings, job_digest
+    from rdm_scale.data.inputs import Columns, find_media
     from rdm_scale.data.storage import Location
-    from rdm_scale.evaluation.pictures import image_grid
 
-    originals, reconstructions = reconstruct(images, codec, options.size)
+    columns = Columns(options.path_column, options.label_column, options.caption_column, options.key_column)
+    source = find_media(options.paths[0], columns)
+    if speaks:
+        _describe(options, source)
+    buckets = [Bucket.parse(text) for text in options.buckets or []]
+    buckets = buckets or [Bucket(options.frames or 1, options.size, options.size)]
+    settings = Settings(
+        buckets=tuple(dict.fromkeys(buckets)),
+        kind=options.latents,
+        dtype=options.dtype,
+        seed=options.seed,
+        flips=options.flips,
+        fps=options.fps,
+        stride=options.stride,
+        clip_step=options.clip_step,
+        holdout_share=(options.holdout_share or HOLDOUT_SHARE) if options.holdout else 0.0,
+        batch_size=options.batch_size,
+        samples_per_member=options.samples_per_member or (64 if source.kind == "image" else 8),
+        members_per_shard=options.members_per_shard,
+    )
+    settings.check(source.kind)
+    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    codec = load_codec(options.codec, device)
+    if settings.kind == "moments" and not codec.has_posterior:
+        raise DataError(f"the codec {options.codec} has no posterior to sample from: leave out --latents moments")
+    text = _text_encoder(options, source.captioned, device)
+    digest = job_digest(source, settings, codec=codec.record.model_dump_json(), text=repr(text and text.record))
+    holdout = Location(options.holdout) if options.holdout else None
+    return Job(source, settings, codec, text, Location(options.paths[1]), holdout, digest, options.max_rejected)
+
+
+def _describe(options: argparse.Namespace, source: Any) -> None:
+    classes = f"{len(source.class_names)} classes" if source.class_names else "no classes"
+    captions = "" if not source.captioned else ", captions" if options.text_encoder else ", captions that are left out"
+    print(f"{options.paths[0]}: {len(source.files)} {source.kind}s, {classes}{captions}", flush=True)
+    if source.captioned and not options.text_encoder:
+        print("note: captions are encoded only with --text-encoder")
+    if source.ignored:
+        print(f"note: {source.ignored} files that are neither images nor videos were ignored")
+
+
+def _text_encoder(options: argparse.Namespace, captioned: bool, device: str) -> Any:
+    if not options.text_encoder:
+        return None
+    if not captioned:
+        raise DataError(f"{options.paths[0]} has no captions: leave out --text-encoder")
+    from rdm_scale.data.captions import TextEncoder
+
+    return TextEncoder(options.text_encoder, device)
+
+
+def _write_preview(place: str, job: "Job") -> None:
+    import torch
+
+    from rdm_scale.data.encoding.pixels import load, reconstruct
+    from rdm_scale.data.encoding.planning import Item, split
+    from rdm_scale.data.storage import Location
+    from rdm_scale.evaluation.pictures import image_grid, middle_frames
+
+    files, bucket = job.source.files, job.settings.buckets[0]
+    index = {file.key: number for number, file in enumerate(files)}
+    originals, names = [], []
+    for file in split(files, job.settings.seed, job.settings.holdout_share)[0][:PREVIEW_COLUMNS]:
+        try:
+            originals.append(load(job.source, Item(index[file.key], 0, 0), bucket, job.settings))
+        except DataError:  # one of those in rejected.jsonl
+            continue
+        if file.label >= 0:
+            names.append(job.source.class_names[file.label])
+    pixels = torch.stack(originals)
+    both = torch.cat([middle_frames(pixels), middle_frames(reconstruct(pixels, job.codec))])
     picture = io.BytesIO()
-    image_grid(torch.cat([originals, reconstructions]), len(images), names).save(picture, "PNG")
+    image_grid(both, len(originals), names).save(picture, "PNG")
     try:
-        Location(options.preview).write(picture.getvalue())
+        Location(place).write(picture.getvalue())
     except OSError as error:
-        raise DataError(f"the data is encoded, but the preview {options.preview} cannot be written: {error}") from None
-    print(f"{options.preview}: originals above their reconstructions")
+        raise DataError(f"the data is encoded, but the preview {place} cannot be written: {error}") from None
+    print(f"{place}: originals above their reconstructions")
+
+
+def verify(options: argparse.Namespace) -> None:
+    from rdm_scale.data.encoding.inspection import verify as check
+    from rdm_scale.data.manifest import read_manifest
+
+    url = options.paths[0]
+    with tqdm(total=read_manifest(url)[0].samples, unit="sample", desc="verifying") as bar:
+        manifest, faults = check(url, bar.update)
+    for fault in faults:
+        print(fault)
+    if faults:
+        raise DataError(f"{url}: {len(faults)} faults")
+    print(f"{url}: {manifest.samples} samples in {len(manifest.shards)} shards, all as they were written")
+
+
+def stats(options: argparse.Namespace) -> None:
+    from rdm_scale.data.encoding.inspection import measure
+    from rdm_scale.data.manifest import read_manifest
+    from rdm_scale.data.storage import Location
+    from rdm_scale.evaluation.pictures import plot_channels
+
+    url = options.paths[0]
+    with tqdm(total=read_manifest(url)[0].samples, unit="sample", desc="measuring") as bar:
+        manifest = measure(url, bar.update)
+    figures = manifest.statistics
+    assert figures is not None
+    print("channel       mean   deviation   (raw latents)")
+    for channel, (mean, std) in enumerate(zip(figures.mean, figures.std, strict=True)):
+        print(f"{channel:>7} {mean:>10.4f} {std:>11.4f}")
+    place = Location(options.picture or f"{_folder(url)}/statistics.png")
+    plot_channels(figures.mean, figures.std, place)
+    print(f"{place}: the same as a plot; the figures are in the manifest, too")
+
+
+def decode(options: argparse.Namespace) -> None:
+    import torch
+
+    from rdm_scale.data.codecs import codec_of
+    from rdm_scale.data.encoding.inspection import decoded
+    from rdm_scale.data.manifest import read_manifest
+    from rdm_scale.data.storage import Location
+    from rdm_scale.evaluation.pictures import write_grid
+
+    url = options.paths[0]
+    manifest, _ = read_manifest(url)
+    codec = codec_of(manifest.codec, "cuda" if torch.cuda.is_available() else "cpu", location=options.codec)
+    found = decoded(url, codec, options.decode)
+    for (_, frames, height, width), pixels in found.items():
+        suffix = f"-{frames}x{height}x{width}" if len(found) > 1 else ""
+        place = Location((options.picture or f"{_folder(url)}/decoded.png").removesuffix(".png") + f"{suffix}.png")
+        for written in write_grid(pixels, place, min(PREVIEW_COLUMNS, len(pixels)), fps=options.fps or 8.0):
+            print(f"{written}: decoded samples")
+
+
+def _folder(url: str) -> str:
+    return url.removesuffix("manifest.json").rstrip("/") or "."
 
 
 if __name__ == "__main__":

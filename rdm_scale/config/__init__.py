@@ -8,6 +8,7 @@ from rdm_scale.config.loading import describe_keys, load_config, parse_config, t
 from rdm_scale.config.schema import (
     CheckpointConfig,
     DataConfig,
+    DataSource,
     DiffusionConfig,
     GateConfig,
     InputConfig,
@@ -25,6 +26,7 @@ from rdm_scale.config.schema import (
 __all__ = [
     "CheckpointConfig",
     "DataConfig",
+    "DataSource",
     "DiffusionConfig",
     "GateConfig",
     "InputConfig",

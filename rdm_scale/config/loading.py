@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import yaml
 from pydantic import ValidationError
@@ -53,10 +53,11 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def _section(path: tuple[Any, ...]) -> type[Section]:
-    section: type[Section] = RunConfig
+    section: Any = RunConfig
     for name in path:
-        section = section.model_fields[str(name)].annotation  # type: ignore[assignment]
-    return section
+        # an index leads from a list of sections to one of them
+        section = get_args(section)[0] if isinstance(name, int) else section.model_fields[name].annotation
+    return cast(type[Section], section)
 
 
 def _describe(error: Any) -> str:

@@ -90,10 +90,45 @@ class SamplingConfig(Section):
     guidance: float = Field(1.0, ge=0, description="classifier-free guidance scale; 1 switches guidance off")
 
 
+class DataSource(Section):
+    path: str = Field(min_length=1, description="URL or path of a manifest.json (any fsspec location)")
+    weight: float = Field(1.0, gt=0, description="share of the steps, relative to the other sources'")
+
+
 class DataConfig(Section):
-    train: str = Field(description="URL or path of the training set's manifest.json (any fsspec location)")
-    validation: str | None = Field(None, description="manifest of the held-out set; null: no validation loss")
+    train: tuple[DataSource, ...] = Field(
+        description="URL or path of the training set's manifest.json (any fsspec location), or a list of such sets with "
+        "their shares of the steps: [{path: ..., weight: ...}, ...]",
+    )
+    validation: tuple[DataSource, ...] = Field(
+        (), description="the held-out set or sets, written like data.train; null: no validation loss"
+    )
     prefetch: int = Field(2, ge=1, description="batches read ahead in the background")
+    workers: int = Field(4, ge=1, description="parts of shards that a data-parallel rank reads at the same time")
+    cache_dir: str | None = Field(None, description="local directory in which what was read is kept; null: nowhere")
+    cache_gib: float = Field(64.0, gt=0, description="size up to which data.cache_dir may grow")
+    options: dict[str, Any] = Field(
+        {}, description="fsspec options of the sets' file system; S3 credentials and endpoint come from AWS_* variables"
+    )
+    read_timeout_s: float = Field(120.0, gt=0, description="seconds that one read may take, retries included")
+    lost_shards: int = Field(
+        0, ge=0, description="shards that may prove unreadable before the run ends; others stand in for their samples"
+    )
+
+    @field_validator("train", "validation", mode="before")
+    @classmethod
+    def _as_list(cls, value: Any) -> Any:
+        """One manifest is a list of one; an entry may be its path alone."""
+        if value is None:
+            return ()
+        entries = value if isinstance(value, list | tuple) else [value]
+        return tuple({"path": entry} if isinstance(entry, str) else entry for entry in entries)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.train:
+            raise ValueError("data.train is empty: name at least one manifest")
+        return self
 
 
 class OptimizerConfig(Section):

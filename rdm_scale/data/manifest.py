@@ -8,7 +8,7 @@ import hashlib
 import math
 import re
 from functools import cached_property
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -140,6 +140,7 @@ class Header(_Record):
 class Manifest(Header):
     """All that a reader needs to know of a folder of latent shards."""
 
+    job: str = Field("", description="what encoded it: a hash of its inputs and settings")
     samples: int = Field(ge=1)
     rejected: int = Field(0, ge=0, description="inputs that could not be encoded: see rejected.jsonl")
     statistics: Statistics | None = None
@@ -186,13 +187,16 @@ class Manifest(Header):
         return hashlib.sha256(described.to_json()).hexdigest()
 
 
-def read_manifest(url: str) -> tuple[Manifest, Location]:
+def read_manifest(url: str, options: dict[str, Any] | None = None) -> tuple[Manifest, Location]:
     """The manifest at `url` (the file, or the folder that holds it) and the folder of its shards.
+
+    Args:
+        options: of the fsspec file system.
 
     Raises:
         DataError: there is none, or it is not a valid manifest; the message names the place and the reason.
     """
-    location = Location(url)
+    location = Location(url, options)
     if not re.search(r"\.json$", location.name):
         location = location / NAME
     try:

@@ -12,6 +12,7 @@ walk through it, whatever the number of ranks. All of it is a function of (seed,
 to begin at any step.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -33,16 +34,20 @@ class Place(NamedTuple):
 
 
 class GlobalOrder:
-    """Maps global positions to samples of one manifest.
+    """Maps global positions to samples of one manifest, or of some of its shards.
 
     Args:
         streams: C, the global batch size.
+        shards: indices of the shards that are read; None: all.
     """
 
-    def __init__(self, manifest: Manifest, *, seed: int, streams: int) -> None:
-        self.samples, self.seed, self.streams = manifest.samples, seed, streams
-        self._counts = np.array([m.samples for shard in manifest.shards for m in shard.members], np.int64)
-        self._first_members = np.cumsum([0] + [len(shard.members) for shard in manifest.shards])  # of each shard
+    def __init__(self, manifest: Manifest, *, seed: int, streams: int, shards: Sequence[int] | None = None) -> None:
+        self.seed, self.streams = seed, streams
+        self._shards = np.array(range(len(manifest.shards)) if shards is None else shards, np.int64)
+        chosen = [manifest.shards[index] for index in self._shards]
+        self.samples = sum(shard.samples for shard in chosen)
+        self._counts = np.array([m.samples for shard in chosen for m in shard.members], np.int64)
+        self._first_members = np.cumsum([0] + [len(shard.members) for shard in chosen])  # of each shard
         # An epoch's tables are as long as the manifest; around the end of an epoch two of them are in use.
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
         self._within = lru_cache(maxsize=4 * streams)(self._make_within)
@@ -67,7 +72,7 @@ class GlobalOrder:
         samples = [int(self._within(epoch, m)[n]) for m, n in zip(members.tolist(), nth.tolist(), strict=True)]
         shards = np.searchsorted(self._first_members, members, side="right") - 1
         members_of_shards = members - self._first_members[shards]
-        return list(map(Place, shards.tolist(), members_of_shards.tolist(), samples))
+        return list(map(Place, self._shards[shards].tolist(), members_of_shards.tolist(), samples))
 
     def _index(self, i: Indices) -> Indices:
         """Index, in the epoch's order of samples, of what is read i-th: run i mod C, at its (i div C)-th sample."""

@@ -1,7 +1,6 @@
 """What a training step needs beside the latents, drawn by key, and a thread that does so ahead of the step."""
 
 import threading
-import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -24,7 +23,8 @@ class TrainingBatch:
     """A batch with all that is random about it.
 
     positions and ids int64 [B]; latents (x_0) and noise float32 [B, C, T, H, W]; t float32 [B], in the objective's
-    units; condition int64 [B], or None for a model without one.
+    units; condition int64 [B], or None for a model without one; weights float64 [B] of the samples in a validation
+    loss, None in training.
     """
 
     step: int
@@ -33,26 +33,30 @@ class TrainingBatch:
     latents: Tensor
     noise: Tensor
     t: Tensor
-    condition: Tensor | None
+    condition: Tensor | None = None
+    weights: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.positions)
 
     def split(self, micro_batch_size: int) -> "list[TrainingBatch]":
         """The batch in order, in micro-batches of so many samples; the last one may be smaller."""
-        parts = {name: value.split(micro_batch_size) for name, value in self._tensors().items()}
+        parts = {name: value.split(micro_batch_size) for name, value in self.tensors().items()}
         number = len(parts["positions"])
-        return [self._with({name: value[i] for name, value in parts.items()}) for i in range(number)]
+        return [self.of_tensors(self.step, {name: value[i] for name, value in parts.items()}) for i in range(number)]
 
     def to(self, device: torch.device | str) -> "TrainingBatch":
-        return self._with({name: value.to(device) for name, value in self._tensors().items()})
+        return self.of_tensors(self.step, {name: value.to(device) for name, value in self.tensors().items()})
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
+        """Those of the fields that are there, by name."""
         values = ((field.name, getattr(self, field.name)) for field in fields(self))
         return {name: value for name, value in values if isinstance(value, Tensor)}
 
-    def _with(self, tensors: dict[str, Tensor]) -> "TrainingBatch":
-        return TrainingBatch(step=self.step, **{"condition": None, **tensors})  # type: ignore[arg-type]
+    @classmethod
+    def of_tensors(cls, step: int, tensors: dict[str, Tensor]) -> Self:
+        """The inverse of `tensors`."""
+        return cls(step=step, **tensors)
 
 
 def draw(
@@ -112,7 +116,6 @@ class Prefetcher:
     """
 
     def __init__(self, batches: Iterator[TrainingBatch], depth: int) -> None:
-        self.waited_s = 0.0  # seconds that the last next() waited
         self._depth = depth
         self._ready: deque[TrainingBatch] = deque()
         self._end: BaseException | None = None  # why there will be no more: an error, or StopIteration
@@ -126,10 +129,8 @@ class Prefetcher:
         return self
 
     def __next__(self) -> TrainingBatch:
-        began = time.perf_counter()
         with self._changed:
             self._changed.wait_for(lambda: self._ready or self._end is not None)
-            self.waited_s = time.perf_counter() - began
             if not self._ready:
                 assert self._end is not None
                 raise self._end

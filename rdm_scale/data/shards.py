@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from rdm_scale.data.manifest import NAME, Codec, Header, Manifest, Member, Shape, Shard, Tar
-from rdm_scale.data.storage import Location
+from rdm_scale.data.storage import Location, Stat
 from rdm_scale.errors import DataError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -242,28 +242,41 @@ def read_member(folder: Location, manifest: Manifest, shard: int, member: int) -
     return unpack_samples(read_bytes(folder, record, member), folder, manifest, shard, member)
 
 
-def read_bytes(folder: Location, tar: Tar, member: int) -> bytes:
-    """The member of a tar as it was written. Raises DataError: missing, cut short or changed since."""
+def read_bytes(folder: Location, tar: Tar, member: int, opened: Stat | None = None) -> bytes:
+    """The member of a tar as it was written.
+
+    Args:
+        opened: what the file was when it was first looked at, to tell a replaced one from a damaged one.
+
+    Raises:
+        DataError: missing, unreadable, cut short, or not what the manifest says.
+    """
     part, place = tar.members[member], folder / tar.name
     try:
         content = place.read_range(part.offset, part.bytes)
-        found = place.size() if len(content) < part.bytes else tar.bytes
+        checksum = xxhash.xxh3_64_hexdigest(content)
+        found = opened if checksum == part.xxh3 else place.stat()
     except FileNotFoundError:
         raise DataError(f"{place} is missing, and the manifest lists it: {_REMEDY}") from None
     except OSError as error:
         raise DataError(f"cannot read {_describe(place, part, member)}: {error}") from None
+    if checksum == part.xxh3:
+        return content
+    if found is not None and opened is not None and found != opened:
+        raise DataError(
+            f"{place} was replaced while it was in use: it had {opened.bytes} bytes and version {opened.version}, and "
+            f"has {found.bytes} bytes and version {found.version}; member {part.name} ({member}) is no longer what the "
+            f"manifest says. Put the file back as it was, or encode into another folder: {_REMEDY}"
+        )
     if len(content) < part.bytes:
         raise DataError(
-            f"{place} is shorter than the manifest says, {found} bytes instead of {tar.bytes}, "
-            f"and ends before the end of member {part.name} ({member}): {_REMEDY}"
+            f"{place} is shorter than the manifest says, {found.bytes if found else 'fewer'} bytes instead of "
+            f"{tar.bytes}, and ends before the end of member {part.name} ({member}): {_REMEDY}"
         )
-    checksum = xxhash.xxh3_64_hexdigest(content)
-    if checksum != part.xxh3:
-        raise DataError(
-            f"{_describe(place, part, member)} is not what was written: its xxh3 is {checksum}, "
-            f"the manifest says {part.xxh3}: {_REMEDY}"
-        )
-    return content
+    raise DataError(
+        f"{_describe(place, part, member)} is not what was written: its xxh3 is {checksum}, "
+        f"the manifest says {part.xxh3}: {_REMEDY}"
+    )
 
 
 def unpack_samples(content: bytes, folder: Location, manifest: Manifest, shard: int, member: int) -> dict[str, Tensor]:
@@ -286,19 +299,19 @@ def _describe(place: Location, part: Member, member: int) -> str:
 
 
 def _check_member(tensors: dict[str, Tensor], header: Header, shape: Shape, samples: int, where: str) -> None:
-    expected = {
+    expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         "latents": ((samples, *header.stored_shape(shape)), DTYPES[header.dtype]),
         "ids": ((samples,), torch.int64),
         "labels": ((samples,), torch.int64),
     }
     if tensors.keys() != expected.keys():
         raise DataError(f"{where} holds {sorted(tensors)} instead of {sorted(expected)}: {_REMEDY}")
-    for name, (shape, dtype) in expected.items():
+    for name, (size, dtype) in expected.items():
         found = tensors[name]
-        if found.shape != shape or found.dtype != dtype:
+        if found.shape != size or found.dtype != dtype:
             raise DataError(
                 f"{where} holds {name} {list(found.shape)} in {found.dtype}, "
-                f"the manifest says {list(shape)} in {dtype}: {_REMEDY}"
+                f"the manifest says {list(size)} in {dtype}: {_REMEDY}"
             )
     labels = tensors["labels"]
     if labels.min() < -1 or labels.max() >= len(header.class_names):

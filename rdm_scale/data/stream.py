@@ -1,28 +1,32 @@
 """Latents in batches: the endless stream of training, and the held-out set of validation."""
 
-from collections import OrderedDict
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rdm_scale import rng
+from rdm_scale.config import DataConfig, DataSource
+from rdm_scale.data import mixing
 from rdm_scale.data.codecs import normalise
-from rdm_scale.data.manifest import Manifest, read_manifest
+from rdm_scale.data.losses import LostShards
+from rdm_scale.data.manifest import Manifest
 from rdm_scale.data.order import GlobalOrder, Place
-from rdm_scale.data.shards import read_member
-from rdm_scale.data.storage import Location
+from rdm_scale.data.reader import MemberReader, OpenSet, Samples, key_of, open_cache, open_set, stack
 from rdm_scale.errors import ConfigError, DataError
 
-_CACHE_BYTES = 2**28
+_AHEAD_STEPS = 256  # at most so many steps are looked ahead for members to read
+Sources = str | Path | Sequence[DataSource]
 
 
 @dataclass(frozen=True)
 class LatentBatch:
-    """The share of one rank of the samples of a step, normalised to unit scale.
+    """The share of one rank of the samples of a step, all of one set and one shape, normalised to unit scale.
 
     positions, ids and labels int64 [B] (label -1: unlabelled); latents float32 [B, C, T, H, W].
     """
@@ -34,30 +38,50 @@ class LatentBatch:
     latents: Tensor
 
 
+class _Lane(NamedTuple):
+    """The samples of one set that have one shape."""
+
+    set: int
+    order: GlobalOrder
+
+
+class _Planned(NamedTuple):
+    step: int
+    positions: range
+    set: int
+    places: list[Place]
+
+
 class LatentStream:
-    """The samples of a manifest in their global order, without end; every one once an epoch over all ranks.
+    """The samples of one or more sets in their global order, without end.
 
     Iterating yields this rank's batches of steps start_step + 1, + 2, ...; the global batch of a step is the same for
-    every dp_size. Moments are sampled with noise that belongs to (seed, position).
+    every dp_size and holds one set and one shape. Sets take turns by their weights, the shapes of a set by their number
+    of samples, so that every sample of a set is read once an epoch of that set. Moments are sampled with noise that
+    belongs to (seed, position), the position of a sample being its number in the whole run.
 
     Args:
-        manifest_url: of the manifest, or the folder that it is in; any fsspec location.
+        sources: manifest, or folder that it is in, on any fsspec location; or several with weights.
         start_step: the last step that is done already.
+        config: how to read: workers, cache, options, budget of lost shards. Its `train` and `validation` are not used.
+        lost: shards that are known to be lost (`LostShards.known` of the run that is resumed).
 
     Raises:
         ConfigError: dp_size does not divide global_batch_size, or there is no such dp_rank.
-        DataError: the manifest or a shard is missing or damaged; shards also while iterating.
+        DataError: a manifest or a shard is missing or damaged; shards also while iterating.
     """
 
     def __init__(
         self,
-        manifest_url: str,
+        sources: Sources,
         *,
         global_batch_size: int,
         seed: int,
         dp_rank: int = 0,
         dp_size: int = 1,
         start_step: int = 0,
+        config: DataConfig | None = None,
+        lost: Sequence[Sequence[str]] = (),
     ) -> None:
         _check_ranks(dp_rank, dp_size)
         if global_batch_size < 1 or global_batch_size % dp_size:
@@ -65,30 +89,81 @@ class LatentStream:
                 f"train.global_batch_size={global_batch_size} cannot be shared by {dp_size} data-parallel ranks: "
                 f"use a multiple of {dp_size}"
             )
-        self.manifest, folder = open_shards(manifest_url)
+        self.sets, config = _open(sources, config)
         self.seed, self.dp_rank, self.dp_size, self.start_step = seed, dp_rank, dp_size, start_step
-        self._order = GlobalOrder(self.manifest, seed=seed, streams=global_batch_size)
-        self._reader = _Reader(self.manifest, folder, streams=global_batch_size // dp_size)
+        self.global_batch_size = global_batch_size
+        self._lanes = [
+            [
+                _Lane(
+                    s, GlobalOrder(one.manifest, seed=rng.key(seed, "lane", s, b), streams=global_batch_size, shards=of)
+                )
+                for b, of in enumerate(one.manifest.buckets.values())
+            ]
+            for s, one in enumerate(self.sets)
+        ]
+        self._turns = mixing.weighted([one.weight for one in self.sets], seed)
+        self._turns_within = [
+            mixing.by_size([lane.order.samples for lane in lanes], global_batch_size, rng.key(seed, "buckets", s))
+            for s, lanes in enumerate(self._lanes)
+        ]
+        self.lost = LostShards([one.manifest for one in self.sets], config.lost_shards, seed, lost)
+        for s, one in enumerate(self.sets):
+            for shard, reason in one.damaged.items():
+                self.lost.lose(s, shard, reason)
+        share = global_batch_size // dp_size
+        streams = share * sum(map(len, self._lanes))  # of every lane a share is in use
+        self._reader = MemberReader(self.sets, streams=streams, workers=config.workers, cache=open_cache(config))
 
     def __iter__(self) -> Iterator[LatentBatch]:
-        return (self.batch(step) for step in count(self.start_step + 1))
+        """Reads ahead; what is read ahead of its use does not depend on what was asked for before."""
+        steps = count(self.start_step + 1)
+        planned: deque[_Planned] = deque()
+        while True:
+            while not planned or (self._reader.has_room and len(planned) < _AHEAD_STEPS):
+                planned.append(self._plan(next(steps)))
+                self._expect(planned[-1])
+            yield self._read(planned.popleft())
 
     def batch(self, step: int) -> LatentBatch:
         """This rank's share of the batch of a step (from 1), whatever was read before."""
-        positions = self._order.positions(step, self.dp_rank, self.dp_size)
-        return self._reader.batch(step, positions, self._order.places(positions), self.seed, "posterior")
+        return self._read(self._plan(step))
+
+    def close(self) -> None:
+        self._reader.close()
+
+    def _plan(self, step: int) -> _Planned:
+        which, turn = self._turns.of(step - 1)
+        bucket, nth = self._turns_within[which].of(turn)
+        lane = self._lanes[which][bucket]
+        positions = lane.order.positions(step, self.dp_rank, self.dp_size)  # unique in the run, for its randomness
+        places = lane.order.places(lane.order.positions(nth + 1, self.dp_rank, self.dp_size))
+        return _Planned(step, positions, lane.set, places)
+
+    def _expect(self, planned: _Planned) -> None:
+        places = self.lost.stand_ins(planned.set, planned.places)
+        self._reader.expect(dict.fromkeys(key_of(planned.set, place) for place in places))
+
+    def _read(self, planned: _Planned) -> LatentBatch:
+        while True:
+            try:
+                found = _look_up(self._reader, planned.set, self.lost.stand_ins(planned.set, planned.places))
+                break
+            except _UnreadableError as failed:
+                self.lost.lose(failed.set, failed.shard, failed.reason)
+        return _batch(planned.step, planned.positions, found, self.sets[planned.set].manifest, self.seed, "posterior")
 
 
 class HeldOut:
-    """The first samples of a manifest, in its order, for validation: each once over all ranks.
+    """The first samples of a set, in its order, for validation: each once over all ranks.
 
+    Of a set with several shapes, and of several sets by their weights, it is the first samples of each in proportion.
     Iterating yields (batch, weights [B] float64). Every rank gets the same number of batches of the same size, as
-    collectives need; what the set lacks to fill them is its last sample again, with weight 0. A sample's position is
-    its index in the set. Moments are sampled with noise that belongs to the position alone, not to a run's seed, so
-    that runs can be compared.
+    collectives need; what is lacking to fill them is a last sample again, with weight 0. A sample's position is its
+    index here. Moments are sampled with noise that belongs to the position alone, not to a run's seed, so that runs can
+    be compared.
 
     Args:
-        samples: size of the set, at most; attribute `samples` is how many there are.
+        samples: size of the held-out set, at most; attribute `samples` is how many there are.
         batch_size: samples in a batch of one rank.
 
     Raises:
@@ -96,104 +171,102 @@ class HeldOut:
         DataError: as `LatentStream`.
     """
 
-    def __init__(self, manifest_url: str, samples: int, *, batch_size: int, dp_rank: int = 0, dp_size: int = 1) -> None:
+    def __init__(
+        self,
+        sources: Sources,
+        samples: int,
+        *,
+        batch_size: int,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        config: DataConfig | None = None,
+    ) -> None:
         _check_ranks(dp_rank, dp_size)
         if samples < 1 or batch_size < 1:
             raise ConfigError(f"a held-out set of {samples} samples in batches of {batch_size}: use at least 1")
-        self.manifest, folder = open_shards(manifest_url)
-        self.samples = min(samples, self.manifest.samples)
+        self.sets, config = _open(sources, config)
+        for reason in (reason for one in self.sets for reason in one.damaged.values()):
+            raise reason  # validation losses can be compared only when they are of the same samples
         self.batch_size, self.dp_rank, self.dp_size = batch_size, dp_rank, dp_size
-        self._reader = _Reader(self.manifest, folder, streams=1)
+        self._groups = self._choose(samples)
+        self.samples = sum(len(places) for _, places in self._groups)
+        self._reader = MemberReader(self.sets, streams=1, workers=config.workers, cache=open_cache(config))
 
     def __len__(self) -> int:
-        return -(-self.samples // (self.batch_size * self.dp_size))
+        return sum(-(-len(places) // (self.batch_size * self.dp_size)) for _, places in self._groups)
 
     def __iter__(self) -> Iterator[tuple[LatentBatch, Tensor]]:
-        places = _in_order(self.manifest)
-        read: list[Place] = []  # places up to where this rank has come
-        for number in range(len(self)):
-            first = (number * self.dp_size + self.dp_rank) * self.batch_size
-            indices = range(first, first + self.batch_size)
-            positions = [min(i, self.samples - 1) for i in indices]
-            while len(read) <= positions[-1]:
-                read.append(next(places))
-            batch = self._reader.batch(number + 1, positions, [read[p] for p in positions], 0, "held-out posterior")
-            yield batch, torch.tensor([float(i < self.samples) for i in indices], dtype=torch.float64)
+        numbers, first_position = count(1), 0
+        for which, places in self._groups:
+            for start in range(self.dp_rank * self.batch_size, _whole(places, self), self.batch_size * self.dp_size):
+                indices = range(start, start + self.batch_size)
+                present = [min(index, len(places) - 1) for index in indices]
+                try:
+                    found = _look_up(self._reader, which, [places[index] for index in present])
+                except _UnreadableError as failed:
+                    raise failed.reason from None
+                positions = [first_position + index for index in present]
+                batch = _batch(next(numbers), positions, found, self.sets[which].manifest, 0, "held-out posterior")
+                yield batch, torch.tensor([float(index < len(places)) for index in indices], dtype=torch.float64)
+            first_position += len(places)
+
+    def close(self) -> None:
+        self._reader.close()
+
+    def _choose(self, samples: int) -> list[tuple[int, list[Place]]]:
+        """The places of each set and shape."""
+        total = sum(one.weight for one in self.sets)
+        groups = []
+        for s, one in enumerate(self.sets):
+            manifest = one.manifest
+            of_set = min(max(1, round(samples * one.weight / total)), manifest.samples)
+            for shards in manifest.buckets.values():
+                size = sum(manifest.shards[index].samples for index in shards)
+                wanted = min(size, -(-of_set * size // manifest.samples))
+                groups.append((s, _first_places(manifest, shards, wanted)))
+        return groups
 
 
-def open_shards(manifest_url: str) -> tuple[Manifest, Location]:
-    """The manifest and its folder, in which every shard has the size that the manifest says.
+class _UnreadableError(Exception):
+    """A shard of a set cannot be read."""
 
-    Raises:
-        DataError: naming the manifest's fault, or the first shard that is missing or has another size.
-    """
-    manifest, folder = read_manifest(manifest_url)
-    for shard in manifest.shards:
-        place = folder / shard.name
+    def __init__(self, set_index: int, shard: int, reason: DataError) -> None:
+        super().__init__(str(reason))
+        self.set, self.shard, self.reason = set_index, shard, reason
+
+
+def _open(sources: Sources, config: DataConfig | None) -> tuple[list[OpenSet], DataConfig]:
+    if isinstance(sources, str | Path):
+        sources = [DataSource(path=str(sources))]
+    config = config or DataConfig(train=tuple(sources))
+    return [open_set(source, config.options) for source in sources], config
+
+
+def _look_up(reader: MemberReader, which: int, places: Sequence[Place]) -> list[tuple[Samples, int]]:
+    found = []
+    for place in places:
         try:
-            found = place.size()
-        except FileNotFoundError:
-            raise DataError(f"{place} is missing, and the manifest lists it: copy or encode the data again") from None
-        except OSError as error:
-            raise DataError(f"cannot read {place}: {error}") from None
-        if found != shard.bytes:
-            raise DataError(
-                f"{place} has {found} bytes, the manifest says {shard.bytes}: copy or encode the data again"
-            )
-    return manifest, folder
+            found.append((reader.get(key_of(which, place)), place.sample))
+        except DataError as error:
+            raise _UnreadableError(which, place.shard, error) from None
+    return found
 
 
-class _Samples(NamedTuple):
-    """A member, taken apart so that one of its samples costs nothing to look up."""
-
-    latents: Sequence[Tensor]
-    ids: list[int]
-    labels: list[int]
-
-
-class _Reader:
-    """Turns places into batches, and keeps members that are still in use: `streams` of them at least."""
-
-    def __init__(self, manifest: Manifest, folder: Location, streams: int) -> None:
-        self.manifest, self.folder = manifest, folder
-        largest = max(member.bytes for shard in manifest.shards for member in shard.members)
-        self._bound = max(_CACHE_BYTES, streams * largest)  # with less, streams would drive out each other's members
-        self._bytes = 0
-        self._members: OrderedDict[tuple[int, int], _Samples] = OrderedDict()
-
-    def batch(
-        self, step: int, positions: Sequence[int], places: Sequence[Place], seed: int, purpose: str
-    ) -> LatentBatch:
-        found = [(self._member(shard, member), sample) for shard, member, sample in places]
-        raw = torch.stack([member.latents[sample] for member, sample in found]).float()
-        if self.manifest.kind == "moments":
-            shape = self.manifest.shape
-            noise = [torch.randn(shape, generator=rng.generator(seed, purpose, position)) for position in positions]
-            raw = posterior_sample(raw, torch.stack(noise))
-        return LatentBatch(
-            step=step,
-            positions=torch.tensor(positions),
-            ids=torch.tensor([member.ids[sample] for member, sample in found]),
-            labels=torch.tensor([member.labels[sample] for member, sample in found]),
-            latents=normalise(raw, self.manifest.codec),
-        )
-
-    def _member(self, shard: int, member: int) -> _Samples:
-        key = shard, member
-        if key not in self._members:
-            tensors = read_member(self.folder, self.manifest, shard, member)
-            ids, labels = tensors["ids"].tolist(), tensors["labels"].tolist()
-            self._members[key] = _Samples(tensors["latents"].unbind(), ids, labels)
-            self._bytes += self._size(key)
-        self._members.move_to_end(key)
-        while self._bytes > self._bound:
-            oldest, _ = self._members.popitem(last=False)
-            self._bytes -= self._size(oldest)
-        return self._members[key]
-
-    def _size(self, key: tuple[int, int]) -> int:
-        shard, member = key
-        return self.manifest.shards[shard].members[member].bytes
+def _batch(
+    step: int, positions: Sequence[int], found: list[tuple[Samples, int]], manifest: Manifest, seed: int, purpose: str
+) -> LatentBatch:
+    raw = stack(found)
+    if manifest.kind == "moments":
+        shape = (raw.shape[1] // 2, *raw.shape[2:])
+        noise = [torch.randn(shape, generator=rng.generator(seed, purpose, position)) for position in positions]
+        raw = posterior_sample(raw, torch.stack(noise))
+    return LatentBatch(
+        step=step,
+        positions=torch.tensor(positions),
+        ids=torch.tensor([samples.ids[index] for samples, index in found]),
+        labels=torch.tensor([samples.labels[index] for samples, index in found]),
+        latents=normalise(raw, manifest.codec),
+    )
 
 
 def posterior_sample(moments: Tensor, noise: Tensor) -> Tensor:
@@ -205,10 +278,20 @@ def posterior_sample(moments: Tensor, noise: Tensor) -> Tensor:
     return mean + (0.5 * log_variance.clamp(-30, 20)).exp() * noise
 
 
-def _in_order(manifest: Manifest) -> Iterator[Place]:
-    for s, shard in enumerate(manifest.shards):
-        for m, member in enumerate(shard.members):
-            yield from (Place(s, m, sample) for sample in range(member.samples))
+def _whole(places: Sequence[Place], held_out: HeldOut) -> int:
+    """So many samples that all ranks have the same number of full batches."""
+    step = held_out.batch_size * held_out.dp_size
+    return -(-len(places) // step) * step
+
+
+def _first_places(manifest: Manifest, shards: Sequence[int], wanted: int) -> list[Place]:
+    places: list[Place] = []
+    for s in shards:
+        for m, member in enumerate(manifest.shards[s].members):
+            places += (Place(s, m, sample) for sample in range(min(member.samples, wanted - len(places))))
+            if len(places) == wanted:
+                return places
+    return places
 
 
 def _check_ranks(dp_rank: int, dp_size: int) -> None:

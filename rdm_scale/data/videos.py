@@ -20,12 +20,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from rdm_scale.data.images import centre_box
 from rdm_scale.errors import DataError
 
 EXTENSIONS = ("mp4", "avi", "webm", "mkv", "mov")
 _MAX_FILE_BYTES = 2**36
 _MAX_PIXELS = 2**26  # 8192 x 8192: a decoder holds up to 17 such frames
 _MAX_FRAMES = 2**24  # more than six days at 30 frames a second
+_TOO_MANY_FRAMES = f"{{}} claims to have {{}} frames: at most {_MAX_FRAMES} are taken; split it"
 _TOLERANCE = 1e-3  # seconds: Matroska rounds times to milliseconds, so an exact frame may seem to be late
 _STEPS_BACK = (0.0, 10.0)  # seconds before a clip to look for a key frame, before going through all of the file
 _MOV_ATOMS = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot", b"uuid", b"junk")
@@ -45,7 +47,8 @@ class VideoSize:
 def probe_video(file: BinaryIO, name: str, fps: float | None = None) -> VideoSize:
     """How many frames of which size a video has, from what its container says and its first frame.
 
-    A file that does not say how long its video is (Matroska, WebM) is read to its end, but not decoded.
+    A file that does not say how long its video is (Matroska, WebM, a variable frame rate) is read to its end, but not
+    decoded.
 
     Args:
         file: opened for reading, seekable; it stays open.
@@ -57,7 +60,7 @@ def probe_video(file: BinaryIO, name: str, fps: float | None = None) -> VideoSiz
     """
     with _opened(file, name) as (container, stream):
         rate = _own_rate(stream, name)
-        first, seconds = None, _stated_duration(stream, rate)
+        first, seconds = None, _stated_duration(stream, rate, name)
         start, end = _start(stream), 0.0
         for packet in container.demux(stream):
             stamp = packet.dts if _is_avi(container) else packet.pts
@@ -70,11 +73,11 @@ def probe_video(file: BinaryIO, name: str, fps: float | None = None) -> VideoSiz
         if first is None:
             raise DataError(f"cannot decode the video {name}: it has no frames; repair or remove it")
         turned = _quarter_turns(first) % 2
-        height, width = first.height, max(1, round(first.width * _pixel_aspect(stream)))
+        height, width = first.height, max(1, round(first.width * _pixel_aspect(stream)))  # as in the file
     wanted = float(fps if fps is not None else rate)
     frames = math.ceil(((end if seconds is None else seconds) - _TOLERANCE) * wanted)
     if frames > _MAX_FRAMES:
-        raise DataError(f"{name} claims to have {frames} frames: at most {_MAX_FRAMES} are taken; split it")
+        raise DataError(_TOO_MANY_FRAMES.format(name, frames))
     return VideoSize(max(1, frames), *((width, height) if turned else (height, width)), wanted)
 
 
@@ -162,16 +165,14 @@ def _collect(chosen: Iterator[Any], frames: int, height: int, width: int, pixel_
 
 
 def _fit(rgb: np.ndarray, height: int, width: int, quarter_turns: int, pixel_aspect: float) -> np.ndarray:
-    """[H, W, 3] to [height, width, 3]: the largest box of that shape around the centre, resized, then turned."""
+    """[H, W, 3] to [height, width, 3]: turned upright, then cut and resized as images.decode does."""
     if quarter_turns % 2:
-        height, width = width, height
-    full_height, full_width = rgb.shape[:2]
-    box_width = min(full_width, full_height * width / height / pixel_aspect)
-    box_height = min(full_height, full_width * pixel_aspect * height / width)
-    left, top = (full_width - box_width) / 2, (full_height - box_height) / 2
-    box = (left, top, left + box_width, top + box_height)
-    small = Image.fromarray(rgb).resize((width, height), Image.Resampling.BICUBIC, box=box)
-    return np.rot90(np.asarray(small), quarter_turns)
+        pixel_aspect = 1 / pixel_aspect
+    image = Image.fromarray(np.ascontiguousarray(np.rot90(rgb, quarter_turns)))
+    left, top, right, bottom = centre_box(image.height, max(1, round(image.width * pixel_aspect)), height, width)
+    stretch = image.width / max(1, round(image.width * pixel_aspect))
+    box = (left * stretch, top, min(right * stretch, image.width), bottom)
+    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC, box=box))
 
 
 def _choose(shown: Iterator[tuple[float, float, Any]], times: Sequence[float], name: str) -> Iterator[Any]:
@@ -292,15 +293,21 @@ def _own_rate(stream: Any, name: str) -> Any:
     raise DataError(f"{name} does not say how many frames a second it has: convert it, or give a frame rate")
 
 
-def _stated_duration(stream: Any, rate: Any) -> float | None:
-    """Seconds by the container's number of frames; None when it gives none, or a duration that contradicts it.
+def _stated_duration(stream: Any, rate: Any, name: str) -> float | None:
+    """Seconds by the container's index; None when there is none of all frames, or the frames do not come regularly.
 
-    Only the stream's own duration counts: that of the whole container may be that of the sound.
+    Where they do not, the index has only the times of decoding, which say little about when the last one ends. The
+    duration that a container states may be that of the sound.
     """
-    if not stream.frames or stream.duration is None:
+    if stream.frames > _MAX_FRAMES:
+        raise DataError(_TOO_MANY_FRAMES.format(name, stream.frames))
+    entries = stream.index_entries
+    if not stream.frames or len(entries) != stream.frames:
         return None
-    counted, stated = float(stream.frames / rate), float(stream.duration * stream.time_base)
-    return min(counted, stated) if abs(counted - stated) < 1 / float(rate) else None
+    steps = np.diff(np.fromiter((entry.timestamp for entry in entries), np.int64, len(entries)))
+    if len(steps) and float((steps.max() - steps.min()) * stream.time_base) > _TOLERANCE:
+        return None
+    return float(stream.frames / rate)
 
 
 def _duration(item: Any, rate: Any) -> float:

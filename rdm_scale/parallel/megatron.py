@@ -78,7 +78,7 @@ def initialise_axes(tensor: int, pipeline: int, timeout: timedelta) -> dict[str,
             order="tp-cp-ep-dp-pp",
             distributed_timeout_minutes=timeout / timedelta(minutes=1),
         )
-    axes = {}
+    axes = {"replica_group": parallel_state.get_model_parallel_group()}
     for axis, group in zip(("tensor", "pipeline", "data"), _GROUPS, strict=True):
         for name, what in (("group", "group"), ("rank", "rank"), ("size", "world_size")):
             axes[f"{axis}_{name}"] = getattr(parallel_state, f"get_{group}_{what}")()

@@ -35,6 +35,7 @@ class Mesh:
     data_rank: int
     data_size: int
     data_group: Any
+    replica_group: Any  # the ranks of one data_rank, which hold the model together
     device: torch.device
     timeout: timedelta  # of every collective, and of a message between stages
 
@@ -42,6 +43,11 @@ class Mesh:
     def is_first(self) -> bool:
         """True for the one rank that writes what is not sharded."""
         return self.rank == 0
+
+    @property
+    def reads_data(self) -> bool:
+        """True for the one rank of each replica of the model that reads samples, and shares them with its peers."""
+        return self.tensor_rank == 0 and self.pipeline_rank == 0
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Element-wise sum over all ranks."""

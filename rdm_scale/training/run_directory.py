@@ -20,6 +20,7 @@ class Start:
 
     step: int = 0
     checkpoint: str | None = None
+    lost_shards: tuple[tuple[str, str], ...] = ()  # of the data, as the checkpoint knows them
 
 
 def checkpoints_of(config: RunConfig) -> CheckpointDirectory:
@@ -56,12 +57,22 @@ def plan_start(config: RunConfig, identity: dict[str, Any]) -> Start:
                 f"{directory.root} holds a later checkpoint (step {latest}) than the one to resume from (step "
                 f"{state['step']}): set run.dir to a new directory to branch off, or remove the later ones to go back"
             )
-        return Start(state["step"], resume)
+        return _start_from(state, resume)
     if latest is None:
         return Start()
     folder = directory.folder(latest)
-    _refuse_other_identity(identity, read_state(folder)["identity"], f"the checkpoint {folder}")
-    return Start(latest, str(folder))
+    state = read_state(folder)
+    _refuse_other_identity(identity, state["identity"], f"the checkpoint {folder}")
+    return _start_from(state, str(folder))
+
+
+def _start_from(state: dict[str, Any], folder: str) -> Start:
+    lost = state.get("lost_shards", [])
+    try:
+        named = tuple((str(digest), str(shard)) for digest, shard in lost)
+    except (TypeError, ValueError):
+        raise CheckpointError(f"{folder} does not say validly which shards of the data are lost: {lost!r}") from None
+    return Start(state["step"], folder, named)
 
 
 def prepare(config: RunConfig, start: Start) -> None:

@@ -1,10 +1,13 @@
 """The training loop."""
 
+import dataclasses
 import json
 import math
 import os
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from torch import Tensor
 
 from rdm_scale import checkpoint
 from rdm_scale.config import RunConfig
+from rdm_scale.data.compatibility import DataFacts
 from rdm_scale.data.prefetch import Prefetcher, TrainingBatch, draw
 from rdm_scale.data.stream import HeldOut, LatentStream
 from rdm_scale.diffusion import build_objective
@@ -22,6 +26,7 @@ from rdm_scale.evaluation.sampling import SampleGrid
 from rdm_scale.parallel.layout import Layout
 from rdm_scale.parallel.mesh import Mesh
 from rdm_scale.parallel.parallelize import parallelize
+from rdm_scale.parallel.sharing import shared
 from rdm_scale.training.ema import Ema
 from rdm_scale.training.monitor import Monitor, RunMonitor
 from rdm_scale.training.optimizer import build_optimizer, learning_rate
@@ -31,8 +36,8 @@ from rdm_scale.training.run_directory import Start, checkpoints_of
 class Trainer:
     """Trains one model on one mesh, from `start` to `train.steps`."""
 
-    def __init__(self, config: RunConfig, mesh: Mesh, layout: Layout, identity: dict[str, Any], start: Start) -> None:
-        self.config, self.mesh, self.identity = config, mesh, identity
+    def __init__(self, config: RunConfig, mesh: Mesh, layout: Layout, facts: DataFacts, start: Start) -> None:
+        self.config, self.mesh, self.facts = config, mesh, facts
         self.step = start.step
         self.stop_requested = False
         if config.train.deterministic:
@@ -44,33 +49,26 @@ class Trainer:
         self.ema = Ema(self.zero.masters, config.optimizer.ema_decay)
         if start.checkpoint is not None:
             checkpoint.load(start.checkpoint, self.zero, self.ema.flats)
-        self.stream = LatentStream(
-            config.data.train,
-            global_batch_size=config.train.global_batch_size,
-            seed=config.train.seed,
-            dp_rank=mesh.data_rank,
-            dp_size=mesh.data_size,
-            start_step=self.step,
-        )
+        self.stream = self._open_stream(start) if mesh.reads_data else None
         self.draw = partial(
             draw,
             objective=self.objective,
             seed=config.train.seed,
             num_classes=config.model.num_classes if config.model.condition == "class" else None,
         )
-        self.held_out = self._open_held_out()
-        self.grid = SampleGrid(config, mesh, self.stream.manifest) if config.monitor.sample_every else None
+        self.held_out = self._open_held_out() if config.data.validation and mesh.reads_data else None
+        self.grid = SampleGrid(config, mesh, facts) if config.monitor.sample_every else None
         self.monitor = RunMonitor(config, self.step) if mesh.is_first else Monitor()
 
     def run(self) -> None:
         """Trains until the last step, or until asked to stop: then the step under way is finished and saved."""
         for signal_number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signal_number, self._request_stop)
-        drawn = (self.draw(b, condition_dropout=self.config.diffusion.condition_dropout) for b in self.stream)
         stopping = self.step >= self.config.train.steps
         if stopping:
             self.monitor.say(f"nothing to do: the run is at step {self.step}; raise train.steps to go on")
-        with Prefetcher(drawn, self.config.data.prefetch) as batches:
+        with Prefetcher(self._drawn(), self.config.data.prefetch) if self.stream else nullcontext() as read:
+            batches = shared(self.mesh, read)
             while not stopping:
                 record, asked_to_stop = self.train_step(batches)
                 stopping = asked_to_stop or self.step == self.config.train.steps
@@ -81,13 +79,19 @@ class Trainer:
             self.monitor.say(f"stopped on request after step {self.step}; the same command goes on from there")
         self.monitor.close()
 
-    def train_step(self, batches: Prefetcher) -> tuple[dict[str, Any], bool]:
+    def train_step(self, batches: Iterator[TrainingBatch]) -> tuple[dict[str, Any], bool]:
         """One optimizer step on the next global batch: its metrics, and whether some rank was asked to stop."""
         began = time.perf_counter()
         batch = next(batches)
-        micro_batches = batch.to(self.mesh.device).split(self.config.train.micro_batch_size or len(batch))
+        waited_s = time.perf_counter() - began
+        micro_batches = batch.split(self.config.train.micro_batch_size or len(batch))
         loss_B = self.model.accumulate(micro_batches, self.model_inputs, self.loss_of).double()
-        total, stop = self.mesh.sum([loss_B.sum().item(), float(self.stop_requested)])
+        news = self.stream.lost.news() if self.stream else []
+        total, stop, waited_s, lost = self.mesh.sum(
+            [loss_B.sum().item(), float(self.stop_requested), waited_s / self.mesh.world_size, float(len(news))]
+        )
+        if lost:
+            self._share_losses(news)
         loss = total / (self.mesh.world_size // self.mesh.data_size) / self.config.train.global_batch_size
         self._refuse_non_finite("loss", loss, batch, loss_B)
         lr = learning_rate(self.config.optimizer, self.step + 1)
@@ -105,8 +109,11 @@ class Trainer:
             "samples": self.step * samples,
             "step_s": step_s,
             "tokens_per_s": samples * self.config.model.tokens / step_s,
-            "data_wait_s": batches.waited_s,
+            "data_wait_s": waited_s,
+            "data_wait_share": waited_s / step_s,
         }
+        if self.stream and self.config.data.lost_shards:
+            record |= {"lost_shards": len(self.stream.lost), "lost_samples": self.stream.lost.samples}
         return record, stop > 0
 
     def model_inputs(self, batch: TrainingBatch) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -119,16 +126,16 @@ class Trainer:
         x_t = self.objective.noised(batch.latents, batch.noise, batch.t)
         return self.objective.loss(prediction, batch.latents, batch.noise, batch.t, x_t)
 
-    def validation_loss(self, held_out: HeldOut) -> float:
+    def validation_loss(self) -> float:
         """Mean loss over the held-out set, with the noise and timestep that belong to each of its samples."""
-        total = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros(2, dtype=torch.float64)  # of the losses, and of the samples
         with self.zero.evaluating():
-            for latents, weights in held_out:
-                # Of seed 0 whatever the run's, so that the losses of different runs can be compared.
-                batch = self.draw(latents, condition_dropout=0.0, purpose="validation", seed=0).to(self.mesh.device)
+            for batch in shared(self.mesh, self._held_out_batches() if self.held_out else None):
+                assert batch.weights is not None
                 loss_B = self.loss_of(self.model(*self.model_inputs(batch)), batch)
-                total += (loss_B.double().cpu() * weights).sum()
-        return self.mesh.sum_over_data(total).item() / held_out.samples
+                total += torch.stack([(loss_B.double() * batch.weights).sum(), batch.weights.sum()]).cpu()
+        loss, samples = self.mesh.sum_over_data(total).tolist()
+        return loss / samples
 
     def save(self) -> None:
         """Writes a checkpoint, complete or not at all."""
@@ -136,9 +143,10 @@ class Trainer:
             "step": self.step,
             "samples": self.step * self.config.train.global_batch_size,
             "config": self.config.model_dump(mode="json"),
-            "identity": self.identity,
-            "codec": self.stream.manifest.codec.model_dump(mode="json"),
-            "class_names": list(self.stream.manifest.class_names),
+            "identity": self.config.identity() | {"data": self.facts.identity},
+            "codec": self.facts.codec.model_dump(mode="json"),
+            "class_names": list(self.facts.class_names),
+            "lost_shards": self.stream.lost.known if self.stream else [],
             "layout": {
                 "tensor": self.mesh.tensor_size,
                 "pipeline": self.mesh.pipeline_size,
@@ -149,9 +157,19 @@ class Trainer:
         checkpoint.save(directory, state, self.zero, self.ema.flats, self.mesh, self.config.checkpoint.keep)
         self.monitor.say(f"saved {directory.folder(self.step)}")
 
-    def _open_held_out(self) -> HeldOut | None:
-        if self.config.data.validation is None:
-            return None
+    def _open_stream(self, start: Start) -> LatentStream:
+        return LatentStream(
+            self.config.data.train,
+            global_batch_size=self.config.train.global_batch_size,
+            seed=self.config.train.seed,
+            dp_rank=self.mesh.data_rank,
+            dp_size=self.mesh.data_size,
+            start_step=self.step,
+            config=self.config.data,
+            lost=start.lost_shards,
+        )
+
+    def _open_held_out(self) -> HeldOut:
         share = self.config.train.global_batch_size // self.mesh.data_size
         return HeldOut(
             self.config.data.validation,
@@ -159,12 +177,32 @@ class Trainer:
             batch_size=self.config.train.micro_batch_size or share,
             dp_rank=self.mesh.data_rank,
             dp_size=self.mesh.data_size,
+            config=self.config.data,
         )
+
+    def _drawn(self) -> Iterator[TrainingBatch]:
+        assert self.stream is not None
+        return (self.draw(b, condition_dropout=self.config.diffusion.condition_dropout) for b in self.stream)
+
+    def _held_out_batches(self) -> Iterator[TrainingBatch]:
+        assert self.held_out is not None
+        for latents, weights in self.held_out:
+            # Of seed 0 whatever the run's, so that the losses of different runs can be compared.
+            batch = self.draw(latents, condition_dropout=0.0, purpose="validation", seed=0)
+            yield dataclasses.replace(batch, weights=weights)
+
+    def _share_losses(self, news: list[str]) -> None:
+        """Lets every rank know which shards are lost, and tells the user."""
+        everyone = self.mesh.gather((news, self.stream.lost.known if self.stream else []))
+        for line in (line for told, _ in everyone for line in told):
+            self.monitor.say(f"warning: {line}")
+        if self.stream:
+            self.stream.lost.learn([shard for _, known in everyone for shard in known])
 
     def _observe(self, record: dict[str, Any]) -> None:
         """What is looked at after a step: validation loss and samples, each in its own rhythm."""
-        if self.held_out is not None and self._due(self.config.monitor.validate_every):
-            record["validation_loss"] = self.validation_loss(self.held_out)
+        if self.config.data.validation and self._due(self.config.monitor.validate_every):
+            record["validation_loss"] = self.validation_loss()
         self.monitor.step(record)
         if self.grid is not None and self._due(self.config.monitor.sample_every):
             with self.zero.holding(self.ema.flats):

@@ -19,7 +19,9 @@ def config_for(train: LatentSet, validation: LatentSet | None = None, **model: A
 
 def test_fitting_data_is_known_by_the_digest_of_its_manifest(write_set: WriteSet) -> None:
     data, held_out = write_set(9), write_set(5)
-    assert check_data(config_for(data, held_out)) == {"train": data.manifest.digest}
+    facts = check_data(config_for(data, held_out))
+    assert facts.identity == {"train": data.manifest.digest}
+    assert facts.codec == data.manifest.codec and facts.class_names == ("zero", "one", "two")
     assert write_set(8).manifest.digest != data.manifest.digest
 
 

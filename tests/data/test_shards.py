@@ -312,7 +312,7 @@ def test_a_forged_member_with_a_good_checksum_is_refused(write_set: WriteSet, co
     member = latents.manifest.shards[0].members[0]
     place = latents.folder / "shard-000000.tar"
     shard = place.read()
-    content = content.ljust(4 * latents.manifest.sample_bytes(manifest.shape), b" ")
+    content = content.ljust(4 * latents.manifest.sample_bytes(latents.manifest.shape), b" ")
     place.write(shard[: member.offset] + content + shard[member.offset + len(content) :])
     tree = json.loads((latents.folder / NAME).read())
     checksum = xxhash.xxh3_64(content).hexdigest()

@@ -11,7 +11,7 @@ from rdm_scale.data.manifest import Codec
 from rdm_scale.data.shards import ShardWriter
 from rdm_scale.data.storage import Location
 
-TIMINGS = ("step_s", "tokens_per_s", "data_wait_s")
+TIMINGS = ("step_s", "tokens_per_s", "data_wait_s", "data_wait_share")
 
 
 def write_latents(folder: Path, samples: int = 96, classes: int = 4, seed: int = 0, channels: int = 4) -> str:

@@ -1,0 +1,193 @@
+"""One rank's part of an encoding: pixels are loaded in threads, encoded here, and packed and written in one more.
+
+The codec is what an encoding waits for; everything else happens beside it.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import count
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rdm_scale.data.captions import TextEncoder, pack_text
+from rdm_scale.data.codecs import LatentCodec, normalise
+from rdm_scale.data.encoding.pixels import READERS, load
+from rdm_scale.data.encoding.planning import Item, PlannedShard, Settings
+from rdm_scale.data.inputs import MediaSet
+from rdm_scale.data.manifest import Codec, Shard, Tar
+from rdm_scale.data.shards import DTYPES, Packed, pack_samples, sample_id, write_tar
+from rdm_scale.data.storage import Location
+from rdm_scale.errors import DataError
+
+_BATCHES_AHEAD = 2
+_SHARDS_UNWRITTEN = 2  # that may wait for the writing thread
+
+Batch = list[tuple[Item, "Future[Tensor]"]]
+
+
+@dataclass
+class Statistics:
+    """Of normalised latents, over the posterior too when the moments are kept."""
+
+    count: int = 0
+    total: float = 0.0
+    squares: float = 0.0
+
+    def add(self, latents: Tensor, record: Codec, kind: str) -> None:
+        """Takes in raw latents [B, C or 2C, T, H, W]."""
+        mean, log_variance = latents.double(), None
+        if kind == "moments":
+            mean, log_variance = mean.chunk(2, dim=1)
+        unit = normalise(mean, record)
+        self.count += unit.numel()
+        self.total += float(unit.sum())
+        self.squares += float(unit.square().sum())
+        if log_variance is not None:
+            deviation = normalise(mean + (0.5 * log_variance).exp(), record) - unit
+            self.squares += float(deviation.square().sum())
+
+
+class Rejected(NamedTuple):
+    """A sample that could not be decoded."""
+
+    item: int  # index in its planned shard
+    input: str
+    reason: str
+
+
+@dataclass
+class ShardLatents:
+    """A shard while it is being encoded."""
+
+    items: list[Item] = field(default_factory=list)
+    latents: list[Tensor] = field(default_factory=list)  # as they are stored
+    rejected: list[Rejected] = field(default_factory=list)
+    statistics: Statistics = field(default_factory=Statistics)
+
+
+class Worker:
+    """Encodes shards of a plan.
+
+    Args:
+        folder_of: the folder of a side.
+        text: encodes the captions; None without captions.
+    """
+
+    def __init__(
+        self,
+        source: MediaSet,
+        settings: Settings,
+        codec: LatentCodec,
+        text: TextEncoder | None,
+        folder_of: Callable[[str], Location],
+    ) -> None:
+        self.source, self.settings, self.codec, self.text = source, settings, codec, text
+        self._folder_of = folder_of
+
+    def run(
+        self,
+        shards: Sequence[PlannedShard],
+        written: Callable[[PlannedShard, Shard | None, ShardLatents], None],
+        progress: Callable[[int], object],
+    ) -> None:
+        """Encodes and writes shards.
+
+        Args:
+            written: called after a shard, with its record, or None when none of its inputs could be decoded.
+            progress: called with the number of samples after each batch.
+
+        Raises:
+            DataError: a latent is not finite in the dtype, or a vector of a caption.
+            OSError: a shard cannot be written.
+        """
+
+        def finish(planned: PlannedShard, encoded: ShardLatents) -> None:
+            written(planned, self._write(planned, encoded), encoded)
+
+        with ThreadPoolExecutor(READERS, "pixels") as readers, ThreadPoolExecutor(1, "shards") as writer:
+            batches = self._loading(shards, readers)
+            unwritten: deque[Future[None]] = deque()
+            try:
+                for planned in shards:
+                    unwritten.append(writer.submit(finish, planned, self._encode(planned, batches, progress)))
+                    while len(unwritten) > _SHARDS_UNWRITTEN:
+                        unwritten.popleft().result()
+                for pending in unwritten:
+                    pending.result()
+            except BaseException:
+                readers.shutdown(wait=False, cancel_futures=True)
+                writer.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _loading(self, shards: Sequence[PlannedShard], readers: ThreadPoolExecutor) -> Iterator[Batch]:
+        """The batches of all shards in turn; while one is in use the next ones are being loaded."""
+        loading: deque[Batch] = deque()
+        for shard in shards:
+            for items in shard.batches(self.settings.batch_size):
+                loading.append(
+                    [(item, readers.submit(load, self.source, item, shard.bucket, self.settings)) for item in items]
+                )
+                if len(loading) > _BATCHES_AHEAD:
+                    yield loading.popleft()
+        yield from loading
+
+    def _encode(self, shard: PlannedShard, batches: Iterator[Batch], progress: Callable[[int], object]) -> ShardLatents:
+        encoded = ShardLatents()
+        numbers = count()
+        for _ in shard.batches(self.settings.batch_size):
+            batch, pixels = next(batches), []
+            for item, loading in batch:
+                number = next(numbers)
+                try:
+                    pixels.append(loading.result())
+                    encoded.items.append(item)
+                except DataError as error:
+                    encoded.rejected.append(Rejected(number, self.source.files[item.file].name, str(error)))
+            if pixels:
+                latents = self._latents(encoded.items[-len(pixels) :], torch.stack(pixels))
+                encoded.latents.append(latents)
+                encoded.statistics.add(latents, self.codec.record, self.settings.kind)
+            progress(len(batch))
+        return encoded
+
+    def _latents(self, items: Sequence[Item], pixels: Tensor) -> Tensor:
+        """[B, C or 2C, T, H, W] as they are stored."""
+        settings, codec = self.settings, self.codec
+        moments = codec.encode(pixels)
+        kept = moments if settings.kind == "moments" else moments[:, : codec.channels]
+        latents = kept.to("cpu", DTYPES[settings.dtype])
+        finite = latents.flatten(1).isfinite().all(dim=1)
+        if not finite.all():
+            worst = self.source.files[items[int(finite.int().argmin())].file]
+            raise DataError(
+                f"the codec {codec.record.location} makes latents of {worst.name} that are not finite in "
+                f"{settings.dtype}: encode with --dtype float32, or another codec"
+            )
+        return latents
+
+    def _write(self, planned: PlannedShard, encoded: ShardLatents) -> Shard | None:
+        """Writes the side-car first: a shard that is there is whole."""
+        if not encoded.items:
+            return None
+        files, settings, folder = self.source.files, self.settings, self._folder_of(planned.side)
+        latents = torch.cat(encoded.latents)
+        ids = torch.tensor([sample_id(files[item.file].key, item.clip, item.view) for item in encoded.items])
+        labels = torch.tensor([files[item.file].label for item in encoded.items])
+        captions = [files[item.file].caption or "" for item in encoded.items]
+        members: list[Packed] = []
+        texts: list[Packed] = []
+        for first in range(0, len(ids), settings.samples_per_member):
+            part = slice(first, first + settings.samples_per_member)
+            name = f"{planned.number * settings.members_per_shard + len(members):08d}.safetensors"
+            members.append(Packed(name, len(ids[part]), pack_samples(latents[part], ids[part], labels[part])))
+            if self.text is not None:
+                content = pack_text(self.text.encode(captions[part]), ids[part], DTYPES[settings.dtype])
+                texts.append(Packed(name, len(ids[part]), content))
+        side_car: Tar | None = write_tar(folder, f"text-{planned.number:06d}.tar", texts) if texts else None
+        tar = write_tar(folder, f"shard-{planned.number:06d}.tar", members)
+        shape = self.codec.latent_shape(*planned.bucket)
+        return Shard(**dict(tar), samples=len(ids), shape=shape, text=side_car)
