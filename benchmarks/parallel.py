@@ -265,7 +265,7 @@ def live_by_kind(model: Any, ema: Any, before: set[int]) -> dict[str, int]:
         for name in ("grad", "grad_accum"):  # DeepSpeed's below stage 3
             if getattr(parameter, name, None) is not None:
                 kind_of[address(getattr(parameter, name))] = "gradients"
-    kind_of |= {address(t): "gradients" for t in partitioned_gradients(zero._zero)}
+    kind_of |= {address(t): "gradients" for t in partitioned_gradients(zero.optimizer.raw)}
     sizes = dict.fromkeys(KINDS, 0)
     for storage, size in live_storages():
         if storage not in before:

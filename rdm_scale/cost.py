@@ -159,9 +159,10 @@ def state_bytes(config: RunConfig, parameters: int, data: int, keep_gathered: bo
     sharded = share if stage else parameters
     held = share if stage == 3 else parameters
     gradients = share if stage >= 2 else parameters
+    gathered = parameters if keep_gathered and stage == 3 and data > 1 else 0  # one rank's share is the whole
     return StateBytes(
-        parameters=compute * (held + (parameters if keep_gathered and stage == 3 and data > 1 else 0)),
-        gradients=4 * (gradients + (parameters if keep_gathered and stage == 3 else 0)),
+        parameters=compute * (held + gathered),
+        gradients=4 * (gradients + gathered),
         optimizer=12 * sharded,
         average=4 * sharded,
     )

@@ -37,17 +37,24 @@ MUTATIONS = [
     ),
     Mutation(
         "DeepSpeed is not told that another backward begins",
-        "parallel/zero.py",
-        "self._zero.clear_backward_seen_flag()",
+        "parallel/deepspeed.py",
+        "self.raw.clear_backward_seen_flag()",
         "pass",
         f"{LAYOUTS}[tp1 pp2 dp4, ZeRO 3 by block, interleaved_1f1b, recompute every_2]",
     ),
     Mutation(
         "a second chunk's gradients are added to the last step's",
-        "parallel/zero.py",
-        "self._zero.grad_partitions_flat_buffer.zero_()",
+        "parallel/deepspeed.py",
+        "self.gradients.zero_()",
         "pass",
         f"{LAYOUTS}[tp1 pp2 dp4, ZeRO 3 by block, interleaved_1f1b, recompute every_2]",
+    ),
+    Mutation(
+        "one data-parallel rank adds to the last step's gradients",
+        "parallel/zero.py",
+        "mine = self.optimizer.gradients.zero_()",
+        "mine = self.optimizer.gradients",
+        f"{LAYOUTS}[tp2 pp4 dp1, ZeRO 3 kept, v_1f1b, recompute full]",
     ),
     Mutation(
         "gradients of gates are not summed over the ranks that share the tokens",

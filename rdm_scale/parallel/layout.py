@@ -109,7 +109,7 @@ def plan(config: RunConfig, world_size: int, memory: float | None) -> Layout:
             parameters=parameters,
             state=cost.state_bytes(config, parameters, data, keep),
             activations=simulation.in_flight[rank] * sum(kept) / len(kept),
-            working=_working_bytes(config, micro_batch, parameters, keep),
+            working=_working_bytes(config, micro_batch, parameters, data, keep),
         )
 
     def stages(keep: bool) -> tuple[StageCost, ...]:
@@ -178,15 +178,17 @@ def _chunk_parameters(config: RunConfig, blocks: tuple[range, ...], chunk: int) 
     return parameters + (cost.head_parameters(model) if chunk == len(blocks) - 1 else cost.NOTHING)
 
 
-def _working_bytes(config: RunConfig, samples: int, parameters: int, keep: bool) -> float:
+def _working_bytes(config: RunConfig, samples: int, parameters: int, data: int, keep: bool) -> float:
     block = cost.block_parameters(config.model).on_rank(config.parallel.tensor)
     working = 0.0
     if config.parallel.recompute != "none":
         working += cost.block_activation_bytes(config, samples, "none")
     if config.parallel.zero_stage == 3:
-        # By block: two blocks gathered, one's gradients before and during their reduction. At once: the same for all.
+        # By block: two blocks gathered, one's gradients before and during their reduction. At once: all gradients
+        # during their reduction, where there is one.
         compute = cost.BYTES[config.train.precision]
-        working += 4 * parameters if keep else 2 * compute * block + 8 * block
+        at_once = 4 * parameters if data > 1 else 0
+        working += at_once if keep else 2 * compute * block + 8 * block
     else:
         working += 4 * block
     return working

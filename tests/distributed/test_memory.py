@@ -80,6 +80,7 @@ def state_of(config: RunConfig) -> tuple[int, int, int]:
         (4, {"parallel__zero_stage": 3, "parallel__keep_gathered": "never"}),
         (4, {"parallel__zero_stage": 3, "parallel__keep_gathered": "always"}),
         (4, {"parallel__zero_stage": 3, "train__precision": "bf16", "parallel__keep_gathered": "always"}),
+        (2, {"parallel__pipeline": 2, "parallel__keep_gathered": "always"}),  # the gradients are whole in the share
         (8, {"parallel__tensor": 2, "parallel__pipeline": 2, "parallel__keep_gathered": "never"}),
     ],
     ids=str,
