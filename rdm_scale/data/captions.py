@@ -104,23 +104,26 @@ class TextEncoder:
         self._device, self._batch_size = torch.device(device), batch_size
         with text_folder(url, options) as folder:
             self._pooling, self._unit_norm = folder.pooling, folder.unit_norm
-            self._model, self._tokenizer = _load(folder, url)
+            self._model, self._tokenizer = _load(folder)
             limits = _limits(folder, self._model, self._tokenizer)
-            digest = folder.digest
-        self._max_tokens = max_tokens or min(limits)
+        self._location, self._max_tokens = folder.location, max_tokens or min(limits)
         if max_tokens is not None and not 0 < max_tokens <= limits[0]:
             raise DataError(
-                f"the text encoder {url} takes 1 to {limits[0]} tokens, not {max_tokens}: change max_tokens"
+                f"the text encoder {self._location} takes 1 to {limits[0]} tokens, not {max_tokens}: change max_tokens"
             )
         self._model.to(self._device, getattr(torch, dtype)).eval().requires_grad_(False)
         for parameter in self._model.parameters():
             # Out of the mapped file: where a tensor begins in it decides which instructions the CPU takes, and so the
             # last bit of results, and the file may be changed.
             parameter.data = parameter.data.clone()
-        self._url = url
-        empty = self._first(url)
+        empty = self._first()
         self.record = TextRecord(
-            type(self._model).__name__, url, digest, empty.tokens.shape[1], len(empty.pooled), self._max_tokens
+            type(self._model).__name__,
+            self._location,
+            folder.digest,
+            empty.tokens.shape[1],
+            len(empty.pooled),
+            self._max_tokens,
         )
 
     def encode(self, captions: Sequence[str]) -> list[EncodedText]:
@@ -143,24 +146,24 @@ class TextEncoder:
         for i, result in results.items():
             if not (result.tokens.isfinite().all() and result.pooled.isfinite().all()):
                 raise DataError(
-                    f"the text encoder {self._url} makes vectors of the caption {captions[i][:100]!r} that are not "
-                    "finite: are its weights whole?"
+                    f"the text encoder {self._location} makes vectors of the caption {captions[i][:100]!r} that "
+                    "are not finite: are its weights whole?"
                 )
         return [results[i] for i in range(len(ids))]
 
-    def _first(self, url: str) -> EncodedText:
+    def _first(self) -> EncodedText:
         """The empty caption, which stands for a dropped one. Raises DataError: it has no tokens, or nothing works."""
         if not self._tokenizer([""])["input_ids"][0]:
             raise DataError(
-                f"the tokenizer in {url} adds no special tokens, so that the empty caption, which training drops "
-                "captions to, would have no tokens at all: use the tokenizer that the encoder was trained with"
+                f"the tokenizer in {self._location} adds no special tokens, so that the empty caption, to which training "
+                "drops captions, would have no tokens at all: use the tokenizer that the encoder was trained with"
             )
         try:
             return self.encode([""])[0]
         except DataError:
             raise
         except Exception as error:  # an untrusted configuration fails in many ways
-            raise DataError(f"the text encoder {url} does not work: {_first_lines(error)}") from None
+            raise DataError(f"the text encoder {self._location} does not work: {_first_lines(error)}") from None
 
     def _tokenize(self, captions: list[str]) -> list[list[int]]:
         ids: list[list[int]] = self._tokenizer(captions, verbose=False)["input_ids"]
@@ -193,11 +196,11 @@ class TextEncoder:
                 yield EncodedText(tokens, F.normalize(pooled, dim=0) if self._unit_norm else pooled.clone())
 
 
-def _load(folder: TextFolder, url: str) -> tuple[Any, Any]:
+def _load(folder: TextFolder) -> tuple[Any, Any]:
     """The model, float type as stored, and its tokenizer."""
     kind = folder.config.get("model_type")
     if kind not in _CLASSES:
-        raise DataError(f"{url} holds a {kind} model: the text encoders known are {', '.join(_CLASSES)}")
+        raise DataError(f"{folder.location} holds a {kind} model: the text encoders known are {', '.join(_CLASSES)}")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the library is imported
     import transformers  # takes seconds
 
@@ -225,7 +228,7 @@ def _load(folder: TextFolder, url: str) -> tuple[Any, Any]:
             if missing := sorted(info["missing_keys"]):
                 raise ValueError(f"{len(missing)} weights are missing, the first is {missing[0]}")
     except Exception as error:  # an untrusted configuration makes the constructors fail in many ways
-        raise DataError(f"the files in {url} do not make a text encoder: {_first_lines(error)}") from None
+        raise DataError(f"the files in {folder.location} do not make a text encoder: {_first_lines(error)}") from None
     return model, tokenizer
 
 

@@ -40,6 +40,7 @@ _FLAGS: dict[str, Pooling] = {
 
 @dataclass(frozen=True)
 class TextFolder:
+    location: str  # where it came from
     path: Path  # with config.json, the weights, tokenizer.json and what belongs to it; gone after use
     config: dict[str, Any]
     weights: tuple[Path, ...]
@@ -92,6 +93,7 @@ def _stage(folder: Location, path: Path) -> TextFolder:
     for name in (TOKENIZER, *weights, *([INDEX] if WEIGHTS not in weights else [])):
         left -= _bring(transformer / name, path / name, left)
     return TextFolder(
+        str(folder),
         path,
         config,
         tuple(path / name for name in weights),

@@ -13,7 +13,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from rdm_scale.data.captions import EncodedText, TextEncoder, pack_text, unpack_text
+from rdm_scale.data.captions import TextEncoder, pack_text
 from rdm_scale.errors import DataError
 
 CAPTIONS = ["a red fox", "", "two dogs run over the hill and a cat", "Größe", "a", "the quick brown fox jumps " * 2]
@@ -213,12 +213,35 @@ def test_weights_in_several_files_and_on_another_file_system(tmp_path):
     memory = fsspec.filesystem("memory")
     memory.put(str(tmp_path / "many"), "/captions_test/", recursive=True)
     (expected,) = TextEncoder(local).encode(["a red fox"])
+    digests = set()
     for url in (str(tmp_path / "many"), "memory://captions_test/many"):
-        (result,) = TextEncoder(url).encode(["a red fox"])
+        encoder = TextEncoder(url)
+        (result,) = encoder.encode(["a red fox"])
         assert torch.equal(result.tokens, expected.tokens) and torch.equal(result.pooled, expected.pooled)
+        digests.add(encoder.record.digest)
+    assert len(digests) == 1 and encoder.record.location == "memory:///captions_test/many"
     next((tmp_path / "many").glob("model-*.safetensors")).unlink()
     with pytest.raises(DataError, match=r"model-.*safetensors is missing"):
         TextEncoder(str(tmp_path / "many"))
+
+
+def test_the_tokenizer_settings_of_older_versions(tmp_path):
+    """As the published MiniLM has them: the tokenizer's class by name, and where it came from."""
+    folder = bert_folder(tmp_path)
+    (expected,) = TextEncoder(folder).encode(["a red fox"])
+    settings = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "sep", "pad", "cls")} | {
+        "tokenizer_class": "BertTokenizer",
+        "do_lower_case": True,
+        "strip_accents": None,
+        "model_max_length": 32,
+        "name_or_path": "elsewhere/else",
+        "special_tokens_map_file": "/nowhere/map.json",
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    encoder = TextEncoder(folder)
+    assert torch.equal(encoder.encode(["a red fox"])[0].tokens, expected.tokens) and encoder.record.max_tokens == 32
+    (tmp_path / "tokenizer_config.json").unlink()
+    assert torch.equal(TextEncoder(folder).encode(["a red fox"])[0].tokens, expected.tokens)
 
 
 def test_the_digest_is_of_weights_and_tokenizer(tmp_path):
@@ -328,61 +351,3 @@ def test_a_tokenizer_without_special_tokens_is_refused(tmp_path):
 def test_a_folder_that_is_not_there(tmp_path):
     with pytest.raises(DataError, match=r"there is no text encoder .*nothing"):
         TextEncoder(str(tmp_path / "nothing"))
-
-
-def some_texts(*lengths: int) -> list[EncodedText]:
-    generator = torch.Generator().manual_seed(0)
-    return [EncodedText(torch.randn(n, 4, generator=generator), torch.randn(3, generator=generator)) for n in lengths]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_packed_captions_come_back(dtype):
-    texts, ids = some_texts(3, 1, 5), torch.tensor([7, 2**62, 1])
-    content = pack_text(texts, ids, dtype)
-    assert content == pack_text(texts, ids, dtype)
-    text = unpack_text(content, 3, 4, 3, dtype)
-    assert text.offsets.tolist() == [0, 3, 4, 9] and torch.equal(text.ids, ids)
-    for k, one in enumerate(texts):
-        assert torch.equal(text.tokens[text.offsets[k] : text.offsets[k + 1]], one.tokens.to(dtype))
-        assert torch.equal(text.pooled[k], one.pooled.to(dtype))
-
-
-def test_numbers_that_the_dtype_cannot_hold_are_refused():
-    texts = [EncodedText(torch.full((1, 4), 1e5), torch.zeros(3))]
-    with pytest.raises(DataError, match=r"not finite in torch\.float16"):
-        pack_text(texts, torch.tensor([1]), torch.float16)
-
-
-def repacked(**values: torch.Tensor | None) -> bytes:
-    tensors = safetensors.torch.load(pack_text(some_texts(2, 1), torch.tensor([1, 2]), torch.float32)) | values
-    return safetensors.torch.save({name: value for name, value in tensors.items() if value is not None})
-
-
-WHOLE = repacked()
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "not a safetensors file"),
-        (WHOLE[:-1], "not a safetensors file"),
-        (repacked(ids=None), r"holds \['offsets', 'text_pooled', 'tokens'\] instead of"),
-        (repacked(more=torch.zeros(1)), "instead of"),
-        (repacked(ids=torch.tensor([1])), r"ids \[1\] in torch.int64, expected \[2\]"),
-        (repacked(ids=torch.tensor([1.0, 2.0])), "ids .* in torch.float32"),
-        (repacked(tokens=torch.zeros(3, 5)), r"tokens \[3, 5\]"),
-        (repacked(tokens=torch.zeros(3, 4, 1)), r"tokens \[3, 4, 1\]"),
-        (repacked(tokens=torch.zeros(4, 4)), "offsets that do not cut 4 tokens into 2"),
-        (repacked(text_pooled=torch.zeros(2, 4)), r"text_pooled \[2, 4\]"),
-        (repacked(offsets=torch.tensor([0, 4, 3])), "offsets"),
-        (repacked(offsets=torch.tensor([1, 2, 3])), "offsets"),
-        (repacked(offsets=torch.tensor([0, -1, 3])), "offsets"),
-        (repacked(tokens=torch.full((3, 4), float("nan"))), "not finite"),
-        (repacked(text_pooled=torch.full((2, 3), float("inf"))), "not finite"),
-    ],
-)
-def test_members_that_are_not_what_was_packed(content, message):
-    with pytest.raises(DataError, match=message) as caught:
-        unpack_text(content, 2, 4, 3, torch.float32, "member 1 of text-000000.tar")
-    assert "member 1 of text-000000.tar" in str(caught.value)
-    unpack_text(WHOLE, 2, 4, 3, torch.float32)

@@ -1,26 +1,16 @@
 """Images of every kind that users have, found and decoded; and inputs that must be refused by name."""
 
-import io
 import struct
 import zlib
 
 import numpy as np
 import pytest
 import torch
+from media_files import encoded, flat
 from PIL import Image
 
 from rdm_scale.data.images import centre_box, decode, image_size
 from rdm_scale.errors import DataError
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def flat(color: object, mode: str = "RGB", size: tuple[int, int] = (8, 8)) -> Image.Image:
-    return Image.new(mode, size, color)
 
 
 def bytes_of(x: torch.Tensor) -> np.ndarray:
