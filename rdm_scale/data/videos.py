@@ -161,7 +161,7 @@ def _collect(chosen: Iterator[Any], frames: int, height: int, width: int, pixel_
         rgb = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
         clip[i] = _fit(rgb, height, width, _quarter_turns(frame), pixel_aspect)
         last = frame
-    return torch.from_numpy(clip).permute(3, 0, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(clip).permute(3, 0, 1, 2).contiguous().float().div_(127.5).sub_(1)
 
 
 def _fit(rgb: np.ndarray, height: int, width: int, quarter_turns: int, pixel_aspect: float) -> np.ndarray:
