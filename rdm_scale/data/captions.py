@@ -155,8 +155,8 @@ class TextEncoder:
         """The empty caption, which stands for a dropped one. Raises DataError: it has no tokens, or nothing works."""
         if not self._tokenizer([""])["input_ids"][0]:
             raise DataError(
-                f"the tokenizer in {self._location} adds no special tokens, so that the empty caption, to which training "
-                "drops captions, would have no tokens at all: use the tokenizer that the encoder was trained with"
+                f"the tokenizer in {self._location} adds no special tokens, so that the empty caption, to which "
+                "training drops captions, would have no tokens at all: use the tokenizer it was trained with"
             )
         try:
             return self.encode([""])[0]

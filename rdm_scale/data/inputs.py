@@ -8,7 +8,7 @@ refused.
 import posixpath
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -18,7 +18,7 @@ import xxhash
 
 from rdm_scale.data import lists
 from rdm_scale.data.lists import Columns, in_list
-from rdm_scale.data.media import EXTENSIONS, MAX_CAPTION_BYTES, Found, Kind, MediaFile, as_text, kind_of, locate
+from rdm_scale.data.media import EXTENSIONS, MAX_CAPTION_BYTES, Found, Kind, MediaFile, as_text, kind_of
 from rdm_scale.data.storage import Location
 from rdm_scale.data.tars import in_tars
 from rdm_scale.errors import DataError
@@ -61,7 +61,7 @@ def find_media(url: str, columns: Columns | None = None, options: Mapping[str, A
             with a class or a caption.
     """
     columns = columns or Columns()
-    location = locate(url, options)
+    location = Location(url, options)
     gathered = _Gathered()
     try:
         source, numbers = _source(location, columns, options)
@@ -185,7 +185,7 @@ def _source(
                 "(what is compressed must be unpacked first)"
             )
     else:
-        matches = [Location(path, location.fs) for path in sorted(location.fs.glob(location.path))]
+        matches = _glob(location)
         if not matches:
             raise DataError(f"the input {location} does not exist")
         if wrong := [match for match in matches if not _is_container(match) or match.is_dir()]:
@@ -198,6 +198,13 @@ def _source(
     return in_tars(matches, columns), True
 
 
+def _glob(location: Location) -> list[Location]:
+    try:
+        return [Location(path, location.fs) for path in sorted(location.fs.glob(location.path))]
+    except Exception as error:  # clients of object stores have exceptions of their own
+        raise OSError(f"it cannot be listed: {error}") from None
+
+
 def _is_container(location: Location) -> bool:
     return location.name.endswith((".tar", *(f".{extension}" for extension in lists.EXTENSIONS)))
 
@@ -206,25 +213,26 @@ def _in_folder(folder: Location) -> Iterator[Found | None]:
     media: list[tuple[Kind, str]] = []  # paths below the folder
     texts: dict[str, int] = {}  # sizes of the .txt files, by path
     others = 0
-    listing = folder.fs.find(folder.path, detail=True)
-    for path in sorted(listing):
-        relative = path[len(folder.path) :].lstrip("/")
+    for relative, stat in sorted(folder.find().items()):
         if any(part.startswith(".") for part in relative.split("/")):
             continue
         if kind := kind_of(relative):
             media.append((kind, relative))
         elif relative.endswith(".txt"):
-            texts[relative] = int(listing[path]["size"])
+            texts[relative] = stat.bytes
         else:
             others += 1
-    del listing
     beside = {f"{posixpath.splitext(relative)[0]}.txt" for _, relative in media} & texts.keys() if texts else set()
     yield from [None] * (others + len(texts) - len(beside))
     with ThreadPoolExecutor(_READERS) as pool:
         for start in range(0, len(media), _CAPTIONS_AT_ONCE):
             part = media[start : start + _CAPTIONS_AT_ONCE]
             names = [f"{posixpath.splitext(relative)[0]}.txt" for _, relative in part]
-            captions = pool.map(lambda name: _caption(folder / name, texts[name]) if name in beside else None, names)
+            captions: Iterable[str | None] = [None] * len(part)
+            if beside:
+                captions = pool.map(
+                    lambda name: _caption(folder / name, texts[name]) if name in beside else None, names
+                )
             for (kind, relative), caption in zip(part, captions, strict=True):
                 file = folder / relative
                 class_name = relative.split("/")[0] if "/" in relative else None
@@ -234,5 +242,5 @@ def _in_folder(folder: Location) -> Iterator[Found | None]:
 def _caption(file: Location, size: int) -> str:
     if size > MAX_CAPTION_BYTES:
         raise DataError(f"{file} has {size} bytes: too many for a caption")
-    content = file.read_range(0, MAX_CAPTION_BYTES + 1) if size else b""  # no object store gives a range of nothing
+    content = file.read_range(0, MAX_CAPTION_BYTES + 1)
     return as_text(content, MAX_CAPTION_BYTES, str(file), "a caption")

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rdm_scale.data.media import MAX_CAPTION_BYTES, Found, kind_of, locate
+from rdm_scale.data.media import MAX_CAPTION_BYTES, Found, kind_of
 from rdm_scale.data.storage import Location
 from rdm_scale.errors import ConfigError, DataError
 
@@ -85,7 +85,7 @@ class _Places:
             scheme, path = "file", f"file://{path}"
         if scheme not in self._systems:
             try:
-                self._systems[scheme] = locate(path, None if scheme == "file" else self._options).fs
+                self._systems[scheme] = Location(path, None if scheme == "file" else self._options).fs
             except ConfigError as error:
                 raise DataError(f"{name}: {error}") from None
         fs = self._systems[scheme]

@@ -5,14 +5,11 @@ It may be a file of its own or a part of a tar; a video inside a tar is read in 
 
 import io
 import posixpath
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
-import fsspec
-
 from rdm_scale.data.storage import Location
-from rdm_scale.errors import ConfigError, DataError
+from rdm_scale.errors import DataError
 
 Kind = Literal["image", "video"]
 EXTENSIONS: dict[Kind, tuple[str, ...]] = {
@@ -23,17 +20,6 @@ MAX_CAPTION_BYTES = 2**16
 KINDS = {extension: kind for kind, extensions in EXTENSIONS.items() for extension in extensions}
 _MAX_IMAGE_BYTES = 2**28  # larger than any image within PIL's limit on pixels has a reason to be
 _BUFFER_BYTES = 2**18  # a demuxer reads a few bytes at a time
-
-
-def locate(url: str, options: Mapping[str, Any] | None = None) -> Location:
-    """The file or folder at `url`, with options for its fsspec file system. Raises ConfigError as `Location` does."""
-    if not options:
-        return Location(url)
-    try:
-        fs, path = fsspec.core.url_to_fs(url, **options)
-    except (ValueError, ImportError, TypeError) as error:
-        raise ConfigError(f"{url} cannot be used with the options {', '.join(options)}: {error}") from None
-    return Location(path, fs)
 
 
 def kind_of(name: str) -> Kind | None:
@@ -56,12 +42,16 @@ class MediaFile:
     def read(self) -> bytes:
         """All of it. Raises DataError: the file cannot be read, is too large for an image, or ends early."""
         try:
-            length = self.location.size() if self.length is None else self.length
-            if length > _MAX_IMAGE_BYTES:
-                raise DataError(f"{self.name} has {length} bytes: too large for an image file")
-            content = self.location.read_range(self.offset, length) if length else b""
+            if self.length is None and not self.location.is_local:
+                content = self.location.read_range(0, _MAX_IMAGE_BYTES + 1)  # asking for its size is a request more
+                length = len(content)
+            else:
+                length = self.location.size() if self.length is None else self.length
+                content = self.location.read_range(self.offset, length) if length <= _MAX_IMAGE_BYTES else b""
         except OSError as error:
             raise DataError(f"cannot read {self.name}: {error}") from None
+        if length > _MAX_IMAGE_BYTES:
+            raise DataError(f"{self.name} has more than {_MAX_IMAGE_BYTES} bytes: too large for an image file")
         if len(content) != length:
             raise DataError(_ends_early(self.name, len(content), length))
         return content

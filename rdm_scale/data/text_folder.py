@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rdm_scale.data.media import locate
 from rdm_scale.data.storage import Location
 from rdm_scale.errors import DataError
 
@@ -57,7 +56,7 @@ def text_folder(url: str, options: Mapping[str, Any] | None = None) -> Iterator[
     Raises:
         DataError: no such folder, one of the files is missing, too large or damaged, or the weights are pickled.
     """
-    folder = locate(url, options)
+    folder = Location(url, options)
     with tempfile.TemporaryDirectory(prefix="text-encoder-") as temporary:
         try:
             staged = _stage(folder, Path(temporary))
