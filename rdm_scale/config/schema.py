@@ -1,7 +1,8 @@
 """The tree of typed, documented fields that a run is configured by, with the checks between fields beside them."""
 
 import hashlib
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -63,9 +64,12 @@ class ModelConfig(Section):
 
     @property
     def tokens(self) -> int:
-        """Number of tokens N of one sample."""
-        (t, h, w), i = self.patch_size, self.input
-        return (i.frames // t) * (i.height // h) * (i.width // w)
+        """Number of tokens N of one sample of the configured size."""
+        return self.tokens_of((self.input.frames, self.input.height, self.input.width))
+
+    def tokens_of(self, size: Sequence[int]) -> int:
+        """Number of tokens of a sample of latent size (T, H, W)."""
+        return math.prod(n // patch for n, patch in zip(size, self.patch_size, strict=True))
 
     @property
     def mlp_size(self) -> int:
@@ -97,8 +101,8 @@ class DataSource(Section):
 
 class DataConfig(Section):
     train: tuple[DataSource, ...] = Field(
-        description="URL or path of the training set's manifest.json (any fsspec location), or a list of such sets with "
-        "their shares of the steps: [{path: ..., weight: ...}, ...]",
+        description="URL or path of the training set's manifest.json (any fsspec location), or a list of such sets "
+        "with their shares of the steps: [{path: ..., weight: ...}, ...]",
     )
     validation: tuple[DataSource, ...] = Field(
         (), description="the held-out set or sets, written like data.train; null: no validation loss"

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rdm_scale.config import DataSource, ModelConfig, RunConfig
-from rdm_scale.data.manifest import Codec, Manifest, read_manifest
+from rdm_scale.data.manifest import Codec, Manifest, Shape, read_manifest
 from rdm_scale.errors import DataError
 
 
@@ -26,20 +26,25 @@ def check_data(config: RunConfig) -> DataFacts:
     Raises:
         DataError: a manifest is missing or damaged, or its latents, classes or codec do not fit.
     """
-    train = [_checked(config, source, "data.train") for source in config.data.train]
-    first = train[0]
-    for key, sources in (("data.train", config.data.train), ("data.validation", config.data.validation)):
-        for source in sources:
-            manifest = _checked(config, source, key)
+    train = [_read(config, source) for source in config.data.train]
+    validation = [_read(config, source) for source in config.data.validation]
+    shapes = {shape for manifest in train for shape in manifest.buckets}
+    first, where = train[0], config.data.train[0].path
+    for key, sources, manifests in (
+        ("data.train", config.data.train, train),
+        ("data.validation", config.data.validation, validation),
+    ):
+        for source, manifest in zip(sources, manifests, strict=True):
+            _check_shapes(config, manifest, key, shapes if len(shapes) > 1 else set())
+            _check_classes(config.model, manifest, key)
             if manifest.codec != first.codec:
                 raise DataError(
-                    f"{key}={source.path} was encoded by codec {manifest.codec.name} and data.train="
-                    f"{config.data.train[0].path} by {first.codec.name}, or with other weights or scale: "
-                    "encode both with the same codec"
+                    f"{key}={source.path} was encoded by codec {manifest.codec.name} and data.train={where} by "
+                    f"{first.codec.name}, or with other weights or scale: encode both with the same codec"
                 )
             if config.model.condition == "class" and manifest.class_names != first.class_names:
                 raise DataError(
-                    f"{key}={source.path} and data.train={config.data.train[0].path} name their classes differently, "
+                    f"{key}={source.path} and data.train={where} name their classes differently, "
                     f"{_few(manifest.class_names)} and {_few(first.class_names)}: encode them from inputs with the "
                     "same classes"
                 )
@@ -47,22 +52,46 @@ def check_data(config: RunConfig) -> DataFacts:
     return DataFacts({"train": first.digest if len(train) == 1 else several}, first.codec, first.class_names)
 
 
-def _checked(config: RunConfig, source: DataSource, key: str) -> Manifest:
-    manifest, _ = read_manifest(source.path, config.data.options)
-    _check_model(config.model, manifest, key)
-    return manifest
+def _read(config: RunConfig, source: DataSource) -> Manifest:
+    return read_manifest(source.path, config.data.options)[0]
 
 
-def _check_model(model: ModelConfig, manifest: Manifest, key: str) -> None:
-    expected = (model.input.channels, model.input.frames, model.input.height, model.input.width)
+def _check_shapes(config: RunConfig, manifest: Manifest, key: str, several: set[Shape]) -> None:
+    """Samples have the configured size, or one of several that take turns, the configured one among them."""
+    size = config.model.input
+    expected = (size.channels, size.frames, size.height, size.width)
     for shape in manifest.buckets:
-        if shape != expected:
-            c, t, h, w = shape
+        if shape == expected or (expected in several and shape in several):
+            _check_bucket(config, shape, key)
+            continue
+        c, t, h, w = shape
+        raise DataError(
+            f"{key} holds latents of shape [C, T, H, W] = {list(shape)}, the configuration expects "
+            f"{list(expected)}: set model.input to channels {c}, frames {t}, height {h}, width {w}, "
+            "or encode the data at another size"
+        )
+
+
+def _check_bucket(config: RunConfig, shape: Shape, key: str) -> None:
+    """Whether the model can take samples of one of several sizes."""
+    model, parallel = config.model, config.parallel
+    for name, size, patch in zip(("frames", "height", "width"), shape[1:], model.patch_size, strict=True):
+        if size % patch:
             raise DataError(
-                f"{key} holds latents of shape [C, T, H, W] = {list(shape)}, the configuration expects "
-                f"{list(expected)}: set model.input to channels {c}, frames {t}, height {h}, width {w}, "
-                "or encode the data at another size"
+                f"{key} holds latents of shape {list(shape)}, whose {name} {size} is not divisible by its "
+                f"model.patch_size entry {patch}: change model.patch_size, or encode other buckets"
             )
+    if model.input.frames == 1 and shape[1] > 1:
+        raise DataError(f"{key} holds clips of {shape[1]} latent frames: set model.input.frames to the longest")
+    tokens = model.tokens_of(shape[1:])
+    if parallel.sequence and tokens % parallel.tensor:
+        raise DataError(
+            f"{key} holds latents of shape {list(shape)}, whose {tokens} tokens parallel.tensor={parallel.tensor} does "
+            "not divide: set parallel.sequence=false, or encode other buckets"
+        )
+
+
+def _check_classes(model: ModelConfig, manifest: Manifest, key: str) -> None:
     classes = len(manifest.class_names)
     if model.condition == "class" and classes != model.num_classes:
         raise DataError(

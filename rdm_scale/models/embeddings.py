@@ -1,6 +1,7 @@
 """Patches, positions, timesteps and classes: what turns a noised latent and its condition into tokens."""
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -18,7 +19,7 @@ def patchify(x: Tensor, patch_size: tuple[int, int, int]) -> Tensor:
     return x.permute(2, 4, 6, 0, 1, 3, 5, 7).reshape(-1, B, C * t * h * w)
 
 
-def unpatchify(tokens: Tensor, patch_size: tuple[int, int, int], size: tuple[int, int, int]) -> Tensor:
+def unpatchify(tokens: Tensor, patch_size: tuple[int, int, int], size: Sequence[int]) -> Tensor:
     """Tokens [S, B, t*h*w*C] back to [B, C, T, H, W] with size = (T, H, W).
 
     The channel comes last within a token here and first in `patchify`, as in DiT, whose weights then load as they are.

@@ -1,7 +1,7 @@
 """The diffusion transformer: patches in, a chain of gated residual blocks, a prediction of the same shape out."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -90,7 +90,7 @@ class DiffusionTransformer(nn.Module):
         """Predicts noise or velocity.
 
         Args:
-            latents: [B, C, T, H, W], normalised and noised.
+            latents: [B, C, T, H, W], normalised and noised; of any size that patches divide.
             timesteps: [B], 0 to 1000 (flow: 1000 * t).
             condition: int64 labels [B], `num_classes` being the null class; None without class condition.
 
@@ -99,12 +99,13 @@ class DiffusionTransformer(nn.Module):
         """
         z_SBD, side = self.embed(latents, timesteps, condition)
         z_SBD = self.run_blocks(map(int, self.blocks), z_SBD, side)
-        return self.unembed(z_SBD, side)
+        return self.unembed(z_SBD, side, latents.shape[2:])
 
     def embed(self, latents: Tensor, timesteps: Tensor, condition: Tensor | None) -> tuple[Tensor, SideInputs]:
         """Tokens [S, B, D] with positions, and what accompanies them."""
         tokens = patchify(latents, self.config.patch_size).to(self.patch_embed.weight.dtype)
-        z_SBD = self.patch_embed(tokens).to(self.residual_dtype) + self._positions()[:, None].to(self.residual_dtype)
+        positions_SD = self._positions(latents.shape[2:]).to(self.residual_dtype)
+        z_SBD = self.patch_embed(tokens).to(self.residual_dtype) + positions_SD[:, None]
         condition_BD = self.timestep_embed(timesteps)
         if self.class_embed is not None:
             condition_BD = condition_BD + self.class_embed(condition)
@@ -116,17 +117,24 @@ class DiffusionTransformer(nn.Module):
             z_SBD = self.blocks[str(i)](z_SBD, side)
         return z_SBD
 
-    def unembed(self, z_SBD: Tensor, side: SideInputs) -> Tensor:
-        """The stream to a prediction in fp32."""
-        size = self.config.input
+    def unembed(self, z_SBD: Tensor, side: SideInputs, size: Sequence[int]) -> Tensor:
+        """The stream to a prediction in fp32, for latents of size (T, H, W)."""
         tokens = self.head(self.layers.join_tokens(z_SBD), side).float()
-        return unpatchify(tokens, self.config.patch_size, (size.frames, size.height, size.width))
+        return unpatchify(tokens, self.config.patch_size, size)
 
-    def _positions(self) -> Tensor:
-        """[S, D]: the sum of where and when."""
-        if self.config.input.frames == 1:
-            return self.pos_spatial
-        return (self.pos_temporal[:, None] + self.pos_spatial[None]).flatten(0, 1)
+    def _positions(self, size: Sequence[int]) -> Tensor:
+        """[S, D] for latents of size (T, H, W): the sum of where and when. The tables are those of the configuration's
+        size; other sizes count patches in the same way, from the corner and from the first frame."""
+        (t, h, w), own, width = self.config.patch_size, self.config.input, self.config.hidden_size
+        frames, height, width_of_latents = size
+        spatial, temporal = self.pos_spatial, getattr(self, "pos_temporal", None)
+        if (height, width_of_latents) != (own.height, own.width):
+            spatial = spatial_positions(width, height // h, width_of_latents // w).to(spatial.device)
+        if temporal is None:
+            return spatial
+        if frames != own.frames:
+            temporal = temporal_positions(width, frames // t).to(spatial.device)
+        return (temporal[:, None] + spatial[None]).flatten(0, 1)
 
 
 def build_model(

@@ -42,7 +42,7 @@ class ParallelModel:
             if rank == self.mesh.pipeline_rank:
                 if before != rank and self._links is not None:
                     carried = self._links.receive(before, shapes)
-                carried = self.zero(chunk, *(carried if chunk else inputs))
+                carried = self.zero(chunk, latents.shape[2:], *(carried if chunk else inputs))
             elif before == self.mesh.pipeline_rank and chunk and self._links is not None:
                 self._links.send(rank, carried)
         if self._links is None:
@@ -84,7 +84,7 @@ class ParallelModel:
     def boundary(self, latents: Tensor) -> Shapes:
         """Shapes and types of what passes between chunks, for a micro-batch: the stream and the condition."""
         model, train, tensor = self.config.model, self.config.train, self.mesh.tensor_size
-        tokens = model.tokens // (tensor if self.config.parallel.sequence else 1)
+        tokens = model.tokens_of(latents.shape[2:]) // (tensor if self.config.parallel.sequence else 1)
         batch, width = len(latents), model.hidden_size
         return [((tokens, batch, width), _DTYPES[train.residual_dtype]), ((batch, width), _DTYPES[train.precision])]
 
@@ -114,7 +114,7 @@ class _TrainingCalls:
 
     def forward(self, chunk: int, micro_batch: int, inputs: Tensors) -> Outputs:
         batch = self.micro_batches[micro_batch]
-        outputs = self.model.zero(chunk, *(inputs if chunk else self.inputs_of(batch)))
+        outputs = self.model.zero(chunk, batch.latents.shape[2:], *(inputs if chunk else self.inputs_of(batch)))
         if chunk != self.last:
             return Outputs(outputs)
         loss_B = self.loss_of(outputs, batch)

@@ -1,4 +1,4 @@
-"""One rank of each replica of the model reads the data, and its peers along the tensor and pipeline axes are given it."""
+"""One rank of each replica of the model reads the data; its tensor and pipeline peers are given it."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -1,6 +1,6 @@
 """The part of a model that one rank of the pipeline holds: its chunks, built in place, behind one forward."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -33,14 +33,14 @@ class Stage(DiffusionTransformer):
         super().__init__(config, layers, held)
         self.parts = parts
 
-    def forward(self, chunk: int, *inputs: Any) -> Any:  # type: ignore[override]
-        """(stream, condition) to the same, for chunk number `chunk`; the first chunk takes (latents, timesteps,
-        condition) as the whole model does, the last one returns the prediction."""
+    def forward(self, chunk: int, size: Sequence[int], *inputs: Any) -> Any:  # type: ignore[override]
+        """(stream, condition) to the same, for chunk number `chunk` and latents of size (T, H, W); the first chunk
+        takes (latents, timesteps, condition) as the whole model does, the last one returns the prediction."""
         part = self.parts[chunk]
         z_SBD, side = self.embed(*inputs) if part.embeds else (inputs[0], SideInputs(inputs[1]))
         z_SBD = self.run_blocks(part.blocks, z_SBD, side)
         if part.unembeds:
-            return self.unembed(z_SBD, side)
+            return self.unembed(z_SBD, side, size)
         return z_SBD, side.condition.view_as(side.condition)  # its gradient adds up on the way back through the stages
 
 

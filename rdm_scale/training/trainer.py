@@ -108,7 +108,7 @@ class Trainer:
             "lr": lr,
             "samples": self.step * samples,
             "step_s": step_s,
-            "tokens_per_s": samples * self.config.model.tokens / step_s,
+            "tokens_per_s": samples * self.config.model.tokens_of(batch.latents.shape[2:]) / step_s,
             "data_wait_s": waited_s,
             "data_wait_share": waited_s / step_s,
         }

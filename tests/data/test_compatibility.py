@@ -1,12 +1,13 @@
 """Data that does not fit the model is refused before anything is built."""
 
+import json
 from typing import Any
 
 import pytest
 from latent_sets import LatentSet, WriteSet
 
 from rdm_scale.config import RunConfig
-from rdm_scale.data.compatibility import check_data
+from rdm_scale.data.compatibility import DataFacts, check_data
 from rdm_scale.data.manifest import Codec
 from rdm_scale.errors import DataError
 
@@ -53,3 +54,32 @@ def test_validation_must_come_from_the_same_codec(write_set: WriteSet) -> None:
         check_data(config_for(write_set(9), other))
     with pytest.raises(DataError, match=r"data.validation holds latents of shape"):
         check_data(config_for(write_set(9), write_set(5, shape=(2, 1, 4, 4))))
+
+
+def bucketed(write_set: WriteSet, *shapes: tuple[int, int, int, int]) -> str:
+    """One set with a shard of each shape."""
+    parts = [write_set(12, shape=shape, members_per_shard=3) for shape in shapes]
+    tree = json.loads((parts[0].folder / "manifest.json").read())
+    for number, part in enumerate(parts[1:], 1):
+        shard = json.loads(part.manifest.shards[0].model_dump_json(exclude_none=True))
+        name = f"shard-{number:06d}.tar"
+        (parts[0].folder / name).write((part.folder / shard["name"]).read())
+        tree["shards"].append(shard | {"name": name, "shape": list(shapes[number])})
+        tree["samples"] += shard["samples"]
+    (parts[0].folder / "manifest.json").write(json.dumps(tree).encode())
+    return parts[0].url
+
+
+def test_shapes_that_take_turns_must_all_fit(write_set: WriteSet) -> None:
+    data = {"train": bucketed(write_set, (2, 1, 4, 4), (2, 1, 2, 8), (2, 1, 6, 3))}
+
+    def check(**model: Any) -> DataFacts:
+        size = {"input": {"channels": 2, "height": 4, "width": 4}, "patch_size": (1, 1, 1), "num_classes": 3}
+        tree = {"model": size | model, "data": data, "run": {"dir": "x"}}
+        return check_data(RunConfig.model_validate(tree))
+
+    check()
+    with pytest.raises(DataError, match=r"width 3 is not divisible by its model.patch_size entry 2"):
+        check(patch_size=(1, 1, 2))
+    with pytest.raises(DataError, match=r"the configuration expects \[2, 1, 8, 8\]"):
+        check(input={"channels": 2, "height": 8, "width": 8})

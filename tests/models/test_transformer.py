@@ -123,10 +123,26 @@ def test_position_tables() -> None:
     video = build_model(small(input=InputConfig(frames=6, height=8, width=8), patch_size=(2, 2, 2)))
     assert video.pos_temporal.shape == (3, 64)
     assert video(torch.randn(2, 4, 6, 8, 8), torch.rand(2), torch.tensor([1, 2])).shape == (2, 4, 6, 8, 8)
-    assert torch.equal(video._positions()[17], video.pos_temporal[1] + video.pos_spatial[1])
+    assert torch.equal(video._positions((6, 8, 8))[17], video.pos_temporal[1] + video.pos_spatial[1])
     # closed form: second row (of 4 wide: index 2 columns), first frequency is 1: sin(row) sits at D/2
     assert image.pos_spatial[2, 32].item() == pytest.approx(0.8414709848)
     assert image.pos_spatial[1, 0].item() == pytest.approx(0.8414709848)
+
+
+def test_other_sizes_than_the_configured_one() -> None:
+    """What a model configured for another size computes, with the same weights; still images go through a video model
+    as its first frame."""
+    wide = build_model(small(input=InputConfig(height=4, width=16)))
+    square = build_model(small(input=InputConfig(height=8, width=8)))
+    video = build_model(small(input=InputConfig(frames=3, height=8, width=8)))
+    shorter = build_model(small(input=InputConfig(frames=2, height=8, width=8)))
+    for model, other, size in ((square, wide, (1, 4, 16)), (video, shorter, (2, 8, 8))):
+        latents = torch.randn(2, 4, *size)
+        given = latents, torch.rand(2) * 1000, torch.tensor([1, 2])
+        assert torch.equal(model(*given), other(*given))
+    image = torch.randn(2, 4, 1, 8, 8)
+    assert video(image, torch.rand(2), torch.tensor([1, 2])).shape == image.shape
+    assert torch.equal(video._positions((1, 8, 8)), video.pos_temporal[0] + video.pos_spatial)
 
 
 def test_every_residual_structure_trains_every_parameter() -> None:
@@ -153,4 +169,4 @@ def test_residual_stream_stays_fp32_under_bf16() -> None:
         z = block(z, inputs)
         assert z.dtype == torch.float32
     assert set(seen) == {(torch.bfloat16, torch.bfloat16)}
-    assert model.unembed(z, inputs).dtype == torch.float32
+    assert model.unembed(z, inputs, (1, 8, 8)).dtype == torch.float32
