@@ -6,58 +6,113 @@ A second call says what exists; nothing is repeated or overwritten unless asked 
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
-DATA, RUN = Path("data/quickstart"), Path("runs/quickstart")
-DIGITS, LATENTS, VALIDATION = DATA / "digits.tar", DATA / "latents", DATA / "validation"
 CONFIG = "configs/quickstart.yaml"
-AGAIN = f"""\
-  to go on with the training:    make quickstart CONTINUE=1 [STEPS=3000]
-  to start afresh:               rm -r {RUN}   (and {DATA}, to encode again), then make quickstart"""
+SERVER = Path("data/quickstart-s3")
+BUCKET = "quickstart"
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where everything is: the run always on this machine, the data there too or on an S3 server."""
+
+    make: str  # what the user calls
+    data: str
+    run: Path
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def digits(self) -> str:
+        return f"{self.data}/digits.tar"
+
+    @property
+    def latents(self) -> str:
+        return f"{self.data}/latents"
+
+    @property
+    def validation(self) -> str:
+        return f"{self.data}/validation"
+
+    @property
+    def preview(self) -> str:
+        return f"{self.data}/reconstructions.png"
+
+    @property
+    def checkpoints(self) -> str:
+        return f"{self.data}/checkpoints" if self.overrides else f"{self.run}/checkpoints"
+
+
+LOCAL = Places("make quickstart", "data/quickstart", Path("runs/quickstart"))
+ON_S3 = Places(
+    "make quickstart-s3",
+    f"s3://{BUCKET}",
+    Path("runs/quickstart-s3"),
+    (
+        f"data.train=s3://{BUCKET}/latents/manifest.json",
+        f"data.validation=s3://{BUCKET}/validation/manifest.json",
+        f"checkpoint.dir=s3://{BUCKET}/checkpoints",
+        "run.dir=runs/quickstart-s3",
+    ),
+)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only-data", action="store_true", help=f"stop after {LATENTS} is made")
-    parser.add_argument("--continue", dest="go_on", action="store_true", help=f"go on with the run in {RUN}")
+    parser.add_argument("--only-data", action="store_true", help="stop after the latents are made")
+    parser.add_argument("--s3", action="store_true", help="data and checkpoints on an S3 server that is started here")
+    parser.add_argument("--continue", dest="go_on", action="store_true", help="go on with the run")
     parser.add_argument("--steps", type=int, help="train to this step instead of the configuration's last")
     options = parser.parse_args()
-    if RUN.exists() and not (options.go_on or options.only_data):
-        print(f"{RUN} exists already, {trained_so_far()}.")
+    places = ON_S3 if options.s3 else LOCAL
+    if places.run.exists() and not (options.go_on or options.only_data):
+        print(f"{places.run} exists already, {trained_so_far(places.run)}.")
         for name in ("samples.png", "loss.png"):
-            if (RUN / name).exists():
-                print(f"  {RUN / name}")
-        print(AGAIN)
+            if (places.run / name).exists():
+                print(f"  {places.run / name}")
+        print(again(places))
         return
-    make_data()
-    if not options.only_data:
-        train(options.steps)
-        judge()
+    with served() if options.s3 else nullcontext():
+        make_data(places)
+        if not options.only_data:
+            train(places, options.steps)
+            judge(places)
 
 
-def make_data() -> None:
-    if (LATENTS / "manifest.json").exists() and (VALIDATION / "manifest.json").exists():
-        print(f"[1-2/5] {LATENTS} and {VALIDATION} exist: using them")
+@contextmanager
+def served() -> Iterator[None]:
+    """An S3 server on this machine, and the AWS_* variables with which all that runs within finds it."""
+    from s3_server import S3Server
+
+    with S3Server(SERVER.resolve(), buckets=(BUCKET,)) as server:
+        print(f"an S3 server keeps its data in {SERVER}; it is at {server.endpoint} until this ends")
+        os.environ |= server.environment()
+        yield
+
+
+def make_data(places: Places) -> None:
+    from rdm_scale.data.storage import Location
+
+    complete = [(Location(folder) / "manifest.json").exists() for folder in (places.latents, places.validation)]
+    if all(complete):
+        print(f"[1-2/5] {places.latents} and {places.validation} exist: using them")
         return
-    for unfinished in (LATENTS, VALIDATION):
-        if unfinished.exists():
-            print(f"removing {unfinished}, which an interrupted call left unfinished")
-            shutil.rmtree(unfinished)
-    DATA.mkdir(parents=True, exist_ok=True)
-    if not DIGITS.exists():
-        step("[1/5] 1,797 scans of digits, as images in a webdataset tar", "tools/make_digits.py", str(DIGITS))
+    if not Location(places.digits).exists():
+        step("[1/5] 1,797 scans of digits, as images in a webdataset tar", "tools/make_digits.py", places.digits)
     step(
         "[2/5] encoding them with the packaged VAE, a tenth held out",
-        *("tools/encode_latents.py", str(DIGITS), str(LATENTS), "--codec", "digits", "--size", "32"),
-        *("--holdout", str(VALIDATION), "--preview", str(DATA / "reconstructions.png")),
+        *("tools/encode_latents.py", places.digits, places.latents, "--codec", "digits", "--size", "32"),
+        *("--holdout", places.validation, "--preview", places.preview),
     )
 
 
-def train(steps: int | None) -> None:
-    overrides = [] if steps is None else [f"train.steps={steps}"]
+def train(places: Places, steps: int | None) -> None:
+    overrides = [*places.overrides, *([] if steps is None else [f"train.steps={steps}"])]
     step(
         "[3/5] training on 2 ranks under DeepSpeed ZeRO-3 (the libraries take some seconds to load)",
         *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
@@ -67,20 +122,28 @@ def train(steps: int | None) -> None:
     )
 
 
-def judge() -> None:
+def judge(places: Places) -> None:
     from rdm_scale.evaluation.pictures import plot_loss
 
+    samples, loss = places.run / "samples.png", places.run / "loss.png"
     step(
         "[4/5] drawing 250 digits from the averaged weights and [5/5] judging them by the real scans",
-        *("tools/evaluate.py", str(RUN), str(DIGITS), "--per-class", "25", "--picture", str(RUN / "samples.png")),
+        *("tools/evaluate.py", places.checkpoints, places.digits, "--per-class", "25", "--picture", str(samples)),
     )
-    plot_loss(RUN / "metrics.jsonl", RUN / "loss.png")
-    print(f"loss: {RUN / 'loss.png'}\n{AGAIN}")
+    plot_loss(places.run / "metrics.jsonl", loss)
+    print(f"loss: {loss}\n{again(places)}")
 
 
-def trained_so_far() -> str:
+def again(places: Places) -> str:
+    data = SERVER if places is ON_S3 else places.data
+    return f"""\
+  to go on with the training:    {places.make} CONTINUE=1 [STEPS=3000]
+  to start afresh:               rm -r {places.run}   (and {data}, to encode again), then {places.make}"""
+
+
+def trained_so_far(run: Path) -> str:
     try:
-        last = json.loads((RUN / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+        last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"]
     except (OSError, IndexError, ValueError):
         return "with no step trained yet"
     return f"trained for {last} steps"
