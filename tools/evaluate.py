@@ -1,28 +1,39 @@
 """Judges a trained model by its own samples: how many look like the class that was asked for.
 
-A nearest-neighbour classifier fitted on real images labels the generated ones; the share it labels as asked is the
-label accuracy. It suits small images of clear classes, such as digits.
+A nearest-neighbour classifier fitted on real images (or clips) labels the generated ones; the share it labels as asked
+is the label accuracy. It suits small images and clips of clear classes, such as digits.
 """
 
 import argparse
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from rdm_scale.errors import ConfigError, RdmError
+from rdm_scale.errors import ConfigError, DataError, RdmError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rdm_scale.data.inputs import MediaSet
+
+READERS = 8  # threads that decode real images and clips
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="a checkpoint's folder, or a run's directory (its newest checkpoint)")
-    parser.add_argument("images", help="real, labelled images: a folder or webdataset tar, as for encode_latents.py")
+    parser.add_argument("real", help="real, labelled images or videos: a folder or tar, as for encode_latents.py")
+    parser.add_argument("--fps", type=float, help="frames a second of real clips, as encoded (default: their own)")
+    parser.add_argument("--stride", type=int, default=1, help="of the frames of real clips, as encoded (default: 1)")
     parser.add_argument("--per-class", type=int, default=25, help="images drawn of each class (default: %(default)s)")
     parser.add_argument("--neighbours", type=int, default=5, help="default: %(default)s")
     parser.add_argument("--weights", choices=["ema", "weights"], default="ema", help="averaged or last weights")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=125, help="default: %(default)s")
-    parser.add_argument("--picture", type=Path, help="show the first images judged in this PNG, a column a class")
+    parser.add_argument("--picture", type=Path, help="show the first ones judged in this PNG (clips: and a GIF)")
     parser.add_argument(
         "--rows", type=int, default=10, help="images of each class in the picture (default: %(default)s)"
     )
@@ -33,24 +44,35 @@ def main() -> None:
 
 
 def judge(options: argparse.Namespace) -> None:
-    if min(options.per_class, options.neighbours, options.batch_size, options.rows) < 1:
-        raise ConfigError("--per-class, --neighbours, --batch-size and --rows must be at least 1")
+    if min(options.per_class, options.neighbours, options.batch_size, options.rows, options.stride) < 1:
+        raise ConfigError("--per-class, --neighbours, --batch-size, --rows and --stride must be at least 1")
+    if options.fps is not None and not 0 < options.fps <= 1000:
+        raise ConfigError("--fps must be above 0, and 1000 at most")
+    if options.picture and options.picture.suffix != ".png":
+        raise ConfigError(f"the picture {options.picture} must end with .png")
     import torch
 
     from rdm_scale.checkpoint import load_trained
     from rdm_scale.data.codecs import codec_of
-    from rdm_scale.data.images import load_images
+    from rdm_scale.data.inputs import find_media
+    from rdm_scale.data.storage import Location
     from rdm_scale.evaluation.labels import label_accuracy
-    from rdm_scale.evaluation.pictures import image_grid
-    from rdm_scale.evaluation.sampling import draw_images
+    from rdm_scale.evaluation.pictures import write_grid
+    from rdm_scale.evaluation.sampling import draw_pixels
 
     trained = load_trained(options.checkpoint, options.weights)
     if trained.config.model.condition != "class":
         raise ConfigError("label accuracy needs a model with model.condition=class")
+    source = find_media(options.real)
+    wanted = "video" if trained.config.model.input.frames > 1 else "image"
+    if source.kind != wanted:
+        raise DataError(
+            f"the model draws {wanted}s, but {options.real} holds {source.kind}s: give what it learned from"
+        )
     classes = trained.config.model.num_classes
     labels = torch.arange(classes).repeat(options.per_class)
     with tqdm(total=len(labels), unit="sample", desc="drawing") as bar:
-        images = draw_images(
+        pixels = draw_pixels(
             trained.model,
             trained.config,
             codec_of(trained.codec),
@@ -60,11 +82,41 @@ def judge(options: argparse.Namespace) -> None:
             progress=lambda done, _: bar.update(done - bar.n),
         )
     if options.picture:
-        image_grid(images[: options.rows * classes], classes, trained.class_names).save(options.picture)
-        print(f"samples: {options.picture}")
-    real, real_labels = load_images(options.images, images.shape[-1])
-    accuracy = label_accuracy(real, real_labels, images, labels, options.neighbours)
+        shown, fps = pixels[: options.rows * classes], options.fps or 8.0
+        files = write_grid(shown, Location(options.picture), classes, trained.class_names, fps=fps)
+        print(f"samples: {' and '.join(map(str, files))}")
+    frames, height, width = pixels.shape[2:]
+    real = real_pixels(source, frames, height, width, options)
+    real_labels = torch.tensor([file.label for file in source.files])
+    accuracy = label_accuracy(real, real_labels, pixels, labels, options.neighbours)
     print(f"label accuracy: {100 * accuracy:.1f} % of {len(labels)} samples of step {trained.step}")
+
+
+def real_pixels(source: "MediaSet", frames: int, height: int, width: int, options: argparse.Namespace) -> "Tensor":
+    """All images, or the first clip of all videos, [N, 3, T, H, W] in [-1, 1]."""
+    import torch
+
+    from rdm_scale.data.images import decode
+    from rdm_scale.data.inputs import MediaFile
+    from rdm_scale.data.videos import decode_clip
+
+    def load(file: MediaFile) -> "Tensor":
+        if frames == 1:
+            return decode(file.read(), height, width, file.name).unsqueeze(1)
+        with file.open() as content:
+            return decode_clip(
+                content,
+                file.name,
+                fps=options.fps,
+                start=0,
+                frames=frames,
+                height=height,
+                width=width,
+                stride=options.stride,
+            )
+
+    with ThreadPoolExecutor(READERS) as pool:
+        return torch.stack(list(pool.map(load, source.files)))
 
 
 if __name__ == "__main__":

@@ -1,22 +1,22 @@
-"""Do generated images show the class that they were asked to show?"""
+"""Do generated images or clips show the class that they were asked to show?"""
 
 import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-MAX_SIZE = 8  # pixels a side that are compared: coarse enough that a shift by a pixel or a thin stroke does not matter
+MAX_SIZE = 8  # pixels a side, and frames, that are compared: so coarse that a shift by a pixel does not matter
 
 
 def label_accuracy(real: Tensor, real_labels: Tensor, generated: Tensor, labels: Tensor, neighbours: int = 5) -> float:
     """Share of generated images that a k-nearest-neighbour classifier of real images gives the label asked for.
 
-    The distance is Euclidean between images average-pooled to at most 8 x 8 pixels, which suits small, centred
-    pictures such as digits; it is no measure of photographs.
+    The distance is Euclidean between images average-pooled to at most 8 x 8 pixels (clips: and 8 frames), which suits
+    small, centred pictures such as digits; it is no measure of photographs.
 
     Args:
-        real: [N, C, H, W] real images.
+        real: [N, C, H, W] real images, or clips [N, C, T, H, W].
         real_labels: int64 [N].
-        generated: [M, C, H, W] images on the same scale.
+        generated: [M, C, H, W] images, or clips [M, C, T, H, W], on the same scale.
         labels: int64 [M], what each was asked to show.
         neighbours: how many real images vote.
 
@@ -26,7 +26,7 @@ def label_accuracy(real: Tensor, real_labels: Tensor, generated: Tensor, labels:
     Raises:
         ValueError: shapes that do not fit each other, or fewer real images than neighbours.
     """
-    if real.shape[1:] != generated.shape[1:] or real.dim() != 4:
+    if real.shape[1:] != generated.shape[1:] or real.dim() not in (4, 5):
         raise ValueError(f"real images {list(real.shape)} and generated {list(generated.shape)} are not of one size")
     for name, images, given in (("real", real, real_labels), ("generated", generated, labels)):
         if given.shape != (len(images),) or not len(images):
@@ -40,6 +40,7 @@ def label_accuracy(real: Tensor, real_labels: Tensor, generated: Tensor, labels:
 
 
 def _features(images: Tensor) -> np.ndarray:
-    height, width = images.shape[2:]
-    pooled = F.adaptive_avg_pool2d(images.float(), (min(height, MAX_SIZE), min(width, MAX_SIZE)))
-    return pooled.flatten(1).cpu().numpy()
+    """[N, C, H, W] or [N, C, T, H, W] to [N, numbers]."""
+    clips = images if images.dim() == 5 else images.unsqueeze(2)
+    frames, height, width = (min(size, MAX_SIZE) for size in clips.shape[2:])
+    return F.adaptive_avg_pool3d(clips.float(), (frames, height, width)).flatten(1).cpu().numpy()

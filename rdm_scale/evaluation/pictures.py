@@ -176,6 +176,26 @@ def _text_width(text: str, size: int) -> float:
     return _font(size).getlength(text)
 
 
+def plot_channels(mean: Sequence[float], std: Sequence[float], output: Location) -> None:
+    """Draws mean and standard deviation of each latent channel. Raises DataError: the file cannot be written."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(max(4.0, 0.5 * len(mean)), 3.5), layout="constrained")
+    axes.errorbar(range(len(mean)), mean, yerr=std, fmt="o", capsize=4)
+    axes.axhline(0, color="grey", linewidth=0.5)
+    axes.set(xlabel="latent channel", ylabel="mean, and one standard deviation", title="raw latents")
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    plt.close(figure)
+    try:
+        output.write(picture.getvalue())
+    except OSError as error:
+        raise DataError(f"cannot write the plot {output}: {error}; choose another place") from None
+
+
 def plot_loss(metrics_file: Path, output: Path) -> None:
     """Draws training and validation loss over the steps of a run into a PNG file of 1200 x 720 pixels.
 

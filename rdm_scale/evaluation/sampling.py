@@ -57,7 +57,7 @@ def draw_pixels(
     seed: int,
     *,
     batch_size: int,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], object] | None = None,
 ) -> Tensor:
     """Pixels [N, 3, T, H, W] in [-1, 1] for labels [N], drawn and decoded in batches; images have T = 1.
 

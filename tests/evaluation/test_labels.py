@@ -46,6 +46,16 @@ def test_large_images_are_compared_by_eighths() -> None:
     assert label_accuracy(real, torch.tensor([0, 1]), generated, torch.tensor([0, 1]), neighbours=1) == 1
 
 
+def test_clips_are_compared_by_what_moves_in_them() -> None:
+    """A bar moving left or right: any single frame in the middle says nothing, the order of the frames all."""
+    right = torch.stack([torch.eye(16)[i].expand(16, 16) for i in range(16)])  # [T, H, W]
+    real = torch.stack([right, right.flip(0)])[:, None].expand(-1, 3, -1, -1, -1)
+    generated = real.roll(1, dims=-1)
+    labels = torch.tensor([0, 1])
+    assert label_accuracy(real, labels, generated, labels, neighbours=1) == 1
+    assert label_accuracy(real, labels, generated.flip(2), labels, neighbours=1) == 0
+
+
 def test_what_does_not_fit_is_refused(digits: tuple[Tensor, Tensor]) -> None:
     images, labels = digits[0][:20], digits[1][:20]
     with pytest.raises(ValueError, match="not of one size"):

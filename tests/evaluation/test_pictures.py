@@ -1,6 +1,8 @@
 """Picture grids pixel by pixel, and the loss plot as a file."""
 
+import io
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
+from rdm_scale.data.storage import Location
 from rdm_scale.errors import DataError
-from rdm_scale.evaluation import image_grid, plot_loss
+from rdm_scale.evaluation import animated_grid, image_grid, plot_loss, write_grid
 
 
 def pixels(grid: Image.Image) -> np.ndarray:
@@ -85,6 +88,55 @@ def test_labels_are_as_large_as_fits() -> None:
 def test_what_cannot_be_shown_is_refused(images: torch.Tensor, columns: int, labels: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         image_grid(images, columns, labels)
+
+
+def clips(count: int = 3, frames: int = 4) -> torch.Tensor:
+    """[N, 3, T, 8, 8]: every frame of every clip of a grey of its own."""
+    values = torch.linspace(-1, 1, count * frames).view(count, 1, frames, 1, 1)
+    return values.expand(count, 3, frames, 8, 8)
+
+
+@pytest.mark.parametrize("kind", ["gif", "png", "webp"])
+def test_an_animation_plays_all_frames_of_all_clips(kind: str) -> None:
+    videos = clips()
+    content = animated_grid(videos, 3, ["a", "b", "c"], fps=5, kind=kind)  # type: ignore[arg-type]
+    animation = Image.open(io.BytesIO(content))
+    assert (animation.format, animation.n_frames, animation.info["loop"]) == (kind.upper(), 4, 0)  # type: ignore[attr-defined]
+    for i in range(4):
+        animation.seek(i)
+        shown = pixels(animation.convert("RGB"))
+        assert animation.info["duration"] == pytest.approx(200, abs=1)
+        assert np.abs(shown - pixels(image_grid(videos[:, :, i], 3, ["a", "b", "c"]))).max() <= 8  # GIF: 256 colours
+
+
+def test_a_clip_that_stands_still_is_not_dropped() -> None:
+    animation = Image.open(io.BytesIO(animated_grid(torch.zeros(1, 3, 5, 8, 8), 1, fps=10)))
+    durations = []
+    for i in range(animation.n_frames):  # type: ignore[attr-defined]
+        animation.seek(i)
+        durations.append(animation.info["duration"])
+    assert sum(durations) == 500
+
+
+def test_what_cannot_be_played_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"cannot show \[3, 3, 8, 8\] as clips"):
+        animated_grid(torch.zeros(3, 3, 8, 8), 3)
+    for fps in (0, -1, math.inf, math.nan):
+        with pytest.raises(ValueError, match="frames a second"):
+            animated_grid(clips(), 3, fps=fps)
+
+
+def test_clips_are_written_as_a_still_and_an_animation(tmp_path: Path) -> None:
+    videos, output = clips(), Location(tmp_path / "out.png")
+    assert [str(file) for file in write_grid(videos, output, 3)] == [f"{tmp_path}/out.png", f"{tmp_path}/out.gif"]
+    still = Image.open(tmp_path / "out.png")
+    assert np.array_equal(pixels(still), pixels(image_grid(videos[:, :, 2], 3)))
+    assert Image.open(tmp_path / "out.gif").n_frames == 4  # type: ignore[attr-defined]
+    images = write_grid(videos[:, :, :1], Location(tmp_path / "images.png"), 3)
+    assert [file.name for file in images] == ["images.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images.png", "out.gif", "out.png"]
+    with pytest.raises(DataError, match=r"cannot write the picture .*none/out.png"):
+        write_grid(videos, Location(tmp_path / "none/out.png"), 3)
 
 
 def metrics(path: Path, steps: int, validation: bool) -> Path:

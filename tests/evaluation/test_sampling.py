@@ -5,7 +5,7 @@ from torch import Tensor
 
 from rdm_scale.config import DiffusionConfig, InputConfig, ModelConfig, RunConfig, SamplingConfig
 from rdm_scale.data.codecs import load_codec
-from rdm_scale.evaluation.sampling import draw_images, draw_latents
+from rdm_scale.evaluation.sampling import draw_latents, draw_pixels
 
 CONFIG = RunConfig(
     model=ModelConfig(input=InputConfig(channels=3, height=4, width=4), num_classes=5, hidden_size=16, num_heads=2),
@@ -37,9 +37,16 @@ def drifting(latents: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
 
 def test_images_do_not_depend_on_the_batches_they_are_drawn_in() -> None:
     labels, codec = torch.tensor([0, 1, 2, 3, 4]), load_codec("identity")
-    whole = draw_images(drifting, CONFIG, codec, labels, seed=7, batch_size=5)
+    whole = draw_pixels(drifting, CONFIG, codec, labels, seed=7, batch_size=5)
     done: list[tuple[int, int]] = []
-    parts = draw_images(drifting, CONFIG, codec, labels, 7, batch_size=2, progress=lambda n, of: done.append((n, of)))
-    assert torch.equal(whole, parts) and whole.shape == (5, 3, 4, 4) and done == [(2, 5), (4, 5), (5, 5)]
-    assert not torch.equal(whole, draw_images(drifting, CONFIG, codec, labels, seed=8, batch_size=5))
+    parts = draw_pixels(drifting, CONFIG, codec, labels, 7, batch_size=2, progress=lambda n, of: done.append((n, of)))
+    assert torch.equal(whole, parts) and whole.shape == (5, 3, 1, 4, 4) and done == [(2, 5), (4, 5), (5, 5)]
+    assert not torch.equal(whole, draw_pixels(drifting, CONFIG, codec, labels, seed=8, batch_size=5))
     assert whole.std(0).min() > 0.01, "samples must differ from each other"
+
+
+def test_clips_are_drawn_whole() -> None:
+    model = CONFIG.model.model_copy(update={"input": InputConfig(channels=3, frames=3, height=4, width=4)})
+    config, labels = CONFIG.model_copy(update={"model": model}), torch.tensor([0, 1])
+    clips = draw_pixels(drifting, config, load_codec("identity"), labels, seed=7, batch_size=1)
+    assert clips.shape == (2, 3, 3, 4, 4) and (clips[:, :, 0] - clips[:, :, 1]).abs().max() > 0.01
