@@ -136,6 +136,13 @@ def test_the_same_list_gives_the_same_bytes_and_another_one_the_same_numbers(tmp
     assert encoder.encode([]) == []
 
 
+def test_computing_in_bfloat16_is_near_and_still_gives_float32(tmp_path):
+    folder = bert_folder(tmp_path)
+    (exact,), (near,) = (TextEncoder(folder, dtype=dtype).encode(["a red fox"]) for dtype in ("float32", "bfloat16"))
+    assert near.tokens.dtype == near.pooled.dtype == torch.float32
+    assert 0 < (near.tokens - exact.tokens).norm() / exact.tokens.norm() < 0.03
+
+
 def test_long_captions_are_cut_before_the_last_special_token_and_counted(tmp_path):
     folder = bert_folder(tmp_path)
     encoder = TextEncoder(folder)
