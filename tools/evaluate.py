@@ -66,9 +66,7 @@ def judge(options: argparse.Namespace) -> None:
     source = find_media(options.real)
     wanted = "video" if trained.config.model.input.frames > 1 else "image"
     if source.kind != wanted:
-        raise DataError(
-            f"the model draws {wanted}s, but {options.real} holds {source.kind}s: give what it learned from"
-        )
+        raise DataError(f"the model draws {wanted}s, but {options.real} holds {source.kind}s: give its kind")
     classes = trained.config.model.num_classes
     labels = torch.arange(classes).repeat(options.per_class)
     with tqdm(total=len(labels), unit="sample", desc="drawing") as bar:

@@ -57,7 +57,10 @@ def probe_video(file: BinaryIO, name: str, fps: float | None = None) -> VideoSiz
 
     Raises:
         DataError: no video of a known container, damaged, or beyond the limits on size; the message holds `name`.
+        ValueError: an impossible frame rate is asked for.
     """
+    if fps is not None and not 0 < fps < math.inf:
+        raise ValueError(f"impossible frame rate {fps}")
     with _opened(file, name) as (container, stream):
         rate = _own_rate(stream, name)
         first, seconds = None, _stated_duration(stream, rate, name)

@@ -68,6 +68,17 @@ def test_a_folder_does_what_diffusers_does(scalar_vae):
     assert codec.decode(1000 * latents.unsqueeze(2)).abs().max() <= 1
 
 
+def test_the_frames_of_a_clip_are_images(scalar_vae):
+    codec, x = load_codec(str(scalar_vae[0])), images()
+    clip = x.transpose(0, 2)  # one clip of three frames
+    assert codec.latent_shape(3, 16, 16) == (2, 3, 8, 8)
+    moments = codec.encode(clip)
+    torch.testing.assert_close(moments, codec.encode(x).transpose(0, 2))
+    torch.testing.assert_close(
+        codec.decode(moments[:, :2]), codec.decode(moments[:, :2].transpose(0, 2)).transpose(0, 2)
+    )
+
+
 @torch.no_grad()
 def test_normalisation_by_channel(tmp_path):
     vae = make_vae(tmp_path, scaling_factor=0.5, latents_mean=[1.0, -2.0], latents_std=[4.0, 0.5])

@@ -265,6 +265,8 @@ def test_an_impossible_clip_is_the_fault_of_the_caller(bunny: bytes) -> None:
     for wrong in ({"start": -1}, {"frames": 0}, {"stride": 0}, {"fps": 0.0}, {"width": 0}):
         with pytest.raises(ValueError, match="impossible clip"):
             clip_of(bunny, **wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="impossible frame rate"):
+        probe(bunny, 0.0)
 
 
 def test_a_file_that_cannot_be_read() -> None:
