@@ -37,6 +37,11 @@ class Retry:
     longest_wait_s: float = 5.0
     slowest_bytes_s: float = 2.0**20
 
+    @classmethod
+    def within(cls, budget_s: float) -> "Retry":
+        """For calls that may take so long: a try that stalls leaves time for two more."""
+        return cls(budget_s=budget_s, stall_s=min(cls.stall_s, budget_s / 3))
+
 
 _current = Retry()
 
@@ -193,8 +198,9 @@ def _answer(error: BaseException) -> tuple[int, str, str] | None:
         document = response.get("Error", {})
         status = response["ResponseMetadata"].get("HTTPStatusCode", 0)
         return int(status), str(document.get("Code", "")), str(document.get("Message", ""))
-    for name in ("status", "status_code", "code"):  # clients of other stores
-        status = getattr(error, name, None)
-        if isinstance(status, int) and 400 <= status < 600:
-            return status, "", str(error)
+    if not type(error).__module__.startswith("aiohttp.http_"):  # whose 400 means that it could not read the answer
+        for name in ("status", "status_code", "code"):  # clients of other stores
+            status = getattr(error, name, None)
+            if isinstance(status, int) and 400 <= status < 600:
+                return status, "", str(error)
     return None

@@ -27,7 +27,7 @@ T = TypeVar("T")
 _S3 = ("s3", "s3a")
 _BUFFER_BYTES = 2**22  # of files that are read through `Location.open`
 _PARTS_BYTES = 100 * 2**20  # from here on, s3fs uploads in parts
-_VERSIONS = ("ETag", "etag", "generation", "content_md5", "md5", "LastModified", "last_modified", "mtime", "created")
+_VERSIONS = ("ETag", "etag", "generation", "content_md5", "md5", "LastModified", "last_modified", "created", "mtime")
 
 
 class Stat(NamedTuple):

@@ -1,11 +1,17 @@
 """Locations on the local disk and on an object store's stand-in."""
 
+import errno
+import os
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
 
-from rdm_scale.data.storage import Location
+from rdm_scale.data.retry import describe
+from rdm_scale.data.storage import Location, Retry, current_retry, retrying, set_retry
 from rdm_scale.errors import ConfigError
 
 
@@ -30,16 +36,52 @@ def test_files_are_written_listed_read_and_removed(folder: Location) -> None:
     assert not folder.exists() and folder.names() == []
 
 
-@pytest.mark.parametrize(("offset", "length", "expected"), [(0, 3, b"012"), (4, 4, b"4567"), (8, 5, b"89")])
+@pytest.mark.parametrize(
+    ("offset", "length", "expected"),
+    [(0, 3, b"012"), (4, 4, b"4567"), (8, 5, b"89"), (10, 1, b""), (99, 3, b""), (3, 0, b"")],
+)
 def test_a_range_is_cut_at_the_end_of_the_file(folder: Location, offset: int, length: int, expected: bytes) -> None:
     (folder / "a").write(b"0123456789")
     assert (folder / "a").read_range(offset, length) == expected
 
 
 def test_what_is_missing_raises(folder: Location) -> None:
-    for read in (Location.size, Location.read, lambda place: place.read_range(0, 1)):
+    for read in (Location.size, Location.stat, Location.read, Location.open, lambda place: place.read_range(0, 1)):
         with pytest.raises(FileNotFoundError):
             read(folder / "missing")
+
+
+def test_a_folder_tells_sizes_and_versions_of_its_files(folder: Location) -> None:
+    (folder / "a").write(b"12")
+    (folder / "below").make_dir()
+    (folder / "below" / "b").write(b"345")
+    before = folder.stats()
+    assert {name: found.bytes for name, found in before.items()} == {"a": 2}
+    assert {name: found.bytes for name, found in folder.find().items()} == {"a": 2, "below/b": 3}
+    assert before == {"a": (folder / "a").stat()} == folder.stats()
+    (folder / "a").write(b"21")
+    assert folder.stats()["a"] != before["a"] and folder.stats()["a"] == (folder / "a").stat()
+    assert (folder / "nosuch").stats() == (folder / "nosuch").find() == (folder / "a").stats() == {}
+    with pytest.raises(IsADirectoryError):
+        folder.stat()
+
+
+def test_links_are_the_files_that_they_lead_to(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"123")
+    (tmp_path / "folder").mkdir()
+    for name in ("file", "folder", "nothing"):
+        (tmp_path / "folder" / f"to {name}").symlink_to(tmp_path / name)
+    assert Location(tmp_path / "folder").stats() == {"to file": Location(tmp_path / "file").stat()}
+
+
+def test_a_file_that_is_open_can_be_read_in_any_order(folder: Location) -> None:
+    (folder / "a").write(bytes(range(256)) * 100)
+    with (folder / "a").open() as file:
+        assert file.read(3) == b"\x00\x01\x02" and file.seek(-1, 2) == 25_599
+        assert file.read() == b"\xff" and file.read() == b"" and file.seek(256) == 256
+        assert file.read() == bytes(range(256)) * 99
+        with pytest.raises((ValueError, OSError)):
+            file.seek(-1)
 
 
 def test_a_file_has_no_entries(folder: Location) -> None:
@@ -86,3 +128,104 @@ def test_errors_of_a_client_are_os_errors(monkeypatch: pytest.MonkeyPatch, tmp_p
         monkeypatch.setenv(name, str(tmp_path / "none"))
     with pytest.raises(OSError, match=r"(?i)credentials"):
         Location("s3://bucket/manifest.json").read()
+
+
+class Failing:
+    """A method of a file system that fails a number of times."""
+
+    def __init__(self, error: Exception, times: float) -> None:
+        self.error, self.times, self.calls = error, times, 0
+
+    def __call__(self, fs: object, path: str, **options: Any) -> bytes:
+        self.calls += 1
+        if self.calls <= self.times:
+            raise self.error
+        return b"content"
+
+
+QUICK = Retry(attempts=3, budget_s=10, first_wait_s=0.001, longest_wait_s=0.001)
+
+
+@pytest.mark.parametrize(
+    "error", [ConnectionResetError(), TimeoutError(), OSError(errno.ENETUNREACH, "Network is unreachable")]
+)
+def test_what_may_pass_is_tried_again(error: OSError, monkeypatch: pytest.MonkeyPatch, memory: Location) -> None:
+    with retrying(QUICK):
+        passing = Failing(error, 2)
+        monkeypatch.setattr(MemoryFileSystem, "cat_file", lambda *a, **o: passing(*a, **o))
+        assert memory.read() == b"content" and passing.calls == 3
+        passing.calls, passing.times = 0, 3
+        with pytest.raises(OSError, match=r"could not be read: 3 tries in 0\.\d s, the last: .*later"):
+            memory.read()
+
+
+@pytest.mark.parametrize("error", [PermissionError(), FileNotFoundError(), OSError(errno.EIO, "I/O"), ValueError("?")])
+def test_what_does_not_pass_is_not(error: Exception, monkeypatch: pytest.MonkeyPatch, memory: Location) -> None:
+    failing = Failing(error, 1)
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", lambda *a, **o: failing(*a, **o))
+    with retrying(QUICK), pytest.raises(OSError, match=str(memory)) as raised:
+        memory.read()
+    assert failing.calls == 1 and (type(raised.value) is type(error) or isinstance(error, ValueError))
+
+
+def test_local_files_are_never_tried_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    failing = Failing(ConnectionResetError("as if"), 1)
+    monkeypatch.setattr(LocalFileSystem, "exists", lambda *a, **o: failing(*a, **o))
+    with pytest.raises(ConnectionResetError):
+        Location(tmp_path).exists()
+    assert failing.calls == 1
+
+
+def test_the_waits_double_and_the_budget_ends_them(monkeypatch: pytest.MonkeyPatch, memory: Location) -> None:
+    now, waits = [100.0], []
+
+    def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        now[0] += seconds
+
+    monkeypatch.setattr("rdm_scale.data.retry.time.sleep", sleep)
+    monkeypatch.setattr("rdm_scale.data.retry.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("rdm_scale.data.retry.random.uniform", lambda low, high: high)
+    failing = Failing(TimeoutError(), 99)
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", lambda *a, **o: failing(*a, **o))
+    with (
+        retrying(Retry(attempts=99, budget_s=10, first_wait_s=0.5, longest_wait_s=3)),
+        pytest.raises(OSError, match=r"6 tries in 9\.5 s, the last: no answer in time"),
+    ):
+        memory.read()
+    assert waits == [0.5, 1, 2, 3, 3]  # the next would end after the budget
+
+
+def test_what_holds_for_the_process_can_be_set() -> None:
+    before = current_retry()
+    set_retry(QUICK)
+    try:
+        assert current_retry() is QUICK
+        with retrying(Retry()):
+            assert current_retry() == Retry()
+        assert current_retry() is QUICK
+    finally:
+        set_retry(before)
+
+
+def test_an_error_of_another_client_tells_its_status() -> None:
+    class HttpError(Exception):
+        code = 503
+
+    assert describe(HttpError("busy")).passing and describe(HttpError("busy")).status == 503
+    HttpError.code = 403
+    assert not describe(HttpError("no")).passing
+    wrapped = OSError("wrapped")
+    wrapped.__cause__ = ConnectionResetError()
+    assert describe(wrapped).passing
+
+
+def test_large_local_ranges_come_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Linux reads at most 2 GiB at once."""
+    (tmp_path / "a").write_bytes(b"0123456789")
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda file, length, offset: pread(file, min(length, 3), offset))
+    assert (
+        Location(tmp_path / "a").read_range(1, 8) == b"12345678"
+        and Location(tmp_path / "a").read_range(5, 9) == b"56789"
+    )

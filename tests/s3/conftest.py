@@ -23,13 +23,21 @@ def s3_environment(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Se
     return s3_server
 
 
-@pytest.fixture
-def proxy(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
-    """The AWS environment points at a proxy before the server; what it counts and breaks begins at nothing."""
+@pytest.fixture(scope="session")
+def shared_proxy(s3_server: S3Server) -> Iterator[FaultProxy]:
+    """One for all tests: making a client takes a third of a second, and it is used again where the address is."""
     with FaultProxy(s3_server.port) as proxy:
-        for name, value in s3_server.environment(proxy.endpoint).items():
-            monkeypatch.setenv(name, value)
         yield proxy
+
+
+@pytest.fixture
+def proxy(s3_server: S3Server, shared_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """The AWS environment points at a proxy before the server; what it counts and breaks begins at nothing."""
+    for name, value in s3_server.environment(shared_proxy.endpoint).items():
+        monkeypatch.setenv(name, value)
+    shared_proxy.clear()
+    yield shared_proxy
+    shared_proxy.clear()
 
 
 @pytest.fixture

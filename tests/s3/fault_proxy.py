@@ -81,6 +81,7 @@ class FaultProxy:
 
     def __init__(self, port: int) -> None:
         self.upstream, self.port = port, 0
+        self.connections = 0  # that were made
         self.requests: list[Request] = []
         self._plan: list[tuple[Fault, Predicate, float]] = []  # and how many times yet
         self._lock = threading.Lock()
@@ -105,6 +106,7 @@ class FaultProxy:
         with self._lock:
             self._plan.clear()
             self.requests.clear()
+            self.connections = 0
 
     def matching(self, where: Predicate = lambda request: True) -> list[Request]:
         with self._lock:
@@ -172,6 +174,7 @@ class FaultProxy:
         assert task is not None
         self._tasks.add(task)
         self._clients.add(writer)
+        self.connections += 1
         upstream: asyncio.StreamWriter | None = None
         with contextlib.suppress(OSError, EOFError, asyncio.CancelledError):
             try:

@@ -6,6 +6,7 @@ As a script, `python tests/s3/s3_server.py DIR`, it prints the environment that 
 import argparse
 import contextlib
 import ctypes
+import functools
 import json
 import os
 import shutil
@@ -119,12 +120,16 @@ class S3Server:
         }
         return botocore.session.Session().create_client("s3", **(options | changes))
 
+    @functools.cached_property
+    def _owner(self) -> Any:
+        return self.client()
+
     def put(self, key: str, content: bytes, bucket: str | None = None) -> str:
         """Stores an object. Returns its ETag, quotes included."""
-        return str(self.client().put_object(Bucket=bucket or self.buckets[0], Key=key, Body=content)["ETag"])
+        return str(self._owner.put_object(Bucket=bucket or self.buckets[0], Key=key, Body=content)["ETag"])
 
     def get(self, key: str, bucket: str | None = None) -> bytes:
-        return bytes(self.client().get_object(Bucket=bucket or self.buckets[0], Key=key)["Body"].read())
+        return bytes(self._owner.get_object(Bucket=bucket or self.buckets[0], Key=key)["Body"].read())
 
     def _launch(self) -> None:
         program = Path(sys.executable).with_name("weed")  # not resolved: sys.executable of a venv is a link
@@ -173,7 +178,8 @@ class S3Server:
     def _wait(self, timeout_s: float) -> None:
         """Until every bucket takes an object: the S3 port listens before there is a volume to write to."""
         assert self._process is not None
-        client, deadline, last = self.client(), time.monotonic() + timeout_s, "no answer"
+        self.__dict__.pop("_owner", None)  # of the port before
+        client, deadline, last = self._owner, time.monotonic() + timeout_s, "no answer"
         for bucket in self.buckets:
             while True:
                 if self._process.poll() is not None:

@@ -1,0 +1,337 @@
+"""Locations on a real S3 server behind a proxy that breaks what passes: tries, limits, refusals and their messages."""
+
+import io
+import random
+import tarfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+from fault_proxy import Fault, FaultProxy
+from s3_server import S3Server
+
+from rdm_scale.data.storage import Location, ReplacedError, Retry, Stat, retrying
+from rdm_scale.errors import ConfigError
+
+CONTENT = random.Random(0).randbytes(300_000)
+QUICK = Retry(attempts=4, budget_s=30, stall_s=1, first_wait_s=0.02, longest_wait_s=0.1)
+
+
+@pytest.fixture(autouse=True)
+def quick() -> Iterator[None]:
+    with retrying(QUICK):
+        yield
+
+
+@pytest.fixture
+def file(s3_server: S3Server, proxy: FaultProxy, prefix: str) -> Location:
+    """s3://latents/PREFIX/a b.tar, seen through the proxy."""
+    s3_server.put(f"{prefix}/a b.tar", CONTENT)
+    return Location(f"s3://latents/{prefix}/a b.tar")
+
+
+def the_long_way(file: Location) -> Location:
+    """The same file, with an option that a signed URL cannot carry, so that s3fs reads it."""
+    return Location(str(file), {"requester_pays": True})
+
+
+READS: dict[str, Callable[[Location], object]] = {
+    "read": lambda file: file.read() == CONTENT,
+    "read_range": lambda file: file.read_range(1000, 200_000) == CONTENT[1000:201_000],
+    "the long way": lambda file: the_long_way(file).read_range(1000, 200_000) == CONTENT[1000:201_000],
+    "stat": lambda file: file.stat().bytes == 300_000,
+    "names": lambda file: file.parent.names() == ["a b.tar"],
+    "find": lambda file: list(file.parent.find()) == ["a b.tar"],
+    "exists": lambda file: file.exists(),
+    "write": lambda file: file.write(CONTENT[:1000]) or True,  # type: ignore[func-returns-value]
+    "remove": lambda file: file.remove() or True,  # type: ignore[func-returns-value]
+}
+ANSWERS = {
+    "500": Fault("status", status=500),
+    "503": Fault("status", status=503),
+    "429": Fault("status", status=429),
+}
+
+
+@pytest.mark.parametrize("call", READS)
+@pytest.mark.parametrize("answer", ["500", "503", "429"])
+def test_what_may_pass_is_tried_again(call: str, answer: str, file: Location, proxy: FaultProxy) -> None:
+    proxy.add(ANSWERS[answer], times=2)
+    assert READS[call](file)
+    statuses = [request.status for request in proxy.requests]
+    assert statuses[:2] == [int(answer)] * 2 and all(200 <= status < 300 for status in statuses[2:])
+    assert len(statuses) == (5 if call == "remove" else 3)  # s3fs looks and lists before it removes
+
+
+@pytest.mark.parametrize("call", ["read", "read_range", "the long way"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("reset"),
+        Fault("drop", after=0),
+        Fault("drop", after=100_000),
+        Fault("truncate", after=100_000),
+        Fault("stall", after=None),
+        Fault("stall", after=100_000),
+    ],
+    ids=lambda fault: f"{fault.kind} {fault.after}",
+)
+def test_broken_answers_are_asked_for_again(call: str, fault: Fault, file: Location, proxy: FaultProxy) -> None:
+    proxy.add(fault, lambda request: request.method == "GET", times=1)
+    began = time.monotonic()
+    assert READS[call](file)
+    assert proxy.count("GET") == 2
+    assert time.monotonic() - began >= (QUICK.stall_s if fault.kind == "stall" else 0)
+
+
+@pytest.mark.parametrize("call", ["stat", "names", "write"])
+def test_connections_that_break_or_stall_are_made_again(call: str, file: Location, proxy: FaultProxy) -> None:
+    for fault in (Fault("reset"), Fault("stall", after=None)):
+        proxy.add(fault, times=1)
+        assert READS[call](file)
+
+
+@pytest.mark.parametrize("call", READS)
+@pytest.mark.parametrize(
+    ("status", "kind"), [(403, PermissionError), (404, FileNotFoundError), (412, OSError), (501, OSError)]
+)
+def test_what_does_not_pass_is_not_tried_again(
+    call: str, status: int, kind: type[OSError], file: Location, proxy: FaultProxy
+) -> None:
+    if call == "exists" and status == 404:
+        kind = None  # type: ignore[assignment]
+    proxy.add(Fault("status", status=status))
+    if kind is None:
+        assert READS[call](file) is False
+    else:
+        with pytest.raises(kind, match=file.parent.name):
+            READS[call](file)
+    # s3fs asks for a folder of that name where a file is missing
+    assert len(proxy.requests) == (2 if status == 404 and call in ("stat", "exists") else 1)
+
+
+def test_in_the_end_it_says_how_often_for_how_long_and_why(file: Location, proxy: FaultProxy) -> None:
+    proxy.add(Fault("status", status=503))
+    message = (
+        rf"{file.parent.name}/a b\.tar could not be read at {proxy.endpoint}: "
+        r"4 tries in \d\.\d s, the last: 503 SlowDown\. .*data\.read_timeout_s"
+    )
+    with pytest.raises(OSError, match=message):
+        file.read_range(0, 10)
+    assert proxy.count() == 4
+    with proxy.refusing():
+        for call in (file.read, file.stat, file.parent.names, lambda: file.write(b"")):
+            with pytest.raises(OSError, match=r"4 tries in .* the last: .*(refused|connect)"):
+                call()
+
+
+def test_a_store_that_comes_back_is_read(file: Location, proxy: FaultProxy) -> None:
+    found: list[bytes] = []
+    with retrying(Retry(attempts=1000, budget_s=30, first_wait_s=0.05, longest_wait_s=0.05)):
+        thread = threading.Thread(target=lambda: found.append(file.read()))
+        with proxy.refusing():
+            thread.start()
+            time.sleep(0.5)
+        thread.join()
+    assert found == [CONTENT] and proxy.count("GET") == 1
+
+
+@pytest.mark.parametrize("call", ["read", "read_range", "the long way", "names"])
+def test_bytes_that_trickle_do_not_extend_the_time(call: str, file: Location, proxy: FaultProxy) -> None:
+    READS[call](file)  # what a client does once is done
+    proxy.add(Fault("rate", bytes_per_s=100))
+    with retrying(Retry(attempts=4, budget_s=2, stall_s=1)):
+        began = time.monotonic()
+        with pytest.raises(OSError, match=r"1 try in 2\.\d s"):
+            READS[call](file)
+        assert 2 <= time.monotonic() - began < 4
+
+
+@pytest.mark.parametrize("secret", [True, False])
+@pytest.mark.parametrize("call", ["read", "names", "stat", "write"])
+def test_wrong_credentials_are_refused_at_once(
+    call: str, secret: bool, file: Location, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY" if secret else "AWS_ACCESS_KEY_ID", "wrong")
+    why = "AWS_SECRET_ACCESS_KEY does not belong" if secret else "it does not know this AWS_ACCESS_KEY_ID"
+    if call == "stat":
+        why = "the credentials are wrong"  # the answer to a HEAD does not say why
+    with pytest.raises(
+        PermissionError, match=rf"bucket 'latents' at {proxy.endpoint} refuses it \(403 .*: {why}.*AWS_\*"
+    ):
+        READS[call](Location(str(file)))
+    assert proxy.count() == 1
+
+
+@pytest.mark.parametrize("call", ["read", "read_range", "stat", "names", "write"])
+def test_a_bucket_that_does_not_exist_is_named_and_not_made(call: str, proxy: FaultProxy, s3_server: S3Server) -> None:
+    place = Location("s3://nosuchbucket/set/file")
+    place.parent.make_dir()
+    with pytest.raises(FileNotFoundError, match=rf"no bucket 'nosuchbucket' .* at {proxy.endpoint}: check its name"):
+        READS[call](place)
+    assert len(proxy.requests) == (2 if call == "stat" else 1)
+    assert "nosuchbucket" not in [bucket["Name"] for bucket in s3_server.client().list_buckets()["Buckets"]]
+
+
+def test_missing_credentials_are_named(file: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    with pytest.raises(PermissionError, match=r"no credentials for it .*set AWS_ACCESS_KEY_ID and AWS_SECRET"):
+        Location(str(file)).read()
+
+
+@pytest.mark.parametrize("options", [{"endpont_url": "http://x"}, {"config_kwargs": {"nosuch": 1}}])
+def test_options_that_do_not_exist_are_a_mistake_of_the_configuration(options: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=f"options {next(iter(options))}"):
+        Location("s3://latents/x", options)
+
+
+def test_options_go_before_the_environment(
+    file: Location, s3_server: S3Server, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "wrong")
+    given = {"endpoint_url": proxy.endpoint, "key": s3_server.access_key, "secret": s3_server.secret_key}
+    assert Location(str(file), given).read_range(0, 9) == CONTENT[:9]
+
+
+def test_the_region_of_the_environment_is_signed(
+    file: Location, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("AWS_DEFAULT_REGION")
+    monkeypatch.setenv("AWS_REGION", "eu-somewhere-9")
+    place = Location(str(file))
+    assert place.size() == 300_000 and place.read() == CONTENT
+    head, get = proxy.requests
+    assert "/eu-somewhere-9/s3/" in head.headers["authorization"] and "eu-somewhere-9" in get.query
+
+
+@pytest.mark.parametrize(
+    ("offset", "length", "expected"),
+    [
+        (0, 3, CONTENT[:3]),
+        (299_998, 2, CONTENT[-2:]),
+        (299_998, 3, CONTENT[-2:]),
+        (300_000, 1, b""),
+        (400_000, 9, b""),
+        (7, 0, b""),
+    ],
+)
+def test_a_range_is_cut_at_the_end_of_the_object(offset: int, length: int, expected: bytes, file: Location) -> None:
+    assert file.read_range(offset, length) == expected
+    assert the_long_way(file).read_range(offset, length) == expected
+
+
+def test_a_range_is_one_request_of_that_many_bytes(file: Location, proxy: FaultProxy) -> None:
+    file.read_range(0, 10)
+    file.read_range(1000, 5000)
+    assert [(r.method, r.range, r.sent) for r in proxy.requests] == [
+        ("GET", "bytes=0-9", 10),
+        ("GET", "bytes=1000-5999", 5000),
+    ]
+
+
+def test_an_object_that_was_replaced_is_not_read(file: Location, s3_server: S3Server, proxy: FaultProxy) -> None:
+    version = file.stat().version
+    assert file.read_range(0, 10, version) == CONTENT[:10]
+    s3_server.put(file.path.removeprefix("latents/"), CONTENT[::-1])
+    proxy.clear()
+    with pytest.raises(ReplacedError, match=f"a b.tar is no longer version {version}"):
+        file.read_range(0, 10, version)
+    assert proxy.count() == 1 and file.read_range(0, 10) == CONTENT[::-1][:10]
+    assert file.stat().version != version
+
+
+def test_versions_of_a_folder_come_from_one_listing(s3_server: S3Server, proxy: FaultProxy, prefix: str) -> None:
+    tags = {f"{n}.tar": s3_server.put(f"{prefix}/{n}.tar", CONTENT[:n]).strip('"') for n in range(1, 6)}
+    s3_server.put(f"{prefix}/below/x", b"1")
+    s3_server.put(f"{prefix}-other/y", b"2")
+    folder = Location(f"s3://latents/{prefix}")
+    expected = {name: Stat(int(name[0]), tag) for name, tag in tags.items()}
+    assert folder.stats() == expected and proxy.count() == 1
+    assert all((folder / name).stat() == stat for name, stat in expected.items())
+    assert folder.names() == [*sorted(tags), "below"] and list(folder.find()) == [*sorted(tags), "below/x"]
+    assert folder.is_dir() and not (folder / "1.tar").is_dir() and not (folder / "nosuch").is_dir()
+    assert (folder / "nosuch").stats() == (folder / "nosuch").find() == {} and (folder / "1.tar").names() == []
+    with pytest.raises(IsADirectoryError):
+        folder.stat()
+
+
+def test_a_page_of_a_listing_is_tried_again_by_itself(s3_server: S3Server, proxy: FaultProxy, prefix: str) -> None:
+    for number in range(5):
+        s3_server.put(f"{prefix}/{number}", b"x")
+    proxy.add(Fault("status", status=503), lambda request: "continuation-token" in request.query, times=2)
+    folder = Location(f"s3://latents/{prefix}", {"s3_additional_kwargs": {"MaxKeys": 2}})
+    assert folder.names() == ["0", "1", "2", "3", "4"]
+    assert [request.status for request in proxy.requests] == [200, 503, 503, 200, 200]
+
+
+def test_reads_of_several_threads_run_at_the_same_time(file: Location, proxy: FaultProxy) -> None:
+    file.read_range(0, 1)
+    proxy.add(Fault("stall", after=None, seconds=0.6))
+    found: dict[int, bytes] = {}
+    threads = [threading.Thread(target=lambda n=n: found.update({n: file.read_range(1000 * n, 500)})) for n in range(8)]
+    began = time.monotonic()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert time.monotonic() - began < 3.5  # one after the other: 4.8
+    assert found == {n: CONTENT[1000 * n : 1000 * n + 500] for n in range(8)}
+
+
+def test_a_connection_that_the_server_has_closed_is_not_used(file: Location, proxy: FaultProxy) -> None:
+    file.read_range(0, 1)
+    with proxy.refusing():
+        pass
+    assert file.read_range(5, 5) == CONTENT[5:10] and proxy.count() == 2
+
+
+def test_connections_and_signatures_are_used_again(file: Location, proxy: FaultProxy) -> None:
+    for number in range(5):
+        file.read_range(number, 1)
+    assert len({request.query for request in proxy.requests}) == 1 and proxy.connections <= 1
+
+
+def test_a_bucket_elsewhere_is_left_to_the_client_that_can_find_it(file: Location, proxy: FaultProxy) -> None:
+    proxy.add(Fault("status", status=400, code="AuthorizationHeaderMalformed"), times=1)
+    file = Location(str(file), {"default_block_size": 1})  # a client of its own: it remembers
+    assert file.read_range(3, 4) == CONTENT[3:7] == file.read_range(3, 4)
+    assert ["authorization" in request.headers for request in proxy.requests] == [False, True, True]
+
+
+def test_a_store_without_ranges_is_not_used(file: Location, proxy: FaultProxy) -> None:
+    proxy.add(Fault("status", status=200))
+    with pytest.raises(OSError, match=r"a b\.tar could not be read: the store sends whole objects"):
+        file.read_range(3, 4)
+    assert proxy.count() == 1
+
+
+def test_an_open_file_seeks_and_reads_through_faults(s3_server: S3Server, proxy: FaultProxy, prefix: str) -> None:
+    place = Location(f"s3://latents/{prefix}/set.tar")
+    with place.open("wb") as file, tarfile.open(fileobj=file, mode="w|") as tar:
+        for name in ("one", "two"):
+            info = tarfile.TarInfo(name)
+            info.size = len(CONTENT)
+
+            tar.addfile(info, io.BytesIO(CONTENT))
+    proxy.clear()
+    proxy.add(Fault("drop", after=1000), lambda request: request.method == "GET", times=1)
+    with place.open() as file, tarfile.open(fileobj=file) as tar:
+        member = tar.extractfile("two")
+        assert member is not None and member.read() == CONTENT
+        file.seek(-10, 2)
+        assert file.read() == bytes(10) and file.read() == b"" and file.tell() == place.size()
+        s3_server.put(f"{prefix}/set.tar", CONTENT)
+        file.seek(0)
+        with pytest.raises(ReplacedError):
+            file.read()
+
+
+def test_writes_arrive_whole(s3_server: S3Server, proxy: FaultProxy, prefix: str) -> None:
+    place = Location(f"s3://latents/{prefix}/out")
+    proxy.add(Fault("stall", after=None), lambda request: request.method == "PUT", times=1)
+    place.write(CONTENT)
+    assert s3_server.get(f"{prefix}/out") == CONTENT and proxy.count("PUT") == 2
+    place.remove()
+    assert not place.exists() and place.parent.names() == []
