@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 
 HOLDOUT_SHARE = 0.1
 MAX_REJECTED = 0.01
+AT_ONCE = {"image": 64, "video": 8}  # samples in a batch and in a member
 PREVIEW_COLUMNS = 10
+FILE_INTERVAL_S = 10.0
 UNIT_STD = (0.5, 2.0)  # beyond these the noise levels of training do not fit the latents
 
 
@@ -83,9 +85,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     how.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float16")
     how.add_argument("--holdout", metavar="DIR", help="folder of a second set of shards, for validation")
-    how.add_argument("--holdout-share", type=_share, help=f"share of the inputs held out (default: {HOLDOUT_SHARE})")
+    how.add_argument(
+        "--holdout-share", type=_held_share, help=f"share of the inputs held out (default: {HOLDOUT_SHARE})"
+    )
     how.add_argument("--seed", type=int, default=0, help="of the order and of the holdout (default: %(default)s)")
-    how.add_argument("--batch-size", type=_positive, default=64, help="samples in a batch (default: %(default)s)")
+    how.add_argument("--batch-size", type=_positive, help="samples encoded at a time (default: 64 images or 8 clips)")
     how.add_argument("--samples-per-member", type=_positive, help="default: 64 images or 8 clips")
     how.add_argument("--members-per-shard", type=_positive, default=64, help="default: %(default)s")
     how.add_argument(
@@ -135,30 +139,64 @@ def _share(text: str) -> float:
     return number
 
 
+def _held_share(text: str) -> float:
+    if not (number := _share(text)):
+        raise argparse.ArgumentTypeError(f"{text} does not lie between 0 and 1")
+    return number
+
+
+class Bars:
+    """A progress bar for each stage, made when it begins: what an earlier call has done says nothing of the speed."""
+
+    def __init__(self, shown: bool, device: object) -> None:
+        self._bars: dict[str, Any] = {}
+        self._shown, self._names = shown, {"looking": "looking", "encoding": f"encoding ({device})"}
+
+    def show(self, stage: str, done: int, total: int) -> None:
+        if stage not in self._bars:
+            self.close()
+            self._bars[stage] = bar(self._names[stage], total, initial=done, disable=not self._shown)
+        self._bars[stage].update(max(0, done - self._bars[stage].n))
+
+    def close(self) -> None:
+        for one in self._bars.values():
+            one.close()
+
+
+def bar(name: str, total: int, **options: Any) -> Any:
+    """In a file, which keeps all of it, a progress bar is written seldom."""
+    interval = 0.1 if sys.stderr.isatty() else FILE_INTERVAL_S
+    return tqdm(desc=name, total=total, unit="sample", mininterval=interval, maxinterval=2 * interval, **options)
+
+
 def encode(options: argparse.Namespace) -> None:
-    from rdm_scale.data.encoding.job import Ranks, check_output
+    from rdm_scale.data.encoding.job import REJECTED, Ranks, check_output
     from rdm_scale.data.encoding.job import encode as run
     from rdm_scale.data.manifest import NAME
 
     ranks = Ranks(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
     job = _job(options, speaks=ranks.rank == 0)
-    folders = [job.folder] + ([job.holdout] if job.holdout else [])
-    if check_output(folders, job.digest):
+    if check_output(list(job.folders.values()), job.digest):
         if ranks.rank == 0:
+            if job.work.exists():  # cut off when nothing else was left to do
+                job.work.remove()
             print(f"{job.folder / NAME}: complete already, nothing to do")
         return
-    with tqdm(unit="sample", desc=f"encoding ({job.codec.device})", disable=ranks.rank > 0) as bar:
-        encoded = run(job, ranks, lambda done, total: _show(bar, done, total))
+    bars = Bars(ranks.rank == 0, job.codec.device)
+    try:
+        encoded = run(job, ranks, bars.show)
+    finally:
+        bars.close()
     if encoded is None:
         return
-    for folder, manifest in zip(folders, (encoded.train, encoded.holdout), strict=False):
-        if manifest is not None:
-            shapes = ", ".join(str(list(shape)) for shape in manifest.buckets)
-            print(f"{folder / NAME}: {manifest.samples} samples, latents {shapes} [C, T, H, W]")
+    for folder, manifest in zip(job.folders.values(), (encoded.train, encoded.holdout), strict=False):
+        assert manifest is not None
+        shapes = ", ".join(str(list(shape)) for shape in manifest.buckets)
+        print(f"{folder / NAME}: {manifest.samples} samples, latents {shapes} [C, T, H, W]")
     if encoded.train.rejected:
-        print(f"{encoded.train.rejected} inputs could not be encoded: see {job.folder}/rejected.jsonl")
-    if job.text is not None and job.text.truncated:
-        print(f"{job.text.truncated} captions were cut to {job.text.record.max_tokens} tokens")
+        print(f"{encoded.train.rejected} inputs could not be encoded: see {job.folder / REJECTED}")
+    if job.text is not None and encoded.truncated:
+        print(f"{encoded.truncated} captions were cut to {job.text.record.max_tokens} tokens")
     print(f"normalised latents: mean {encoded.mean:.3f}, standard deviation {encoded.std:.3f}")
     if not UNIT_STD[0] <= encoded.std <= UNIT_STD[1]:
         print(
@@ -170,19 +208,13 @@ def encode(options: argparse.Namespace) -> None:
         _write_preview(options.preview, job)
 
 
-def _show(bar: Any, done: int, total: int) -> None:
-    if bar.total is None:  # what an earlier call has done says nothing of the speed of this one
-        bar.total, bar.initial, bar.n = total, done, done
-    bar.update(max(0, done - bar.n))
-
-
 def _job(options: argparse.Namespace, speaks: bool) -> "Job":
     """Looks at the input and loads the models; what is wrong with the folders is said before that takes its time."""
     import torch
 
     from rdm_scale.data.codecs import load_codec
-    from rdm_scale.data.encoding.job import Job
-    from rdm_scale.data.encoding.planning import Bucket, Settings, job_digest
+    from rdm_scale.data.encoding.job import Job, check_output
+    from rdm_scale.data.encoding.planning import Bucket, Settings, inputs_digest, job_digest
     from rdm_scale.data.inputs import Columns, find_media
     from rdm_scale.data.storage import Location
 
@@ -202,19 +234,21 @@ def _job(options: argparse.Namespace, speaks: bool) -> "Job":
         stride=options.stride,
         clip_step=options.clip_step,
         holdout_share=(options.holdout_share or HOLDOUT_SHARE) if options.holdout else 0.0,
-        batch_size=options.batch_size,
-        samples_per_member=options.samples_per_member or (64 if source.kind == "image" else 8),
+        batch_size=options.batch_size or AT_ONCE[source.kind],
+        samples_per_member=options.samples_per_member or AT_ONCE[source.kind],
         members_per_shard=options.members_per_shard,
     )
     settings.check(source.kind)
+    folder, holdout = Location(options.paths[1]), Location(options.holdout) if options.holdout else None
+    inputs = inputs_digest(source, settings)
+    check_output([folder, holdout] if holdout else [folder], inputs)
     device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     codec = load_codec(options.codec, device)
     if settings.kind == "moments" and not codec.has_posterior:
         raise DataError(f"the codec {options.codec} has no posterior to sample from: leave out --latents moments")
     text = _text_encoder(options, source.captioned, device)
-    digest = job_digest(source, settings, codec=codec.record.model_dump_json(), text=repr(text and text.record))
-    holdout = Location(options.holdout) if options.holdout else None
-    return Job(source, settings, codec, text, Location(options.paths[1]), holdout, digest, options.max_rejected)
+    digest = job_digest(inputs, codec=codec.record.model_dump_json(), text=repr(text and text.record))
+    return Job(source, settings, codec, text, folder, holdout, digest, options.max_rejected)
 
 
 def _describe(options: argparse.Namespace, source: Any) -> None:
@@ -255,6 +289,10 @@ def _write_preview(place: str, job: "Job") -> None:
             continue
         if file.label >= 0:
             names.append(job.source.class_names[file.label])
+    if not originals:
+        raise DataError(
+            f"the data is encoded, but none of the first {PREVIEW_COLUMNS} inputs can be drawn in a preview"
+        )
     pixels = torch.stack(originals)
     both = torch.cat([middle_frames(pixels), middle_frames(reconstruct(pixels, job.codec))])
     picture = io.BytesIO()
@@ -271,8 +309,8 @@ def verify(options: argparse.Namespace) -> None:
     from rdm_scale.data.manifest import read_manifest
 
     url = options.paths[0]
-    with tqdm(total=read_manifest(url)[0].samples, unit="sample", desc="verifying") as bar:
-        manifest, faults = check(url, bar.update)
+    with bar("verifying", read_manifest(url)[0].samples) as progress:
+        manifest, faults = check(url, progress.update)
     for fault in faults:
         print(fault)
     if faults:
@@ -287,8 +325,8 @@ def stats(options: argparse.Namespace) -> None:
     from rdm_scale.evaluation.pictures import plot_channels
 
     url = options.paths[0]
-    with tqdm(total=read_manifest(url)[0].samples, unit="sample", desc="measuring") as bar:
-        manifest = measure(url, bar.update)
+    with bar("measuring", read_manifest(url)[0].samples) as progress:
+        manifest = measure(url, progress.update)
     figures = manifest.statistics
     assert figures is not None
     print("channel       mean   deviation   (raw latents)")

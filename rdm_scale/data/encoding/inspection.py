@@ -6,6 +6,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 
 import torch
+import xxhash
 from torch import Tensor
 
 from rdm_scale.config import DataSource
@@ -13,9 +14,11 @@ from rdm_scale.data.captions import unpack_text
 from rdm_scale.data.codecs import LatentCodec, normalise
 from rdm_scale.data.manifest import NAME, Manifest, Shape, Statistics, Tar, read_manifest
 from rdm_scale.data.reader import OpenSet, open_set
-from rdm_scale.data.shards import DTYPES, read_bytes, read_member, unpack_samples
+from rdm_scale.data.shards import DTYPES, read_member, unpack_samples
 from rdm_scale.data.storage import Location
 from rdm_scale.errors import DataError
+
+_REPEATED_SHOWN = 10
 
 Progress = Callable[[int], object]  # called with the number of samples just looked at
 
@@ -33,7 +36,7 @@ def verify(url: str, progress: Progress = lambda samples: None) -> tuple[Manifes
         DataError: there is no valid manifest.
     """
     opened = open_set(DataSource(path=url))
-    ids: dict[int, str] = {}
+    ids: dict[str, Tensor] = {}  # of each member
     faults: list[str] = []
     for index, shard in enumerate(opened.manifest.shards):
         if index in opened.damaged:
@@ -41,54 +44,80 @@ def verify(url: str, progress: Progress = lambda samples: None) -> tuple[Manifes
         else:
             faults += _verify_shard(opened, index, ids)
         progress(shard.samples)
-    return opened.manifest, faults
+    return opened.manifest, [*faults, *_repeated(ids)]
 
 
-def _verify_shard(opened: OpenSet, index: int, ids: dict[int, str]) -> Iterator[str]:
+def _verify_shard(opened: OpenSet, index: int, ids: dict[str, Tensor]) -> Iterator[str]:
     manifest, folder = opened.manifest, opened.folder
     shard = manifest.shards[index]
+    contents: list[list[bytes | None]] = []  # of the members of the shard, and of its side-car
     for tar in (shard, shard.text):
         if tar is not None:
-            yield from _verify_tar(folder, tar)
-    for number, member in enumerate(shard.members):
-        where = f"member {member.name} of {folder / shard.name}"
+            members, faults = _read_tar(folder / tar.name, tar)
+            contents.append(members)
+            yield from faults
+    for number, (content, *text) in enumerate(zip(*contents, strict=True)):
+        where = f"member {shard.members[number].name} of {folder / shard.name}"
+        if content is None or None in text:
+            continue
         try:
-            samples = unpack_samples(read_bytes(folder, shard, number), folder, manifest, index, number)
-            captions = None if shard.text is None else _captions_ids(manifest, folder, shard.text, number)
+            samples = unpack_samples(content, folder, manifest, index, number)
+            captions = [_caption_ids(one, manifest, folder, shard.text, number) for one in text if shard.text and one]
         except DataError as error:
             yield str(error)
             continue
+        ids[where] = samples["ids"]
         if not samples["latents"].isfinite().all():
             yield f"{where} holds latents that are not finite: encode the data again"
-        if captions is not None and not captions.equal(samples["ids"]):
+        if any(not one.equal(samples["ids"]) for one in captions):
             yield f"{where} and the captions beside it are not of the same samples: encode the data again"
-        for sample in samples["ids"].tolist():
-            if sample in ids:
-                yield f"{where} holds the id {sample}, and so does {ids[sample]}: every sample must be there once"
-            ids[sample] = where
 
 
-def _captions_ids(manifest: Manifest, folder: Location, tar: Tar, number: int) -> Tensor:
-    assert manifest.text is not None
+def _read_tar(place: Location, tar: Tar) -> tuple[list[bytes | None], list[str]]:
+    """The members of a tar, None for those that are not what was written, and what is wrong with it."""
+    try:
+        content = place.read()
+    except OSError as error:
+        return [None] * len(tar.members), [f"cannot read {place}: {error}"]
+    faults: list[str] = []
+    try:
+        with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as file:
+            listed = [(member.name, member.offset_data, member.size) for member in file]
+    except tarfile.TarError as error:
+        faults.append(f"{place} is not a tar: {error}")
+    else:
+        if listed != [(member.name, member.offset, member.bytes) for member in tar.members]:
+            faults.append(f"{place} lists other members, or lists them elsewhere, than the manifest")
+    members: list[bytes | None] = []
+    for member in tar.members:
+        part = content[member.offset : member.offset + member.bytes]
+        whole = xxhash.xxh3_64_hexdigest(part) == member.xxh3
+        members.append(part if whole else None)
+        if not whole:
+            faults.append(f"member {member.name} of {place} is not what was written: its xxh3 is another")
+    if not faults and hashlib.sha256(content).hexdigest() != tar.sha256:
+        faults.append(f"{place} is not what was written: its sha256 is another, though its members are whole")
+    return members, faults
+
+
+def _caption_ids(content: bytes, manifest: Manifest, folder: Location, tar: Tar, number: int) -> Tensor:
     member, text = tar.members[number], manifest.text
-    content = read_bytes(folder, tar, number)
+    assert text is not None
     where = f"member {member.name} of {folder / tar.name}"
     return unpack_text(content, member.samples, text.width, text.pooled_width, DTYPES[text.dtype], where).ids
 
 
-def _verify_tar(folder: Location, tar: Tar) -> Iterator[str]:
-    place = folder / tar.name
-    try:
-        content = place.read()
-        with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as file:
-            found = [(member.name, member.offset_data, member.size) for member in file]
-    except (OSError, tarfile.TarError) as error:
-        yield f"cannot read {place}: {error}"
+def _repeated(ids: dict[str, Tensor]) -> Iterator[str]:
+    """Ids that occur more than once. Sorted, since a dictionary of ten million would take a gigabyte."""
+    if not ids:
         return
-    if hashlib.sha256(content).hexdigest() != tar.sha256:
-        yield f"{place} is not what was written: its sha256 differs from the manifest's"
-    if found != [(member.name, member.offset, member.bytes) for member in tar.members]:
-        yield f"{place} lists other members, or lists them elsewhere, than the manifest"
+    ordered = torch.cat(list(ids.values())).sort().values
+    repeated = ordered[1:][ordered.diff() == 0].unique()
+    for number in repeated[:_REPEATED_SHOWN].tolist():
+        places = " and ".join(where for where, held in ids.items() for _ in range(int((held == number).sum())))
+        yield f"the id {number} is in {places}: every sample must be there once"
+    if (more := len(repeated) - _REPEATED_SHOWN) > 0:
+        yield f"{more} other ids are there more than once"
 
 
 def measure(url: str, progress: Progress = lambda samples: None) -> Manifest:
@@ -103,6 +132,8 @@ def measure(url: str, progress: Progress = lambda samples: None) -> Manifest:
     for index, shard in enumerate(manifest.shards):
         for number, member in enumerate(shard.members):
             latents = read_member(folder, manifest, index, number)["latents"].double()
+            if not latents.isfinite().all():
+                raise DataError(f"member {member.name} of {folder / shard.name} holds latents that are not finite")
             mean, variance = latents[:, :channels], torch.zeros(())
             if manifest.kind == "moments":
                 variance = latents[:, channels:].clamp(-30, 20).exp()
@@ -114,10 +145,11 @@ def measure(url: str, progress: Progress = lambda samples: None) -> Manifest:
     std = (squares / count - mean.square()).clamp(min=0).sqrt()
     statistics = Statistics(mean=tuple(mean.tolist()), std=tuple(std.tolist()))
     measured = manifest.model_copy(update={"statistics": statistics})
+    place = Location(url) if url.endswith(".json") else folder / NAME
     try:
-        (folder / NAME).write(measured.to_json())
+        place.write(measured.to_json())
     except OSError as error:
-        raise DataError(f"cannot write {folder / NAME}: {error}") from None
+        raise DataError(f"cannot write {place}: {error}") from None
     return measured
 
 
@@ -128,7 +160,8 @@ def decoded(url: str, codec: LatentCodec, count: int) -> dict[Shape, Tensor]:
         DataError: the set is damaged, or the codec does not fit it.
     """
     manifest, folder = read_manifest(url)
-    wanted = [index * manifest.samples // count for index in range(min(count, manifest.samples))]
+    count = min(count, manifest.samples)
+    wanted = [index * manifest.samples // count for index in range(count)]
     pixels: dict[Shape, list[Tensor]] = {}
     first = 0
     for index, shard in enumerate(manifest.shards):

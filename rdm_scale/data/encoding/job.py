@@ -9,22 +9,24 @@ import base64
 import json
 import math
 import posixpath
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rdm_scale.data.captions import TextEncoder, pack_text
 from rdm_scale.data.codecs import LatentCodec
 from rdm_scale.data.encoding.pixels import READERS, load, probe
-from rdm_scale.data.encoding.planning import Plan, PlannedShard, Probe, Settings, make_plan, needs_probes
-from rdm_scale.data.encoding.worker import Rejected, ShardLatents, Worker
+from rdm_scale.data.encoding.planning import SIDES, Plan, PlannedShard, Probe, Settings, make_plan, needs_probes
+from rdm_scale.data.encoding.records import Record, Records
+from rdm_scale.data.encoding.worker import Worker
 from rdm_scale.data.inputs import MediaSet
-from rdm_scale.data.manifest import NAME, Header, Manifest, Shard, TextEncoding, read_manifest
+from rdm_scale.data.manifest import NAME, Header, Manifest, TextEncoding, read_manifest
 from rdm_scale.data.shards import DTYPES
 from rdm_scale.data.storage import Location
 from rdm_scale.errors import DataError
@@ -32,8 +34,11 @@ from rdm_scale.errors import DataError
 WORK, REJECTED = ".encoding", "rejected.jsonl"
 _PLAN = "plan.json"
 _POLL_S = 0.5
+_PROBES_AT_ONCE = 4096
+_SHARD = re.compile(r"(shard|text)-\d+\.tar(\.partial-\d+)?")  # partial: what a process that is killed leaves behind
+_OTHERS = re.compile(rf"{re.escape(WORK)}|({NAME}|{REJECTED})(\.partial-\d+)?")
 
-Progress = Callable[[int, int], object]
+Progress = Callable[[str, int, int], object]
 
 
 class Ranks(NamedTuple):
@@ -70,8 +75,10 @@ class Job:
     def work(self) -> Location:
         return self.folder / WORK
 
-    def folder_of(self, side: str) -> Location:
-        return self.folder if side == "train" or self.holdout is None else self.holdout
+    @property
+    def folders(self) -> dict[str, Location]:
+        """By side."""
+        return {"train": self.folder} | ({"holdout": self.holdout} if self.holdout else {})
 
 
 @dataclass(frozen=True)
@@ -82,22 +89,11 @@ class Encoded:
     holdout: Manifest | None
     mean: float
     std: float
-
-
-class _Record(BaseModel):
-    """What became of a planned shard; `shard` is None when none of its inputs could be decoded."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    shard: Shard | None
-    rejected: tuple[Rejected, ...]
-    count: int  # elements of the normalised latents, their sum, and that of their squares
-    total: float
-    squares: float
+    truncated: int  # captions that were cut
 
 
 def check_output(folders: Sequence[Location], digest: str) -> bool:
-    """Whether the job of this digest has been done already, the first folder being its output.
+    """Whether the job of this digest, or of one that begins so, has been done already, the first folder its output.
 
     Raises:
         DataError: a folder holds anything else.
@@ -106,25 +102,38 @@ def check_output(folders: Sequence[Location], digest: str) -> bool:
         for other in folders[:i]:
             if _contains(one, other) or _contains(other, one):
                 raise DataError(f"{one} and {other} must be two folders, neither inside the other")
-    for folder in folders:
-        names = folder.names()
-        if folder.exists() and not folder.is_dir():
-            raise DataError(f"the output {folder} is a file, not a folder")
-        if NAME in names and read_manifest(str(folder))[0].job != digest:
+    try:
+        done = [_is_done(folder, digest) for folder in folders]
+    except OSError as error:
+        raise DataError(f"cannot look into the output: {error}") from None
+    return all(done)
+
+
+def _is_done(folder: Location, digest: str) -> bool:
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"the output {folder} is a file, not a folder")
+    names = folder.names()
+    if NAME in names:
+        if not read_manifest(str(folder))[0].job.startswith(digest):
             raise DataError(
                 f"{folder} already holds encoded data, of other inputs or made with other settings: "
                 "choose another folder or remove it"
             )
-        if strange := [name for name in names if not _is_ours(name)]:
-            raise DataError(f"{folder} is not empty (it holds {strange[0]}): choose another folder")
-    return NAME in folders[0].names()
+        return True
+    if strange := [name for name in names if not (_SHARD.fullmatch(name) or _OTHERS.fullmatch(name))]:
+        raise DataError(f"{folder} is not empty (it holds {strange[0]}): choose another folder")
+    if WORK in names:
+        with suppress(FileNotFoundError):  # no plan yet, or, when other ranks have just finished, no longer
+            _read_plan(folder, digest)
+    return False
 
 
-def encode(job: Job, ranks: Ranks = _ALONE, progress: Progress = lambda done, total: None) -> Encoded | None:
+def encode(job: Job, ranks: Ranks = _ALONE, progress: Progress = lambda stage, done, total: None) -> Encoded | None:
     """Does this rank's part of a job; on the first rank ends when all of it is done.
 
     Args:
-        progress: called as progress(samples done by all ranks, as far as is known, samples in all).
+        progress: called as progress("looking" or "encoding", done, in all): how many inputs have been looked at for
+            their size, then how many samples have been encoded by all ranks, as far as is known.
 
     Returns:
         What was written, on the first rank; None on the others.
@@ -136,160 +145,190 @@ def encode(job: Job, ranks: Ranks = _ALONE, progress: Progress = lambda done, to
     for bucket in job.settings.buckets:
         job.codec.latent_shape(*bucket)
     try:
-        job.work.make_dir()
-        plan = _agree_on_plan(job, ranks)
-        watch = _Watch(job, plan, progress)
+        plan = _agree_on_plan(job, ranks, progress)
+        if plan is None:
+            return None
+        watch = _Watch(plan, Records(job.work, plan, job.source), progress)
         mine = [shard for index, shard in enumerate(plan.shards) if index % ranks.size == ranks.rank]
-        worker = Worker(job.source, job.settings, job.codec, job.text, job.folder_of)
+        worker = Worker(job.source, job.settings, job.codec, job.text, job.folders.__getitem__)
         worker.run([shard for shard in mine if shard not in watch.done], watch.record, watch.advance)
         if ranks.rank:
             return None
         while watch.look() < len(plan.shards):
             time.sleep(_POLL_S)
-        return _finish(job, plan)
+        return _finish(job, plan, watch.records)
     except OSError as error:
         raise DataError(f"cannot write {job.folder}: {error}") from None
 
 
 class _Watch:
-    """Keeps the records of shards, and knows which are done, by whomever."""
+    """Keeps the records of shards, and tells how much is done, by whomever."""
 
-    def __init__(self, job: Job, plan: Plan, progress: Progress) -> None:
-        self._job, self._plan, self._progress = job, plan, progress
-        self._by_record = {_record_name(job, shard): shard for shard in plan.shards}
-        self.done: set[PlannedShard] = set()
-        self._advanced = 0  # samples of this rank that are encoded and not recorded yet
+    def __init__(self, plan: Plan, records: Records, progress: Progress) -> None:
+        self.records = records
+        self._plan, self._progress = plan, progress
+        # Samples of this rank; each is counted by one thread only.
+        self._encoded = self._recorded = 0
         self.look()
 
-    def record(self, planned: PlannedShard, shard: Shard | None, encoded: ShardLatents) -> None:
+    def record(self, shard: PlannedShard, record: Record) -> None:
         """Called by the writing thread."""
-        figures = vars(encoded.statistics) if planned.side == "train" else {"count": 0, "total": 0.0, "squares": 0.0}
-        record = _Record(shard=shard, rejected=tuple(encoded.rejected), **figures)
-        (self._job.work / _record_name(self._job, planned)).write(record.model_dump_json().encode())
-        self._advanced -= len(planned.items)
-        self.look()
+        self.records.write(shard, record)
+        self.done = self.records.done()
+        self._recorded += len(shard.items)
 
     def advance(self, samples: int) -> None:
-        self._advanced += samples
+        self._encoded += samples
         self._tell()
 
     def look(self) -> int:
         """The number of shards that are done."""
-        self.done = {self._by_record[name] for name in self._job.work.names() if name in self._by_record}
+        self.done = self.records.done()
         self._tell()
         return len(self.done)
 
     def _tell(self) -> None:
-        done = sum(len(shard.items) for shard in self.done) + self._advanced
-        self._progress(min(done, self._plan.samples), self._plan.samples)
+        done = sum(len(shard.items) for shard in self.done) + self._encoded - self._recorded
+        self._progress("encoding", min(done, self._plan.samples), self._plan.samples)
 
 
-def _record_name(job: Job, shard: PlannedShard) -> str:
-    """Tied to what the shard is planned to hold: a record of another plan is never taken for one of this."""
-    return f"{shard.side}-{shard.number:06d}-{shard.digest(job.source)}.json"
-
-
-def _agree_on_plan(job: Job, ranks: Ranks) -> Plan:
-    """The plan, from the inputs' sizes as the first rank has found them."""
+def _agree_on_plan(job: Job, ranks: Ranks, progress: Progress) -> Plan | None:
+    """The plan, from the inputs' sizes as the first rank has found them; None when all of it is done already."""
     place = job.work / _PLAN
     if ranks.rank == 0 and not place.exists():
-        probes = list(_probe_all(job)) if needs_probes(job.source, job.settings) else None
-        _forget_mended(job, make_plan(job.source, job.settings, probes))
+        job.work.make_dir()
+        probes = list(_probe_all(job, progress)) if needs_probes(job.source, job.settings) else None
+        plan = make_plan(job.source, job.settings, probes)
+        _forget(job, plan)
         place.write(json.dumps({"job": job.digest, "probes": probes}).encode())
-    while not place.exists():
-        time.sleep(_POLL_S)
+        return plan
+    while True:
+        try:
+            return make_plan(job.source, job.settings, _read_plan(job.folder, job.digest))
+        except FileNotFoundError:
+            if NAME in job.folder.names():  # the other ranks have finished before this one has begun
+                return None
+            time.sleep(_POLL_S)
+
+
+def _read_plan(folder: Location, digest: str) -> list[Probe | str] | None:
+    """The sizes of the inputs. Raises DataError: it is that of another job, or damaged; FileNotFoundError."""
+    place = folder / WORK / _PLAN
+    content = place.read()
     try:
-        found = json.loads(place.read())
-        if found["job"] != job.digest:
-            raise DataError(
-                f"{job.folder} holds the beginnings of an encoding of other inputs or with other settings: give the "
-                "same ones to go on with it, or remove the folder"
-            )
-        probes = found["probes"]
-        sizes = None if probes is None else [p if isinstance(p, str) else Probe(*map(int, p)) for p in probes]
+        found = json.loads(content)
+        same = str(found["job"]).startswith(digest)
+        sizes = found["probes"]
+        probes = None if sizes is None else [p if isinstance(p, str) else Probe(*map(int, p)) for p in sizes]
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{place} is damaged ({error}): remove {job.folder} and encode again") from None
-    return make_plan(job.source, job.settings, sizes)
+        raise DataError(f"{place} is damaged ({error}): remove {folder} and encode again") from None
+    if not same:
+        raise DataError(
+            f"{folder} holds the beginnings of an encoding of other inputs or with other settings: give the same ones "
+            "to go on with it, or remove the folder"
+        )
+    return probes
 
 
-def _forget_mended(job: Job, plan: Plan) -> None:
-    """Removes the records of shards of which an input was rejected that can be decoded now."""
-    present = set(job.work.names())
-    for shard in (shard for shard in plan.shards if _record_name(job, shard) in present):
-        for rejected in _read_record(job, shard).rejected:
+def _forget(job: Job, plan: Plan) -> None:
+    """Removes the records of shards that are no longer planned, or have an input that can be decoded by now."""
+    records = Records(job.work, plan, job.source)
+    records.forget_others()
+
+    def mended(shard: PlannedShard) -> bool:
+        for rejected in records.read(shard).rejected:
             try:
                 load(job.source, shard.items[rejected.item], shard.bucket, job.settings)
+                return True
             except DataError:
                 continue
-            (job.work / _record_name(job, shard)).remove()
-            break
+        return False
+
+    for shard in filter(mended, records.done()):
+        records.forget(shard)
 
 
-def _probe_all(job: Job) -> Iterator[Probe | str]:
+def _probe_all(job: Job, progress: Progress) -> Iterator[Probe | str]:
+    files = job.source.files
+
     def size(index: int) -> Probe | str:
         try:
-            return probe(job.source.files[index], job.source.kind, job.settings.fps)
+            return probe(files[index], job.source.kind, job.settings.fps)
         except DataError as error:
             return str(error)
 
     with ThreadPoolExecutor(READERS) as pool:
-        yield from pool.map(size, range(len(job.source.files)))
+        for first in range(0, len(files), _PROBES_AT_ONCE):
+            for index, found in enumerate(pool.map(size, range(len(files))[first : first + _PROBES_AT_ONCE]), first):
+                yield found
+                progress("looking", index + 1, len(files))
 
 
-def _finish(job: Job, plan: Plan) -> Encoded:
+def _finish(job: Job, plan: Plan, kept: Records) -> Encoded:
     """Writes what was rejected and the manifests, and removes the records."""
-    records = {shard: _read_record(job, shard) for shard in plan.shards}
-    _check_files(job, records)
-    rejected = [(job.source.files[index].name, reason) for index, reason in plan.unfit.items()]
-    rejected += [(one.input, one.reason) for record in records.values() for one in record.rejected]
-    if rejected:
-        lines = (json.dumps({"input": name, "reason": reason}, ensure_ascii=False) for name, reason in rejected)
-        (job.folder / REJECTED).write(("\n".join(lines) + "\n").encode())
-    inputs = plan.samples + len(plan.unfit)
-    if len(rejected) > job.max_rejected * inputs:
+    records = {shard: kept.read(shard) for shard in plan.shards}
+    _check_files(job, records, kept)
+    rejected = _rejected(plan, records)
+    _write_rejected(job, rejected)
+    files = job.source.files
+    if len(rejected) > job.max_rejected * len(files):
         (job.work / _PLAN).remove()  # it is made anew, since the inputs may be mended by then
         raise DataError(
-            f"{len(rejected)} of {inputs} inputs cannot be encoded, more than a share of {job.max_rejected}: see "
-            f"{job.folder / REJECTED}. The first: {rejected[0][1]}. Mend or remove them, or raise --max-rejected, and "
-            "run the same command again: it goes on with what is done"
+            f"{len(rejected)} of {len(files)} inputs cannot be encoded, more than a share of {job.max_rejected}: see "
+            f"{job.folder / REJECTED}. The first: {next(iter(rejected.values()))}. Mend or remove them, or raise "
+            "--max-rejected, and run the same command again: it goes on with what is done"
         )
-    holdout = None if job.holdout is None else _manifest(job, records, "holdout", 0)
-    train = _manifest(job, records, "train", len(rejected))
-    for manifest, folder in ((holdout, job.holdout), (train, job.folder)):
-        if manifest is not None and folder is not None:
-            (folder / NAME).write(manifest.to_json())
+    manifests = {side: _manifest(job, records, side, len(rejected)) for side in job.folders}
+    for side in reversed(SIDES):  # that of the training set last: with it all is done
+        if side in manifests:
+            (job.folders[side] / NAME).write(manifests[side].to_json())
     job.work.remove()
-    count = max(1, sum(record.count for record in records.values()))
-    mean = sum(record.total for record in records.values()) / count
-    variance = sum(record.squares for record in records.values()) / count - mean**2
-    return Encoded(train, holdout, mean, math.sqrt(max(variance, 0.0)))
+    trained = [record for shard, record in records.items() if shard.side == "train"]
+    count = max(1, sum(record.count for record in trained))
+    mean = sum(record.total for record in trained) / count
+    variance = sum(record.squares for record in trained) / count - mean**2
+    truncated = sum(record.truncated for record in records.values())
+    return Encoded(manifests["train"], manifests.get("holdout"), mean, math.sqrt(max(variance, 0.0)), truncated)
 
 
-def _read_record(job: Job, shard: PlannedShard) -> _Record:
-    place = job.work / _record_name(job, shard)
-    try:
-        return _Record.model_validate_json(place.read())
-    except ValidationError:
-        place.remove()
-        raise DataError(f"{place} is damaged and was removed: run the same command again") from None
-
-
-def _check_files(job: Job, records: dict[PlannedShard, _Record]) -> None:
-    """What was recorded may have been removed since."""
-    found = {side: job.folder_of(side).stats() for side in ("train", "holdout")}
+def _check_files(job: Job, records: dict[PlannedShard, Record], kept: Records) -> None:
+    """What was recorded may have been removed since; and what no record knows of, of an earlier plan, has to go."""
+    found = {side: folder.stats() for side, folder in job.folders.items()}
     for planned, record in records.items():
         for tar in (record.shard, record.shard.text) if record.shard else ():
-            if tar is not None and (
-                tar.name not in found[planned.side] or found[planned.side][tar.name].bytes != tar.bytes
-            ):
-                (job.work / _record_name(job, planned)).remove()
+            if tar is None:
+                continue
+            stat = found[planned.side].pop(tar.name, None)
+            if stat is None or stat.bytes != tar.bytes:
+                kept.forget(planned)
                 raise DataError(
-                    f"{job.folder_of(planned.side) / tar.name} was written and is no longer there, or not whole: run "
+                    f"{job.folders[planned.side] / tar.name} was written and is no longer there, or not whole: run "
                     "the same command again"
                 )
+    for side, left in found.items():
+        for name in filter(_SHARD.fullmatch, left):
+            (job.folders[side] / name).remove()
 
 
-def _manifest(job: Job, records: dict[PlannedShard, _Record], side: str, rejected: int) -> Manifest:
+def _rejected(plan: Plan, records: dict[PlannedShard, Record]) -> dict[int, str]:
+    """The inputs of which nothing, or not all, could be encoded, with the first reason."""
+    rejected = dict(plan.unfit)
+    for planned, record in records.items():
+        for one in record.rejected:
+            rejected.setdefault(planned.items[one.item].file, one.reason)
+    return dict(sorted(rejected.items()))
+
+
+def _write_rejected(job: Job, rejected: dict[int, str]) -> None:
+    place = job.folder / REJECTED
+    if rejected:
+        lines = [{"input": job.source.files[index].name, "reason": reason} for index, reason in rejected.items()]
+        place.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
+    elif place.exists():  # from a time when some were
+        place.remove()
+
+
+def _manifest(job: Job, records: dict[PlannedShard, Record], side: str, rejected: int) -> Manifest:
     shards = [record.shard for planned, record in records.items() if planned.side == side and record.shard]
     if not shards:
         raise DataError(f"none of the inputs of the {side} side could be encoded: see {job.folder / REJECTED}")
@@ -307,7 +346,7 @@ def _manifest(job: Job, records: dict[PlannedShard, _Record], side: str, rejecte
         **dict(header),
         job=job.digest,
         samples=sum(shard.samples for shard in shards),
-        rejected=rejected,
+        rejected=rejected if side == "train" else 0,
         shards=tuple(s.model_copy(update={"shape": None}) if s.shape == shape else s for s in shards),
     )
 
@@ -327,10 +366,6 @@ def _text_encoding(job: Job) -> TextEncoding | None:
         dtype=dtype,
         empty=base64.b64encode(empty).decode(),
     )
-
-
-def _is_ours(name: str) -> bool:
-    return name in (WORK, NAME, REJECTED) or (name.startswith(("shard-", "text-")) and name.endswith(".tar"))
 
 
 def _contains(outer: Location, inner: Location) -> bool:

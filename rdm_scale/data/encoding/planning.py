@@ -88,7 +88,7 @@ class Item(NamedTuple):
     view: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared as objects: hashing thousands of items again and again would take seconds
 class PlannedShard:
     side: Literal["train", "holdout"]
     number: int  # of its side
@@ -114,12 +114,17 @@ class Plan:
         object.__setattr__(self, "samples", sum(len(shard.items) for shard in self.shards))
 
 
-def job_digest(source: MediaSet, settings: Settings, **more: Any) -> str:
-    """A hash of everything that decides what a job writes; `more` is what the codec and text encoder are."""
-    digest = hashlib.sha256(repr((asdict(settings), sorted(more.items()), source.kind, source.class_names)).encode())
+def inputs_digest(source: MediaSet, settings: Settings) -> str:
+    """A hash of what is encoded and how, models left out: it is known before they are loaded."""
+    digest = hashlib.sha256(repr((asdict(settings), source.kind, source.class_names)).encode())
     for file in source.files:
         digest.update(repr((file.key, file.label, file.caption)).encode())
-    return digest.hexdigest()
+    return digest.hexdigest()[:32]
+
+
+def job_digest(inputs: str, **models: str) -> str:
+    """A hash of everything that decides what a job writes. It begins with `inputs`, the `inputs_digest`."""
+    return inputs + hashlib.sha256(repr(sorted(models.items())).encode()).hexdigest()[:32]
 
 
 def needs_probes(source: MediaSet, settings: Settings) -> bool:
@@ -165,7 +170,7 @@ def is_held_out(key: str, seed: int, share: float) -> bool:
 def split(files: Sequence[MediaFile], seed: int, share: float) -> tuple[list[MediaFile], list[MediaFile]]:
     """(training, held-out) files, each in an order that depends on nothing but their keys and the seed."""
     sides: tuple[list[MediaFile], list[MediaFile]] = ([], [])
-    for file in sorted(files, key=lambda file: (rng.key(seed, "shuffle", file.key, 0, 0), file.key)):
+    for file in sorted(files, key=lambda file: (rng.key(seed, "shuffle", file.key), file.key)):
         sides[is_held_out(file.key, seed, share)].append(file)
     return sides
 

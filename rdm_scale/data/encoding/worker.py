@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import count
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from rdm_scale.data.captions import TextEncoder, pack_text
 from rdm_scale.data.codecs import LatentCodec, normalise
 from rdm_scale.data.encoding.pixels import READERS, load
 from rdm_scale.data.encoding.planning import Item, PlannedShard, Settings
+from rdm_scale.data.encoding.records import Record, Rejected
 from rdm_scale.data.inputs import MediaSet
 from rdm_scale.data.manifest import Codec, Shard, Tar
 from rdm_scale.data.shards import DTYPES, Packed, pack_samples, sample_id, write_tar
@@ -51,14 +51,6 @@ class Statistics:
             self.squares += float(deviation.square().sum())
 
 
-class Rejected(NamedTuple):
-    """A sample that could not be decoded."""
-
-    item: int  # index in its planned shard
-    input: str
-    reason: str
-
-
 @dataclass
 class ShardLatents:
     """A shard while it is being encoded."""
@@ -91,13 +83,13 @@ class Worker:
     def run(
         self,
         shards: Sequence[PlannedShard],
-        written: Callable[[PlannedShard, Shard | None, ShardLatents], None],
+        written: Callable[[PlannedShard, Record], None],
         progress: Callable[[int], object],
     ) -> None:
         """Encodes and writes shards.
 
         Args:
-            written: called after a shard, with its record, or None when none of its inputs could be decoded.
+            written: called after a shard, by the writing thread.
             progress: called with the number of samples after each batch.
 
         Raises:
@@ -106,7 +98,7 @@ class Worker:
         """
 
         def finish(planned: PlannedShard, encoded: ShardLatents) -> None:
-            written(planned, self._write(planned, encoded), encoded)
+            written(planned, self._write(planned, encoded))
 
         with ThreadPoolExecutor(READERS, "pixels") as readers, ThreadPoolExecutor(1, "shards") as writer:
             batches = self._loading(shards, readers)
@@ -146,7 +138,7 @@ class Worker:
                     pixels.append(loading.result())
                     encoded.items.append(item)
                 except DataError as error:
-                    encoded.rejected.append(Rejected(number, self.source.files[item.file].name, str(error)))
+                    encoded.rejected.append(Rejected(number, str(error)))
             if pixels:
                 latents = self._latents(encoded.items[-len(pixels) :], torch.stack(pixels))
                 encoded.latents.append(latents)
@@ -169,10 +161,17 @@ class Worker:
             )
         return latents
 
-    def _write(self, planned: PlannedShard, encoded: ShardLatents) -> Shard | None:
-        """Writes the side-car first: a shard that is there is whole."""
-        if not encoded.items:
-            return None
+    def _write(self, planned: PlannedShard, encoded: ShardLatents) -> Record:
+        cut = 0 if self.text is None else self.text.truncated
+        shard = self._write_shard(planned, encoded) if encoded.items else None
+        return Record(
+            shard=shard,
+            rejected=tuple(encoded.rejected),
+            truncated=0 if self.text is None else self.text.truncated - cut,
+            **vars(encoded.statistics),
+        )
+
+    def _write_shard(self, planned: PlannedShard, encoded: ShardLatents) -> Shard:
         files, settings, folder = self.source.files, self.settings, self._folder_of(planned.side)
         latents = torch.cat(encoded.latents)
         ids = torch.tensor([sample_id(files[item.file].key, item.clip, item.view) for item in encoded.items])
@@ -187,6 +186,7 @@ class Worker:
             if self.text is not None:
                 content = pack_text(self.text.encode(captions[part]), ids[part], DTYPES[settings.dtype])
                 texts.append(Packed(name, len(ids[part]), content))
+        # The side-car first: beside a shard that is there, its captions are.
         side_car: Tar | None = write_tar(folder, f"text-{planned.number:06d}.tar", texts) if texts else None
         tar = write_tar(folder, f"shard-{planned.number:06d}.tar", members)
         shape = self.codec.latent_shape(*planned.bucket)

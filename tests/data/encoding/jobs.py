@@ -1,0 +1,112 @@
+"""Inputs and jobs for the tests of encoding."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from clip_files import digit_clip
+from PIL import Image
+from sklearn.datasets import load_digits
+from torch import Tensor
+
+from rdm_scale.data.captions import TextEncoder
+from rdm_scale.data.codecs import load_codec
+from rdm_scale.data.encoding.job import Job
+from rdm_scale.data.encoding.planning import Bucket, Settings, inputs_digest, job_digest
+from rdm_scale.data.inputs import MediaFile, MediaSet, find_media
+from rdm_scale.data.manifest import Manifest, read_manifest
+from rdm_scale.data.shards import read_member, sample_id
+from rdm_scale.data.storage import Location
+
+CLIP_FRAMES = 10
+
+
+def write_digits(folder: Path, count: int, size: int = 8) -> None:
+    """Scans of digits as PNGs in folders of their classes, `3/00013.png`."""
+    for index, (scan, label) in enumerate(zip(*load_digits(return_X_y=True), strict=True)):
+        if index == count:
+            break
+        (folder / str(label)).mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray((scan.reshape(8, 8) * 15).astype(np.uint8)).resize((size, size)).convert("RGB")
+        image.save(folder / f"{label}/{index:05d}.png")
+
+
+def write_clips(folder: Path, count: int) -> None:
+    """`0.mp4`, ...: clips of moving digits, 10 frames at 24 a second, 32 x 32."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(count):
+        (folder / f"{index}.mp4").write_bytes(digit_clip(index, frames=CLIP_FRAMES))
+
+
+def png(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def media(keys: list[str], labels: list[int] | None = None, kind: Any = "image") -> MediaSet:
+    """A set that is planned with but never read."""
+    place = Location("/nowhere")
+    files = tuple(MediaFile(key, labels[i] if labels else -1, None, place, key) for i, key in enumerate(keys))
+    return MediaSet(files, kind, tuple("0123456789") if labels else (), False, 0)
+
+
+def make_job(
+    source: object,
+    out: object,
+    size: int = 8,
+    *,
+    codec: str = "identity",
+    frames: int = 1,
+    holdout: object = None,
+    text: TextEncoder | None = None,
+    max_rejected: float = 0.0,
+    **settings: Any,
+) -> Job:
+    settings = {
+        "buckets": (Bucket(frames, size, size),),
+        "dtype": "float32",
+        "batch_size": 7,
+        "samples_per_member": 4,
+        "members_per_shard": 3,
+        "holdout_share": 0.3 if holdout else 0.0,
+    } | settings
+    found, loaded = find_media(str(source)), load_codec(codec)
+    digest = job_digest(
+        inputs_digest(found, Settings(**settings)),
+        codec=loaded.record.model_dump_json(),
+        text=repr(text and text.record),
+    )
+    held = Location(str(holdout)) if holdout else None
+    return Job(found, Settings(**settings), loaded, text, Location(str(out)), held, digest, max_rejected)
+
+
+def read_all(out: object) -> tuple[Manifest, dict[str, Tensor]]:
+    """A set of one shape: its manifest, and the samples of all members one after the other."""
+    manifest, folder = read_manifest(str(out))
+    members = [
+        read_member(folder, manifest, s, m)
+        for s, shard in enumerate(manifest.shards)
+        for m in range(len(shard.members))
+    ]
+    return manifest, {name: torch.cat([member[name] for member in members]) for name in members[0]}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def pixels_of(path: Path) -> Tensor:
+    """[3, 1, H, W] by PIL and numpy alone."""
+    array = np.asarray(Image.open(path).convert("RGB")).astype(np.float32)
+    return torch.from_numpy(array).permute(2, 0, 1).unsqueeze(1) / 127.5 - 1
+
+
+def ids_of(folder: Path, suffix: str = "png", clip: int = 0, view: int = 0) -> dict[int, Path]:
+    """The images of a folder by the ids of their samples."""
+    return {
+        sample_id(str(path.relative_to(folder).with_suffix("")), clip, view): path
+        for path in folder.rglob(f"*.{suffix}")
+    }
