@@ -1,0 +1,469 @@
+"""Whole jobs in one process: what they write, against plain encodings of the same files, and how they go on."""
+
+import json
+import re
+import shutil
+
+import fsspec
+import numpy as np
+import pytest
+import torch
+from clip_files import BUNNY, all_frames
+from jobs import CLIP_FRAMES, contents, ids_of, make_job, pixels_of, png, read_all, write_clips, write_digits
+from PIL import Image
+
+from rdm_scale import rng
+from rdm_scale.data.captions import TextEncoder, unpack_text
+from rdm_scale.data.codecs import load_codec, normalise
+from rdm_scale.data.encoding.job import Ranks, check_output, encode
+from rdm_scale.data.encoding.planning import Bucket
+from rdm_scale.data.manifest import read_manifest
+from rdm_scale.data.shards import DTYPES, read_bytes, read_member, sample_id
+from rdm_scale.data.storage import Location
+from rdm_scale.errors import DataError
+
+COUNT = 60
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("digits")
+    write_digits(folder, COUNT)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def large_digits(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("large_digits")
+    write_digits(folder, 20, size=32)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clips")
+    write_clips(folder, 5)
+    return folder
+
+
+def assert_done(out) -> None:
+    assert {path.name for path in out.iterdir()} - {"rejected.jsonl"} == {
+        "manifest.json",
+        *(tar.name for shard in read_manifest(str(out))[0].shards for tar in (shard, shard.text) if tar),
+    }
+
+
+# ---- what is written
+
+
+def test_every_image_is_there_once_in_keyed_order(digits, tmp_path):
+    told = []
+    encoded = encode(make_job(digits, tmp_path / "out", seed=3), progress=lambda *one: told.append(one))
+    manifest, data = read_all(tmp_path / "out")
+    assert encoded.train == manifest and encoded.holdout is None and encoded.truncated == 0
+    assert (manifest.kind, manifest.dtype, manifest.shape) == ("mode", "float32", (3, 1, 8, 8))
+    assert manifest.class_names == tuple("0123456789") and manifest.samples == COUNT and manifest.rejected == 0
+    by_id = ids_of(digits)
+    order = sorted(by_id.values(), key=lambda p: rng.key(3, "shuffle", f"{p.parent.name}/{p.stem}", 0, 0))
+    assert [by_id[i] for i in data["ids"].tolist()] == order
+    expected = torch.stack([pixels_of(path) for path in order])
+    assert torch.equal(data["latents"], expected)
+    assert data["labels"].tolist() == [int(path.parent.name) for path in order]
+    assert encoded.mean == pytest.approx(expected.mean().item(), abs=1e-5)
+    assert encoded.std == pytest.approx(expected.std(correction=0).item(), abs=1e-5)
+    assert told[-1] == ("encoding", COUNT, COUNT) and {stage for stage, _, _ in told} == {"encoding"}
+    assert_done(tmp_path / "out")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["mode", "moments"])
+def test_latents_are_those_of_a_plain_encoding(large_digits, tmp_path, kind, dtype):
+    encoded = encode(make_job(large_digits, tmp_path / "out", 32, codec="digits", kind=kind, dtype=dtype))
+    manifest, data = read_all(tmp_path / "out")
+    codec, by_id = load_codec("digits"), ids_of(large_digits)
+    plain = codec.encode(torch.stack([pixels_of(by_id[i]) for i in data["ids"].tolist()]))
+    expected = (plain if kind == "moments" else plain[:, :4]).to(DTYPES[dtype])
+    assert (manifest.kind, manifest.dtype, manifest.shape) == (kind, dtype, (4, 1, 8, 8))
+    assert manifest.codec == codec.record
+    # other batches: the last bits may differ
+    torch.testing.assert_close(data["latents"], expected, rtol=1e-2 if dtype == "bfloat16" else 2e-3, atol=1e-4)
+    unit = normalise(data["latents"][:, :4].double(), codec.record)
+    assert encoded.mean == pytest.approx(unit.mean().item(), abs=1e-6)
+    variance = unit.var(correction=0)
+    if kind == "moments":  # of samples: that of the means and the mean posterior variance
+        scale = torch.tensor(codec.record.scale, dtype=torch.float64).view(-1, 1, 1, 1)
+        variance = variance + (data["latents"][:, 4:].double().exp() * scale**2).mean()
+    assert encoded.std == pytest.approx(variance.sqrt().item(), rel=1e-6)
+
+
+def test_flips_are_second_views_with_ids_of_their_own(digits, tmp_path):
+    encode(make_job(digits / "3", tmp_path / "out", flips=True))
+    _, data = read_all(tmp_path / "out")
+    latents = dict(zip(data["ids"].tolist(), data["latents"], strict=True))
+    plain, mirrored = ids_of(digits / "3"), ids_of(digits / "3", view=1)
+    assert len(latents) == 2 * len(plain) and latents.keys() == plain.keys() | mirrored.keys()
+    for number, path in plain.items():
+        assert torch.equal(latents[number], pixels_of(path))
+    for number, path in mirrored.items():
+        assert torch.equal(latents[number], pixels_of(path).flip(3))
+
+
+def test_held_out_samples_go_to_their_own_folder(digits, tmp_path):
+    encoded = encode(make_job(digits, tmp_path / "out", holdout=tmp_path / "held"))
+    (train, data), (held, held_data) = read_all(tmp_path / "out"), read_all(tmp_path / "held")
+    assert (encoded.train, encoded.holdout) == (train, held) and train.class_names == held.class_names
+    expected = {
+        number
+        for number, p in ids_of(digits).items()
+        if rng.key(0, "holdout", f"{p.parent.name}/{p.stem}") < 0.3 * 2**63
+    }
+    assert set(held_data["ids"].tolist()) == expected and 8 < len(expected) < 30
+    assert set(data["ids"].tolist()) == ids_of(digits).keys() - expected
+    assert encoded.mean == pytest.approx(data["latents"].mean().item(), abs=1e-5)
+    assert_done(tmp_path / "out")
+    assert_done(tmp_path / "held")
+    (tmp_path / "held/manifest.json").unlink()
+    assert not check_output([Location(tmp_path / "out"), Location(tmp_path / "held")], encoded.train.job)
+
+
+def test_captions_lie_beside_their_samples(digits, tmp_path):
+    from test_captions import bert_folder  # imports transformers
+
+    source = tmp_path / "in"
+    shutil.copytree(digits / "7", source)
+    captions = {}
+    for number, path in ids_of(source).items():
+        captions[number] = f"a seven {path.stem} of {'many ' * (path.stat().st_size % 60)}words"
+        path.with_suffix(".txt").write_text(captions[number])
+    encoder = TextEncoder(bert_folder(tmp_path / "bert"))
+    encoded = encode(
+        make_job(source, tmp_path / "out", text=encoder, dtype="float16", samples_per_member=2, members_per_shard=2)
+    )
+    manifest, folder = read_manifest(str(tmp_path / "out"))
+    assert len(manifest.shards) > 1
+    plain = TextEncoder(str(tmp_path / "bert"))
+    for shard_index, shard in enumerate(manifest.shards):
+        assert shard.text.name == shard.name.replace("shard", "text")
+        assert [m.name for m in shard.text.members] == [m.name for m in shard.members]
+        for number, member in enumerate(shard.members):
+            ids = read_member(folder, manifest, shard_index, number)["ids"]
+            text = unpack_text(read_bytes(folder, shard.text, number), member.samples, 16, 16, torch.float16)
+            assert torch.equal(text.ids, ids)
+            for k, one in enumerate(plain.encode([captions[i] for i in ids.tolist()])):
+                tokens = text.tokens[text.offsets[k] : text.offsets[k + 1]].float()
+                torch.testing.assert_close(tokens, one.tokens, rtol=1e-3, atol=2e-3)
+                torch.testing.assert_close(text.pooled[k].float(), one.pooled, rtol=1e-3, atol=2e-3)
+    assert encoded.truncated == plain.truncated > 0
+    assert manifest.text.max_tokens == 40 and manifest.text.digest == encoder.record.digest
+    assert_done(tmp_path / "out")
+
+
+def test_each_bucket_has_shards_of_its_own(tmp_path):
+    source = tmp_path / "in"
+    source.mkdir()
+    generator = np.random.default_rng(0)
+    for i in range(30):
+        size = [(16, 16), (16, 32), (32, 16)][i % 3]
+        (source / f"{i}.png").write_bytes(png(generator.integers(0, 256, (*size, 3), np.uint8)))
+    buckets = (Bucket(1, 8, 8), Bucket(1, 8, 16), Bucket(1, 16, 8))
+    told = []
+    encode(make_job(source, tmp_path / "out", buckets=buckets), progress=lambda *one: told.append(one))
+    manifest, folder = read_manifest(str(tmp_path / "out"))
+    assert set(manifest.buckets) == {(3, 1, 8, 8), (3, 1, 8, 16), (3, 1, 16, 8)}
+    assert manifest.shape == (3, 1, 8, 8) and [len(indices) for indices in manifest.buckets.values()] == [1, 1, 1]
+    by_id = ids_of(source)
+    for index, shard in enumerate(manifest.shards):
+        _, _, height, width = manifest.shape_of(shard)
+        found = [read_member(folder, manifest, index, m) for m in range(len(shard.members))]
+        for number in torch.cat([member["ids"] for member in found]).tolist():
+            assert Image.open(by_id.pop(number)).size == (2 * width, 2 * height)
+    assert not by_id and told[29] == ("looking", 30, 30) and told[-1] == ("encoding", 30, 30)
+
+
+def test_clips_of_digits_and_of_a_real_video(clips, tmp_path):
+    encode(make_job(clips, tmp_path / "digits", 32, frames=4))
+    manifest, data = read_all(tmp_path / "digits")
+    assert manifest.shape == (3, 4, 32, 32) and manifest.samples == 5 * (CLIP_FRAMES // 4)
+    latents = dict(zip(data["ids"].tolist(), data["latents"], strict=True))
+    for clip in range(2):
+        for number, path in ids_of(clips, "mp4", clip).items():
+            expected = all_frames(path.read_bytes())[:, 4 * clip : 4 * clip + 4]
+            torch.testing.assert_close(latents[number], expected, rtol=0, atol=2.1 / 127.5)
+
+    (tmp_path / "bunny").mkdir()
+    shutil.copy(BUNNY, tmp_path / "bunny/bunny.mp4")
+    encode(make_job(tmp_path / "bunny", tmp_path / "real", 16, frames=6, stride=2, fps=12.5, dtype="bfloat16"))
+    manifest, data = read_all(tmp_path / "real")
+    # 2 s at 12.5 frames a second are 25; a clip takes 11 of them and the next one begins 12 later
+    assert manifest.samples == 2 and manifest.shape == (3, 6, 16, 16)
+    assert set(data["ids"].tolist()) == {sample_id("bunny", 0), sample_id("bunny", 1)}
+    second = data["latents"][data["ids"].tolist().index(sample_id("bunny", 1))].float()
+    frames = all_frames(BUNNY.read_bytes())[:, 24 : 24 + 6 * 4 : 4, :, 70:250]  # 12.5 a second, stride 2, the middle
+    coarse = torch.nn.functional.interpolate(frames.transpose(0, 1), (16, 16), mode="bicubic", antialias=True)
+    assert (second - coarse.transpose(0, 1)).abs().mean() < 0.02
+
+
+# ---- going on
+
+
+def stop_after(shards: int):
+    """A progress that breaks a job off when so many shards of 12 are written."""
+
+    def progress(stage, done, total):
+        if done >= 12 * shards + 4:  # one thread writes, in order: when the codec is here, these are on their way
+            raise KeyboardInterrupt
+
+    return progress
+
+
+def test_a_job_goes_on_where_it_was_cut_off(digits, tmp_path, monkeypatch):
+    encode(make_job(digits, tmp_path / "whole", holdout=tmp_path / "whole_held"))
+    job = make_job(digits, tmp_path / "out", holdout=tmp_path / "held")
+    with pytest.raises(KeyboardInterrupt):
+        encode(job, progress=stop_after(2))
+    records = sorted(path.name for path in (tmp_path / "out/.encoding").glob("train-*"))
+    assert records and not (tmp_path / "out/manifest.json").exists()
+    # what a process leaves behind that is killed while it writes
+    (tmp_path / "out/shard-000001.tar.partial-123").write_bytes(b"half")
+    (tmp_path / "held/text-000000.tar.partial-9").parent.mkdir(exist_ok=True)
+    (tmp_path / "held/text-000000.tar.partial-9").write_bytes(b"half")
+    (tmp_path / "out/.encoding/train-000001-0123456789ab.json.partial-123").write_bytes(b"half")
+    assert not check_output(list(job.folders.values()), job.digest)
+    encoded_again = []
+    real = job.codec.encode
+    monkeypatch.setattr(job.codec, "encode", lambda pixels: encoded_again.append(len(pixels)) or real(pixels))
+    encode(job)
+    assert sum(encoded_again) == COUNT - 12 * len(records)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert contents(tmp_path / "held") == contents(tmp_path / "whole_held")
+    assert check_output(list(job.folders.values()), job.digest)
+
+
+def test_ranks_one_after_the_other_make_the_same_bytes(digits, tmp_path):
+    encode(make_job(digits, tmp_path / "whole"))
+    job = make_job(digits, tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt):  # the first one has made the plan
+        encode(job, Ranks(0, 3), progress=lambda *told: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert [encode(job, Ranks(rank, 3)) for rank in (1, 2)] == [None, None]
+    assert (len(list((tmp_path / "out").glob("shard-*"))), encode(job, Ranks(0, 3)).train.samples) == (3, COUNT)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    # a rank that comes when all is done
+    assert encode(job, Ranks(2, 3)) is None
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_shard_that_is_removed_or_cut_before_the_end_is_noticed(digits, tmp_path):
+    encode(make_job(digits, tmp_path / "whole"))
+    job = make_job(digits, tmp_path / "out")
+    for damage in (lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-512])):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        with pytest.raises(KeyboardInterrupt):
+            encode(job, progress=stop_after(2))
+        damage(tmp_path / "out/shard-000000.tar")
+        with pytest.raises(DataError, match=r"shard-000000.tar was written and is no longer there, or not whole: run"):
+            encode(job)
+        assert not (tmp_path / "out/manifest.json").exists()
+        encode(job)
+        assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:50], lambda content: b"{}", lambda content: b""])
+def test_a_damaged_record_is_noticed(digits, tmp_path, damage):
+    encode(make_job(digits, tmp_path / "whole"))
+    job = make_job(digits, tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt):
+        encode(job, progress=stop_after(2))
+    (record,) = (tmp_path / "out/.encoding").glob("train-000000-*")
+    record.write_bytes(damage(record.read_bytes()))
+    with pytest.raises(DataError, match=rf"{record.name} is damaged and was removed: run the same command again"):
+        encode(job)
+    encode(job)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_damaged_plan_is_noticed(digits, tmp_path):
+    job = make_job(digits, tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt):
+        encode(job, progress=stop_after(1))
+    for content in (b"", b"[]", b'{"job": "x"}', b'{"job": "x", "probes": [[1]]}'):
+        (tmp_path / "out/.encoding/plan.json").write_bytes(content)
+        with pytest.raises(DataError, match=r"plan.json is damaged .*: remove"):
+            encode(job)
+
+
+# ---- refused
+
+
+def test_folders_in_use_are_not_touched(digits, tmp_path):
+    first = make_job(digits, tmp_path / "out")
+    encode(first)
+    before = contents(tmp_path / "out")
+    (tmp_path / "out/decoded.png").write_bytes(b"")  # a look at it
+    assert check_output([first.folder], first.digest)
+    (tmp_path / "out/decoded.png").unlink()
+    other = make_job(digits, tmp_path / "out", seed=1)
+    for folders in ([other.folder], [Location(tmp_path / "new"), other.folder]):
+        for digest in (other.digest, other.digest[:32]):  # before the codec is loaded, too
+            with pytest.raises(
+                DataError, match="already holds encoded data, of other inputs or made with other settings"
+            ):
+                check_output(folders, digest)
+    assert contents(tmp_path / "out") == before and not (tmp_path / "new").exists()
+
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis/shard-of-glass.tar").write_text("ten years of work")
+    with pytest.raises(DataError, match=r"not empty \(it holds shard-of-glass.tar\)"):
+        check_output([Location(tmp_path / "thesis")], first.digest)
+    with pytest.raises(DataError, match="is a file"):
+        check_output([Location(tmp_path / "thesis/shard-of-glass.tar")], first.digest)
+    for held in (tmp_path / "a", tmp_path / "a/held", tmp_path):
+        with pytest.raises(DataError, match="must be two folders"):
+            check_output([Location(tmp_path / "a"), Location(held)], first.digest)
+
+
+def test_the_beginnings_of_another_job_are_not_gone_on_with(digits, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        encode(make_job(digits, tmp_path / "out"), progress=stop_after(1))
+    before = contents(tmp_path / "out")
+    other = make_job(digits, tmp_path / "out", dtype="float16")
+    for call in (
+        lambda: check_output([other.folder], other.digest),
+        lambda: check_output([other.folder], other.digest[:32]),
+        lambda: encode(other),
+        lambda: encode(other, Ranks(1, 2)),
+    ):
+        with pytest.raises(DataError, match="the beginnings of an encoding of other inputs or with other settings"):
+            call()
+    assert contents(tmp_path / "out") == before
+
+
+def test_sizes_that_do_not_fit_the_codec(digits, tmp_path):
+    with pytest.raises(DataError, match=r"30 x 30 pixels do not fit the codec digits: .* multiples of 4"):
+        encode(make_job(digits, tmp_path / "out", 30, codec="digits"))
+    assert not (tmp_path / "out").exists()
+
+
+# ---- inputs that cannot be encoded
+
+
+def reasons(out) -> dict[str, str]:
+    lines = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
+    found = {line["input"].rsplit("/", 1)[-1]: line["reason"] for line in lines}
+    assert len(found) == len(lines)
+    return found
+
+
+def test_images_that_cannot_be_decoded(digits, tmp_path):
+    source = tmp_path / "in"
+    shutil.copytree(digits, source)
+    paths = sorted(source.rglob("*.png"))
+    paths[0].write_bytes(paths[0].read_bytes()[:-30])
+    paths[1].rename(paths[1].with_suffix(".jpg")).write_text("dear diary")
+    encode(make_job(digits, tmp_path / "whole", flips=True))
+    listed = tmp_path / "list.jsonl"
+    rows = [
+        {"path": str(p), "key": str(p.relative_to(source).with_suffix(""))} for p in sorted(source.rglob("*.[pj]*g"))
+    ]
+    listed.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"path": "in/gone.png", "key": "gone"}]))
+
+    job = make_job(listed, tmp_path / "out", flips=True, max_rejected=0.02)
+    with pytest.raises(
+        DataError, match=rf"3 of {COUNT + 1} inputs cannot be encoded, more than a share of 0.02: see .*"
+    ) as error:
+        encode(job)
+    assert str(tmp_path / "out/rejected.jsonl") in str(error.value) and "--max-rejected" in str(error.value)
+    found = reasons(tmp_path / "out")  # of each input once, not of each of its views
+    assert found.keys() == {paths[0].name, paths[1].stem + ".jpg", "gone.png"}
+    assert all(name in reason for name, reason in found.items())
+    assert not (tmp_path / "out/manifest.json").exists()
+
+    # the share is raised: nothing is encoded again
+    job.codec.encode = None
+    raised = make_job(listed, tmp_path / "out", flips=True, max_rejected=0.05)
+    raised.codec.encode = None
+    encoded = encode(raised)
+    assert encoded.train.rejected == 3 and encoded.train.samples == 2 * (COUNT - 2)
+    _, data = read_all(tmp_path / "out")
+    _, whole = read_all(tmp_path / "whole")
+    missing = {sample_id(str(p.relative_to(source).with_suffix("")), 0, view) for p in paths[:2] for view in (0, 1)}
+    assert set(data["ids"].tolist()) == set(whole["ids"].tolist()) - missing
+    assert_done(tmp_path / "out")
+
+
+def test_a_mended_input_is_encoded_by_the_same_command(digits, tmp_path, monkeypatch):
+    source = tmp_path / "in"
+    shutil.copytree(digits, source)
+    broken = sorted(source.rglob("*.png"))[:2]
+    for path in broken:
+        path.write_bytes(b"")
+    encode(make_job(digits, tmp_path / "whole"))
+    job = make_job(source, tmp_path / "out")
+    with pytest.raises(DataError, match=f"2 of {COUNT} inputs"):
+        encode(job)
+    for path in broken:
+        shutil.copy(digits / path.relative_to(source), path)
+    again = []
+    real = job.codec.encode
+    monkeypatch.setattr(job.codec, "encode", lambda pixels: again.append(len(pixels)) or real(pixels))
+    assert encode(job).train.rejected == 0
+    assert 0 < sum(again) <= 24  # the shards of these two only
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")  # and no list of rejected ones is left
+
+
+def test_videos_that_cannot_be_decoded(clips, tmp_path):
+    source = tmp_path / "in"
+    shutil.copytree(clips, source)
+    (source / "0.mp4").write_bytes((source / "0.mp4").read_bytes()[:700])
+    (source / "short.mp4").write_bytes((clips / "1.mp4").read_bytes())
+    job = make_job(source, tmp_path / "out", 16, frames=5, max_rejected=0.1, samples_per_member=1, members_per_shard=2)
+    with pytest.raises(DataError, match="1 of 6 inputs"):
+        encode(job)
+    assert reasons(tmp_path / "out").keys() == {"0.mp4"}
+    # Mended, it brings clips that shift all others: no old shard may stand for a new one, whatever happens in between.
+    first = contents(tmp_path / "out")
+    shutil.copy(clips / "0.mp4", source / "0.mp4")
+    with pytest.raises(KeyboardInterrupt):
+        encode(
+            job,
+            progress=lambda stage, done, total: (
+                (_ for _ in ()).throw(KeyboardInterrupt) if done >= 8 and stage == "encoding" else None
+            ),
+        )
+    (source / "0.mp4").write_bytes(b"")
+    (tmp_path / "out/.encoding/plan.json").unlink()
+    with pytest.raises(DataError, match="1 of 6 inputs"):
+        encode(job)
+    shards = {name: content for name, content in first.items() if name.endswith(".tar")}
+    assert {name: content for name, content in contents(tmp_path / "out").items() if name.endswith(".tar")} == shards
+    shutil.copy(clips / "0.mp4", source / "0.mp4")
+    encode(job)
+    encode(make_job(source, tmp_path / "whole", 16, frames=5, samples_per_member=1, members_per_shard=2))
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_side_of_which_nothing_can_be_decoded(tmp_path):
+    (tmp_path / "in").mkdir()
+    for i in range(3):
+        (tmp_path / f"in/{i}.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"none of the inputs of the train side could be encoded: see .*rejected.jsonl"):
+        encode(make_job(tmp_path / "in", tmp_path / "out", max_rejected=1.0))
+    assert len(reasons(tmp_path / "out")) == 3
+
+
+# ---- other file systems
+
+
+def test_input_and_output_in_memory(digits, memory, tmp_path):
+    fs = fsspec.filesystem("memory")
+    for path in digits.rglob("*.png"):
+        fs.pipe_file(f"{memory.path}/in/{path.relative_to(digits)}", path.read_bytes())
+    encode(make_job(digits, tmp_path / "out"))
+    job = make_job(f"memory:/{memory.path}/in", f"memory:/{memory.path}/out")
+    with pytest.raises(KeyboardInterrupt):
+        encode(job, progress=stop_after(2))
+    encode(job)
+    assert check_output([job.folder], job.digest)
+    found = {path.rsplit("/", 1)[-1]: fs.cat_file(path) for path in fs.find(f"{memory.path}/out")}
+    assert found == contents(tmp_path / "out")
+    with pytest.raises(DataError, match=re.escape(f"{job.folder} already holds encoded data")):
+        check_output([job.folder], "another")
