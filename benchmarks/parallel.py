@@ -10,8 +10,9 @@ all ranks together, which does not count what else the machine is busy with.
              Two ranks on two cores can be watched in real time: `observed` is then the share of the time between the
              first operation and the last that ranks did not spend in forwards and backwards, but in receives
     memory   bytes of live tensors by kind at the end of a step's last backward, before gradients are reduced; `planned`
-             is the layout's table. The peak is the process's during one more step, less what it held before the model
-             was built and less pages of libraries; it includes activations and buffers of the transport
+             is the layout's table. The peak is the process's during a step, less what it held before the model was
+             built and less pages of libraries; it includes activations and buffers of the transport. It is found in a
+             run of its own, in which all memory that is freed is given back
 
 Prints Markdown, writes benchmarks/results/parallel.json and docs/images/parallel.png.
 
@@ -19,22 +20,19 @@ Prints Markdown, writes benchmarks/results/parallel.json and docs/images/paralle
 """
 
 import argparse
-import contextlib
-import ctypes
-import gc
 import itertools
 import json
 import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from memory import KINDS, forget_peak, give_memory_back, live_storages, looking_at_the_end, peak_since, rss
 from torch import Tensor
 from tqdm import tqdm
 from traffic import TrafficCounter
@@ -51,9 +49,7 @@ sys.path.insert(0, str(ROOT / "tests" / "distributed"))
 from rank_pool import RankPool  # noqa: E402
 
 MIB = 2**20
-_M_MMAP_THRESHOLD = -3  # malloc.h
 AXES = ("tensor", "pipeline", "data", "other")
-KINDS = ("parameters", "gradients", "optimizer", "average", "other")
 KEPT: dict[str, Any] = {"zero_stage": 3, "keep_gathered": "always"}
 BY_BLOCK: dict[str, Any] = {"zero_stage": 3, "keep_gathered": "never"}
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -94,7 +90,10 @@ def main() -> None:
     for part, world, steps, name, parallel in (bar := tqdm([job for job in jobs if options.only in job[3]])):
         bar.set_description(name)
         config = configuration(parallel)
-        result[part][name] = summary(config, world, pool.run(world, measure, config, steps, timeout_s=300))
+        timed = pool.run(world, measure, config, steps, timeout_s=300)
+        exact = pool.run(world, measure, config, 0, timeout_s=300)
+        ranks = [a | {key: b[key] for key in ("live", "peak", "start_peak")} for a, b in zip(timed, exact, strict=True)]
+        result[part][name] = summary(config, world, ranks)
         RESULTS.write_text(json.dumps(result, indent=1) + "\n")
     layouts = {name: result["layouts"][name] for name in LAYOUTS if name in result["layouts"]}
     print(f"\n{table(layouts)}\n\n{memory_table(layouts)}\n\n{observed_table(result['observed'])}")
@@ -156,7 +155,9 @@ class Clock:
 
 
 def measure(config: RunConfig, steps: int) -> dict[str, Any]:
-    """One rank's figures; a body for the pool."""
+    """One rank's figures; a body for the pool. With no timed steps those of memory are exact."""
+    if not steps:
+        give_memory_back()
     from rdm_scale.parallel.mesh import build_mesh
     from rdm_scale.parallel.parallelize import parallelize
     from rdm_scale.training.ema import Ema
@@ -233,85 +234,6 @@ def random_batch(config: RunConfig, layout: Layout, data_rank: int) -> TrainingB
     noise = torch.randn(latents.shape, generator=generator)
     numbers = torch.arange(samples)
     return TrainingBatch(0, numbers, numbers, latents, noise, torch.rand(samples, generator=generator), numbers % 10)
-
-
-# Memory
-
-
-@contextlib.contextmanager
-def looking_at_the_end(model: Any, ema: Any, before: set[int], found: list[dict[str, int]]) -> Iterator[None]:
-    """Within, finds out what is alive after the last backward of a step."""
-    accumulating = model.zero.accumulating
-
-    @contextlib.contextmanager
-    def watched() -> Iterator[None]:
-        with accumulating():
-            yield
-            found.append(live_by_kind(model, ema, before))
-
-    model.zero.accumulating = watched
-    yield
-    model.zero.accumulating = accumulating
-
-
-def live_by_kind(model: Any, ema: Any, before: set[int]) -> dict[str, int]:
-    zero = model.zero
-    optimizer = [*zero.masters, *itertools.chain(*zero.moments().values())]
-    kind_of = {address(t): "optimizer" for t in optimizer} | {address(t): "average" for t in ema.flats}
-    for parameter in zero.parameters:
-        kind_of[address(parameter)] = "parameters"
-        if hasattr(parameter, "ds_tensor"):
-            kind_of[address(parameter.ds_tensor)] = "parameters"
-        for name in ("grad", "grad_accum"):  # DeepSpeed's below stage 3
-            if getattr(parameter, name, None) is not None:
-                kind_of[address(getattr(parameter, name))] = "gradients"
-    kind_of |= {address(t): "gradients" for t in partitioned_gradients(zero.optimizer.raw)}
-    sizes = dict.fromkeys(KINDS, 0)
-    for storage, size in live_storages():
-        if storage not in before:
-            sizes[kind_of.get(storage, "other")] += size
-    return sizes
-
-
-def partitioned_gradients(zero: Any) -> list[Tensor]:
-    """Where DeepSpeed keeps what it has reduced: stage 3, and stage 2."""
-    groups = [[getattr(zero, "grad_partitions_flat_buffer", None)]]
-    for name in ("averaged_gradients", "all_grad_tensors"):
-        found = getattr(zero, name, None)
-        groups += found.values() if isinstance(found, dict) else []
-    return [t for group in groups if group is not None for t in group if t is not None]
-
-
-def live_storages() -> set[tuple[int, int]]:
-    """(address, bytes) of the memory of all tensors that Python reaches."""
-    gc.collect()
-    found = [o for o in gc.get_objects() if isinstance(o, Tensor) and not o.is_meta]
-    found += [t.grad for t in found if t.is_leaf and t.requires_grad and t.grad is not None]
-    return {(address(t), t.untyped_storage().nbytes()) for t in found if t.untyped_storage().nbytes()}
-
-
-def address(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
-
-
-def rss() -> dict[str, int]:
-    """Bytes of this process's memory, from /proc."""
-    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
-    return {line[0].rstrip(":"): 1024 * int(line[1]) for line in lines if line[-1] == "kB"}
-
-
-def peak_since(before: dict[str, int]) -> int:
-    """Growth of memory up to its peak, without pages of files."""
-    now = rss()
-    return (now["VmHWM"] - now["RssFile"]) - (before["VmRSS"] - before["RssFile"])
-
-
-def forget_peak() -> None:
-    """From here on memory that is freed is also given back, else the peak would be that of the allocator's habits."""
-    libc = ctypes.CDLL(None)
-    libc.mallopt(_M_MMAP_THRESHOLD, 2**16)
-    libc.malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 # Over all ranks
