@@ -34,7 +34,10 @@ def train(config: RunConfig) -> None:
     config.data_parallel_size(int(os.environ.get("WORLD_SIZE", 1)))
 
     from rdm_scale.data.compatibility import check_data
+    from rdm_scale.data.retry import Retry, set_retry
     from rdm_scale.training.run_directory import plan_start, prepare
+
+    set_retry(Retry.within(config.data.read_timeout_s))
 
     checked = None
     if os.environ.get("RANK", "0") == "0":  # the others need not read what may lie far away

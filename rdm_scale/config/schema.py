@@ -114,7 +114,7 @@ class DataConfig(Section):
     options: dict[str, Any] = Field(
         {}, description="fsspec options of the sets' file system; S3 credentials and endpoint come from AWS_* variables"
     )
-    read_timeout_s: float = Field(120.0, gt=0, description="seconds that one read may take, retries included")
+    read_timeout_s: float = Field(45.0, gt=0, description="seconds that one read may take, with all its tries")
     lost_shards: int = Field(
         0, ge=0, description="shards that may prove unreadable before the run ends; others stand in for their samples"
     )

@@ -14,18 +14,25 @@ from rdm_scale.data.storage import Location
 TIMINGS = ("step_s", "tokens_per_s", "data_wait_s", "data_wait_share")
 
 
-def write_latents(folder: Path, samples: int = 96, classes: int = 4, seed: int = 0, channels: int = 4) -> str:
-    """Latents [channels, 1, 8, 8] whose mean depends on the label; the manifest's path."""
+def write_latents(
+    folder: Path,
+    samples: int = 96,
+    classes: int = 4,
+    seed: int = 0,
+    channels: int = 4,
+    size: tuple[int, int, int] = (1, 8, 8),
+) -> str:
+    """Latents [channels, *size] whose mean depends on the label; the manifest's path."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(samples) % classes
-    latents = torch.randn(samples, channels, 1, 8, 8, generator=generator) * 0.5 + (labels - 1.5).view(-1, 1, 1, 1, 1)
+    latents = torch.randn(samples, channels, *size, generator=generator) * 0.5 + (labels - 1.5).view(-1, 1, 1, 1, 1)
     codec = Codec(name="identity", location="identity")
     names = tuple(f"class {i}" for i in range(classes))
     writer = ShardWriter(
         Location(folder),
         kind="mode",
         dtype="float32",
-        shape=(channels, 1, 8, 8),
+        shape=(channels, *size),
         codec=codec,
         class_names=names,
         samples_per_member=8,
