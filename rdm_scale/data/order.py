@@ -14,10 +14,12 @@ to begin at any step.
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from itertools import chain
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
+from numpy.random.bit_generator import ISeedSequence
 
 from rdm_scale import rng
 from rdm_scale.data.manifest import Manifest
@@ -60,19 +62,25 @@ class GlobalOrder:
 
     def places(self, positions: range) -> list[Place]:
         """Where the samples at these global positions lie."""
-        epochs, places = np.divmod(np.asarray(positions, np.int64), self.samples)
-        return [place for epoch in np.unique(epochs) for place in self._places(int(epoch), places[epochs == epoch])]
+        return list(map(Place, *self.columns(positions)))
 
-    def _places(self, epoch: int, i: Indices) -> list[Place]:
+    def columns(self, positions: range) -> tuple[list[int], list[int], list[int]]:
+        """`places` by column: shards, members, samples. Much less work than an object for each sample."""
+        epochs, places = np.divmod(np.arange(positions.start, positions.stop), self.samples)
+        parts = [self._columns(int(epoch), places[epochs == epoch]) for epoch in range(epochs[0], epochs[-1] + 1)]
+        shards, members, samples = (list(chain.from_iterable(column)) for column in zip(*parts, strict=True))
+        return shards, members, samples
+
+    def _columns(self, epoch: int, i: Indices) -> tuple[list[int], list[int], list[int]]:
         order, ends = self._epoch(epoch)
         index = self._index(i)
         slots = np.searchsorted(ends, index, side="right")
         members = order[slots]
         nth = index - (ends[slots] - self._counts[members])
-        samples = [int(self._within(epoch, m)[n]) for m, n in zip(members.tolist(), nth.tolist(), strict=True)]
+        samples = [self._within(epoch, m)[n] for m, n in zip(members.tolist(), nth.tolist(), strict=True)]
         shards = np.searchsorted(self._first_members, members, side="right") - 1
         members_of_shards = members - self._first_members[shards]
-        return list(map(Place, self._shards[shards].tolist(), members_of_shards.tolist(), samples))
+        return self._shards[shards].tolist(), members_of_shards.tolist(), samples
 
     def _index(self, i: Indices) -> Indices:
         """Index, in the epoch's order of samples, of what is read i-th: run i mod C, at its (i div C)-th sample."""
@@ -85,8 +93,8 @@ class GlobalOrder:
         members = permutation(rng.key(self.seed, "order of members", epoch), len(self._counts))
         return members, np.cumsum(self._counts[members])
 
-    def _make_within(self, epoch: int, member: int) -> Indices:
-        return permutation(rng.key(self.seed, "order of samples", epoch, member), int(self._counts[member]))
+    def _make_within(self, epoch: int, member: int) -> list[int]:
+        return permutation(rng.key(self.seed, "order of samples", epoch, member), int(self._counts[member])).tolist()
 
 
 def permutation(key: int, size: int) -> Indices:
@@ -95,4 +103,14 @@ def permutation(key: int, size: int) -> Indices:
     Made of a bit generator and a stable sort, both of which NumPy keeps fixed; it does not promise that of
     `Generator.permutation`, nor torch of `randperm`.
     """
-    return np.argsort(np.random.Philox(key=key).random_raw(size), kind="stable")
+    return np.argsort(np.random.Philox(cast(Any, _Key(key))).random_raw(size), kind="stable")
+
+
+class _Key(ISeedSequence):
+    """Seeds a Philox as `Philox(key=...)` does; that first gathers entropy from the system, only to drop it."""
+
+    def __init__(self, key: int) -> None:
+        self._key = key
+
+    def generate_state(self, n_words: int, dtype: Any = np.uint32) -> npt.NDArray[Any]:
+        return np.array([self._key, 0], np.uint64)

@@ -3,22 +3,33 @@
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, repeat
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rdm_scale import rng
 from rdm_scale.config import DataConfig, DataSource
 from rdm_scale.data import mixing
-from rdm_scale.data.codecs import normalise
+from rdm_scale.data.codecs.codec import normalise_
 from rdm_scale.data.losses import LostShards
 from rdm_scale.data.manifest import Manifest
 from rdm_scale.data.order import GlobalOrder, Place
-from rdm_scale.data.reader import MemberReader, OpenSet, Samples, key_of, open_cache, open_set, stack
-from rdm_scale.errors import ConfigError, DataError
+from rdm_scale.data.reader import (
+    MemberKey,
+    MemberReader,
+    OpenSet,
+    Samples,
+    UnreadableError,
+    open_cache,
+    open_set,
+    stack,
+)
+from rdm_scale.data.shards import DTYPES
+from rdm_scale.errors import ConfigError
 
 _AHEAD_STEPS = 256  # at most so many steps are looked ahead for members to read
 Sources = str | Path | Sequence[DataSource]
@@ -49,7 +60,8 @@ class _Planned(NamedTuple):
     step: int
     positions: range
     set: int
-    places: list[Place]
+    keys: list[MemberKey]  # of the members that the samples are in
+    samples: list[int]  # their indices in these members
 
 
 class LatentStream:
@@ -136,21 +148,29 @@ class LatentStream:
         bucket, nth = self._turns_within[which].of(turn)
         lane = self._lanes[which][bucket]
         positions = lane.order.positions(step, self.dp_rank, self.dp_size)  # unique in the run, for its randomness
-        places = lane.order.places(lane.order.positions(nth + 1, self.dp_rank, self.dp_size))
-        return _Planned(step, positions, lane.set, places)
+        shards, members, samples = lane.order.columns(lane.order.positions(nth + 1, self.dp_rank, self.dp_size))
+        return _Planned(step, positions, lane.set, list(zip(repeat(lane.set), shards, members)), samples)
+
+    def _wanted(self, planned: _Planned) -> tuple[list[MemberKey], list[int]]:
+        """What is read, as far as losses are known: members, and the samples in them."""
+        if not len(self.lost):
+            return planned.keys, planned.samples
+        places = [Place(shard, member, n) for (_, shard, member), n in zip(planned.keys, planned.samples, strict=True)]
+        return _keyed(planned.set, self.lost.stand_ins(planned.set, places))
 
     def _expect(self, planned: _Planned) -> None:
-        places = self.lost.stand_ins(planned.set, planned.places)
-        self._reader.expect(dict.fromkeys(key_of(planned.set, place) for place in places))
+        self._reader.expect(dict.fromkeys(self._wanted(planned)[0]))
 
     def _read(self, planned: _Planned) -> LatentBatch:
         while True:
+            keys, samples = self._wanted(planned)
             try:
-                found = _look_up(self._reader, planned.set, self.lost.stand_ins(planned.set, planned.places))
+                members = self._reader.get(keys)
                 break
-            except _UnreadableError as failed:
+            except UnreadableError as failed:
                 self.lost.lose(failed.set, failed.shard, failed.reason)
-        return _batch(planned.step, planned.positions, found, self.sets[planned.set].manifest, self.seed, "posterior")
+        manifest = self.sets[planned.set].manifest
+        return _batch(planned.step, planned.positions, keys[0], members, samples, manifest, self.seed, "posterior")
 
 
 class HeldOut:
@@ -201,12 +221,13 @@ class HeldOut:
             for start in range(self.dp_rank * self.batch_size, _whole(places, self), self.batch_size * self.dp_size):
                 indices = range(start, start + self.batch_size)
                 present = [min(index, len(places) - 1) for index in indices]
+                keys, samples = _keyed(which, [places[index] for index in present])
                 try:
-                    found = _look_up(self._reader, which, [places[index] for index in present])
-                except _UnreadableError as failed:
+                    members = self._reader.get(keys)
+                except UnreadableError as failed:
                     raise failed.reason from None
-                positions = [first_position + index for index in present]
-                batch = _batch(next(numbers), positions, found, self.sets[which].manifest, 0, "held-out posterior")
+                positions, manifest = [first_position + index for index in present], self.sets[which].manifest
+                batch = _batch(next(numbers), positions, keys[0], members, samples, manifest, 0, "held-out posterior")
                 yield batch, torch.tensor([float(index < len(places)) for index in indices], dtype=torch.float64)
             first_position += len(places)
 
@@ -227,14 +248,6 @@ class HeldOut:
         return groups
 
 
-class _UnreadableError(Exception):
-    """A shard of a set cannot be read."""
-
-    def __init__(self, set_index: int, shard: int, reason: DataError) -> None:
-        super().__init__(str(reason))
-        self.set, self.shard, self.reason = set_index, shard, reason
-
-
 def _open(sources: Sources, config: DataConfig | None) -> tuple[list[OpenSet], DataConfig]:
     if isinstance(sources, str | Path):
         sources = [DataSource(path=str(sources))]
@@ -242,31 +255,42 @@ def _open(sources: Sources, config: DataConfig | None) -> tuple[list[OpenSet], D
     return [open_set(source, config.options) for source in sources], config
 
 
-def _look_up(reader: MemberReader, which: int, places: Sequence[Place]) -> list[tuple[Samples, int]]:
-    found = []
-    for place in places:
-        try:
-            found.append((reader.get(key_of(which, place)), place.sample))
-        except DataError as error:
-            raise _UnreadableError(which, place.shard, error) from None
-    return found
+def _keyed(which: int, places: Sequence[Place]) -> tuple[list[MemberKey], list[int]]:
+    return [(which, place.shard, place.member) for place in places], [place.sample for place in places]
 
 
 def _batch(
-    step: int, positions: Sequence[int], found: list[tuple[Samples, int]], manifest: Manifest, seed: int, purpose: str
+    step: int,
+    positions: Sequence[int],
+    first: MemberKey,
+    members: Sequence[Samples],
+    samples: Sequence[int],
+    manifest: Manifest,
+    seed: int,
+    purpose: str,
 ) -> LatentBatch:
-    raw = stack(found)
+    """
+    Args:
+        first: a member of the batch, all of whose samples have one shape.
+    """
+    shape = manifest.stored_shape(manifest.shape_of(manifest.shards[first[1]]))
+    found = list(zip(members, samples, strict=True))
+    raw = stack(found, shape, DTYPES[manifest.dtype]).float()
     if manifest.kind == "moments":
-        shape = (raw.shape[1] // 2, *raw.shape[2:])
-        noise = [torch.randn(shape, generator=rng.generator(seed, purpose, position)) for position in positions]
+        noise_shape = (shape[0] // 2, *shape[1:])
+        noise = [torch.randn(noise_shape, generator=rng.generator(seed, purpose, position)) for position in positions]
         raw = posterior_sample(raw, torch.stack(noise))
     return LatentBatch(
         step=step,
-        positions=torch.tensor(positions),
-        ids=torch.tensor([samples.ids[index] for samples, index in found]),
-        labels=torch.tensor([samples.labels[index] for samples, index in found]),
-        latents=normalise(raw, manifest.codec),
+        positions=_integers(positions),
+        ids=_integers([member.ids[index] for member, index in found]),
+        labels=_integers([member.labels[index] for member, index in found]),
+        latents=normalise_(raw, manifest.codec),
     )
+
+
+def _integers(values: Sequence[int]) -> Tensor:
+    return torch.from_numpy(np.array(values, np.int64))  # torch.tensor takes three times as long
 
 
 def posterior_sample(moments: Tensor, noise: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 from latent_sets import LatentSet, WriteSet
 
 from rdm_scale.config import DataSource
-from rdm_scale.data.reader import MemberKey, MemberReader, open_set
+from rdm_scale.data.reader import MemberKey, MemberReader, open_set, stack
 from rdm_scale.data.storage import Location
 from rdm_scale.errors import DataError
 
@@ -24,17 +24,17 @@ def reader_of(latents: LatentSet, streams: int = 1, workers: int = 1) -> MemberR
 
 def keys(latents: LatentSet) -> list[MemberKey]:
     shards = latents.manifest.shards
-    return [MemberKey(0, s, m) for s, shard in enumerate(shards) for m in range(len(shard.members))]
+    return [(0, s, m) for s, shard in enumerate(shards) for m in range(len(shard.members))]
 
 
 def test_members_hold_what_was_written(write_set: WriteSet) -> None:
     latents = write_set(29)
     reader = reader_of(latents)
-    found = [reader.get(key) for key in keys(latents)]
+    found = reader.get(keys(latents))
     assert [number for member in found for number in member.ids] == latents.ids.tolist()
     assert [label for member in found for label in member.labels] == latents.labels.tolist()
-    values = [sample for member in found for sample in member.latents]
-    assert all(value.equal(expected) for value, expected in zip(values, latents.latents, strict=True))
+    samples = [(member, index) for member in found for index in range(len(member.ids))]
+    assert stack(samples, latents.latents.shape[1:], latents.latents.dtype).equal(latents.latents)
 
 
 def test_those_used_last_are_kept(write_set: WriteSet, monkeypatch: pytest.MonkeyPatch, reads: list[int]) -> None:
@@ -44,11 +44,11 @@ def test_those_used_last_are_kept(write_set: WriteSet, monkeypatch: pytest.Monke
     reader = reader_of(latents)  # one stream and one worker: twice two members
     one, two, three, four, five, _ = keys(latents)
     for key in (one, two, three, four, one, five):
-        reader.get(key)
+        reader.get([key])
     assert len(reads) == 5
-    reader.get(one)
+    reader.get([one])
     assert len(reads) == 5
-    reader.get(two)
+    reader.get([two])
     assert len(reads) == 6
 
 
@@ -58,7 +58,7 @@ def test_what_is_expected_is_there_when_it_is_asked_for(write_set: WriteSet, rea
     wanted = keys(latents)[:5]
     reader.expect(wanted)
     for key in reversed(wanted):
-        reader.get(key)
+        reader.get([key])
     reader.close()
     assert len(reads) == 5 and reader.has_room
 
@@ -70,9 +70,9 @@ def test_a_read_that_failed_is_tried_again(write_set: WriteSet) -> None:
     content = place.read()
     place.remove()
     with pytest.raises(DataError, match="is missing"):
-        reader.get(key)
+        reader.get([key])
     place.write(content)
-    assert reader.get(key).ids == latents.ids[:4].tolist()
+    assert reader.get([key])[0].ids == latents.ids[:4].tolist()
 
 
 def test_a_file_replaced_meanwhile_is_told_as_such(write_set: WriteSet) -> None:
@@ -84,4 +84,4 @@ def test_a_file_replaced_meanwhile_is_told_as_such(write_set: WriteSet) -> None:
     with pytest.raises(
         DataError, match=rf"was replaced while it was in use: it had {len(content)} bytes.*has {len(content) + 8}"
     ):
-        reader.get(keys(latents)[0])
+        reader.get([keys(latents)[0]])

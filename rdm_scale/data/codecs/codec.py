@@ -14,8 +14,16 @@ MIN_LOG_VARIANCE = -30.0  # diffusers' DiagonalGaussianDistribution clamps here;
 
 def normalise(raw: Tensor, record: Codec) -> Tensor:
     """Raw latents [B, C, T, H, W] to unit scale: (raw - shift) * scale."""
-    shift, scale = (_per_channel(v, raw) for v in (record.shift, record.scale))
-    return (raw - shift) * scale
+    return normalise_(raw.clone(), record)
+
+
+def normalise_(raw: Tensor, record: Codec) -> Tensor:
+    """`normalise` in place: memory for the result would cost far more than the arithmetic."""
+    if any(record.shift):
+        raw.sub_(_per_channel(record.shift, raw))
+    if any(factor != 1 for factor in record.scale):
+        raw.mul_(_per_channel(record.scale, raw))
+    return raw
 
 
 def denormalise(latents: Tensor, record: Codec) -> Tensor:
