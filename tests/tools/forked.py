@@ -1,0 +1,52 @@
+"""Processes that run a tool as if from a shell, forked from one that has imported what takes seconds."""
+
+import multiprocessing
+import os
+import runpy
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    [
+        "pytest",
+        "torch",
+        "diffusers.models.autoencoders.autoencoder_kl",
+        "rdm_scale.data.encoding.job",
+        "rdm_scale.data.encoding.inspection",
+        "rdm_scale.evaluation.pictures",
+    ]
+)
+
+
+class Result(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+class Running:
+    """A call of a tool that is under way, as one of `size` ranks."""
+
+    def __init__(self, tmp: Path, tool: Path, arguments: tuple[object, ...], rank: int = 0, size: int = 1) -> None:
+        self._out = tmp / f"streams-{time.monotonic_ns()}-{rank}"
+        self._out.mkdir(parents=True)
+        environment = {"OMP_NUM_THREADS": "1", "RANK": str(rank), "WORLD_SIZE": str(size)}
+        command = [str(tool), *map(str, arguments)]
+        self.process = FORKS.Process(target=_main, args=(command, environment, self._out))
+        self.process.start()
+
+    def result(self) -> Result:
+        self.process.join(200)
+        assert self.process.exitcode is not None, "it does not end"
+        return Result(self.process.exitcode, *((self._out / name).read_text() for name in ("stdout", "stderr")))
+
+
+def _main(command: list[str], environment: dict[str, str], out: Path) -> None:
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(out / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    os.environ.update(environment)
+    sys.argv = command
+    runpy.run_path(command[0], run_name="__main__")
