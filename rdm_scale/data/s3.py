@@ -172,7 +172,8 @@ class S3(S3FileSystem):
                 connection, since = idle.pop() if idle else (None, 0.0)
             if connection is None:
                 if url.scheme == "https":
-                    return HTTPSConnection(url.netloc, context=_tls())
+                    authorities = os.environ.get("AWS_CA_BUNDLE") or get_cert_path(True)
+                    return HTTPSConnection(url.netloc, context=_tls(authorities))
                 return HTTPConnection(url.netloc)
             if since > oldest and not _readable(connection.sock):  # what could be read is the server's goodbye
                 return connection
@@ -184,8 +185,8 @@ def _origin(url: SplitResult) -> tuple[str, str]:
 
 
 @functools.cache
-def _tls() -> ssl.SSLContext:
-    return ssl.create_default_context(cafile=os.environ.get("AWS_CA_BUNDLE") or get_cert_path(True))
+def _tls(authorities: str) -> ssl.SSLContext:
+    return ssl.create_default_context(cafile=authorities)
 
 
 def _readable(sock: socket.socket) -> bool:

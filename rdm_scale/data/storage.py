@@ -9,6 +9,7 @@ import posixpath
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from stat import S_ISDIR
@@ -347,6 +348,8 @@ def _s3(options: dict[str, Any]) -> Any:
 
 def _stat(info: Mapping[str, Any]) -> Stat:
     version = next((info[name] for name in _VERSIONS if info.get(name)), "")
+    if isinstance(version, datetime):  # one listing gives these where another gives seconds
+        version = version.timestamp()
     return Stat(int(info["size"] or 0), str(version).strip('"'))
 
 

