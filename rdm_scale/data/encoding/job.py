@@ -13,7 +13,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -145,13 +145,15 @@ def encode(job: Job, ranks: Ranks = _ALONE, progress: Progress = lambda stage, d
     for bucket in job.settings.buckets:
         job.codec.latent_shape(*bucket)
     try:
-        plan = _agree_on_plan(job, ranks, progress)
-        if plan is None:
+        agreed = _agree(job, ranks, progress)
+        if agreed is None:
             return None
+        plan = make_plan(job.source, job.settings, agreed.probes)
         watch = _Watch(plan, Records(job.work, plan, job.source), progress)
         mine = [shard for index, shard in enumerate(plan.shards) if index % ranks.size == ranks.rank]
         worker = Worker(job.source, job.settings, job.codec, job.text, job.folders.__getitem__)
-        worker.run([shard for shard in mine if shard not in watch.done], watch.record, watch.advance)
+        with _threads(agreed.threads):
+            worker.run([shard for shard in mine if shard not in watch.done], watch.record, watch.advance)
         if ranks.rank:
             return None
         while watch.look() < len(plan.shards):
@@ -159,6 +161,14 @@ def encode(job: Job, ranks: Ranks = _ALONE, progress: Progress = lambda stage, d
         return _finish(job, plan, watch.records)
     except OSError as error:
         raise DataError(f"cannot write {job.folder}: {error}") from None
+
+
+class _Agreed(NamedTuple):
+    """Kept in the output until the job is done."""
+
+    job: str  # its digest
+    threads: int  # that compute on a CPU: with another number the last bits of latents differ
+    probes: list[Probe | str] | None  # sizes of the inputs, or why they have none
 
 
 class _Watch:
@@ -192,42 +202,53 @@ class _Watch:
         self._progress("encoding", min(done, self._plan.samples), self._plan.samples)
 
 
-def _agree_on_plan(job: Job, ranks: Ranks, progress: Progress) -> Plan | None:
-    """The plan, from the inputs' sizes as the first rank has found them; None when all of it is done already."""
+def _agree(job: Job, ranks: Ranks, progress: Progress) -> _Agreed | None:
+    """What all ranks take from the first one; None when the job is done already."""
     place = job.work / _PLAN
     if ranks.rank == 0 and not place.exists():
         job.work.make_dir()
         probes = list(_probe_all(job, progress)) if needs_probes(job.source, job.settings) else None
-        plan = make_plan(job.source, job.settings, probes)
-        _forget(job, plan)
-        place.write(json.dumps({"job": job.digest, "probes": probes}).encode())
-        return plan
+        _forget(job, make_plan(job.source, job.settings, probes))
+        agreed = _Agreed(job.digest, torch.get_num_threads(), probes)
+        place.write(json.dumps(agreed._asdict()).encode())
+        return agreed
     while True:
         try:
-            return make_plan(job.source, job.settings, _read_plan(job.folder, job.digest))
+            return _read_plan(job.folder, job.digest)
         except FileNotFoundError:
             if NAME in job.folder.names():  # the other ranks have finished before this one has begun
                 return None
             time.sleep(_POLL_S)
 
 
-def _read_plan(folder: Location, digest: str) -> list[Probe | str] | None:
-    """The sizes of the inputs. Raises DataError: it is that of another job, or damaged; FileNotFoundError."""
+def _read_plan(folder: Location, digest: str) -> _Agreed:
+    """Raises DataError: it is that of another job, or damaged; FileNotFoundError."""
     place = folder / WORK / _PLAN
     content = place.read()
     try:
-        found = json.loads(content)
-        same = str(found["job"]).startswith(digest)
-        sizes = found["probes"]
-        probes = None if sizes is None else [p if isinstance(p, str) else Probe(*map(int, p)) for p in sizes]
-    except (ValueError, KeyError, TypeError) as error:
+        found = _Agreed(**json.loads(content))
+        same = found.job.startswith(digest)
+        if found.probes is not None:
+            probes = [p if isinstance(p, str) else Probe(*map(int, p)) for p in found.probes]
+            found = found._replace(probes=probes)
+    except (ValueError, AttributeError, TypeError) as error:
         raise DataError(f"{place} is damaged ({error}): remove {folder} and encode again") from None
     if not same:
         raise DataError(
             f"{folder} holds the beginnings of an encoding of other inputs or with other settings: give the same ones "
             "to go on with it, or remove the folder"
         )
-    return probes
+    return found
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _forget(job: Job, plan: Plan) -> None:
