@@ -1,0 +1,197 @@
+"""One loader in a process of its own, for benchmarks/data.py: epochs on demand, timed. Not run by hand.
+
+    python data_loaders.py write NAME SPEC     makes the files of a peer from the raw latents
+    python data_loaders.py read NAME SPEC      answers each line on stdin with an epoch: {"cpu_s", "wall_s"}
+
+Runs under the Python of either environment and so imports what a loader needs only when that loader is asked for.
+Every loader gives the same thing: batches in shuffled order, one tensor each, of the same samples. The form `float32`
+is what a training step takes, latents times the scale of the set; `raw` is the float16 as it is stored.
+"""
+
+import json
+import os
+import sys
+import time
+import types
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SCALE = 0.18215
+SHUFFLED_AT_A_TIME = 4096  # samples in the buffer of webdataset
+
+
+class Spec(NamedTuple):
+    """A data set: DIR/raw.bin holds the latents, DIR/ours, DIR/mds and DIR/litdata the same for the loaders."""
+
+    folder: str
+    samples: int
+    shape: list[int]  # [C, T, H, W], float16
+    batch: int
+
+    def raw(self) -> Any:
+        return np.memmap(Path(self.folder) / "raw.bin", np.float16, "r", shape=(self.samples, *self.shape))
+
+
+def memmap(spec: Spec) -> Iterator[Iterator[Tensor]]:
+    """A gather by a random permutation."""
+    latents = spec.raw()
+    for epoch in range(sys.maxsize):
+        order = np.random.default_rng(epoch).permutation(spec.samples)
+        yield (torch.from_numpy(latents[order[i : i + spec.batch]]) for i in range(0, spec.samples, spec.batch))
+
+
+def ours(spec: Spec, raw: bool) -> Iterator[Iterator[Tensor]]:
+    """All of `LatentStream`; `raw`: order, reading, checksums and batching, without what becomes of the batch then.
+
+    A new stream for each epoch, so that every member is read again: a set in earnest does not fit into memory.
+    """
+    from rdm_scale.data import LatentStream
+    from rdm_scale.data.reader import stack
+
+    class RawStream(LatentStream):
+        def _read(self, planned: Any) -> Any:
+            keys, samples = self._wanted(planned)
+            found = list(zip(self._reader.get(keys), samples, strict=True))
+            return types.SimpleNamespace(latents=stack(found, spec.shape, torch.float16))
+
+    kind = RawStream if raw else LatentStream
+    steps = spec.samples // spec.batch
+    for epoch in range(sys.maxsize):
+        options = {"global_batch_size": spec.batch, "seed": 1, "start_step": epoch * steps}
+        stream = kind(Path(spec.folder) / "ours", **options)
+        yield (batch.latents for batch in islice(stream, steps))
+        stream.close()
+
+
+def webdataset(spec: Spec) -> Iterator[Iterator[Tensor]]:
+    """Stock webdataset on our shards, shuffled by shards and within a buffer; it checks no checksums."""
+    import safetensors.torch
+    import webdataset as wds
+
+    urls = sorted(map(str, (Path(spec.folder) / "ours").glob("shard-*.tar")))
+    for epoch in range(sys.maxsize):
+        members = wds.WebDataset(urls, shardshuffle=len(urls), seed=epoch)
+        samples = (row for m in members for row in safetensors.torch.load(m["safetensors"])["latents"])
+        yield batched(wds.shuffle(SHUFFLED_AT_A_TIME, initial=SHUFFLED_AT_A_TIME)(samples), spec.batch)
+
+
+def mds(spec: Spec) -> Iterator[Iterator[Tensor]]:
+    """MosaicML's StreamingDataset, iterated directly: its DataLoader would add to that."""
+    streaming = import_streaming()
+    streaming.base.util.clean_stale_shared_memory()
+    dataset = streaming.StreamingDataset(
+        local=f"{spec.folder}/mds", shuffle=True, batch_size=spec.batch, cache_limit=None
+    )
+    while True:
+        yield batched((sample["latents"] for sample in dataset), spec.batch)
+
+
+def litdata(spec: Spec) -> Iterator[Iterator[Tensor]]:
+    """litdata's StreamingDataset, iterated directly."""
+    from litdata import StreamingDataset
+
+    dataset = StreamingDataset(f"{spec.folder}/litdata", shuffle=True, seed=1)
+    while True:
+        yield batched(iter(dataset), spec.batch)
+
+
+def batched(samples: Iterator[Any], size: int) -> Iterator[Tensor]:
+    batch: list[Any] = []
+    for sample in samples:
+        batch.append(sample)
+        if len(batch) == size:
+            yield torch.stack(batch) if isinstance(sample, Tensor) else torch.from_numpy(np.stack(batch))
+            batch = []
+
+
+LOADERS = {
+    "np.memmap": memmap,
+    "np.memmap raw": memmap,
+    "ours": partial(ours, raw=False),
+    "ours raw": partial(ours, raw=True),
+    "webdataset": webdataset,
+    "mds": mds,
+    "mds raw": mds,
+    "litdata": litdata,
+    "litdata raw": litdata,
+}
+
+
+def import_streaming() -> Any:
+    """It imports torchvision and transformers for data sets and collators that are not used here."""
+    stubs = {
+        "torchvision.datasets": ["VisionDataset", "CIFAR10"],
+        "torchvision.transforms.functional": ["to_tensor"],
+        "transformers.models.auto.tokenization_auto": ["AutoTokenizer"],
+        "transformers.feature_extraction_utils": ["BatchFeature"],
+        "transformers.tokenization_utils_base": ["BatchEncoding"],
+    }
+    for name, attributes in stubs.items():
+        parts = name.split(".")
+        for i in range(1, len(parts) + 1):
+            sys.modules.setdefault(".".join(parts[:i]), types.ModuleType(".".join(parts[:i])))
+        for attribute in attributes:
+            setattr(sys.modules[name], attribute, type(attribute, (), {}))
+    import streaming
+
+    return streaming
+
+
+def write(name: str, spec: Spec) -> None:
+    latents = spec.raw()
+    if name == "mds":
+        encoding = f"ndarray:float16:{','.join(map(str, spec.shape))}"
+        with import_streaming().MDSWriter(out=f"{spec.folder}/mds", columns={"latents": encoding}) as writer:
+            for sample in latents:
+                writer.write({"latents": np.array(sample)})
+        return
+    from litdata import optimize
+
+    optimize(
+        partial(_tensor, spec),
+        inputs=list(range(spec.samples)),
+        output_dir=f"{spec.folder}/litdata",
+        chunk_bytes="64MB",
+        num_workers=1,
+        verbose=False,
+    )
+
+
+def _tensor(spec: Spec, index: int) -> Tensor:
+    return torch.from_numpy(np.array(spec.raw()[index]))
+
+
+def read(name: str, spec: Spec) -> None:
+    torch.set_num_threads(1)
+    epochs = LOADERS[name](spec)
+    expected = np.sort(spec.raw()[:, 0, 0, 0, :2].astype(np.float32).sum(1))
+    for line in sys.stdin:
+        checked = line.strip() == "check"
+        got: list[Tensor] = []
+        epoch = next(epochs)
+        count, wall, cpu = 0, time.perf_counter(), time.process_time()
+        for batch in epoch:
+            if not name.endswith(" raw"):
+                batch = batch if name == "ours" else batch.float().mul_(SCALE)
+                assert batch.dtype == torch.float32
+            count += len(batch)
+            if checked:
+                got.append(batch[:, 0, 0, 0, :2].float().sum(1) / (1 if name.endswith(" raw") else SCALE))
+        answer = {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
+        if count != spec.samples:
+            raise SystemExit(f"{name} gave {count} samples an epoch instead of {spec.samples}")
+        if checked and not np.allclose(np.sort(torch.cat(got).numpy()), expected, atol=1e-4):
+            raise SystemExit(f"{name} did not give every sample once")
+        print("@" + json.dumps(answer), flush=True)
+    os._exit(0)  # some loaders' threads never end
+
+
+if __name__ == "__main__":
+    {"write": write, "read": read}[sys.argv[1]](sys.argv[2], Spec(**json.loads(sys.argv[3])))

@@ -1,0 +1,103 @@
+"""Reading from a real S3 server, and what the first batch takes: parts of benchmarks/data.py."""
+
+import http.client
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from rdm_scale.data import LatentStream
+from rdm_scale.data.manifest import Manifest
+from rdm_scale.data.storage import Location
+
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "s3"))
+LATER = 100_000  # the step at which the first batch is looked at, beside step 0
+
+
+def read_whole(urls: list[str]) -> int:
+    """Bytes of the objects, each read into memory by one GET of a plain HTTP client, over one connection."""
+    address = urlsplit(urls[0])
+    connection = http.client.HTTPConnection(address.netloc)
+    size = 0
+    for url in urls:
+        parts = urlsplit(url)
+        connection.request("GET", f"{parts.path}?{parts.query}")
+        response = connection.getresponse()
+        assert response.status == 200, response.status
+        size += len(response.read())
+    connection.close()
+    return size
+
+
+def read_stream(url: str, manifest: Manifest, batch: int, start_step: int) -> int:
+    """Bytes of the members that an epoch of a stream reads, checked and made into batches."""
+    stream = LatentStream(url, global_batch_size=batch, seed=1, start_step=start_step)
+    for _ in islice(stream, manifest.samples // batch):
+        pass
+    stream.close()
+    return sum(member.bytes for shard in manifest.shards for member in shard.members)
+
+
+def compare(server: Any, url: str, manifest: Manifest, batch: int, rounds: int) -> dict[str, Any]:
+    """MB/s of wall time, taking turns; the first turn of each does not count."""
+    bucket, _, prefix = url.removeprefix("s3://").partition("/")
+    client = server.client()
+    urls = [
+        client.generate_presigned_url("get_object", Params={"Bucket": bucket, "Key": f"{prefix}/{shard.name}"})
+        for shard in manifest.shards
+    ]
+    rates: dict[str, list[float]] = {"streaming GET": [], "ours": []}
+    for number in range(rounds + 1):
+        start = number * (manifest.samples // batch)
+        for name in rates:
+            began = time.perf_counter()
+            size = read_whole(urls) if name == "streaming GET" else read_stream(url, manifest, batch, start)
+            if number:
+                rates[name].append(size / 1e6 / (time.perf_counter() - began))
+    medians = {name: statistics.median(of) for name, of in rates.items()}
+    return {
+        "objects": len(urls),
+        "bytes": sum(shard.bytes for shard in manifest.shards),
+        "member_bytes": manifest.shards[0].members[0].bytes,
+        "mb_s": medians,
+        "all_mb_s": rates,
+        "ours_over_get": medians["ours"] / medians["streaming GET"],
+    }
+
+
+@contextmanager
+def opened_shards() -> Iterator[set[str]]:
+    """The paths of all files that are read in ranges meanwhile."""
+    paths: set[str] = set()
+    read_range = Location.read_range
+
+    def counting(self: Location, *arguments: Any, **options: Any) -> bytes:
+        paths.add(self.path)
+        return read_range(self, *arguments, **options)
+
+    Location.read_range = counting  # type: ignore[method-assign]
+    try:
+        yield paths
+    finally:
+        Location.read_range = read_range  # type: ignore[method-assign]
+
+
+def first_batch(url: str, batch: int, repeats: int = 5) -> dict[str, Any]:
+    """Seconds from nothing to the first batch, the manifest included, and shards opened; at step 0 and much later."""
+    found: dict[str, Any] = {}
+    seconds: dict[int, list[float]] = {0: [], LATER: []}
+    for _ in range(repeats):
+        for start, taken in seconds.items():
+            with opened_shards() as paths:
+                began = time.perf_counter()
+                stream = LatentStream(url, global_batch_size=batch, seed=1, start_step=start)
+                stream.batch(start + 1)
+                taken.append(time.perf_counter() - began)
+                stream.close()
+            found[f"step {start}"] = {"shards": len(paths), "seconds": statistics.median(taken)}
+    return {"batch": batch, **found}
