@@ -150,15 +150,17 @@ def encode(job: Job, ranks: Ranks = _ALONE, progress: Progress = lambda stage, d
             return None
         plan = make_plan(job.source, job.settings, agreed.probes)
         watch = _Watch(plan, Records(job.work, plan, job.source), progress)
+        if ranks.rank and NAME in job.folder.names():  # all is done, and records that were not seen may be gone
+            return None
         mine = [shard for index, shard in enumerate(plan.shards) if index % ranks.size == ranks.rank]
         worker = Worker(job.source, job.settings, job.codec, job.text, job.folders.__getitem__)
         with _threads(agreed.threads):
             worker.run([shard for shard in mine if shard not in watch.done], watch.record, watch.advance)
-        if ranks.rank:
-            return None
-        while watch.look() < len(plan.shards):
-            time.sleep(_POLL_S)
-        return _finish(job, plan, watch.records)
+            if ranks.rank:
+                return None
+            while watch.look() < len(plan.shards):
+                time.sleep(_POLL_S)
+            return _finish(job, plan, watch.records)
     except OSError as error:
         raise DataError(f"cannot write {job.folder}: {error}") from None
 

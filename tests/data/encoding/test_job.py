@@ -245,10 +245,16 @@ def test_ranks_one_after_the_other_make_the_same_bytes(digits, tmp_path):
     with pytest.raises(KeyboardInterrupt):  # the first one has made the plan
         encode(job, Ranks(0, 3), progress=lambda *told: (_ for _ in ()).throw(KeyboardInterrupt))
     assert [encode(job, Ranks(rank, 3)) for rank in (1, 2)] == [None, None]
+    plan = (tmp_path / "out/.encoding/plan.json").read_bytes()
     assert (len(list((tmp_path / "out").glob("shard-*"))), encode(job, Ranks(0, 3)).train.samples) == (3, COUNT)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-    # a rank that comes when all is done
+    # a rank that comes when all is done, or has just read the plan then
+    job.codec.encode = None
     assert encode(job, Ranks(2, 3)) is None
+    (tmp_path / "out/.encoding").mkdir()
+    (tmp_path / "out/.encoding/plan.json").write_bytes(plan)
+    assert encode(job, Ranks(2, 3)) is None
+    shutil.rmtree(tmp_path / "out/.encoding")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
