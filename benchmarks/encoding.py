@@ -1,0 +1,179 @@
+"""What encoding waits for: the share of its time that is spent inside the VAE, and what bounds it when that is small.
+
+The encoding job itself (`rdm_scale.data.encoding.job`) on synthetic JPEGs, with a VAE of the size of Stable Diffusion's
+and with a tiny one, both with random weights. Models are loaded and the inputs listed before the clock starts; it ends
+when the manifest is written. The first batch's JPEGs are read before there is anything to encode: that and the writing
+of the last shard are all that cannot be hidden, so the share grows with the number of images.
+
+Each stage is timed by its wrapper: wall time of the main thread (VAE, and all else that it does, and waiting), CPU time
+of the threads that read and of the one that writes. A stage bounds the job when it is what fills the wall time: the VAE
+by its own wall time; reading when all cores are busy, mostly with that, and the main thread waits. Prints Markdown,
+writes benchmarks/results/encoding.json.
+
+    python benchmarks/encoding.py --images 32 --tiny-images 1024
+"""
+
+import argparse
+import io
+import json
+import os
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from rdm_scale.data.codecs import load_codec
+from rdm_scale.data.encoding import worker
+from rdm_scale.data.encoding.job import Job, encode
+from rdm_scale.data.encoding.planning import Bucket, Settings, inputs_digest, job_digest
+from rdm_scale.data.inputs import find_media
+from rdm_scale.data.storage import Location
+
+RESULTS = Path(__file__).parent / "results" / "encoding.json"
+JPEG_SIZE = (384, 512)  # height and width: cropped and resized to the size that is encoded
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=32, help="encoded by the VAE of SD's size")
+    parser.add_argument("--tiny-images", type=int, default=1024, help="encoded by the tiny VAE")
+    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--batch-size", type=int, default=4)
+    options = parser.parse_args()
+    result: dict[str, Any] = vars(options) | {"cores": os.cpu_count(), "torch": torch.__version__}
+    result["threads"] = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for vae, images in (("AutoencoderKL", options.images), ("AutoencoderTiny", options.tiny_images)):
+            write_jpegs(folder / f"{vae}-images", images)
+            save_vae(vae, folder / vae)
+            job = job_of(folder / f"{vae}-images", folder / vae, folder / f"{vae}-latents", options)
+            result[vae] = measure(job, images)
+    report(result)
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def save_vae(name: str, folder: Path) -> None:
+    import diffusers  # takes seconds to import
+
+    torch.manual_seed(0)
+    if name == "AutoencoderTiny":
+        vae = diffusers.AutoencoderTiny(latent_channels=4)
+    else:
+        widths = (128, 256, 512, 512)
+        vae = diffusers.AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * len(widths),
+            up_block_types=("UpDecoderBlock2D",) * len(widths),
+            block_out_channels=widths,
+            layers_per_block=2,
+            latent_channels=4,
+        )
+    vae.save_pretrained(folder)
+
+
+def write_jpegs(folder: Path, count: int) -> None:
+    """Smooth noise, which is about as large as a photograph: 80 KB."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    height, width = JPEG_SIZE
+    for i in range(count):
+        coarse = Image.fromarray(rng.integers(0, 256, (height // 8, width // 8, 3), np.uint8))
+        pixels = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), np.int16)
+        noisy = (pixels + rng.integers(-12, 13, pixels.shape)).clip(0, 255).astype(np.uint8)
+        content = io.BytesIO()
+        Image.fromarray(noisy).save(content, "JPEG", quality=90)
+        (folder / f"{i:06d}.jpg").write_bytes(content.getvalue())
+
+
+def job_of(images: Path, vae: Path, output: Path, options: argparse.Namespace) -> Job:
+    source = find_media(str(images))
+    settings = Settings((Bucket(1, options.size, options.size),), batch_size=options.batch_size)
+    codec = load_codec(str(vae))
+    digest = job_digest(inputs_digest(source, settings), codec=codec.record.model_dump_json(), text="None")
+    return Job(source, settings, codec, None, Location(output), None, digest, max_rejected=0.0)
+
+
+def measure(job: Job, images: int) -> dict[str, Any]:
+    """Wall and CPU seconds of the job, and of its stages."""
+    with stages(job) as spent:
+        job.codec.encode(torch.zeros(1, 3, 1, *job.settings.buckets[0][1:]))  # what libraries do once
+        spent.clear()
+        wall, cpu = time.perf_counter(), time.process_time()
+        encode(job)
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    stage = {name: dict(zip(("wall_s", "cpu_s"), times, strict=True)) for name, times in spent.items()}
+    main_thread = stage["VAE"]["wall_s"] + stage["waiting for pixels"]["wall_s"]
+    return {
+        "images": images,
+        "wall_s": wall,
+        "cpu_s": cpu,
+        "images_per_s": images / wall,
+        "vae_share": stage["VAE"]["wall_s"] / wall,
+        "waiting_share": stage["waiting for pixels"]["wall_s"] / wall,
+        "rest_share": 1 - main_thread / wall,
+        "cores_busy": cpu / wall,
+        "stages": stage,
+    }
+
+
+@contextmanager
+def stages(job: Job) -> Iterator[dict[str, list[float]]]:
+    """{stage: [wall seconds, CPU seconds of its threads]}, filled while the job runs."""
+    spent: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    lock = threading.Lock()
+
+    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            wall, cpu = time.perf_counter(), time.thread_time()
+            try:
+                return function(*arguments, **options)
+            finally:
+                with lock:
+                    spent[name][0] += time.perf_counter() - wall
+                    spent[name][1] += time.thread_time() - cpu
+
+        return call
+
+    wrapped = [
+        (job.codec, "_encode", "VAE"),
+        (worker, "load", "reading and decoding"),
+        (worker.Worker, "_write", "packing and writing"),
+        (worker.Statistics, "add", "statistics"),
+        (worker.Future, "result", "waiting for pixels"),
+    ]
+    originals = [getattr(owner, attribute) for owner, attribute, _ in wrapped]
+    for (owner, attribute, name), original in zip(wrapped, originals, strict=True):
+        setattr(owner, attribute, timed(name, original))
+    try:
+        yield spent
+    finally:
+        for (owner, attribute, _), original in zip(wrapped, originals, strict=True):
+            setattr(owner, attribute, original)
+
+
+def report(result: dict[str, Any]) -> None:
+    print(f"\n{result['size']} px, batches of {result['batch_size']}, {result['threads']} threads\n")
+    print("| VAE | images | images/s | in the VAE | waiting | rest of the main thread | cores busy of all |")
+    print("|---|---|---|---|---|---|---|")
+    vaes = ("AutoencoderKL", "AutoencoderTiny")
+    for vae in vaes:
+        row = result[vae]
+        shares = " | ".join(f"{row[name]:.1%}" for name in ("vae_share", "waiting_share", "rest_share"))
+        busy = f"{row['cores_busy']:.2f} of {result['cores']}"
+        print(f"| {vae} | {row['images']} | {row['images_per_s']:.2f} | {shares} | {busy} |")
+    print("\n| CPU time an image (ms) | " + " | ".join(vaes) + " |\n|---|---|---|")
+    for stage in result[vaes[0]]["stages"]:
+        times = [1e3 * result[vae]["stages"][stage]["cpu_s"] / result[vae]["images"] for vae in vaes]
+        print(f"| {stage} | " + " | ".join(f"{time:.2f}" for time in times) + " |")
+
+
+if __name__ == "__main__":
+    main()
