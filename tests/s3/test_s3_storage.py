@@ -120,6 +120,11 @@ def test_in_the_end_it_says_how_often_for_how_long_and_why(file: Location, proxy
     with pytest.raises(OSError, match=message):
         file.read_range(0, 10)
     assert proxy.count() == 4
+    for call in (file.stat, file.parent.names, lambda: file.write(b"")):
+        proxy.requests.clear()
+        with pytest.raises(OSError, match="4 tries"):
+            call()
+        assert proxy.count() == 4  # no client tries by itself
     with proxy.refusing():
         for call in (file.read, file.stat, file.parent.names, lambda: file.write(b"")):
             with pytest.raises(OSError, match=r"4 tries in .* the last: .*(refused|connect)"):
@@ -284,12 +289,14 @@ def test_a_connection_that_the_server_has_closed_is_not_used(file: Location, pro
     file.read_range(0, 1)
     with proxy.refusing():
         pass
-    assert file.read_range(5, 5) == CONTENT[5:10] and proxy.count() == 2
+    with retrying(Retry(attempts=1)):
+        assert file.read_range(5, 5) == CONTENT[5:10]
 
 
 def test_connections_and_signatures_are_used_again(file: Location, proxy: FaultProxy) -> None:
-    for number in range(5):
-        file.read_range(number, 1)
+    file.read_range(0, 1)
+    time.sleep(1.1)  # a new signature would have another time
+    file.read_range(1, 1)
     assert len({request.query for request in proxy.requests}) == 1 and proxy.connections <= 1
 
 
