@@ -68,7 +68,7 @@ def test_unfinished_files_of_the_dead_count_and_go_and_those_of_the_living_stay(
     for path in (dead, living):
         path.write_bytes(bytes(3000))
     os.utime(dead, (1, 1))
-    MemberCache(tmp_path, 4000)
+    MemberCache(tmp_path, 2000)
     assert not dead.exists() and living.exists()
 
 
