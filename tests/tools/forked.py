@@ -33,6 +33,8 @@ class Running:
     def __init__(self, tmp: Path, tool: Path, arguments: tuple[object, ...], rank: int = 0, size: int = 1) -> None:
         self._out = tmp / f"streams-{time.monotonic_ns()}-{rank}"
         self._out.mkdir(parents=True)
+        for name in ("stdout", "stderr"):  # here: it may be killed before it gets to it
+            (self._out / name).touch()
         environment = {"OMP_NUM_THREADS": "1", "RANK": str(rank), "WORLD_SIZE": str(size)}
         command = [str(tool), *map(str, arguments)]
         self.process = FORKS.Process(target=_main, args=(command, environment, self._out))
@@ -46,7 +48,7 @@ class Running:
 
 def _main(command: list[str], environment: dict[str, str], out: Path) -> None:
     for number, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(out / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        os.dup2(os.open(out / name, os.O_WRONLY), number)
     os.environ.update(environment)
     sys.argv = command
     runpy.run_path(command[0], run_name="__main__")
