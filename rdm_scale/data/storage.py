@@ -19,6 +19,7 @@ import fsspec
 from fsspec.asyn import AsyncFileSystem, sync
 from fsspec.implementations.local import LocalFileSystem
 
+from rdm_scale.data.range_file import RangeFile
 from rdm_scale.data.retry import GaveUpError, Retry, call_with_retries, current_retry, describe, retrying, set_retry
 from rdm_scale.errors import ConfigError
 
@@ -206,7 +207,7 @@ class Location:
     def open(self, mode: str = "rb") -> Any:
         """A file object. One read from an object store is seekable, and reads in ranges that are tried again."""
         if mode == "rb" and not self.is_local:
-            return io.BufferedReader(_RangeFile(self), _BUFFER_BYTES)
+            return io.BufferedReader(RangeFile(self), _BUFFER_BYTES)
         try:
             return self.fs.open(self.path, mode)
         except Exception as error:
@@ -369,43 +370,3 @@ def _pread(path: str, offset: int, length: int) -> bytes:
         return content
     finally:
         os.close(descriptor)
-
-
-class _RangeFile(io.RawIOBase):
-    """A file of an object store, read in ranges of one and the same version."""
-
-    def __init__(self, place: Location) -> None:
-        self._place, self._at = place, 0
-        self._stat = place.stat()
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._stat.bytes}[whence]
-        if base + offset < 0:
-            raise ValueError(f"negative position {base + offset}")
-        self._at = base + offset
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        length = min(len(buffer), self._stat.bytes - self._at)
-        if length <= 0:
-            return 0
-        content = self._read(length)
-        buffer[: len(content)] = content
-        return len(content)
-
-    def readall(self) -> bytes:
-        return self._read(max(self._stat.bytes - self._at, 0))  # at once; the inherited one reads 8 KiB at a time
-
-    def _read(self, length: int) -> bytes:
-        content = self._place.read_range(self._at, length, self._stat.version or None)
-        self._at += len(content)
-        return content
