@@ -15,7 +15,7 @@ from rdm_scale.data import LatentStream
 from rdm_scale.data.manifest import Manifest
 from rdm_scale.data.storage import Location
 
-sys.path.append(str(Path(__file__).parents[1] / "tests" / "s3"))
+sys.path.append(str(Path(__file__).parents[1] / "tools"))
 LATER = 100_000  # the step at which the first batch is looked at, beside step 0
 
 

@@ -1,6 +1,6 @@
 """A real S3 server (SeaweedFS) on loopback, with credentials of its own: for tests, benchmarks and the quickstart.
 
-As a script, `python tests/s3/s3_server.py DIR`, it prints the environment that clients need and serves until killed.
+As a script, `python tools/s3_server.py DIR`, it prints the environment that clients need and serves until killed.
 """
 
 import argparse
