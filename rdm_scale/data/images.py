@@ -92,13 +92,3 @@ def find_images(url: str) -> MediaSet:
     if source.kind != "image":
         raise DataError(f"{url} holds {len(source.files)} videos: images are needed here")
     return source
-
-
-def load_images(url: str, size: int) -> tuple[Tensor, Tensor]:
-    """All images of a small set at once: float32 [N, 3, size, size] in [-1, 1], and labels int64 [N].
-
-    Raises DataError: as `find_images` and `decode` do.
-    """
-    files = find_images(url).files
-    images = torch.stack([decode(file.read(), size, size, file.name) for file in files])
-    return images, torch.tensor([file.label for file in files])
