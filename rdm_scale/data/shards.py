@@ -12,6 +12,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Literal, NamedTuple, Self
 
+import numpy.ctypeslib  # noqa: F401 - safetensors' save has numpy import it lazily, which fails in two threads at once
 import safetensors.torch
 import torch
 import xxhash
