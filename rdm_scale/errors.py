@@ -21,5 +21,9 @@ class CheckpointError(RdmError):
     """A checkpoint cannot be written or read, or belongs to another run."""
 
 
+class IncompleteError(CheckpointError):
+    """A checkpoint was never completed, or is no longer whole."""
+
+
 class NonFiniteError(RdmError):
     """A loss or a gradient stopped being a finite number."""

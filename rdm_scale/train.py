@@ -10,7 +10,7 @@ import argparse
 import os
 
 from rdm_scale.config import RunConfig, describe_keys, load_config
-from rdm_scale.parallel.faults import run_main
+from rdm_scale.parallel.faults import end_with_launcher, run_main
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -18,6 +18,7 @@ def main(arguments: list[str] | None = None) -> None:
     parsed = _parser().parse_intermixed_args(arguments)
     if parsed.dry_run:
         run_main(lambda: dry_run(load_config(parsed.config, parsed.overrides), parsed.world_size))
+    end_with_launcher()
     run_main(lambda: train(load_config(parsed.config, parsed.overrides)))
 
 
@@ -49,8 +50,7 @@ def train(config: RunConfig) -> None:
     mesh = build_mesh(config.parallel)
     check_agreement(mesh, config)
     facts, start = mesh.from_first(checked)
-    if mesh.is_first:
-        prepare(config, start)
+    lock = prepare(config, start) if mesh.is_first else None
 
     from rdm_scale.parallel.layout import memory_of_rank, plan
 
@@ -62,6 +62,8 @@ def train(config: RunConfig) -> None:
 
     Trainer(config, mesh, layout, facts, start).run()
     mesh.leave()
+    if lock is not None:
+        lock.close()
 
 
 def _parser() -> argparse.ArgumentParser:

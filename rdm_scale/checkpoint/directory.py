@@ -9,15 +9,16 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rdm_scale.checkpoint.index import FileRecord, digest
+from rdm_scale.checkpoint.rectangles import Piece
 from rdm_scale.checkpoint.tensors import TensorReader
 from rdm_scale.data.storage import Location
-from rdm_scale.errors import CheckpointError
+from rdm_scale.errors import CheckpointError, IncompleteError
 
 COMMIT, STATE = "commit.json", "state.json"
 _MAX_JSON_BYTES = 2**28  # files from elsewhere are untrusted; a commit of 10,000 ranks takes 2 MB
@@ -53,7 +54,20 @@ class CheckpointDirectory:
 
     def latest(self) -> int | None:
         """The newest complete checkpoint's step."""
-        return next((step for step in reversed(self._all()) if is_checkpoint(self.folder(step))), None)
+        return self.newest()[0]
+
+    def newest(self) -> tuple[int | None, list[str]]:
+        """The step of the newest checkpoint that is complete, with files of the right sizes, and why each later one
+        is not it. Raises CheckpointError when one cannot be read: it may be the newest."""
+        reasons: list[str] = []
+        for step in reversed(self._all()):
+            try:
+                _read_state(self.folder(step), _verified_commit(self.folder(step)))
+            except IncompleteError as error:
+                reasons.append(str(error))
+            else:
+                return step, reasons
+        return None, reasons
 
     def begin(self, step: int) -> Location:
         """An empty folder for the checkpoint of `step`; what an interrupted save, or a run that was taken back to an
@@ -95,8 +109,8 @@ class CheckpointDirectory:
         with _reported(f"remove {self.folder(step)}"):
             self._remove(step)
 
-    def prune(self, keep: int, protect: Collection[int] = ()) -> None:
-        """Removes all complete checkpoints but the newest `keep` (0 keeps all) and those of the steps in `protect`,
+    def prune(self, keep: int, every: int = 0) -> None:
+        """Removes all complete checkpoints but the newest `keep` (0 keeps all) and those of every so many steps,
         and what interrupted saves have left that is older than the newest complete one."""
         complete = self.steps()
         if not complete:
@@ -104,13 +118,14 @@ class CheckpointDirectory:
         old = complete[:-keep] if keep else []
         for step in self._all():
             interrupted = step < complete[-1] and not (self.folder(step) / COMMIT).exists()
-            if interrupted or (step in old and step not in protect):
+            if interrupted or (step in old and not (every and step % every == 0)):
                 self.abandon(step)
 
     def _all(self) -> list[int]:
-        matches = [_STEP.fullmatch(name) for name in self.root.names()]
-        steps = sorted(int(match[1]) for match in matches if match)
-        return [step for step in steps if self.folder(step).is_dir()]
+        with _reported(f"list {self.root}"):
+            matches = [_STEP.fullmatch(name) for name in self.root.names()]
+            steps = sorted(int(match[1]) for match in matches if match)
+            return [step for step in steps if self.folder(step).is_dir()]
 
     def _remove(self, step: int) -> None:
         folder = self.folder(step)
@@ -123,10 +138,11 @@ class CheckpointDirectory:
 
 
 def is_checkpoint(folder: Location) -> bool:
-    """Whether the folder holds a checkpoint that was completed; `open_checkpoint` finds out whether it still is."""
+    """Whether the folder holds a checkpoint that was completed; `open_checkpoint` finds out whether it still is.
+    Raises CheckpointError when that cannot be read."""
     try:
         _read_commit(folder)
-    except CheckpointError:
+    except IncompleteError:
         return False
     return True
 
@@ -136,26 +152,34 @@ def read_state(folder: Location) -> dict[str, Any]:
     return _read_state(folder, _read_commit(folder))
 
 
-def open_checkpoint(folder: Location) -> tuple[dict[str, Any], TensorReader]:
+def open_checkpoint(folder: Location, pieces: Sequence[Piece] | None = None) -> tuple[dict[str, Any], TensorReader]:
     """State and tensors of the checkpoint in `folder`, after the sizes of all its files have been verified.
 
+    Args:
+        pieces: what of it will be read, see TensorReader.
+
     Raises:
-        CheckpointError: it was never completed, or a file is missing, truncated or damaged; the message says which.
+        CheckpointError: it was never completed, or a file is missing, truncated or damaged (IncompleteError); or it
+            cannot be read. The message says which.
     """
+    commit = _verified_commit(folder)
+    return _read_state(folder, commit), TensorReader(folder, commit.files, pieces)
+
+
+def _verified_commit(folder: Location) -> _Commit:
+    """The commit of a checkpoint whose files are all there, with the sizes that it says."""
     commit = _read_commit(folder)
     with _reported(f"list {folder}"):
-        folder.fs.invalidate_cache(folder.path)
-        entries = folder.fs.ls(folder.path, detail=True)  # one listing: asking for each of thousands is slow on S3
-    sizes = {entry["name"].rstrip("/").rpartition("/")[2]: entry["size"] for entry in entries}
+        there = folder.stats()  # one listing: asking for each of thousands is slow on S3
     for file in commit.files:
-        if file.name not in sizes:
-            raise CheckpointError(f"{folder / file.name} is missing: the checkpoint is damaged; use another one")
-        if sizes[file.name] != file.bytes:
-            raise CheckpointError(
-                f"{folder / file.name} has {sizes[file.name]:,} bytes instead of {file.bytes:,}: the checkpoint is "
-                "damaged; use another one"
+        if file.name not in there:
+            raise IncompleteError(f"{folder / file.name} is missing: the checkpoint is damaged; use another one")
+        if there[file.name].bytes != file.bytes:
+            raise IncompleteError(
+                f"{folder / file.name} has {there[file.name].bytes:,} bytes instead of {file.bytes:,}: the checkpoint "
+                "is damaged; use another one"
             )
-    return _read_state(folder, commit), TensorReader(folder, commit.files)
+    return commit
 
 
 def _read_commit(folder: Location) -> _Commit:
@@ -164,16 +188,16 @@ def _read_commit(folder: Location) -> _Commit:
         commit = _Commit.model_validate_json(_read_json(where))
     except FileNotFoundError:
         if not folder.exists():
-            raise CheckpointError(f"there is no checkpoint {folder}") from None
-        raise CheckpointError(
+            raise IncompleteError(f"there is no checkpoint {folder}") from None
+        raise IncompleteError(
             f"{folder} has no {COMMIT}: it is no checkpoint, or saving it was interrupted; use another one"
         ) from None
     except ValidationError as error:
-        raise CheckpointError(f"{where} is damaged: {error.errors()[0]['msg']}; use another checkpoint") from None
+        raise IncompleteError(f"{where} is damaged: {error.errors()[0]['msg']}; use another checkpoint") from None
     if commit != _Commit.of(commit.files):
-        raise CheckpointError(f"{where} is damaged: its checksum differs; use another checkpoint")
+        raise IncompleteError(f"{where} is damaged: its checksum differs; use another checkpoint")
     if len({file.name for file in commit.files}) != len(commit.files):
-        raise CheckpointError(f"{where} lists a file twice: it is not one of ours")
+        raise IncompleteError(f"{where} lists a file twice: it is not one of ours")
     return commit
 
 
@@ -183,15 +207,15 @@ def _read_state(folder: Location, commit: _Commit) -> dict[str, Any]:
     try:
         content = _read_json(where)
     except FileNotFoundError:
-        raise CheckpointError(f"{where} is missing: the checkpoint is damaged; use another one") from None
+        raise IncompleteError(f"{where} is missing: the checkpoint is damaged; use another one") from None
     if digest(content) != expected:
-        raise CheckpointError(f"{where} is damaged: its checksum differs; use another checkpoint")
+        raise IncompleteError(f"{where} is damaged: its checksum differs; use another checkpoint")
     try:
         state = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where} is not JSON: {error}") from None
+        raise IncompleteError(f"{where} is not JSON: {error}") from None
     if not isinstance(state, dict) or type(state.get("step")) is not int:
-        raise CheckpointError(f"{where} does not say at which step it was written: it is not one of ours")
+        raise IncompleteError(f"{where} does not say at which step it was written: it is not one of ours")
     return state
 
 
@@ -204,7 +228,7 @@ def _read_json(where: Location) -> bytes:
     except OSError as error:
         raise CheckpointError(f"cannot read {where}: {error.strerror or error}") from error
     if len(content) > _MAX_JSON_BYTES:
-        raise CheckpointError(f"{where} is larger than it can be ({_MAX_JSON_BYTES:,} bytes)")
+        raise IncompleteError(f"{where} is larger than it can be ({_MAX_JSON_BYTES:,} bytes)")
     return content
 
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rdm_scale.checkpoint.rectangles import Boxes, Ints, Piece
+from rdm_scale.checkpoint.spans import Span
 from rdm_scale.data.storage import Location
 from rdm_scale.errors import CheckpointError
 
@@ -23,13 +24,15 @@ _Count = Annotated[int, Field(ge=0, lt=MAX_ELEMENTS)]
 
 
 class FileRecord(BaseModel):
-    """A file of a checkpoint; `xxh3` is None where an index holds the checksums of its blocks."""
+    """A file of a checkpoint; `xxh3` is None where an index holds the checksums of its blocks. Of an index, `spans`
+    says what it may tell of."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     bytes: _Count
     xxh3: str | None = Field(None, pattern=r"^[0-9a-f]{16}$")
+    spans: tuple[Span, ...] = ()
 
 
 class Index(BaseModel):

@@ -32,6 +32,7 @@ from rdm_scale.checkpoint.index import (
     read_index,
 )
 from rdm_scale.checkpoint.rectangles import Atlas, Boxes, Copies, Ints, Piece, Rectangle, copies_between
+from rdm_scale.checkpoint.spans import Wanted, spans_of
 from rdm_scale.data.storage import Location
 from rdm_scale.errors import CheckpointError
 
@@ -85,7 +86,7 @@ def write_tensors(
         ) from error
     return [
         FileRecord(name=data.name, bytes=total),
-        FileRecord(name=index.name, bytes=len(content), xxh3=digest(content)),
+        FileRecord(name=index.name, bytes=len(content), xxh3=digest(content), spans=spans_of(pieces)),
     ]
 
 
@@ -146,24 +147,28 @@ class TensorReader:
     Args:
         folder: where the files are.
         records: of all the checkpoint's files.
+        pieces: what will be read, where that is known: then only the files that may hold some of it are opened.
 
     Raises:
         CheckpointError: an index is damaged or impossible, or two ranges overlap; names the file or tensor.
     """
 
-    def __init__(self, folder: Location, records: Sequence[FileRecord]) -> None:
+    def __init__(self, folder: Location, records: Sequence[FileRecord], pieces: Sequence[Piece] | None = None) -> None:
         sizes = {record.name: record.bytes for record in records}
         indices = [r for r in records if r.name.startswith("rank_") and r.name.endswith(INDEX)]
         if not indices:
             raise CheckpointError(f"{folder} holds no tensors: no index rank_*{INDEX} is part of it")
+        if pieces is not None:
+            wanted = Wanted(pieces)
+            indices = [record for record in indices if wanted.meets(record.spans)] or indices[:1]
         with ThreadPoolExecutor(16) as pool:
-            self._files = list(pool.map(lambda record: read_index(folder, record, sizes), indices))
+            self.files = list(pool.map(lambda record: read_index(folder, record, sizes), indices))
         self._folder = folder
-        self._shapes = _merge_shapes(self._files)
+        self._shapes = _merge_shapes(self.files)
         self._numbers = {name: i for i, name in enumerate(self._shapes)}
-        self._dimensions = max(file.table.shape[1] // 2 for file in self._files)
+        self._dimensions = max(file.table.shape[1] // 2 for file in self.files)
         # Files are laid end to end, one element apart, so that no range reaches from one into the next.
-        self._bases = np.cumsum([0, *(file.elements + 1 for file in self._files)])[:-1]
+        self._bases = np.cumsum([0, *(file.elements + 1 for file in self.files)])[:-1]
         self._boxes = self._join_boxes()
         shapes = [(*shape, *(1,) * (self._dimensions - len(shape))) for shape in self._shapes.values()]
         self._atlas = Atlas(self._boxes, np.array(shapes, np.int64).reshape(len(shapes), self._dimensions))
@@ -180,7 +185,7 @@ class TensorReader:
 
     def fields(self) -> list[str]:
         """Those that every file has."""
-        return [name for name in self._files[0].fields if all(name in file.fields for file in self._files)]
+        return [name for name in self.files[0].fields if all(name in file.fields for file in self.files)]
 
     def read(self, field: str, name: str, rectangle: Rectangle | None = None) -> Tensor:
         """A logical tensor, or a rectangle of it, in fp32. Raises CheckpointError as `fill` does.
@@ -219,10 +224,14 @@ class TensorReader:
             raise ValueError("out must be a flat, contiguous fp32 CPU tensor")
         if any(piece.start + piece.rectangle.numel > out.numel() for piece in pieces):
             raise ValueError(f"the pieces reach beyond the {out.numel()} elements of out")
+        self._run(self.plan(pieces), field, out)
+        return out
+
+    def plan(self, pieces: Sequence[Piece]) -> Copies:
+        """What has to be copied from where to fill `pieces`, whatever the field. Raises CheckpointError as `fill`."""
         if self._plan is None or self._plan[0] is not pieces:
             self._plan = (pieces, self._copies(pieces))
-        self._run(self._plan[1], field, out)
-        return out
+        return self._plan[1]
 
     def _read(self, pieces: list[Piece], field: str) -> list[Tensor]:
         copies = self._copies(pieces)  # finds holes before memory of a claimed size is taken
@@ -234,7 +243,7 @@ class TensorReader:
 
     def _join_boxes(self) -> Boxes:
         tensor, offset, extent, start = [], [], [], []
-        for file, base in zip(self._files, self._bases, strict=True):
+        for file, base in zip(self.files, self._bases, strict=True):
             n = file.table.shape[1] // 2
             missing = ((0, 0), (0, self._dimensions - n))
             numbers = np.array([self._numbers[name] for name in file.tensors], np.int64)
@@ -249,7 +258,7 @@ class TensorReader:
         for mine, other in self._atlas.meeting(self._boxes):
             for i, j in zip(mine[mine != other], other[mine != other], strict=True):
                 name = list(self._shapes)[self._boxes.tensor[i]]
-                files = sorted({str(self._files[k].data) for k in self._owner(self._boxes.start[[i, j]])})
+                files = sorted({str(self.files[k].data) for k in self._owner(self._boxes.start[[i, j]])})
                 raise CheckpointError(f"two ranges of {name} overlap in {' and '.join(files)}: the index is damaged")
 
     def _owner(self, positions: Ints) -> Ints:
@@ -277,16 +286,16 @@ class TensorReader:
 
     def _run(self, copies: Copies, field: str, out: Tensor) -> None:
         owner = self._owner(copies.source)
-        fields = np.zeros(len(self._files), np.int64)  # where the field begins, in bytes
+        fields = np.zeros(len(self.files), np.int64)  # where the field begins, in bytes
         for i in np.unique(owner):
-            file = self._files[i]
+            file = self.files[i]
             if field not in file.fields:
                 raise CheckpointError(f"{file.data} has no {field}; it has {', '.join(file.fields)}")
             fields[i] = file.header_bytes + file.fields.index(field) * file.elements * 4
         position = fields[owner] + (copies.source - self._bases[owner]) * 4
         reads = _plan_reads(copies, owner, position)
         target = out.detach().numpy()
-        for read, content in _ahead(lambda read: _fetch(self._files[read.file], read.first, read.last), reads):
+        for read, content in _ahead(lambda read: _fetch(self.files[read.file], read.first, read.last), reads):
             _copy(copies, read, content, target)
 
 

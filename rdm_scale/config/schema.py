@@ -257,7 +257,20 @@ class CheckpointConfig(Section):
     dir: str | None = Field(None, description="where checkpoints go (any fsspec URL); null: run.dir/checkpoints")
     every: int = Field(1000, ge=0, description="steps between checkpoints; 0: only at the end")
     keep: int = Field(3, ge=0, description="how many of the newest checkpoints are kept; 0: all")
+    keep_every: int = Field(0, ge=0, description="checkpoints of every so many steps are kept for good; 0: none")
+    on_failure: Literal["stop", "continue"] = Field(
+        "stop", description="when a checkpoint cannot be saved: stop the run, or go on and try at the next"
+    )
     resume: str = Field("auto", description="auto (newest complete checkpoint here), never, or a checkpoint's path")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.keep_every and (not self.every or self.keep_every % self.every):
+            raise ValueError(
+                f"checkpoint.keep_every={self.keep_every} must be a multiple of checkpoint.every={self.every}: "
+                "there are no checkpoints of other steps"
+            )
+        return self
 
 
 class RunSection(Section):

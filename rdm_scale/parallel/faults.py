@@ -1,7 +1,9 @@
 """One message from many ranks: the first rank that fails speaks, the others end quietly and at once."""
 
+import ctypes
 import errno
 import os
+import signal
 import sys
 import time
 import traceback
@@ -11,6 +13,7 @@ from typing import Any, NoReturn
 from rdm_scale.errors import RdmError
 
 _KEY = "rdm_scale/first_failure"
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 _SPEAKER_GRACE_S = 3.0  # a launcher ends all ranks when one exits: let the speaker finish its message first
 
 
@@ -36,6 +39,18 @@ class Reporter:
 
 
 REPORTER = Reporter()
+
+
+def end_with_launcher() -> None:
+    """Has the kernel end this rank when the launcher that started it dies (Linux).
+
+    An orphan would train on unseen, and write into a directory that the next launch takes for its own.
+    """
+    if "LOCAL_RANK" in os.environ and sys.platform == "linux":
+        launcher = os.getppid()
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != launcher:  # it died before it could be watched
+            _leave(1)
 
 
 def run_main(body: Callable[[], None]) -> NoReturn:

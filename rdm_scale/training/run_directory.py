@@ -1,17 +1,19 @@
 """The directory of a run: what is in it, and whether a run may start, go on, or must be refused."""
 
+import fcntl
 import json
 import os
+import socket
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rdm_scale.checkpoint.directory import CheckpointDirectory, read_state
 from rdm_scale.config import RunConfig, flatten, load_config, to_yaml
 from rdm_scale.data.storage import Location
 from rdm_scale.errors import CheckpointError, ConfigError
 
-CONFIG, METRICS = "config.yaml", "metrics.jsonl"
+CONFIG, METRICS, LOCK = "config.yaml", "metrics.jsonl", ".lock"
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class Start:
     step: int = 0
     checkpoint: str | None = None
     lost_shards: tuple[tuple[str, str], ...] = ()  # of the data, as the checkpoint knows them
+    skipped: tuple[str, ...] = ()  # why each later checkpoint is not the one
 
 
 def checkpoints_of(config: RunConfig) -> CheckpointDirectory:
@@ -40,7 +43,7 @@ def plan_start(config: RunConfig, identity: dict[str, Any]) -> Start:
     resume, directory, run_dir = config.checkpoint.resume, checkpoints_of(config), Path(config.run.dir)
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"run.dir={run_dir} is not a directory")
-    latest = directory.latest()
+    latest, reasons = directory.newest()
     if resume == "never":
         if latest is not None or (run_dir / CONFIG).exists() or (run_dir / METRICS).exists():
             raise ConfigError(
@@ -58,34 +61,60 @@ def plan_start(config: RunConfig, identity: dict[str, Any]) -> Start:
                 f"{state['step']}): set run.dir to a new directory to branch off, or remove the later ones to go back"
             )
         return _start_from(state, resume)
+    skipped = tuple(f"skipped {reason}" for reason in reasons)
     if latest is None:
-        return Start()
+        return Start(skipped=skipped)
     folder = directory.folder(latest)
     state = read_state(folder)
     _refuse_other_identity(identity, state["identity"], f"the checkpoint {folder}")
-    return _start_from(state, str(folder))
+    return _start_from(state, str(folder), skipped)
 
 
-def _start_from(state: dict[str, Any], folder: str) -> Start:
+def _start_from(state: dict[str, Any], folder: str, skipped: tuple[str, ...] = ()) -> Start:
     lost = state.get("lost_shards", [])
     try:
         named = tuple((str(digest), str(shard)) for digest, shard in lost)
     except (TypeError, ValueError):
         raise CheckpointError(f"{folder} does not say validly which shards of the data are lost: {lost!r}") from None
-    return Start(state["step"], folder, named)
+    return Start(state["step"], folder, named, skipped)
 
 
-def prepare(config: RunConfig, start: Start) -> None:
-    """Makes the directory ready: resolved configuration, and metrics cut back to the step where the run begins."""
+def prepare(config: RunConfig, start: Start) -> IO[str]:
+    """Makes the directory ready: resolved configuration, and metrics cut back to the step where the run begins.
+
+    Returns:
+        The directory's lock: while it is open, and as long as this process lives, no other run may use the directory.
+
+    Raises:
+        ConfigError: another run uses the directory, or it cannot be written.
+    """
     run_dir = Path(config.run.dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+        lock = _locked(run_dir)
         Location(run_dir / CONFIG).write(to_yaml(config).encode())
         if (run_dir / METRICS).exists():
             Location(run_dir / METRICS).write(_cut_back(run_dir / METRICS, start.step))
     except OSError as error:
         raise ConfigError(f"cannot write to run.dir={run_dir}: {error.strerror or error}") from None
     _check_writable(checkpoints_of(config).root)
+    return lock
+
+
+def _locked(run_dir: Path) -> IO[str]:
+    lock = (run_dir / LOCK).open("a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        raise ConfigError(
+            f"run.dir={run_dir} is in use by a run that is alive ({lock.read().strip()}): end that one, or set run.dir "
+            "elsewhere"
+        ) from None
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    lock.flush()
+    return lock
 
 
 def _check_writable(folder: Location) -> None:

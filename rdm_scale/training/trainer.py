@@ -59,6 +59,11 @@ class Trainer:
         self.held_out = self._open_held_out() if config.data.validation and mesh.reads_data else None
         self.grid = SampleGrid(config, mesh, facts) if config.monitor.sample_every else None
         self.monitor = RunMonitor(config, self.step) if mesh.is_first else Monitor()
+        self.saver = checkpoint.Saver(
+            checkpoints_of(config), config.checkpoint, self.zero, self.ema.flats, mesh, self.monitor.say
+        )
+        for line in start.skipped:
+            self.monitor.say(f"warning: {line}")
 
     def run(self) -> None:
         """Trains until the last step, or until asked to stop: then the step under way is finished and saved."""
@@ -73,8 +78,10 @@ class Trainer:
                 record, asked_to_stop = self.train_step(batches)
                 stopping = asked_to_stop or self.step == self.config.train.steps
                 self._observe(record)
-                if stopping or self._due(self.config.checkpoint.every):
-                    self.save()
+                if stopping:
+                    self.saver.save(self.state())
+                elif self._due(self.config.checkpoint.every):
+                    self.saver.start(self.state())
         if self.step < self.config.train.steps:
             self.monitor.say(f"stopped on request after step {self.step}; the same command goes on from there")
         self.monitor.close()
@@ -87,11 +94,19 @@ class Trainer:
         micro_batches = batch.split(self.config.train.micro_batch_size or len(batch))
         loss_B = self.model.accumulate(micro_batches, self.model_inputs, self.loss_of).double()
         news = self.stream.lost.news() if self.stream else []
-        total, stop, waited_s, lost = self.mesh.sum(
-            [loss_B.sum().item(), float(self.stop_requested), waited_s / self.mesh.world_size, float(len(news))]
+        total, stop, waited_s, lost, saving = self.mesh.sum(
+            [
+                loss_B.sum().item(),
+                float(self.stop_requested),
+                waited_s / self.mesh.world_size,
+                float(len(news)),
+                float(self.saver.busy),
+            ]
         )
         if lost:
             self._share_losses(news)
+        if not saving:
+            self.saver.advance()
         loss = total / (self.mesh.world_size // self.mesh.data_size) / self.config.train.global_batch_size
         self._refuse_non_finite("loss", loss, batch, loss_B)
         lr = learning_rate(self.config.optimizer, self.step + 1)
@@ -112,6 +127,9 @@ class Trainer:
             "data_wait_s": waited_s,
             "data_wait_share": waited_s / step_s,
         }
+        if self.saver.stall_s is not None:  # of the save after the step before
+            record |= {"save_stall_s": self.saver.stall_s, "failed_saves": self.saver.failures}
+            self.saver.stall_s = None
         if self.stream and self.config.data.lost_shards:
             record |= {"lost_shards": len(self.stream.lost), "lost_samples": self.stream.lost.samples}
         return record, stop > 0
@@ -137,9 +155,9 @@ class Trainer:
         loss, samples = self.mesh.sum_over_data(total).tolist()
         return loss / samples
 
-    def save(self) -> None:
-        """Writes a checkpoint, complete or not at all."""
-        state = {
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint says beside its tensors."""
+        return {
             "step": self.step,
             "samples": self.step * self.config.train.global_batch_size,
             "config": self.config.model_dump(mode="json"),
@@ -153,9 +171,6 @@ class Trainer:
                 "data": self.mesh.data_size,
             },
         }
-        directory = checkpoints_of(self.config)
-        checkpoint.save(directory, state, self.zero, self.ema.flats, self.mesh, self.config.checkpoint.keep)
-        self.monitor.say(f"saved {directory.folder(self.step)}")
 
     def _open_stream(self, start: Start) -> LatentStream:
         return LatentStream(
@@ -220,6 +235,7 @@ class Trainer:
         """Ends the run before anything is updated or saved, naming the samples."""
         if math.isfinite(value):
             return
+        self.saver.finish()
         bad = (~loss_B.isfinite()).cpu()
         suspects = bad if what == "loss" else torch.ones_like(bad)  # a gradient does not say where it went wrong
         samples = [number for ids in self.mesh.gather(batch.ids[suspects].tolist()) for number in ids]

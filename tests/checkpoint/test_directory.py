@@ -169,7 +169,7 @@ def test_prune_keeps_the_newest(directory: CheckpointDirectory) -> None:
     write(directory, 6)  # being saved, perhaps
     directory.prune(0)
     assert directory.steps() == [1, 2, 3, 4, 5]
-    directory.prune(2, protect=[2])
+    directory.prune(2, every=2)
     assert directory.steps() == [2, 4, 5]
     directory.prune(2)
     assert directory.steps() == [4, 5]
@@ -206,6 +206,35 @@ def test_an_interrupted_removal_is_no_checkpoint(local: CheckpointDirectory, mon
         local.prune(1)
     assert (local.folder(1) / "rank_00000.json").exists()
     assert local.steps() == [2]
+
+
+def test_the_newest_is_the_newest_whole_one_and_says_what_it_is_not(local: CheckpointDirectory) -> None:
+    for step in (1, 2, 3, 4):
+        save(local, step)
+    write(local, 5)
+    Path((local.folder(4) / "rank_00001.safetensors").path).unlink()
+    state = Path((local.folder(3) / "state.json").path)
+    state.write_bytes(state.read_bytes().replace(b"3", b"4"))
+    step, reasons = local.newest()
+    assert step == 2 and len(reasons) == 3
+    assert "step_00000005 has no commit.json" in reasons[0]
+    assert "step_00000004/rank_00001.safetensors is missing" in reasons[1]
+    assert "step_00000003/state.json is damaged" in reasons[2]
+
+
+def test_what_cannot_be_read_is_not_taken_for_absent(
+    local: CheckpointDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a run would begin anew because a store did not answer."""
+    save(local, 1)
+
+    def no_answer(*_: object) -> bytes:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Location, "read_range", no_answer)
+    for look in (local.newest, local.latest, local.steps, lambda: is_checkpoint(local.folder(1))):
+        with pytest.raises(CheckpointError, match=r"cannot read .*commit.json: Input/output error"):
+            look()
 
 
 def test_a_step_can_be_written_again(directory: CheckpointDirectory) -> None:

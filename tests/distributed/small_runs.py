@@ -11,7 +11,7 @@ from rdm_scale.data.manifest import Codec
 from rdm_scale.data.shards import ShardWriter
 from rdm_scale.data.storage import Location
 
-TIMINGS = ("step_s", "tokens_per_s", "data_wait_s", "data_wait_share")
+TIMINGS = ("step_s", "tokens_per_s", "data_wait_s", "data_wait_share", "save_stall_s", "failed_saves")
 
 
 def write_latents(

@@ -1,45 +1,14 @@
 """The mains as users start them: torchrun, deepspeed, signals, and one message from many ranks."""
 
-import os
 import signal
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from launching import Starter, finish, torchrun, wait_for_step
 from small_runs import metrics, run_config, write_latents
 
 from rdm_scale.config import to_yaml
-
-ENVIRONMENT = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-Start = Callable[..., subprocess.Popen]
-
-
-@pytest.fixture
-def start() -> Iterator[Start]:
-    """Starts a command in a process group of its own, which is gone after the test whatever happens."""
-    started: list[subprocess.Popen] = []
-
-    def go(*command: str, **environment: str) -> subprocess.Popen:
-        started.append(
-            subprocess.Popen(
-                command,
-                env=ENVIRONMENT | environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                start_new_session=True,
-            )
-        )
-        return started[-1]
-
-    yield go
-    for process in started:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 @pytest.fixture
@@ -50,46 +19,26 @@ def config(tmp_path: Path) -> str:
     return str(path)
 
 
-def finish(process: subprocess.Popen, timeout_s: float = 150) -> tuple[int, str]:
-    output, _ = process.communicate(timeout=timeout_s)
-    return process.returncode, output
-
-
-def wait_for_step(run_dir: Path, step: int, timeout_s: float = 120) -> None:
-    deadline = time.monotonic() + timeout_s
-    path = run_dir / "metrics.jsonl"
-    while time.monotonic() < deadline:
-        if path.exists() and path.read_bytes().count(b"\n") >= step:
-            return
-        time.sleep(0.05)
-    raise TimeoutError(f"step {step} was not reached in {timeout_s} s")
-
-
-def torchrun(ranks: int, *arguments: str) -> list[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    return [*launcher, "-m", "rdm_scale.train", *arguments]
-
-
-def test_torchrun_script(start: Start, config: str, tmp_path: Path) -> None:
+def test_torchrun_script(start: Starter, config: str, tmp_path: Path) -> None:
     code, output = finish(start("launch/torchrun.sh", config, "train.steps=2", PROCESSES="2"))
     assert code == 0, output
     assert [r["step"] for r in metrics(tmp_path / "run")] == [1, 2]
 
 
-def test_deepspeed_script(start: Start, config: str, tmp_path: Path) -> None:
+def test_deepspeed_script(start: Starter, config: str, tmp_path: Path) -> None:
     code, output = finish(start("launch/deepspeed.sh", config, "train.steps=2", PROCESSES="2", MASTER_PORT="29617"))
     assert code == 0, output
     assert [r["step"] for r in metrics(tmp_path / "run")] == [1, 2]
 
 
-def test_without_a_launcher(start: Start, config: str, tmp_path: Path) -> None:
+def test_without_a_launcher(start: Starter, config: str, tmp_path: Path) -> None:
     code, output = finish(start(sys.executable, "-m", "rdm_scale.train", config))
     assert code == 0, output
     assert "step 1/3" in output and "saved" in output
 
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_the_run_goes_on(start: Start, config: str, tmp_path: Path, stop: signal.Signals) -> None:
+def test_a_signal_saves_and_the_run_goes_on(start: Starter, config: str, tmp_path: Path, stop: signal.Signals) -> None:
     """Sent to one process alone, as a scheduler's warning or Ctrl-C in a terminal."""
     process = start(sys.executable, "-m", "rdm_scale.train", config, "train.steps=100000")
     wait_for_step(tmp_path / "run", 3)
@@ -101,20 +50,7 @@ def test_a_signal_saves_and_the_run_goes_on(start: Start, config: str, tmp_path:
     assert (tmp_path / "run" / "checkpoints" / f"step_{done:08d}" / "commit.json").exists()
 
 
-def test_a_killed_run_goes_on_bit_for_bit(start: Start, config: str, tmp_path: Path) -> None:
-    whole = start(*torchrun(2, config, "train.steps=60", f"run.dir={tmp_path / 'whole'}"))
-    killed = start(*torchrun(2, config, "train.steps=60", "checkpoint.every=7"))
-    wait_for_step(tmp_path / "run", 20)
-    os.killpg(killed.pid, signal.SIGKILL)
-    killed.wait()
-    assert len(metrics(tmp_path / "run")) < 60, "the run was over before it was killed"
-    code, output = finish(start(*torchrun(2, config, "train.steps=60", "checkpoint.every=7")))
-    assert code == 0, output
-    assert finish(whole)[0] == 0
-    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
-
-
-def test_torchrun_stopped_by_a_signal_leaves_a_checkpoint(start: Start, config: str, tmp_path: Path) -> None:
+def test_torchrun_stopped_by_a_signal_leaves_a_checkpoint(start: Starter, config: str, tmp_path: Path) -> None:
     process = start(*torchrun(2, config, "train.steps=100000"))
     wait_for_step(tmp_path / "run", 3)
     process.send_signal(signal.SIGTERM)
@@ -131,7 +67,9 @@ def test_torchrun_stopped_by_a_signal_leaves_a_checkpoint(start: Start, config: 
         ("data.train=nowhere", "there is no manifest"),
     ],
 )
-def test_four_ranks_tell_a_mistake_once(start: Start, config: str, tmp_path: Path, override: str, message: str) -> None:
+def test_four_ranks_tell_a_mistake_once(
+    start: Starter, config: str, tmp_path: Path, override: str, message: str
+) -> None:
     code, output = finish(start(*torchrun(4, config, override)), 60)
     assert code != 0
     assert output.count("error: ") == 1 and message in output, output
@@ -139,7 +77,7 @@ def test_four_ranks_tell_a_mistake_once(start: Start, config: str, tmp_path: Pat
     assert not (tmp_path / "run").exists()
 
 
-def test_a_damaged_shard_stops_all_ranks_with_one_message(start: Start, config: str, tmp_path: Path) -> None:
+def test_a_damaged_shard_stops_all_ranks_with_one_message(start: Starter, config: str, tmp_path: Path) -> None:
     shard = tmp_path / "latents" / "shard-000001.tar"
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1

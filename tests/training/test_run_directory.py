@@ -75,3 +75,13 @@ def test_places_that_cannot_be_written_are_found_before_training(tmp_path: Path)
         prepare(config_in(tmp_path, run={"dir": "/proc/x"}), Start())
     with pytest.raises(ConfigError, match="cannot write checkpoints to /proc/x"):
         prepare(config_in(tmp_path, checkpoint={"dir": "/proc/x"}), Start())
+
+
+def test_two_runs_do_not_share_a_directory(tmp_path: Path) -> None:
+    config = config_in(tmp_path)
+    with (
+        prepare(config, Start()),
+        pytest.raises(ConfigError, match=r"is in use by a run that is alive \(process \d+ on"),
+    ):
+        prepare(config, Start())
+    prepare(config, Start()).close()

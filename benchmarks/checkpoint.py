@@ -1,0 +1,279 @@
+"""How fast, how large and how much in the way are checkpoints?
+
+    OMP_NUM_THREADS=1 python benchmarks/checkpoint.py [--rounds 5] [--dir /tmp] [--only bandwidth|stall|planning]
+
+    bandwidth  one rank saves and loads weights, moments and averages of a few large and of many small tensors, in turn
+               with a plain file of the same bytes that has no structure and no checksum. Every save ends with fsync.
+               Loading is measured with the files' pages dropped from the cache, as after a crash, and from the cache
+    stall      how long training waits for a save that is written beside it, how long the save takes in all, and the
+               memory that it takes
+    planning   how long one rank of many takes to find out what to read from a checkpoint that as many ranks of another
+               layout have written: indices only, no data. A model of 1,000 blocks, tensor x pipeline x data ranks
+
+Prints Markdown, writes benchmarks/results/checkpoint.json.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from checkpoint_storage import FIELDS, shapes_of
+from memory import forget_peak, peak_since, rss
+from torch import Tensor
+
+from rdm_scale.checkpoint.directory import CheckpointDirectory, open_checkpoint
+from rdm_scale.checkpoint.engine import pieces_of
+from rdm_scale.checkpoint.index import DATA, INDEX, FileRecord, digest, index_of
+from rdm_scale.checkpoint.rectangles import Piece
+from rdm_scale.checkpoint.saving import Saver
+from rdm_scale.checkpoint.spans import spans_of
+from rdm_scale.checkpoint.tensors import write_tensors
+from rdm_scale.config.schema import CheckpointConfig
+from rdm_scale.data.storage import Location
+from rdm_scale.models.layers import WHOLE, Slice
+from rdm_scale.parallel.zero import Shard
+
+RESULTS = Path(__file__).parent / "results" / "checkpoint.json"
+SETS = {"30 large tensors": {f"w{i}": (1440, 1536) for i in range(30)}, "56,000 small tensors": shapes_of(1000, 36)}
+BLOCKS, WIDTH = 1000, 1024  # of the planned model: 15 billion parameters
+
+
+def shards_of(shapes: dict[str, tuple[int, ...]]) -> list[Shard]:
+    """What a single rank holds."""
+    shards, start = [], 0
+    for name, shape in shapes.items():
+        shards.append(Shard(name, shape, 0, math.prod(shape), start, WHOLE))
+        start += math.prod(shape)
+    return shards
+
+
+def forget_pages(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
+
+
+def save_plain(folder: Path, flats: dict[str, Tensor]) -> None:
+    with (folder / "raw").open("wb") as file:
+        for flat in flats.values():
+            file.write(flat.numpy().data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def load_plain(folder: Path, flats: dict[str, Tensor]) -> None:
+    with (folder / "raw").open("rb", buffering=0) as file:
+        for flat in flats.values():
+            view = memoryview(flat.numpy()).cast("B")
+            while view:
+                view = view[file.readinto(view) :]
+
+
+def save_ours(folder: Path, flats: dict[str, Tensor], shards: list[Shard]) -> None:
+    directory = CheckpointDirectory(Location(folder))
+    directory.commit(1, {"step": 1}, write_tensors(directory.begin(1), 0, pieces_of(shards), flats))
+
+
+def load_ours(folder: Path, flats: dict[str, Tensor], shards: list[Shard]) -> None:
+    pieces = pieces_of(shards)
+    _, reader = open_checkpoint(CheckpointDirectory(Location(folder)).folder(1), pieces)
+    for field, flat in flats.items():
+        reader.fill(pieces, field, flat)
+
+
+def bandwidth(name: str, rounds: int, where: str | None) -> dict[str, Any]:
+    shards = shards_of(SETS[name])
+    elements = sum(shard.count for shard in shards)
+    flats = {field: torch.randn(elements) for field in FIELDS}
+    loaded = {field: torch.zeros(elements) for field in FIELDS}
+    size = 4 * elements * len(FIELDS)
+    ways = {"plain": (save_plain, load_plain, ()), "ours": (save_ours, load_ours, (shards,))}
+    rates: dict[str, list[float]] = {}
+    for _ in range(rounds):
+        for way, (save, load, more) in ways.items():
+            with tempfile.TemporaryDirectory(dir=where) as temporary:
+                folder = Path(temporary)
+                rates.setdefault(f"{way} save", []).append(size / timed(save, folder, flats, *more))
+                for state in ("cold", "cached"):
+                    if state == "cold":
+                        forget_pages(folder)
+                    rates.setdefault(f"{way} load {state}", []).append(size / timed(load, folder, loaded, *more))
+                    if not all(torch.equal(loaded[field], flats[field]) for field in FIELDS):
+                        raise SystemExit(f"{way} did not give back what was saved")
+                    for flat in loaded.values():
+                        flat.zero_()
+                on_disk = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    middle = {what: statistics.median(values) for what, values in rates.items()}
+    print(f"\n{name}, {size / 1e6:,.0f} MB, on disk {on_disk / size:.4f} of that\n")
+    print("| | plain file (MB/s) | ours (MB/s) | ours / plain, median of rounds |\n|---|---|---|---|")
+    shares = {}
+    for what in ("save", "load cold", "load cached"):
+        pairs = zip(rates[f"ours {what}"], rates[f"plain {what}"], strict=True)
+        shares[what] = statistics.median(mine / plain for mine, plain in pairs)
+        print(
+            f"| {what} | {middle[f'plain {what}'] / 1e6:,.0f} | {middle[f'ours {what}'] / 1e6:,.0f} | {shares[what]:.2f} |"
+        )
+    return {"bytes": size, "on_disk": on_disk, "rates": rates, "shares": shares}
+
+
+def timed(work: Any, *arguments: Any) -> float:
+    begin = time.perf_counter()
+    work(*arguments)
+    return time.perf_counter() - begin
+
+
+class OneRank:
+    """As much of an engine and of a mesh as saving needs."""
+
+    rank, is_first, device = 0, True, torch.device("cpu")
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        self.writes = shards_of(shapes)
+        elements = sum(shard.count for shard in self.writes)
+        self.masters, self.ema = [torch.randn(elements)], [torch.randn(elements)]
+        self._moments = {name: [torch.randn(elements)] for name in ("exp_avg", "exp_avg_sq")}
+
+    def moments(self) -> dict[str, list[Tensor]]:
+        return self._moments
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+
+def stall(name: str, rounds: int, where: str | None) -> dict[str, Any]:
+    rank = OneRank(SETS[name])
+    size = 16 * rank.masters[0].numel()
+    stalls, totals = [], []
+    with tempfile.TemporaryDirectory(dir=where) as folder:
+        saver = Saver(
+            CheckpointDirectory(Location(folder)), CheckpointConfig(keep=1), rank, rank.ema, rank, lambda line: None
+        )  # type: ignore[arg-type]
+        forget_peak()
+        before = rss()
+        for step in range(1, rounds + 2):  # the first save also makes the memory for its copy
+            begin = time.perf_counter()
+            saver.start({"step": step})
+            stalls.append(saver.stall_s)
+            saver.finish()
+            totals.append(time.perf_counter() - begin)
+        peak = peak_since(before)
+    found = {
+        "bytes": size,
+        "first_stall_s": stalls[0],
+        "stall_s": statistics.median(stalls[1:]),
+        "save_s": statistics.median(totals[1:]),
+        "peak_bytes": peak,
+    }
+    print(
+        f"\n{name}: training waits {found['stall_s']:.3f} s (the first time {found['first_stall_s']:.3f} s) of the "
+        f"{found['save_s']:.2f} s that a save takes: {found['stall_s'] / found['save_s']:.1%}; memory at its peak "
+        f"{peak / size:.3f} of the rank's share"
+    )
+    return found
+
+
+def rank_shards(tensor: int, pipeline: int, data: int, rank: int) -> list[Shard]:
+    """What a rank of a layout holds of the planned model under ZeRO-3; ranks count data first, then stages."""
+    t, p, d = rank % tensor, rank // tensor // data, rank // tensor % data
+    first, last = (BLOCKS * s // pipeline for s in (p, p + 1))
+    cut = {"qkv.weight": 0, "qkv.bias": 0, "up.weight": 0, "up.bias": 0, "modulation.weight": 0, "modulation.bias": 0,
+           "attention.branch.out.weight": 1, "mlp.branch.down.weight": 1}  # fmt: skip
+    shards, start = [], 0
+    for name, shape in _SHAPES.items():
+        if not first <= int(name.split(".")[1]) < last:
+            continue
+        dim = next((dim for end, dim in cut.items() if name.endswith(end)), None)
+        part = WHOLE if dim is None or tensor == 1 else Slice(dim, t, tensor)
+        mine = tuple(n // part.count if i == part.dim else n for i, n in enumerate(shape))
+        size = -(-math.prod(mine) // data)
+        begin = min(d * size, math.prod(mine))
+        count = min(size, math.prod(mine) - begin)
+        if count and (part.count > 1 or t == 0):
+            shards.append(Shard(name, mine, begin, count, start, part))
+            start += count
+    return shards
+
+
+_SHAPES = shapes_of(BLOCKS, WIDTH)
+
+
+def write_index(arguments: tuple[str, tuple[int, int, int], int]) -> list[FileRecord]:
+    """Index of a rank whose data are not there; the data file is sparse."""
+    folder, layout, rank = arguments
+    pieces = pieces_of(rank_shards(*layout, rank))
+    elements = sum(piece.rectangle.numel for piece in pieces)
+    size = 512 + 16 * elements
+    stem = Path(folder) / f"rank_{rank:05d}"
+    blocks = ["0" * 16] * math.ceil(size / 2**22)
+    content = index_of(pieces, list(FIELDS), 512, elements, blocks).model_dump_json().encode()
+    stem.with_suffix(INDEX).write_bytes(content)
+    with stem.with_suffix(DATA).open("wb") as file:
+        file.truncate(size)
+    return [
+        FileRecord(name=stem.name + DATA, bytes=size),
+        FileRecord(name=stem.name + INDEX, bytes=len(content), xxh3=digest(content), spans=spans_of(pieces)),
+    ]
+
+
+def planning(written: tuple[int, int, int], read: tuple[int, int, int], where: str | None) -> dict[str, Any]:
+    world = math.prod(written)
+    with tempfile.TemporaryDirectory(dir=where) as root:
+        directory = CheckpointDirectory(Location(root))
+        folder = directory.begin(1)
+        with ProcessPoolExecutor(2) as pool:
+            work = ((str(folder), written, rank) for rank in range(world))
+            files = [record for records in pool.map(write_index, work, chunksize=16) for record in records]
+        directory.commit(1, {"step": 1}, files)
+        commit = (Path(str(folder)) / "commit.json").stat().st_size
+        seconds, opened = [], []
+        for rank in (0, world // 3, world - 1):
+            pieces = pieces_of(rank_shards(*read, rank))
+            begin = time.perf_counter()
+            _, reader = open_checkpoint(folder, pieces)
+            reader.plan(pieces)
+            seconds.append(time.perf_counter() - begin)
+            opened.append(len(reader.files))
+    layouts = ["tp{} pp{} dp{}".format(*layout) for layout in (written, read)]
+    print(
+        f"{world:,} ranks, {layouts[0]} read as {layouts[1]}: {max(seconds):.2f} s a rank at most, "
+        f"{max(opened)} of {world:,} indices opened, commit of {commit / 1e6:.1f} MB"
+    )
+    return {"world": world, "layouts": layouts, "seconds": seconds, "opened": opened, "commit_bytes": commit}
+
+
+def sections(args: argparse.Namespace) -> Iterator[tuple[str, Any]]:
+    if args.only in (None, "bandwidth"):
+        yield "bandwidth", {name: bandwidth(name, args.rounds, args.dir) for name in SETS}
+    if args.only in (None, "stall"):
+        yield "stall", {name: stall(name, args.rounds, args.dir) for name in SETS}
+    if args.only in (None, "planning"):
+        print("\nPlanning a load\n")
+        pairs = [((4, 8, 16), (2, 4, 64)), ((8, 16, 32), (4, 8, 128))]
+        yield "planning", [planning(written, read, args.dir) for written, read in pairs]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dir", help="folder on the disk to measure (default: the system's temporary)")
+    parser.add_argument("--only", choices=("bandwidth", "stall", "planning"))
+    args = parser.parse_args()
+    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    found |= dict(sections(args)) | {"torch": torch.__version__}
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,13 @@
+"""`start`: starts commands that are gone after the test."""
+
+from collections.abc import Iterator
+
+import pytest
+from launching import Starter
+
+
+@pytest.fixture
+def start() -> Iterator[Starter]:
+    starter = Starter()
+    yield starter
+    starter.end()

@@ -1,0 +1,100 @@
+"""Runs that are killed, anywhere and at any moment, go on from their last complete checkpoint bit for bit."""
+
+import os
+import random
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from launching import Starter, finish, torchrun
+from small_runs import metrics, run_config, write_latents
+
+from rdm_scale.config import to_yaml
+
+VICTIMS = ("a rank", "all", "the launcher")
+EVERY = 2
+
+
+def steps_done(run_dir: Path) -> int:
+    path = run_dir / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def checkpoints(run_dir: Path, complete: bool) -> list[int]:
+    """Steps of the checkpoints that are there, or that have begun to be."""
+    folders = (run_dir / "checkpoints").glob("step_*")
+    return sorted(int(f.name[5:]) for f in folders if (f / "commit.json").exists() == complete)
+
+
+def ranks_of(launcher: subprocess.Popen) -> list[int]:
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    return [pid for pid in map(int, children) if b"rdm_scale.train" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def wait(condition: bool, launcher: subprocess.Popen, deadline: float) -> bool:
+    """Whether `condition` is still to be waited for."""
+    assert time.monotonic() < deadline and launcher.poll() is None, "the run hangs, or has ended"
+    return not condition
+
+
+def kill(launcher: subprocess.Popen, run_dir: Path, victim: str, after: int, saving: bool) -> None:
+    """Ends a victim with SIGKILL after so many more steps, or in the first save that begins then."""
+    deadline, begin = time.monotonic() + 120, steps_done(run_dir)
+    while wait(steps_done(run_dir) != begin, launcher, deadline):  # metrics are cut back first
+        time.sleep(0.01)
+    begin = steps_done(run_dir)
+    while wait(steps_done(run_dir) >= begin + after, launcher, deadline):
+        time.sleep(0.005)
+    while saving and wait(bool(checkpoints(run_dir, complete=False)), launcher, deadline):
+        pass
+    ranks = ranks_of(launcher)
+    assert len(ranks) == 2
+    if victim == "all":
+        os.killpg(launcher.pid, signal.SIGKILL)
+    for pid in {"a rank": [random.choice(ranks)], "all": ranks, "the launcher": [launcher.pid]}[victim]:
+        os.kill(pid, signal.SIGKILL)
+    launcher.communicate(timeout=60)
+    while any(Path(f"/proc/{pid}").exists() for pid in ranks):
+        assert time.monotonic() < deadline, "a rank lives on"
+        time.sleep(0.01)
+
+
+def campaign(start: Starter, tmp_path: Path, kills: int, steps: int) -> int:
+    """Kills a run so many times, each time another victim and a third of them in a save; how many saves were cut."""
+    random.seed(kills)
+    data = write_latents(tmp_path / "latents")
+    config = run_config(tmp_path, data, train__steps=steps, checkpoint__every=EVERY, model__hidden_size=128)
+    path = tmp_path / "run.yaml"
+    path.write_text(to_yaml(config))
+    whole = start(*torchrun(2, str(path), f"run.dir={tmp_path / 'whole'}", "checkpoint.every=0"))
+    assert finish(whole, 600)[0] == 0
+
+    run_dir, cut = tmp_path / "run", 0
+    for i in range(kills):
+        before = max(checkpoints(run_dir, complete=True), default=0)
+        launcher = start(*torchrun(2, str(path)))
+        kill(launcher, run_dir, VICTIMS[i % 3], after=random.randint(1, steps // kills // 2), saving=i // 3 % 3 == 0)
+        cut += bool(checkpoints(run_dir, complete=False))
+        newest = max(checkpoints(run_dir, complete=True), default=0)
+        assert newest >= before and newest >= steps_done(run_dir) - 2 * EVERY, "a checkpoint was lost"
+    expected = max(checkpoints(run_dir, complete=True))
+    code, output = finish(start(*torchrun(2, str(path))), 600)
+    assert code == 0, output
+    assert int(re.search(r"step +(\d+)/", output)[1]) == expected + 1
+    assert metrics(run_dir) == metrics(tmp_path / "whole")
+    assert checkpoints(run_dir, complete=False) == []
+    return cut
+
+
+def test_killed_three_times(start: Starter, tmp_path: Path) -> None:
+    """A rank, all, the launcher; each in a save."""
+    assert campaign(start, tmp_path, kills=3, steps=60) >= 1
+
+
+@pytest.mark.full
+@pytest.mark.timeout(3600)
+def test_killed_thirty_times(start: Starter, tmp_path: Path) -> None:
+    assert campaign(start, tmp_path, kills=30, steps=600) >= 8

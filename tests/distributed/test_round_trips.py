@@ -1,0 +1,82 @@
+"""A checkpoint belongs to the model: what one layout wrote, every other loads, bit for bit, and trains on from."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from layouts import Case
+from rank_pool import RankPool
+from small_runs import metrics, run_config, train, write_latents
+
+from rdm_scale.checkpoint.directory import CheckpointDirectory, open_checkpoint
+from rdm_scale.config import RunConfig
+from rdm_scale.data.storage import Location
+
+FIELDS = ("weights", "exp_avg", "exp_avg_sq", "ema")
+# Uneven stages (9 blocks), chunks, cut qkv, ranges of 3 ranks, all ZeRO stages, on both sides.
+PAIRS = {
+    Case(2, 2, 2, "3 kept", "1f1b", "none", True): [
+        Case(1, 1, 3, "1", "1f1b", "none", False),
+        Case(1, 1, 1, "0", "1f1b", "none", False),
+        Case(4, 2, 1, "3 by block", "v_1f1b", "none", False),
+    ],
+    Case(1, 4, 2, "2", "v_1f1b", "none", False): [
+        Case(4, 1, 2, "3 by block", "1f1b", "full", False),
+        Case(2, 1, 3, "3 kept", "1f1b", "none", True),
+        Case(1, 2, 2, "1", "interleaved_1f1b", "none", False),
+    ],
+    Case(1, 1, 3, "3 by block", "1f1b", "none", False): [
+        Case(2, 4, 1, "3 kept", "interleaved_1f1b", "none", False),
+        Case(1, 1, 8, "3 kept", "1f1b", "none", False),
+        Case(1, 8, 1, "2", "1f1b", "none", False),
+    ],
+    Case(8, 1, 1, "1", "1f1b", "none", True): [
+        Case(1, 2, 3, "0", "v_1f1b", "selective", False),
+        Case(2, 1, 4, "2", "1f1b", "none", False),
+        Case(1, 3, 1, "3 kept", "1f1b", "none", False),
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_latents(tmp_path_factory.mktemp("latents"))
+
+
+def train_after_a_copy(config: RunConfig, copy: str) -> None:
+    """A body for the pool: trains, but first saves what was loaded, as it is."""
+    from rdm_scale.checkpoint import Saver
+    from rdm_scale.training.trainer import Trainer
+
+    run = Trainer.run
+
+    def copy_and_run(self: Trainer) -> None:
+        directory = CheckpointDirectory(Location(copy))
+        Saver(directory, config.checkpoint, self.zero, self.ema.flats, self.mesh, print).save(self.state())
+        run(self)
+
+    Trainer.run = copy_and_run  # type: ignore[method-assign]
+    train(config)
+
+
+@pytest.mark.parametrize("source", PAIRS, ids=str)
+def test_any_layout_to_any_layout(source: Case, ranks: RankPool, data: str, tmp_path: Path) -> None:
+    whole = run_config(tmp_path / "whole", data, **(source.changes() | {"checkpoint__every": 5}))
+    ranks.run(source.world, train, whole)
+    written = Path(whole.run.dir) / "checkpoints" / "step_00000005"
+    state, reader = open_checkpoint(Location(written))
+    names = reader.names()
+    for i, target in enumerate(PAIRS[source]):
+        changes = target.changes() | {"checkpoint__resume": str(written)}
+        config = run_config(tmp_path / str(i), data, **changes)
+        ranks.run(target.world, train_after_a_copy, config, str(tmp_path / str(i) / "copy"))
+
+        state_again, again = CheckpointDirectory(Location(tmp_path / str(i) / "copy")).open(5)
+        assert sorted(again.names()) == sorted(names) and again.fields() == list(FIELDS)
+        for field in FIELDS:
+            mine, theirs = again.read_many(field, names), reader.read_many(field, names)
+            assert all(torch.equal(mine[name], theirs[name]) for name in names), (target, field)
+        for key in ("step", "samples", "identity", "codec", "class_names", "lost_shards"):
+            assert state_again[key] == state[key]
+        losses = [[r["loss"] for r in metrics(run.run.dir) if r["step"] > 5] for run in (config, whole)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 5, target

@@ -1,0 +1,135 @@
+"""Checkpoints are written while training goes on, one at a time, and what fails is told and survived."""
+
+import errno
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rank_pool import RankPool
+from small_runs import metrics, run_config, train, write_latents
+
+from rdm_scale.checkpoint import CheckpointDirectory, load_model, saving
+from rdm_scale.config import RunConfig
+from rdm_scale.data.storage import Location
+from rdm_scale.errors import CheckpointError
+
+WRITE = saving.write_tensors
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_latents(tmp_path_factory.mktemp("latents"))
+
+
+def steps_saved(config: RunConfig) -> list[int]:
+    return CheckpointDirectory(Location(config.run.dir) / "checkpoints").steps()
+
+
+def train_with(write: Callable[..., Any], config: RunConfig) -> str:
+    """A body for the pool: trains with another way to write tensors; all that the first rank printed."""
+    said: list[str] = []
+    saving.write_tensors = lambda folder, rank, *more: write(config, folder, rank, *more)
+    from rdm_scale.training.monitor import RunMonitor
+
+    RunMonitor.say = lambda self, message: said.append(message)
+    train(config)
+    return "\n".join(said)
+
+
+def write_three_steps_later(config: RunConfig, folder: Location, rank: int, *more: Any) -> Any:
+    step, path = int(folder.name.removeprefix("step_")), Path(config.run.dir) / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while path.read_bytes().count(b"\n") < min(step + 3, config.train.steps):
+        assert time.monotonic() < deadline, "training waits for the checkpoint"
+        time.sleep(0.002)
+    return WRITE(folder, rank, *more)
+
+
+def test_training_goes_on_and_the_checkpoint_is_of_the_step_it_names(
+    ranks: RankPool, data: str, tmp_path: Path
+) -> None:
+    config = run_config(tmp_path, data, train__steps=9, checkpoint__every=4)
+    said, _ = ranks.run(2, train_with, write_three_steps_later, config)
+    assert steps_saved(config) == [4, 8, 9]
+    assert said.count("saved ") == 3 and "warning" not in said
+    for step in (4, 8):
+        alone = run_config(tmp_path / str(step), data, train__steps=step)
+        ranks.run(2, train, alone)
+        for kind in ("weights", "ema"):
+            expected = load_model(alone.run.dir, kind).state_dict()
+            found = load_model(f"{config.run.dir}/checkpoints/step_{step:08d}", kind).state_dict()
+            assert all(torch.equal(found[name], expected[name]) for name in expected), (step, kind)
+    lines = (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()
+    stalls = {r["step"]: r["save_stall_s"] for r in map(json.loads, lines) if "save_stall_s" in r}
+    assert list(stalls) == [5, 9]
+
+
+def write_slowly(config: RunConfig, folder: Location, rank: int, *more: Any) -> Any:
+    if rank == 1 and folder.name == "step_00000002":
+        time.sleep(1.0)
+    return WRITE(folder, rank, *more)
+
+
+def test_a_save_that_is_late_is_reported_and_waited_for(ranks: RankPool, data: str, tmp_path: Path) -> None:
+    config = run_config(tmp_path, data, train__steps=5, checkpoint__every=2)
+    said, _ = ranks.run(2, train_with, write_slowly, config)
+    assert steps_saved(config) == [2, 4, 5]
+    assert "warning: the checkpoint of step 2 was still being written when the next was due" in said
+    assert said.index("step_00000002 (in") < said.index("step_00000004 (in")
+
+
+def write_on_a_full_disk(config: RunConfig, folder: Location, rank: int, *more: Any) -> Any:
+    full = int(os.environ.get("FULL_AT", "4"))
+    if rank == 1 and folder.name == f"step_{full:08d}":
+        (folder / "rank_00001.safetensors").write(b"half")
+        raise CheckpointError(f"cannot write {folder}: {os.strerror(errno.ENOSPC)}")
+    return WRITE(folder, rank, *more)
+
+
+def test_a_failed_save_stops_the_run_or_not_as_configured(ranks: RankPool, data: str, tmp_path: Path) -> None:
+    changes = {"train__steps": 6, "checkpoint__every": 2}
+    stops = run_config(tmp_path / "stops", data, **changes)
+    with pytest.raises(CheckpointError, match="step_00000004: No space left on device"):
+        ranks.run(2, train_with, write_on_a_full_disk, stops)
+    assert steps_saved(stops) == [2]
+    goes_on = run_config(tmp_path / "goes_on", data, **changes, checkpoint__on_failure="continue")
+    said, _ = ranks.run(2, train_with, write_on_a_full_disk, goes_on)
+    assert "warning: no checkpoint of step 4, training goes on without: cannot write" in said
+    assert steps_saved(goes_on) == [2, 6]
+    left = {path.name for path in (tmp_path / "goes_on/run/checkpoints").iterdir()}
+    assert left == {"step_00000002", "step_00000006"}, "the half-written one is gone"
+    ranks.run(2, train, stops)
+    assert metrics(stops.run.dir) == metrics(goes_on.run.dir)
+
+
+def test_the_last_save_must_not_fail(ranks: RankPool, data: str, tmp_path: Path) -> None:
+    config = run_config(tmp_path, data, train__steps=4, checkpoint__every=2, checkpoint__on_failure="continue")
+    with pytest.raises(CheckpointError, match="the last checkpoint, of step 4, could not be saved"):
+        ranks.run(2, train_with, write_on_a_full_disk, config)
+    assert steps_saved(config) == [2]
+
+
+def test_what_resume_skips_is_said(ranks: RankPool, data: str, tmp_path: Path) -> None:
+    config = run_config(tmp_path, data, train__steps=4, checkpoint__every=2)
+    ranks.run(2, train, config)
+    whole = metrics(config.run.dir)
+    folder = Path(config.run.dir) / "checkpoints"
+    (folder / "step_00000004" / "rank_00001.safetensors").write_bytes(b"cut")
+    (folder / "step_00000007").mkdir()
+    said, _ = ranks.run(2, train_with, write_slowly, config)
+    assert "warning: skipped" in said and "step_00000007 has no commit.json" in said
+    assert "step_00000004/rank_00001.safetensors has 3 bytes instead of" in said
+    assert metrics(config.run.dir) == whole
+    assert steps_saved(config) == [2, 4]
+
+
+def test_checkpoints_of_some_steps_stay(ranks: RankPool, data: str, tmp_path: Path) -> None:
+    changes = {"checkpoint__every": 2, "checkpoint__keep": 1, "checkpoint__keep_every": 4}
+    config = run_config(tmp_path, data, train__steps=7, **changes)
+    ranks.run(1, train, config)
+    assert steps_saved(config) == [4, 7]
