@@ -17,7 +17,6 @@ import argparse
 import json
 import math
 import os
-import shutil
 import statistics
 import tempfile
 import time
@@ -81,13 +80,12 @@ def load_plain(folder: Path, flats: dict[str, Tensor]) -> None:
                 view = view[file.readinto(view) :]
 
 
-def save_ours(folder: Path, flats: dict[str, Tensor], shards: list[Shard]) -> None:
+def save_ours(folder: Path, flats: dict[str, Tensor], pieces: list[Piece]) -> None:
     directory = CheckpointDirectory(Location(folder))
-    directory.commit(1, {"step": 1}, write_tensors(directory.begin(1), 0, pieces_of(shards), flats))
+    directory.commit(1, {"step": 1}, write_tensors(directory.begin(1), 0, pieces, flats))
 
 
-def load_ours(folder: Path, flats: dict[str, Tensor], shards: list[Shard]) -> None:
-    pieces = pieces_of(shards)
+def load_ours(folder: Path, flats: dict[str, Tensor], pieces: list[Piece]) -> None:
     _, reader = open_checkpoint(CheckpointDirectory(Location(folder)).folder(1), pieces)
     for field, flat in flats.items():
         reader.fill(pieces, field, flat)
@@ -99,7 +97,7 @@ def bandwidth(name: str, rounds: int, where: str | None) -> dict[str, Any]:
     flats = {field: torch.randn(elements) for field in FIELDS}
     loaded = {field: torch.zeros(elements) for field in FIELDS}
     size = 4 * elements * len(FIELDS)
-    ways = {"plain": (save_plain, load_plain, ()), "ours": (save_ours, load_ours, (shards,))}
+    ways = {"plain": (save_plain, load_plain, ()), "ours": (save_ours, load_ours, (pieces_of(shards),))}
     rates: dict[str, list[float]] = {}
     for _ in range(rounds):
         for way, (save, load, more) in ways.items():
@@ -115,16 +113,14 @@ def bandwidth(name: str, rounds: int, where: str | None) -> dict[str, Any]:
                     for flat in loaded.values():
                         flat.zero_()
                 on_disk = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    middle = {what: statistics.median(values) for what, values in rates.items()}
     print(f"\n{name}, {size / 1e6:,.0f} MB, on disk {on_disk / size:.4f} of that\n")
     print("| | plain file (MB/s) | ours (MB/s) | ours / plain, median of rounds |\n|---|---|---|---|")
     shares = {}
     for what in ("save", "load cold", "load cached"):
         pairs = zip(rates[f"ours {what}"], rates[f"plain {what}"], strict=True)
         shares[what] = statistics.median(mine / plain for mine, plain in pairs)
-        print(
-            f"| {what} | {middle[f'plain {what}'] / 1e6:,.0f} | {middle[f'ours {what}'] / 1e6:,.0f} | {shares[what]:.2f} |"
-        )
+        plain, ours = (statistics.median(rates[f"{way} {what}"]) / 1e6 for way in ways)
+        print(f"| {what} | {plain:,.0f} | {ours:,.0f} | {shares[what]:.2f} |")
     return {"bytes": size, "on_disk": on_disk, "rates": rates, "shares": shares}
 
 

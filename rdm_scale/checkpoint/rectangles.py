@@ -7,6 +7,7 @@ rectangles, and rectangles of any two layouts intersect in rectangles: all that 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +16,7 @@ Ints = NDArray[np.int64]
 _PAIRS = 2**20  # candidate pairs looked at together, so that memory stays bounded whatever a file claims
 
 
-@dataclass(frozen=True, slots=True)
-class Rectangle:
+class Rectangle(NamedTuple):
     """The elements offset <= index < offset + extent of a tensor; of a scalar, both are ()."""
 
     offset: tuple[int, ...]
@@ -42,8 +42,7 @@ class Rectangle:
         return Rectangle(tuple(a + b for a, b in zip(self.offset, offset, strict=True)), self.extent)
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """A rectangle of the logical tensor `name` of the whole `shape`, lying row by row from element `start` of a flat
     buffer."""
 
@@ -58,8 +57,11 @@ def rectangles_of_range(shape: Sequence[int], first: int, count: int) -> list[Re
 
     There are at most 2 n - 1 of them for n dimensions: the ends of rows that the range cuts, and whole rows between.
     """
-    if first < 0 or count < 0 or first + count > math.prod(shape):
+    total = math.prod(shape)
+    if first < 0 or count < 0 or first + count > total:
         raise ValueError(f"elements {first} to {first + count} are not all in a tensor of shape {tuple(shape)}")
+    if count == total > 0:
+        return [Rectangle((0,) * len(shape), tuple(shape))]
     return _split(tuple(shape), first, count)
 
 
@@ -185,6 +187,7 @@ class Copies:
     extent: Ints  # [K, N]
     source_strides: Ints  # [K, N]
     target_strides: Ints  # [K, N]
+    reach: int  # elements of the target up to the last that is filled
 
 
 def copies_between(source: Boxes, target: Boxes) -> Copies:
@@ -208,4 +211,5 @@ def copies_between(source: Boxes, target: Boxes) -> Copies:
     return Copies(
         begin[firsts], total, goal[firsts], contiguous[firsts],
         extent[rows], source.strides[rows], target.strides[rows],
+        int((target.start + target.numel).max(initial=0)),
     )  # fmt: skip

@@ -106,7 +106,7 @@ class Saver:
             if waited_s > _NOTABLE_S:
                 self.say(
                     f"warning: the checkpoint of step {late.step} was still being written when the next was due: "
-                    f"training waited {waited_s:.1f} s for it. Raise checkpoint.every, or choose a faster checkpoint.dir"
+                    f"training waited {waited_s:.1f} s for it. Raise checkpoint.every, or find a faster checkpoint.dir"
                 )
 
     def advance(self) -> None:

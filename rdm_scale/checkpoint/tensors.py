@@ -8,6 +8,7 @@ block of the file, so that any range is verified by reading the blocks that it t
 import json
 import math
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -36,8 +37,10 @@ from rdm_scale.checkpoint.spans import Wanted, spans_of
 from rdm_scale.data.storage import Location
 from rdm_scale.errors import CheckpointError
 
-_READ_BYTES = 8 * BLOCK_BYTES  # most that one range read fetches, unless a rectangle with gaps is larger
+_FAR_BYTES = 8 * BLOCK_BYTES  # most that a range read fetches from afar, unless a rectangle with gaps is larger
+_NEAR_BYTES = BLOCK_BYTES  # from a local file, where a read costs little and a block stays in the processor's cache
 _READERS = 4  # range reads under way at a time
+_FEW_INDICES = 32
 
 
 def write_tensors(
@@ -159,8 +162,7 @@ class TensorReader:
         if not indices:
             raise CheckpointError(f"{folder} holds no tensors: no index rank_*{INDEX} is part of it")
         if pieces is not None:
-            wanted = Wanted(pieces)
-            indices = [record for record in indices if wanted.meets(record.spans)] or indices[:1]
+            indices = _needed(indices, pieces)
         with ThreadPoolExecutor(16) as pool:
             self.files = list(pool.map(lambda record: read_index(folder, record, sizes), indices))
         self._folder = folder
@@ -222,9 +224,10 @@ class TensorReader:
         """
         if out.dtype != torch.float32 or out.ndim != 1 or out.device.type != "cpu" or not out.is_contiguous():
             raise ValueError("out must be a flat, contiguous fp32 CPU tensor")
-        if any(piece.start + piece.rectangle.numel > out.numel() for piece in pieces):
-            raise ValueError(f"the pieces reach beyond the {out.numel()} elements of out")
-        self._run(self.plan(pieces), field, out)
+        copies = self.plan(pieces)
+        if copies.reach > out.numel():
+            raise ValueError(f"the pieces reach to element {copies.reach} of the {out.numel()} of out")
+        self._run(copies, field, out)
         return out
 
     def plan(self, pieces: Sequence[Piece]) -> Copies:
@@ -293,10 +296,23 @@ class TensorReader:
                 raise CheckpointError(f"{file.data} has no {field}; it has {', '.join(file.fields)}")
             fields[i] = file.header_bytes + file.fields.index(field) * file.elements * 4
         position = fields[owner] + (copies.source - self._bases[owner]) * 4
-        reads = _plan_reads(copies, owner, position)
+        near = all(file.data.is_local for file in self.files)
         target = out.detach().numpy()
-        for read, content in _ahead(lambda read: _fetch(self.files[read.file], read.first, read.last), reads):
+        memory = threading.local()
+
+        def carry_out(read: _Read) -> None:
+            content = _fetch(self.files[read.file], read.first, read.last, memory)
             _copy(copies, read, content, target)
+
+        _in_threads(carry_out, _plan_reads(copies, owner, position, _NEAR_BYTES if near else _FAR_BYTES))
+
+
+def _needed(indices: list[FileRecord], pieces: Sequence[Piece]) -> list[FileRecord]:
+    """Those that may tell of the pieces; all of them, where asking costs more than opening."""
+    if len(indices) <= _FEW_INDICES:
+        return indices
+    wanted = Wanted(pieces)
+    return [record for record in indices if wanted.meets(record.spans)] or indices[:1]
 
 
 @dataclass(frozen=True)
@@ -312,20 +328,20 @@ class _Read:
     ends: Ints  # [K]
 
 
-def _plan_reads(copies: Copies, owner: Ints, position: Ints) -> Iterator[_Read]:
+def _plan_reads(copies: Copies, owner: Ints, position: Ints, window_bytes: int) -> Iterator[_Read]:
     """Few large reads of whole blocks: copies that begin in the same window of a file and lie close are read together.
 
     Contiguous copies are cut where windows end; a strided one is read as a whole.
     """
     end = position + 4 * copies.span
-    window = position // _READ_BYTES
-    parts = np.where(copies.contiguous, (end - 1) // _READ_BYTES - window + 1, 1)
+    window = position // window_bytes
+    parts = np.where(copies.contiguous, (end - 1) // window_bytes - window + 1, 1)
     which = np.repeat(np.arange(len(parts)), parts)
     part = np.arange(len(which)) - np.repeat(np.cumsum(parts) - parts, parts)
     window = window[which] + part
     whole = ~copies.contiguous[which]
-    begins = np.where(whole | (part == 0), position[which], window * _READ_BYTES)
-    ends = np.where(whole, end[which], np.minimum(end[which], (window + 1) * _READ_BYTES))
+    begins = np.where(whole | (part == 0), position[which], window * window_bytes)
+    ends = np.where(whole, end[which], np.minimum(end[which], (window + 1) * window_bytes))
     skipped = (begins - position[which]) // 4
 
     order = np.lexsort((begins, window, owner[which]))
@@ -339,15 +355,21 @@ def _plan_reads(copies: Copies, owner: Ints, position: Ints) -> Iterator[_Read]:
             yield _Read(file, int(first), int(last), which[group], skipped[group], begins[group], ends[group])
 
 
-def _fetch(file: IndexedFile, first: int, last: int) -> bytes:
+def _fetch(file: IndexedFile, first: int, last: int, memory: threading.local) -> memoryview:
+    """Blocks `first` to `last`, verified; valid until the next call in this thread."""
     begin, end = first * BLOCK_BYTES, min((last + 1) * BLOCK_BYTES, file.bytes)
     try:
-        content = file.data.read_range(begin, end - begin)
+        if file.data.is_local:  # into the same memory again and again: new memory takes longer than the read
+            if len(getattr(memory, "buffer", b"")) < end - begin:
+                memory.buffer = bytearray(end - begin)
+            view = memoryview(memory.buffer)
+            view = view[: file.data.read_range_into(begin, view[: end - begin])]
+        else:
+            view = memoryview(file.data.read_range(begin, end - begin))
     except OSError as error:
         raise CheckpointError(f"cannot read {file.data}: {error.strerror or error}") from error
-    if len(content) != end - begin:
+    if len(view) != end - begin:
         raise CheckpointError(f"{file.data} is truncated: it ends before byte {end:,} of {file.bytes:,}")
-    view = memoryview(content)
     for i in range(first, last + 1):
         block = view[i * BLOCK_BYTES - begin : (i + 1) * BLOCK_BYTES - begin]
         if xxhash.xxh3_64_intdigest(block) != file.digests[i]:
@@ -355,10 +377,10 @@ def _fetch(file: IndexedFile, first: int, last: int) -> bytes:
                 f"{file.data} is damaged: bytes {i * BLOCK_BYTES:,} to {i * BLOCK_BYTES + len(block):,} are not what "
                 "was written (checksum differs); use another checkpoint"
             )
-    return content
+    return view
 
 
-def _copy(copies: Copies, read: _Read, content: bytes, target: NDArray[np.float32]) -> None:
+def _copy(copies: Copies, read: _Read, content: memoryview, target: NDArray[np.float32]) -> None:
     source = np.frombuffer(content, "<f4")
     first = (read.begins - read.first * BLOCK_BYTES) // 4
     goal = copies.target[read.copies] + read.skipped
@@ -373,18 +395,20 @@ def _copy(copies: Copies, read: _Read, content: bytes, target: NDArray[np.float3
             into[...] = np.ndarray(extent, source.dtype, content, 4 * begin, 4 * copies.source_strides[i])
 
 
-def _ahead(work: Callable[["_Read"], bytes], items: Iterable["_Read"]) -> Iterator[tuple["_Read", bytes]]:
-    """Each item with work(item), in order, a few of them computed ahead by threads."""
+def _in_threads(work: Callable[[_Read], None], items: Iterable[_Read]) -> None:
+    """work(item) for all items, a few at a time; raises what the first to fail raised, in their order."""
     with ThreadPoolExecutor(_READERS) as pool:
-        waiting: deque[tuple[_Read, Future[bytes]]] = deque()
-        for item in items:
-            waiting.append((item, pool.submit(work, item)))
-            if len(waiting) > _READERS:
-                done, future = waiting.popleft()
-                yield done, future.result()
-        while waiting:
-            done, future = waiting.popleft()
-            yield done, future.result()
+        waiting: deque[Future[None]] = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(work, item))
+                if len(waiting) > 2 * _READERS:
+                    waiting.popleft().result()
+            while waiting:
+                waiting.popleft().result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def _merge_shapes(files: Sequence[IndexedFile]) -> dict[str, tuple[int, ...]]:

@@ -185,6 +185,17 @@ class Location:
             return _pread(self.path, offset, length)
         return self._get(offset, length, version) if length else b""
 
+    def read_range_into(self, offset: int, buffer: memoryview) -> int:
+        """Fills `buffer` with what is in a local file from `offset` on; how many bytes there were."""
+        descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            done = 0
+            while done < len(buffer) and (more := os.preadv(descriptor, [buffer[done:]], offset + done)):
+                done += more
+            return done
+        finally:
+            os.close(descriptor)
+
     def _get(self, offset: int, length: int | None, version: str | None) -> bytes:
         end = None if length is None else offset + length
         bounds = {} if length is None else {"start": offset, "end": end}
