@@ -1,0 +1,96 @@
+"""Checkpoints on a real S3 server that fails while they are saved."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fault_proxy import Fault, FaultProxy, Request
+from rank_pool import RankPool
+from s3_server import S3Server
+from small_runs import metrics, run_config, train, write_latents
+
+from rdm_scale.checkpoint.directory import CheckpointDirectory
+from rdm_scale.checkpoint.rectangles import Piece, Rectangle
+from rdm_scale.checkpoint.tensors import write_tensors
+from rdm_scale.config import RunConfig
+from rdm_scale.data.retry import Retry, retrying
+from rdm_scale.data.storage import Location
+from rdm_scale.errors import CheckpointError
+
+PASSING = [
+    Fault("status", status=503, code="SlowDown"),
+    Fault("status", status=500, code="InternalError"),
+    Fault("reset"),
+]
+
+
+def writes(request: Request) -> bool:
+    return request.method in ("PUT", "POST")
+
+
+def save(directory: CheckpointDirectory, step: int, elements: int) -> None:
+    piece = Piece("w", (elements,), Rectangle((0,), (elements,)), 0)
+    folder = directory.begin(step)
+    records = write_tensors(folder, 0, [piece], {"ema": torch.arange(elements, dtype=torch.float32) + step})
+    directory.commit(step, {"step": step}, records)
+
+
+@pytest.mark.parametrize("elements", [1000, 30_000_000], ids=["one request", "in parts"])
+@pytest.mark.parametrize("fault", PASSING, ids=lambda f: f"{f.kind} {f.status}")
+def test_what_passes_is_outlived(proxy: FaultProxy, prefix: str, fault: Fault, elements: int) -> None:
+    directory = CheckpointDirectory(Location(f"s3://latents/{prefix}"))
+    proxy.add(fault, writes, times=2)
+    save(directory, 1, elements)
+    assert sum(request.fault is not None for request in proxy.requests) == 2
+    _, reader = directory.open(1)
+    assert torch.equal(reader.read("ema", "w"), torch.arange(elements, dtype=torch.float32) + 1)
+
+
+@pytest.mark.full  # uploads are tried for 45 s
+def test_what_stays_is_told_and_leaves_the_one_before(proxy: FaultProxy, prefix: str) -> None:
+    directory = CheckpointDirectory(Location(f"s3://latents/{prefix}"))
+    save(directory, 1, 1000)
+    proxy.add(PASSING[0], lambda r: writes(r) and "rank_00000.safetensors" in r.path)
+    with (
+        retrying(Retry(attempts=3, first_wait_s=0.01, budget_s=5)),
+        pytest.raises(CheckpointError, match=r"cannot write s3://.*rank_00000"),
+    ):
+        save(directory, 2, 1000)
+    proxy.clear()
+    step, reasons = directory.newest()
+    assert step == 1 and all("no commit.json" in reason for reason in reasons)
+    save(directory, 2, 1000)
+    assert directory.steps() == [1, 2]
+
+
+def train_on_s3(config: RunConfig, environment: dict[str, str]) -> None:
+    os.environ |= environment
+    train(config)
+
+
+def test_a_run_goes_on_without_a_checkpoint_that_the_store_refuses(
+    ranks: RankPool, s3_server: S3Server, proxy: FaultProxy, prefix: str, tmp_path: Path
+) -> None:
+    changes: dict[str, Any] = {
+        "train__steps": 7,
+        "checkpoint__dir": f"s3://latents/{prefix}",
+        "checkpoint__every": 2,
+        "checkpoint__keep": 0,
+        "checkpoint__on_failure": "continue",
+        "data__read_timeout_s": 5,
+    }
+    data = write_latents(tmp_path / "latents")
+    config = run_config(tmp_path, data, **changes)
+    refused = Fault("status", status=403, code="AccessDenied")
+    proxy.add(refused, lambda r: writes(r) and "step_00000004/rank_00001" in r.path)
+    environment = s3_server.environment(proxy.endpoint)
+    ranks.run(2, train_on_s3, config, environment)
+    directory = CheckpointDirectory(Location(f"s3://latents/{prefix}"))
+    assert directory.steps() == [2, 6, 7]
+    whole = run_config(tmp_path / "whole", data, train__steps=9)
+    ranks.run(2, train, whole)
+    proxy.clear()
+    ranks.run(2, train_on_s3, run_config(tmp_path, data, **(changes | {"train__steps": 9})), environment)
+    assert metrics(config.run.dir) == metrics(whole.run.dir)
