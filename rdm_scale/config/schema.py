@@ -249,6 +249,9 @@ class MonitorConfig(Section):
     tensorboard: bool = Field(True, description="write scalars and sample grids to run.dir/tensorboard")
     validate_every: int = Field(500, ge=0, description="steps between validation losses; 0: never")
     validation_samples: int = Field(1024, ge=1, description="size of the validation set that is used, at most")
+    depth_every: int = Field(
+        100, ge=0, description="steps between profiles along depth (run.dir/depth.jsonl); 0: never"
+    )
     sample_every: int = Field(0, ge=0, description="steps between sample grids in run.dir/samples; 0: never")
     sample_columns: int = Field(10, ge=1, description="classes (or samples) shown in a sample grid")
 

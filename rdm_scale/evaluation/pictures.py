@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -14,6 +14,9 @@ from torch import Tensor
 
 from rdm_scale.data.storage import Location
 from rdm_scale.errors import DataError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 CELL = 64  # pixels a side below which a cell is enlarged
 SMALLEST_FONT, LARGEST_FONT = 11, 28  # pixels: still legible, and no banner over large images
@@ -197,11 +200,17 @@ def plot_channels(mean: Sequence[float], std: Sequence[float], output: Location)
 
 
 def plot_loss(metrics_file: Path, output: Path) -> None:
-    """Draws training and validation loss over the steps of a run into a PNG file of 1200 x 720 pixels.
+    """Draws `loss_figure` into a PNG file of 1200 x 720 pixels, written whole or not at all."""
+    png = io.BytesIO()
+    loss_figure(metrics_file).savefig(png, format="png")
+    Location(output).write(png.getvalue())
+
+
+def loss_figure(metrics_file: Path) -> "Figure":
+    """Training and validation loss over the steps of a run.
 
     Args:
         metrics_file: metrics.jsonl of a run, one object a line: step, loss and sometimes validation_loss.
-        output: the picture, written whole or not at all.
 
     Raises:
         DataError: the metrics are missing, empty, or a line does not hold step and loss as numbers.
@@ -226,9 +235,7 @@ def plot_loss(metrics_file: Path, output: Path) -> None:
         axes.yaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
-    png = io.BytesIO()
-    figure.savefig(png, format="png")
-    Location(output).write(png.getvalue())
+    return figure
 
 
 def _read_metrics(path: Path) -> list[dict[str, float]]:

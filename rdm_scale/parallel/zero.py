@@ -62,6 +62,7 @@ class ZeroEngine(ABC):
         """`real` goes through the children of `module`, which is on the meta device, and makes one after the other
         real; the parameters of modules of the types `leaves` are gathered together."""
         self.mesh = mesh
+        self.blocks: dict[str, nn.Module] = dict(module.get_submodule("blocks").named_children())
         self.parameters: list[Any] = []
         largest = max(sum(p.numel() for p in m.parameters()) for m in module.modules() if isinstance(m, tuple(leaves)))
         settings = deepspeed.settings(config, self._zero_settings(largest))

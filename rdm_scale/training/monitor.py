@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from rdm_scale.config import RunConfig
+from rdm_scale.training.profiles import DEPTH, Profile, heat_map, read_profiles
 
 
 class Monitor:
@@ -13,6 +14,9 @@ class Monitor:
 
     def step(self, record: dict[str, Any]) -> None:
         """Takes the metrics of one step."""
+
+    def depth(self, step: int, profile: Profile) -> None:
+        """Takes what one step was like along depth."""
 
     def pictures(self, step: int, image: Any) -> None:
         """Takes a grid of samples (PIL.Image)."""
@@ -33,6 +37,7 @@ class RunMonitor(Monitor):
         self.first_step = first_step
         self.started = time.monotonic()
         self.metrics: IO[str] = (self.dir / "metrics.jsonl").open("a", encoding="utf-8")
+        self.profiles: list[Profile] = read_profiles(self.dir / DEPTH)[1]
         self.board: Any = None
         if config.monitor.tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # 3 s to import
@@ -50,6 +55,15 @@ class RunMonitor(Monitor):
         ends = (self.first_step + 1, self.config.train.steps)
         if step % self.config.monitor.log_every == 0 or "validation_loss" in record or step in ends:
             self._print(record)
+
+    def depth(self, step: int, profile: Profile) -> None:
+        with (self.dir / DEPTH).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step} | profile) + "\n")
+        self.profiles.append(profile)
+        if self.board is not None:
+            for name in profile:
+                picture = heat_map([each[name] for each in self.profiles if name in each])
+                self.board.add_image(f"depth/{name}", picture, step, dataformats="HWC")
 
     def pictures(self, step: int, image: Any) -> None:
         folder = self.dir / "samples"

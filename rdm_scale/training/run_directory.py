@@ -12,6 +12,7 @@ from rdm_scale.checkpoint.directory import CheckpointDirectory, read_state
 from rdm_scale.config import RunConfig, flatten, load_config, to_yaml
 from rdm_scale.data.storage import Location
 from rdm_scale.errors import CheckpointError, ConfigError
+from rdm_scale.training.profiles import DEPTH
 
 CONFIG, METRICS, LOCK = "config.yaml", "metrics.jsonl", ".lock"
 
@@ -93,8 +94,9 @@ def prepare(config: RunConfig, start: Start) -> IO[str]:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = _locked(run_dir)
         Location(run_dir / CONFIG).write(to_yaml(config).encode())
-        if (run_dir / METRICS).exists():
-            Location(run_dir / METRICS).write(_cut_back(run_dir / METRICS, start.step))
+        for path in (run_dir / METRICS, run_dir / DEPTH):
+            if path.exists():
+                Location(path).write(_cut_back(path, start.step))
     except OSError as error:
         raise ConfigError(f"cannot write to run.dir={run_dir}: {error.strerror or error}") from None
     _check_writable(checkpoints_of(config).root)

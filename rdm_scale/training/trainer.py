@@ -27,6 +27,7 @@ from rdm_scale.parallel.layout import Layout
 from rdm_scale.parallel.mesh import Mesh
 from rdm_scale.parallel.parallelize import parallelize
 from rdm_scale.parallel.sharing import shared
+from rdm_scale.training.depth import DepthProbe
 from rdm_scale.training.ema import Ema
 from rdm_scale.training.monitor import Monitor, RunMonitor
 from rdm_scale.training.optimizer import build_optimizer, learning_rate
@@ -59,6 +60,7 @@ class Trainer:
         self.held_out = self._open_held_out() if config.data.validation and mesh.reads_data else None
         self.grid = SampleGrid(config, mesh, facts) if config.monitor.sample_every else None
         self.monitor = RunMonitor(config, self.step) if mesh.is_first else Monitor()
+        self.probe = DepthProbe(config, self.zero, mesh)
         self.saver = checkpoint.Saver(
             checkpoints_of(config), config.checkpoint, self.zero, self.ema.flats, mesh, self.monitor.say
         )
@@ -91,6 +93,14 @@ class Trainer:
         began = time.perf_counter()
         batch = next(batches)
         waited_s = time.perf_counter() - began
+        probing = self._probe_is_due()
+        with self.probe.watching() if probing else nullcontext():
+            record, stop = self._update(batch, waited_s, began)
+        if probing:
+            self.monitor.depth(self.step, self.probe.profile(record["grad_norm"]))
+        return record, stop
+
+    def _update(self, batch: TrainingBatch, waited_s: float, began: float) -> tuple[dict[str, Any], bool]:
         micro_batches = batch.split(self.config.train.micro_batch_size or len(batch))
         loss_B = self.model.accumulate(micro_batches, self.model_inputs, self.loss_of).double()
         news = self.stream.lost.news() if self.stream else []
@@ -227,6 +237,11 @@ class Trainer:
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
+
+    def _probe_is_due(self) -> bool:
+        """For the step that begins: in the rhythm of the configuration, and in the first of all."""
+        every = self.config.monitor.depth_every
+        return every > 0 and ((self.step + 1) % every == 0 or self.step == 0)
 
     def _request_stop(self, signal_number: int, frame: object) -> None:
         self.stop_requested = True

@@ -1,0 +1,93 @@
+"""How samplers come near the probability flow, and backpropagation the adjoint equation.
+
+Prints tables, writes benchmarks/results/theory.json, draws docs/images/probability_flow.png and adjoint.png.
+
+    python benchmarks/theory.py
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "tests" / "diffusion"), str(ROOT / "tests" / "models")]
+from mixture import wasserstein  # noqa: E402
+from smooth_chain import SmoothChain  # noqa: E402
+from test_probability_flow import DDPM, FLOW, draw, path_error  # noqa: E402
+from test_sensitivity import PLACES, continuous  # noqa: E402
+
+from rdm_scale.models.sensitivity import sensitivities, trajectory  # noqa: E402
+
+STEPS = (10, 20, 40, 80, 160)
+LENGTHS = (16, 32, 64, 128, 256, 512, 1024)
+
+
+def sampling() -> dict[str, dict[str, list[float]]]:
+    """Errors by sampler: of paths, for those that follow the flow, and of the marginal."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for diffusion, names in ((FLOW, ("euler", "heun")), (DDPM, ("ddim", "ddpm"))):
+        for name in names:
+            found[name] = {"marginal": [wasserstein(draw(diffusion, name, n)) for n in STEPS]}
+            if name != "ddpm":
+                found[name]["path"] = [path_error(diffusion, name, n) for n in STEPS]
+    return found
+
+
+def adjoint() -> list[float]:
+    """Largest relative distance of the discrete adjoint from the continuous one, by the length of the chain."""
+    chain = SmoothChain()
+    flow = {place: continuous(chain, place)[1] for place in PLACES}
+    errors = []
+    for length in LENGTHS:
+        units = chain.units(length)
+        states = trajectory(units, chain.start)
+        last = states[-1].clone().requires_grad_()
+        found = sensitivities(units, states, torch.autograd.grad(chain.loss(last), last)[0])
+        errors.append(max(((found[round(p * length)] - s).norm() / s.norm()).item() for p, s in flow.items()))
+    return errors
+
+
+def plot(errors: dict[str, dict[str, list[float]]], distances: list[float]) -> None:
+    figure = Figure(figsize=(11, 4.2), dpi=110, layout="constrained")
+    for axes, kind, title in zip(
+        figure.subplots(1, 2),
+        ("path", "marginal"),
+        ("distance from the probability flow's path", "Wasserstein-1 distance of the marginal"),
+        strict=True,
+    ):
+        for name, by_kind in errors.items():
+            if kind in by_kind:
+                axes.loglog(STEPS, by_kind[kind], marker="o", label=name)
+        axes.loglog(STEPS, [1 / n for n in STEPS], "k:", label="1 / steps")
+        axes.loglog(STEPS, [1 / n**2 for n in STEPS], "k--", label="1 / steps²")
+        axes.set(xlabel="steps", title=title)
+        axes.grid(alpha=0.3, which="both")
+        axes.legend()
+    figure.savefig(ROOT / "docs" / "images" / "probability_flow.png")
+    figure = Figure(figsize=(6, 4.2), dpi=110, layout="constrained")
+    axes = figure.add_subplot(xlabel="residual units L", title="discrete adjoint against the adjoint equation")
+    axes.loglog(LENGTHS, distances, marker="o", label="largest relative distance")
+    axes.loglog(LENGTHS, [distances[0] * LENGTHS[0] / n for n in LENGTHS], "k:", label="1 / L")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.savefig(ROOT / "docs" / "images" / "adjoint.png")
+
+
+def main() -> None:
+    errors, distances = sampling(), adjoint()
+    print(f"| error after steps | {' | '.join(map(str, STEPS))} |\n|{'---|' * (len(STEPS) + 1)}")
+    for name, by_kind in errors.items():
+        for kind, values in by_kind.items():
+            print(f"| {name}, {kind} | {' | '.join(f'{value:.5f}' for value in values)} |")
+    print(f"\n| units | {' | '.join(map(str, LENGTHS))} |\n|{'---|' * (len(LENGTHS) + 1)}")
+    print(f"| distance of the adjoints | {' | '.join(f'{value:.5f}' for value in distances)} |")
+    plot(errors, distances)
+    result = {"steps": STEPS, "errors": errors, "lengths": LENGTHS, "distances": distances}
+    (ROOT / "benchmarks" / "results" / "theory.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""What happens along depth in a step, measured while the step is made: nothing is computed twice for it.
+
+    stream        root mean square of the residual stream after a block
+    sensitivity   norm of the gradient of the global batch's mean loss with respect to it
+    gradient      norm of the gradient of a block's parameters, before clipping
+    UNIT.gain     ||alpha F + beta|| / ||z|| of a residual unit: how much it changes the stream that it reads
+    UNIT.alpha    mean of the gate over channels and samples, and UNIT.alpha_std, its standard deviation
+    UNIT.beta     root mean square of the additive gate
+
+All are of the whole global batch and the whole model, on every layout: sums of squares are added up over the ranks, of
+which those of a tensor-parallel group see the same stream, or with sequence parallelism each its own tokens. Blocks
+are watched from outside, where activation recompute does not run twice; what is seen inside twice is a ratio.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rdm_scale.config import RunConfig
+from rdm_scale.models.blocks import ResidualUnit
+from rdm_scale.models.gates import ResidualGate
+from rdm_scale.parallel.mesh import Mesh
+from rdm_scale.parallel.zero import ZeroEngine
+from rdm_scale.training.profiles import Profile
+
+
+class DepthProbe:
+    """Watches the blocks of this rank in the steps in which it is asked to."""
+
+    def __init__(self, config: RunConfig, zero: ZeroEngine, mesh: Mesh) -> None:
+        self.config, self.zero, self.mesh = config, zero, mesh
+        self._sums: dict[str, Tensor] = {}  # [depth] each
+        self._seen: set[int] = set()  # masters whose gradients have been looked at, by where they begin
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Around the forwards, the backwards and the update of one step."""
+        self._sums, self._seen = {}, set()
+        hooks = [hook for name, block in self.zero.blocks.items() for hook in self._watch(int(name), block)]
+        hooks.append(self.zero.optimizer.plain.register_step_pre_hook(self._saw_gradients))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def profile(self, grad_norm: float) -> Profile:
+        """Of the step that was watched, whose gradient norm before clipping is given. Collective."""
+        sums = self._shared_sums()
+        limit = self.config.optimizer.grad_clip
+        clipped = max(1.0, (grad_norm + 1e-6) / limit) if limit else 1.0  # as DeepSpeed does it
+        found: Profile = {
+            "stream": _ratio(sums, "stream", "stream.n", math.sqrt),
+            "sensitivity": [math.sqrt(square) for square in sums["sensitivity"]],
+            "gradient": [math.sqrt(square) * clipped for square in sums["gradient"]],
+        }
+        for unit in sorted({key.rpartition(".")[0] for key in sums if key.endswith(".change")}):
+            found[f"{unit}.gain"] = _ratio(sums, f"{unit}.change", f"{unit}.read", math.sqrt)
+            mean = _ratio(sums, f"{unit}.alpha", f"{unit}.alpha.n")
+            square = _ratio(sums, f"{unit}.alpha2", f"{unit}.alpha.n")
+            found[f"{unit}.alpha"] = mean
+            found[f"{unit}.alpha_std"] = [
+                None if m is None or s is None else math.sqrt(max(s - m * m, 0.0))
+                for m, s in zip(mean, square, strict=True)
+            ]
+            if any(sums.get(f"{unit}.beta.n", [])):
+                found[f"{unit}.beta"] = _ratio(sums, f"{unit}.beta2", f"{unit}.beta.n", math.sqrt)
+        return found
+
+    def _watch(self, block: int, module: nn.Module) -> Iterator[Any]:
+        yield module.register_forward_hook(lambda _, inputs, z_SBD: self._saw_stream(block, z_SBD))
+        for name, unit in module.named_children():
+            if isinstance(unit, ResidualUnit):
+                yield unit.register_forward_hook(
+                    lambda _, inputs, z_SBD, name=name: self._saw_unit(block, name, inputs[0], z_SBD)
+                )
+                yield unit.gate.register_forward_hook(
+                    lambda gate, _, outputs, name=name: self._saw_gate(block, name, gate, outputs[0])
+                )
+
+    def _saw_stream(self, block: int, z_SBD: Tensor) -> None:
+        self._add("stream", block, _square(z_SBD))
+        self._add("stream.n", block, z_SBD.numel())
+        if z_SBD.requires_grad:
+            copies = 1 if self.config.parallel.sequence else self.mesh.tensor_size
+            scale = 1 / copies / self.mesh.data_size**2  # a rank's backwards are of its own samples' mean
+            z_SBD.register_hook(lambda gradient: self._add("sensitivity", block, _square(gradient) * scale))
+
+    def _saw_unit(self, block: int, unit: str, z_SBD: Tensor, changed_SBD: Tensor) -> None:
+        self._add(f"{unit}.read", block, _square(z_SBD))
+        self._add(f"{unit}.change", block, _square(changed_SBD.detach() - z_SBD.detach()))
+
+    def _saw_gate(self, block: int, unit: str, gate: ResidualGate, alpha: Tensor | None) -> None:
+        alpha = torch.ones(1) if alpha is None else alpha.detach().double()
+        self._add(f"{unit}.alpha", block, alpha.sum())
+        self._add(f"{unit}.alpha2", block, alpha.square().sum())
+        self._add(f"{unit}.alpha.n", block, alpha.numel())
+        if gate.b is not None:
+            self._add(f"{unit}.beta2", block, _square(gate.b) * gate.multiplier**2)
+            self._add(f"{unit}.beta.n", block, gate.b.numel())
+
+    def _saw_gradients(self, *_: Any) -> None:
+        """Just before the plain optimizer steps some of the masters, with their gradients."""
+        start = 0
+        for master in self.zero.optimizer.masters:
+            end = start + master.numel()
+            if master.grad is not None and start not in self._seen:
+                self._seen.add(start)
+                gradient = master.grad.detach().flatten()
+                for shard in self.zero.writes:
+                    if start <= shard.start < end and shard.name.startswith("blocks."):
+                        part = gradient[shard.start - start :][: shard.count]
+                        self._add("gradient", int(shard.name.split(".")[1]), _square(part))
+            start = end
+
+    def _add(self, quantity: str, block: int, value: Tensor | float) -> None:
+        if quantity not in self._sums:
+            self._sums[quantity] = torch.zeros(self.config.model.depth, dtype=torch.float64, device=self.mesh.device)
+        self._sums[quantity][block] += value
+
+    def _shared_sums(self) -> dict[str, list[float]]:
+        """Over all ranks, of which each has seen some blocks."""
+        names = sorted({name for theirs in self.mesh.gather(list(self._sums)) for name in theirs})
+        depth = self.config.model.depth
+        mine = [self._sums[name] if name in self._sums else torch.zeros(depth) for name in names]
+        total = self.mesh.sum(torch.cat([values.double().cpu() for values in mine]).tolist())
+        return {name: total[i * depth : (i + 1) * depth] for i, name in enumerate(names)}
+
+
+def _square(tensor: Tensor) -> Tensor:
+    """Sum of the squares, without a copy of the tensor."""
+    return torch.linalg.vector_norm(tensor.detach(), dtype=torch.float32).double().square()
+
+
+def _ratio(
+    sums: dict[str, list[float]], numerator: str, denominator: str, f: Callable[[float], float] = float
+) -> list[float | None]:
+    pairs = zip(sums[numerator], sums[denominator], strict=True)
+    return [f(above / below) if below else None for above, below in pairs]

@@ -1,0 +1,107 @@
+"""Profiles along depth are those of the whole model and batch, whatever the layout: against plain autograd."""
+
+import itertools
+import math
+from pathlib import Path
+
+import pytest
+from layouts import Case
+from rank_pool import RankPool
+from reference import plain_training
+from small_runs import metrics, run_config, train, write_latents
+from torch import Tensor, nn
+
+from rdm_scale.config import RunConfig
+from rdm_scale.data.prefetch import draw
+from rdm_scale.data.stream import LatentStream
+from rdm_scale.diffusion import build_objective
+from rdm_scale.models import build_model
+from rdm_scale.training.profiles import Profile, read_profiles
+
+STEP = 3  # at the first the head is still zero, and nothing is sensitive
+CHANGES = {"train__steps": STEP, "monitor__depth_every": STEP}
+CASES = [
+    Case(1, 1, 1, "0", "1f1b", "none", False),
+    Case(1, 1, 3, "3 by block", "1f1b", "selective", False),
+    Case(2, 2, 2, "3 kept", "v_1f1b", "full", True),
+    Case(4, 1, 2, "2", "1f1b", "every_2", False),
+    Case(2, 2, 1, "1", "interleaved_1f1b", "none", False),
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_latents(tmp_path_factory.mktemp("latents"))
+
+
+@pytest.fixture(scope="module")
+def expected(data: str, tmp_path_factory: pytest.TempPathFactory) -> Profile:
+    return plain_profile(run_config(tmp_path_factory.mktemp("reference"), data, **(CASES[0].changes() | CHANGES)))
+
+
+def plain_profile(config: RunConfig) -> Profile:
+    """Of step `STEP`, by autograd on one process."""
+    before = config.model_copy(update={"train": config.train.model_copy(update={"steps": STEP - 1})})
+    model = build_model(config.model)
+    model.load_state_dict(plain_training(before).weights, strict=False)
+    stream = LatentStream(config.data.train, global_batch_size=config.train.global_batch_size, seed=config.train.seed)
+    batch = draw(
+        next(itertools.islice(stream, STEP - 1, None)),
+        objective=build_objective(config.diffusion, False),
+        seed=config.train.seed,
+        num_classes=config.model.num_classes,
+        condition_dropout=config.diffusion.condition_dropout,
+    )
+    seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+    units = [unit for block in model.blocks.values() for unit in (block, block.attention, block.mlp)]
+    for unit in units:
+        unit.register_forward_hook(lambda unit, inputs, z: z.retain_grad() or seen.__setitem__(unit, (inputs[0], z)))
+    gates: dict[nn.Module, Tensor] = {}
+    for unit in units:
+        if hasattr(unit, "gate"):
+            unit.gate.register_forward_hook(lambda gate, _, outputs: gates.__setitem__(gate, outputs[0]))
+    t = batch.t.view(-1, 1, 1, 1, 1)
+    prediction = model((1 - t) * batch.latents + t * batch.noise, 1000 * batch.t, batch.condition)
+    ((prediction - (batch.noise - batch.latents)) ** 2).mean().backward()
+
+    found: Profile = {}
+    blocks = list(model.blocks.values())
+    found["stream"] = [seen[b][1].square().mean().sqrt().item() for b in blocks]
+    found["sensitivity"] = [seen[b][1].grad.norm().item() for b in blocks]
+    found["gradient"] = [math.sqrt(sum(p.grad.square().sum().item() for p in b.parameters())) for b in blocks]
+    for name in ("attention", "mlp"):
+        parts = [getattr(b, name) for b in blocks]
+        found[f"{name}.gain"] = [((z - x).norm() / x.norm()).item() for x, z in (seen[part] for part in parts)]
+        found[f"{name}.alpha"] = [gates[part.gate].mean().item() for part in parts]
+        found[f"{name}.alpha_std"] = [gates[part.gate].std(unbiased=False).item() for part in parts]
+        found[f"{name}.beta"] = [part.gate.multiplier * part.gate.b.square().mean().sqrt().item() for part in parts]
+    return found
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_profile_of_a_layout(case: Case, expected: Profile, ranks: RankPool, data: str, tmp_path: Path) -> None:
+    config = run_config(tmp_path, data, **(case.changes() | CHANGES))
+    ranks.run(case.world, train, config)
+    steps, (first, profile) = read_profiles(Path(config.run.dir) / "depth.jsonl")
+    assert steps == [1, STEP]
+    assert set(profile) == set(expected) == set(first)
+    for name, values in expected.items():
+        assert profile[name] == pytest.approx(values, rel=2e-4, abs=1e-7), name
+    assert max(first["sensitivity"]) == 0 < min(profile["sensitivity"])
+
+
+def test_profiles_change_nothing_and_are_cut_back_on_resume(ranks: RankPool, data: str, tmp_path: Path) -> None:
+    changes = {"train__steps": 6, "checkpoint__every": 4}
+    whole = run_config(tmp_path / "whole", data, **changes, monitor__depth_every=2)
+    ranks.run(2, train, whole)
+    without = run_config(tmp_path / "without", data, **changes, monitor__depth_every=0)
+    ranks.run(2, train, without)
+    assert metrics(without.run.dir) == metrics(whole.run.dir)
+    assert not (Path(without.run.dir) / "depth.jsonl").exists()
+    path = Path(whole.run.dir) / "depth.jsonl"
+    profiles = path.read_text()
+    assert read_profiles(path)[0] == [1, 2, 4, 6]
+    commit = Path(whole.run.dir) / "checkpoints/step_00000006/commit.json"
+    commit.unlink()
+    ranks.run(2, train, whole)
+    assert path.read_text() == profiles
