@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -30,12 +31,14 @@ from rdm_scale.data.storage import Location
 
 RESULTS = Path(__file__).parent / "results" / "merge.json"
 TOOL = Path(__file__).parents[1] / "tools" / "merge_checkpoint.py"
-MODEL = {"hidden_size": 1536, "num_heads": 16, "depth": 29}
-KINDS = {
-    "merged, fp32": ("neural_rdm", []),
-    "merged, bf16": ("neural_rdm", ["--dtype", "bf16"]),
-    "diffusers, fp32": ("adaln_zero", ["--to", "diffusers"]),
+MODEL = {
+    "hidden_size": 1536,
+    "num_heads": 16,
+    "depth": 29,
+    "residual": "adaln_zero",
+    "timestep_spacing": "diffusers",
 }
+OPTIONS = {"merged, fp32": [], "merged, bf16": ["--dtype", "bf16"], "diffusers, fp32": ["--to", "diffusers"]}
 
 
 def main() -> None:
@@ -43,9 +46,9 @@ def main() -> None:
     parser.add_argument("--dir", default=tempfile.gettempdir(), help="a local folder with 10 GB free")
     args = parser.parse_args()
     rows = {}
-    for name, (residual, options) in KINDS.items():
-        with tempfile.TemporaryDirectory(dir=args.dir) as scratch:
-            size = write(Path(scratch) / "run", residual)
+    with tempfile.TemporaryDirectory(dir=args.dir) as scratch:
+        size = write(Path(scratch) / "run")
+        for name, options in OPTIONS.items():
             rows[name] = {"checkpoint_bytes": size, **measure(Path(scratch), options)}
             print(name, rows[name], flush=True)
     print("\n| | checkpoint GB | s | peak GB |\n|---|---|---|---|")
@@ -54,10 +57,10 @@ def main() -> None:
     RESULTS.write_text(json.dumps({"torch": torch.__version__, **rows}, indent=1) + "\n")
 
 
-def write(folder: Path, residual: str) -> int:
+def write(folder: Path) -> int:
     """A checkpoint with averaged weights only; its bytes."""
     tree = {
-        "model": {**MODEL, "residual": residual, "timestep_spacing": "diffusers"},
+        "model": MODEL,
         "data": {"train": "none"},
         "run": {"dir": str(folder)},
     }
@@ -85,6 +88,7 @@ def measure(scratch: Path, options: list[str]) -> dict[str, float]:
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"{' '.join(command)} failed")
+    shutil.rmtree(scratch / "out")
     return {"s": time.perf_counter() - began, "peak_bytes": usage.ru_maxrss * 1024}
 
 

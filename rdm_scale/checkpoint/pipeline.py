@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from rdm_scale.checkpoint import TrainedModel, load_trained
+from rdm_scale.checkpoint.model import TrainedModel, load_trained
 from rdm_scale.config import parse_config
 from rdm_scale.data.codecs import LatentCodec, codec_of
 from rdm_scale.errors import ConfigError
