@@ -301,7 +301,7 @@ class TensorReader:
         memory = threading.local()
 
         def carry_out(read: _Read) -> None:
-            content = _fetch(self.files[read.file], read.first, read.last, memory)
+            content = fetch_blocks(self.files[read.file], read.first, read.last, memory)
             _copy(copies, read, content, target)
 
         _in_threads(carry_out, _plan_reads(copies, owner, position, _NEAR_BYTES if near else _FAR_BYTES))
@@ -355,7 +355,7 @@ def _plan_reads(copies: Copies, owner: Ints, position: Ints, window_bytes: int) 
             yield _Read(file, int(first), int(last), which[group], skipped[group], begins[group], ends[group])
 
 
-def _fetch(file: IndexedFile, first: int, last: int, memory: threading.local) -> memoryview:
+def fetch_blocks(file: IndexedFile, first: int, last: int, memory: threading.local) -> memoryview:
     """Blocks `first` to `last`, verified; valid until the next call in this thread."""
     begin, end = first * BLOCK_BYTES, min((last + 1) * BLOCK_BYTES, file.bytes)
     try:

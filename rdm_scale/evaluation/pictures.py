@@ -147,6 +147,11 @@ def write_grid(
     return [location for location, _ in files]
 
 
+def to_images(images: Tensor) -> list[Image.Image]:
+    """One picture for each of [N, 1 or 3, H, W] in [-1, 1]."""
+    return [Image.fromarray(pixels) for pixels in _pixels(images)]
+
+
 def _pixels(images: Tensor) -> np.ndarray:
     """[N, 1 or 3, H, W] in [-1, 1] to uint8 [N, H, W, 3]."""
     rgb = images.float().expand(-1, 3, -1, -1).clamp(-1, 1)

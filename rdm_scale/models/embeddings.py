@@ -59,7 +59,8 @@ class TimestepEmbedding(nn.Module):
     def forward(self, timesteps: Tensor) -> Tensor:
         half = TIMESTEP_FREQUENCIES // 2
         last = half if self.spacing == "dit" else half - 1
-        exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device) / last
-        angles = timesteps.float()[:, None] * torch.exp(-math.log(10000.0) * exponents)
+        # In the order of operations of both sources: t is up to 1000, and angles carry every rounding 1000 times.
+        exponents = -math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=timesteps.device) / last
+        angles = timesteps.float()[:, None] * exponents.exp()
         sinusoids = torch.cat([angles.cos(), angles.sin()], dim=1)
         return self.out(F.silu(self.hidden(sinusoids.to(self.hidden.weight.dtype))))

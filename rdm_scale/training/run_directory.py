@@ -55,7 +55,7 @@ def plan_start(config: RunConfig, identity: dict[str, Any]) -> Start:
     _refuse_other_run(run_dir, config)
     if resume != "auto":
         state = read_state(Location(resume))
-        _refuse_other_identity(identity, state["identity"], f"the checkpoint {resume}")
+        _refuse_other_identity(_binding(identity, state), state["identity"], f"the checkpoint {resume}")
         if latest is not None and latest > state["step"]:
             raise ConfigError(
                 f"{directory.root} holds a later checkpoint (step {latest}) than the one to resume from (step "
@@ -67,7 +67,7 @@ def plan_start(config: RunConfig, identity: dict[str, Any]) -> Start:
         return Start(skipped=skipped)
     folder = directory.folder(latest)
     state = read_state(folder)
-    _refuse_other_identity(identity, state["identity"], f"the checkpoint {folder}")
+    _refuse_other_identity(_binding(identity, state), state["identity"], f"the checkpoint {folder}")
     return _start_from(state, str(folder), skipped)
 
 
@@ -149,6 +149,15 @@ def _refuse_other_run(run_dir: Path, config: RunConfig) -> None:
         _refuse_other_identity(config.identity(), load_config(run_dir / CONFIG).identity(), str(run_dir))
     elif (run_dir / METRICS).exists():
         raise ConfigError(f"{run_dir} holds {METRICS} but no {CONFIG}: it is not a run of ours; set run.dir elsewhere")
+
+
+def _binding(identity: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
+    """What of a run's identity a checkpoint must agree on: all of it, unless no step has been trained (imported
+    weights); then only what the checkpoint says itself."""
+    if state["step"] > 0 or not isinstance(state["identity"], dict):
+        return identity
+    said = dict(flatten(state["identity"]))
+    return {name: value for name, value in flatten(identity) if name in said}
 
 
 def _refuse_other_identity(mine: dict[str, Any], theirs: Any, where: str) -> None:

@@ -1,0 +1,96 @@
+"""How much memory and time does merging take?
+
+    OMP_NUM_THREADS=1 python benchmarks/merge.py [--dir /tmp]
+
+Writes a checkpoint whose averaged weights alone have 5 GB, has tools/merge_checkpoint.py merge it in a process of its
+own, and takes that process's largest resident memory, imports and all. Prints Markdown, writes
+benchmarks/results/merge.json.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rdm_scale.checkpoint import CheckpointDirectory
+from rdm_scale.checkpoint.weights import parameter_shapes
+from rdm_scale.checkpoint.writing import write_checkpoint
+from rdm_scale.config import parse_config
+from rdm_scale.data.manifest import Codec
+from rdm_scale.data.storage import Location
+
+RESULTS = Path(__file__).parent / "results" / "merge.json"
+TOOL = Path(__file__).parents[1] / "tools" / "merge_checkpoint.py"
+MODEL = {
+    "hidden_size": 1536,
+    "num_heads": 16,
+    "depth": 29,
+    "residual": "adaln_zero",
+    "timestep_spacing": "diffusers",
+}
+OPTIONS = {"merged, fp32": [], "merged, bf16": ["--dtype", "bf16"], "diffusers, fp32": ["--to", "diffusers"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dir", default=tempfile.gettempdir(), help="a local folder with 10 GB free")
+    args = parser.parse_args()
+    rows = {}
+    with tempfile.TemporaryDirectory(dir=args.dir) as scratch:
+        size = write(Path(scratch) / "run")
+        for name, options in OPTIONS.items():
+            rows[name] = {"checkpoint_bytes": size, **measure(Path(scratch), options)}
+            print(name, rows[name], flush=True)
+    print("\n| | checkpoint GB | s | peak GB |\n|---|---|---|---|")
+    for name, row in rows.items():
+        print(f"| {name} | {row['checkpoint_bytes'] / 1e9:.2f} | {row['s']:.1f} | {row['peak_bytes'] / 1e9:.2f} |")
+    RESULTS.write_text(json.dumps({"torch": torch.__version__, **rows}, indent=1) + "\n")
+
+
+def write(folder: Path) -> int:
+    """A checkpoint with averaged weights only; its bytes."""
+    tree = {
+        "model": MODEL,
+        "data": {"train": "none"},
+        "run": {"dir": str(folder)},
+    }
+    config = parse_config(tree, "of the benchmark")
+    state = {
+        "step": 1,
+        "config": config.model_dump(mode="json"),
+        "codec": Codec(name="identity", location="identity").model_dump(mode="json"),
+        "class_names": [],
+        "layout": {},
+    }
+
+    def tensors() -> Iterator[tuple[str, dict[str, Tensor]]]:
+        for name, shape in parameter_shapes(config.model).items():
+            yield name, {"ema": torch.rand(math.prod(shape)).view(shape)}
+
+    written = write_checkpoint(CheckpointDirectory(Location(folder / "checkpoints")), state, tensors())
+    return sum(file.stat().st_size for file in Path(written.path).iterdir())
+
+
+def measure(scratch: Path, options: list[str]) -> dict[str, float]:
+    command = [sys.executable, str(TOOL), str(scratch / "run"), str(scratch / "out"), *options]
+    began = time.perf_counter()
+    process = subprocess.Popen(command)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{' '.join(command)} failed")
+    shutil.rmtree(scratch / "out")
+    return {"s": time.perf_counter() - began, "peak_bytes": usage.ru_maxrss * 1024}
+
+
+if __name__ == "__main__":
+    main()

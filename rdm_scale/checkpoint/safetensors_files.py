@@ -1,0 +1,210 @@
+"""Plain safetensors on any file system: one file, or several with the index that huggingface_hub's readers expect.
+
+Both ways memory holds one tensor at a time. A file that is read is not trusted: what its header claims is compared with
+the size of the file before anything is allocated, and nothing in it can run.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rdm_scale.data.storage import Location
+from rdm_scale.errors import CheckpointError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_MAX_HEADER_BYTES = 100_000_000  # as in safetensors itself
+_MAX_JSON_BYTES = 2**26
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Entry:
+    file: Location
+    dtype: torch.dtype
+    shape: Shape
+    offset: int  # into the file
+    bytes: int
+
+
+class SafetensorsReader:
+    """Tensors of one or several safetensors files.
+
+    Raises:
+        CheckpointError: a file is missing, cut off, or its header is impossible; says which and why.
+    """
+
+    def __init__(self, files: Sequence[Location]) -> None:
+        self._entries: dict[str, _Entry] = {}
+        for file in files:
+            for name, entry in _read_header(file).items():
+                if name in self._entries:
+                    raise CheckpointError(f"{name} is in {self._entries[name].file} and in {file}")
+                self._entries[name] = entry
+        self.shapes = {name: entry.shape for name, entry in self._entries.items()}
+
+    @staticmethod
+    def of_folder(folder: Location, stem: str) -> "SafetensorsReader":
+        """`stem`.safetensors in a folder, or the files that `stem`.safetensors.index.json names."""
+        whole, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+        names = folder.names()
+        if whole.name in names:
+            return SafetensorsReader([whole])
+        if index.name not in names:
+            pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+            found = f"; {pickled[0]} may be a pickle, which can run code and is not read" if pickled else ""
+            raise CheckpointError(f"{folder} has neither {whole.name} nor {index.name}{found}")
+        places = read_json(index).get("weight_map")
+        if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):
+            raise CheckpointError(f"{index} has no weight_map from names to files")
+        files = sorted(set(places.values()))
+        if strange := [name for name in files if not _FILE_NAME.fullmatch(name)]:
+            raise CheckpointError(f"{index} names the file {strange[0]!r}: only .safetensors files beside it are read")
+        if missing := [name for name in files if name not in names]:
+            raise CheckpointError(f"{folder} lacks {missing[0]}, which {index.name} names: copy all files")
+        return SafetensorsReader([folder / name for name in files])
+
+    def read(self, name: str) -> Tensor:
+        """A tensor in the type that it is stored in. Raises CheckpointError: it cannot be read."""
+        entry = self._entries[name]
+        try:
+            content = bytearray(entry.file.read_range(entry.offset, entry.bytes))
+        except OSError as error:
+            raise CheckpointError(f"cannot read {entry.file}: {error.strerror or error}") from error
+        if len(content) != entry.bytes:
+            raise CheckpointError(f"{entry.file} is truncated: it ends within {name}")
+        return torch.frombuffer(content, dtype=entry.dtype).view(entry.shape)
+
+
+def read_json(where: Location) -> dict[str, Any]:
+    """The object in a JSON file of bounded size. Raises CheckpointError."""
+    try:
+        value = json.loads(where.read()) if where.size() <= _MAX_JSON_BYTES else None
+    except FileNotFoundError:
+        raise CheckpointError(f"there is no {where}") from None
+    except OSError as error:
+        raise CheckpointError(f"cannot read {where}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{where} is not a JSON object of reasonable size")
+    return value
+
+
+def _read_header(file: Location) -> dict[str, _Entry]:
+    try:
+        size = file.size()
+        length = int.from_bytes(file.read_range(0, 8), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+            raise CheckpointError(f"{file} is no safetensors file, or cut off: its header would have {length:,} bytes")
+        tree = json.loads(file.read_range(8, length))
+        entries = {name: _entry(file, 8 + length, name, v) for name, v in tree.items() if name != "__metadata__"}
+    except FileNotFoundError:
+        raise CheckpointError(f"there is no file {file}") from None
+    except OSError as error:
+        raise CheckpointError(f"cannot read {file}: {error.strerror or error}") from error
+    except (ValueError, RecursionError, AttributeError) as error:
+        raise CheckpointError(f"the header of {file} is damaged: {error}") from None
+    end = 8 + length
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].offset):
+        if entry.offset != end:
+            raise CheckpointError(f"{file} is damaged: {name} overlaps another tensor, or there is a gap before it")
+        end += entry.bytes
+    if end != size:
+        raise CheckpointError(f"{file} has {size:,} bytes, its header describes {end:,}: it is cut off or damaged")
+    return entries
+
+
+def _entry(file: Location, begin: int, name: str, value: Any) -> _Entry:
+    try:
+        shape, (first, last) = tuple(value["shape"]), value["data_offsets"]
+        integers = all(type(n) is int and 0 <= n < 2**60 for n in (*shape, first, last))
+        dtype = DTYPES[value["dtype"]]
+    except KeyError as error:
+        raise ValueError(f"{name} lacks, or has an unknown, {error}; known types are {', '.join(DTYPES)}") from None
+    except TypeError:
+        integers = False
+    if not integers or len(shape) > 64 or math.prod(shape) * dtype.itemsize != last - first or first == last:
+        raise ValueError(f"{name} claims a shape and a place that do not fit")
+    return _Entry(file, dtype, shape, begin + first, last - first)
+
+
+def write_safetensors(
+    folder: Location,
+    stem: str,
+    shapes: Mapping[str, Shape],
+    tensors: Iterable[tuple[str, Tensor]],
+    dtype: torch.dtype,
+    max_file_bytes: int,
+    progress: Callable[[int], object] = lambda done: None,
+) -> None:
+    """Writes tensors as they come, in the order of `shapes`, to `stem`.safetensors or, beyond `max_file_bytes` (which
+    a single tensor may exceed), to numbered files with an index.
+
+    `progress` is called with the bytes of each tensor written. Raises CheckpointError: it cannot be written.
+    """
+    plan = _plan_files(shapes, dtype, max_file_bytes)
+    total = sum(map(math.prod, shapes.values())) * dtype.itemsize
+    pattern = "{stem}.safetensors" if len(plan) == 1 else "{stem}-{number:05d}-of-{count:05d}.safetensors"
+    files = [pattern.format(stem=stem, number=i + 1, count=len(plan)) for i in range(len(plan))]
+    stream = iter(tensors)
+    try:
+        folder.make_dir()
+        for file_name, names in zip(files, plan, strict=True):
+            with (folder / file_name).open("wb") as file:
+                file.write(_header({name: shapes[name] for name in names}, dtype))
+                for expected in names:
+                    name, tensor = next(stream)
+                    if name != expected or tuple(tensor.shape) != tuple(shapes[name]):
+                        raise ValueError(f"{name} {list(tensor.shape)} where {expected} was announced")
+                    content = tensor.detach().to(dtype).contiguous().view(-1).view(torch.uint8)
+                    file.write(content.numpy().data)
+                    progress(content.numel())
+                if folder.is_local:
+                    file.flush()
+                    os.fsync(file.fileno())
+        if len(plan) > 1:
+            places = {name: file for file, names in zip(files, plan, strict=True) for name in names}
+            index = {"metadata": {"total_size": total}, "weight_map": places}
+            (folder / f"{stem}.safetensors.index.json").write(json.dumps(index, indent=1).encode())
+    except OSError as error:
+        raise CheckpointError(f"cannot write {folder}: {error.strerror or error}; it needs {total:,} bytes") from error
+
+
+def _plan_files(shapes: Mapping[str, Shape], dtype: torch.dtype, max_bytes: int) -> list[list[str]]:
+    """Names of the tensors in each file."""
+    plan: list[list[str]] = [[]]
+    room = max_bytes
+    for name, shape in shapes.items():
+        size = math.prod(shape) * dtype.itemsize
+        if plan[-1] and size > room:
+            plan.append([])
+            room = max_bytes
+        plan[-1].append(name)
+        room -= size
+    return plan
+
+
+def _header(shapes: Mapping[str, Shape], dtype: torch.dtype) -> bytes:
+    tree: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        tree[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(tree, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

@@ -1,0 +1,200 @@
+"""Where the weights of one whole model come from: a checkpoint of any layout, or a folder of merged weights.
+
+A merged folder holds `model.safetensors` (or numbered files and their index) with the parameters under our names, and
+`config.json` with everything else that is needed to use them.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
+
+from rdm_scale.checkpoint.directory import CheckpointDirectory, is_checkpoint, open_checkpoint
+from rdm_scale.checkpoint.safetensors_files import SafetensorsReader, Shape, read_json
+from rdm_scale.checkpoint.tensors import TensorReader
+from rdm_scale.config import ModelConfig, RunConfig, parse_config
+from rdm_scale.data.manifest import Codec
+from rdm_scale.data.storage import Location
+from rdm_scale.errors import CheckpointError
+from rdm_scale.models import build_model
+
+Weights = Literal["ema", "weights"]
+MERGED = "model"  # .safetensors
+CONFIG = "config.json"
+_MAX_POSITIONS = 2**31
+_GROUP_ELEMENTS = 2**23  # small tensors are read together, up to 32 MiB
+
+
+class MergedConfig(BaseModel):
+    """`config.json` of a merged folder."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal["rdm_scale.model"] = "rdm_scale.model"
+    version: Literal[1] = 1
+    weights: Weights
+    dtype: str
+    step: int
+    averaged: tuple[str, ...] = ()  # the checkpoints that these weights are the mean of
+    config: dict[str, Any]
+    codec: Codec
+    class_names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """The weights of a model, not read yet, and what is needed to use them. All its shapes fit its configuration."""
+
+    where: Location
+    weights: Weights
+    step: int
+    config: RunConfig
+    codec: Codec
+    class_names: tuple[str, ...]
+    shapes: dict[str, Shape]  # in the order of the model's parameters
+    _reader: TensorReader | SafetensorsReader
+
+    def stream(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of every parameter in fp32, in the order of `shapes`; memory holds one, or a few small ones.
+
+        Raises:
+            CheckpointError: a file cannot be read, or its bytes are not what was written.
+        """
+        if isinstance(self._reader, SafetensorsReader):
+            yield from ((name, self.read(name)) for name in self.shapes)
+            return
+        for group in _groups(self.shapes):
+            yield from self._reader.read_many(self.weights, group).items()
+
+    def read(self, name: str) -> Tensor:
+        """One parameter in fp32. Raises CheckpointError as `stream` does."""
+        if isinstance(self._reader, SafetensorsReader):
+            return self._reader.read(name).float()
+        return self._reader.read(self.weights, name)
+
+
+def open_model(path: str, weights: Weights = "ema") -> ModelSource:
+    """The weights at `path`: a checkpoint's folder, a run's directory or folder of checkpoints, of which the newest is
+    taken, or a merged folder; local or any fsspec URL.
+
+    Args:
+        weights: the averaged weights (ema) or the trained ones (weights); a merged folder has only one of them, which
+            is taken.
+
+    Raises:
+        CheckpointError: there is no complete checkpoint, or it is damaged or not one of this project's.
+    """
+    if weights not in ("ema", "weights"):
+        raise CheckpointError(f"weights={weights!r}: choose ema or weights")
+    here = Location(path)
+    if not is_checkpoint(here) and (here / CONFIG).exists():
+        return _open_merged(here)
+    folder = find_checkpoint(path)
+    state, reader = open_checkpoint(folder)
+    if weights not in reader.fields():
+        raise CheckpointError(f"{folder} has no {weights}; it has {', '.join(reader.fields())}")
+    shapes = {name: reader.shape(name) for name in reader.names()}
+    config, codec, names = _described(state, folder)
+    return ModelSource(
+        folder, weights, state["step"], config, codec, names, _fitting(shapes, config.model, folder), reader
+    )
+
+
+def find_checkpoint(path: str) -> Location:
+    """The checkpoint at `path`, or the newest one of the run or folder of checkpoints at `path`."""
+    here = Location(path)
+    if is_checkpoint(here):
+        return here
+    for directory in (CheckpointDirectory(here / "checkpoints"), CheckpointDirectory(here)):
+        latest = directory.latest()
+        if latest is not None:
+            return directory.folder(latest)
+    raise CheckpointError(f"{here} is neither a complete checkpoint nor a run or folder that holds one")
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
+    """Shapes of a model's parameters by name, in their order; nothing is allocated."""
+    with torch.device("meta"):
+        return {name: tuple(p.shape) for name, p in build_model(config).named_parameters()}
+
+
+def compare_shapes(found: Mapping[str, Shape], expected: Mapping[str, Shape], where: object) -> None:
+    """Raises CheckpointError unless names and shapes are the same; it lists what is missing, strange or different."""
+    missing, strange = [n for n in expected if n not in found], [n for n in found if n not in expected]
+    wrong = [
+        f"{name} {list(found[name])} instead of {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and tuple(found[name]) != tuple(shape)
+    ]
+    problems = [("lacks", missing), ("has, which the model does not,", strange), ("has other shapes:", wrong)]
+    lines = [f"it {what} {_few(names)}" for what, names in problems if names]
+    if lines:
+        raise CheckpointError(
+            "\n  ".join([f"{where} does not hold the model that its configuration describes:", *lines])
+        )
+
+
+def _few(names: list[str], count: int = 5) -> str:
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
+
+
+def _open_merged(folder: Location) -> ModelSource:
+    tree = read_json(folder / CONFIG)
+    if tree.get("format") != "rdm_scale.model":
+        raise CheckpointError(
+            f"{folder} is no checkpoint and no folder that tools/merge_checkpoint.py wrote"
+            + (": use tools/import_checkpoint.py for a model of diffusers" if "_class_name" in tree else "")
+        )
+    try:
+        merged = MergedConfig.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise CheckpointError(f"{folder / CONFIG}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    config = parse_config(merged.config, str(folder / CONFIG))
+    reader = SafetensorsReader.of_folder(folder, MERGED)
+    shapes = _fitting(reader.shapes, config.model, folder)
+    return ModelSource(
+        folder, merged.weights, merged.step, config, merged.codec, merged.class_names, shapes, reader
+    )  # fmt: skip
+
+
+def _described(state: dict[str, Any], folder: Location) -> tuple[RunConfig, Codec, tuple[str, ...]]:
+    missing = [key for key in ("config", "codec", "class_names") if key not in state]
+    if missing:
+        raise CheckpointError(f"{folder} does not say its {missing[0]}: it is not one of ours")
+    try:
+        codec = Codec.model_validate(state["codec"])
+    except ValidationError as error:
+        raise CheckpointError(f"{folder} does not say validly how its latents were made: {error}") from None
+    return parse_config(state["config"], str(folder)), codec, tuple(state["class_names"])
+
+
+def _fitting(found: Mapping[str, Shape], config: ModelConfig, where: Location) -> dict[str, Shape]:
+    """The model's shapes, after it was seen that `found` are these: nothing is built on a claim alone."""
+    if config.depth > len(found):
+        raise CheckpointError(f"{where} claims {config.depth:,} blocks and holds only {len(found):,} tensors")
+    if config.tokens * config.hidden_size > _MAX_POSITIONS:  # tables that no tensor in the files vouches for
+        raise CheckpointError(f"{where} claims {config.tokens:,} tokens of width {config.hidden_size:,}: impossible")
+    try:
+        expected = parameter_shapes(config)
+    except RuntimeError as error:  # sizes beyond 64 bits
+        raise CheckpointError(f"{where} claims an impossible model: {error}") from None
+    compare_shapes(found, expected, where)
+    return expected
+
+
+def _groups(shapes: Mapping[str, Shape]) -> Iterator[list[str]]:
+    group: list[str] = []
+    elements = 0
+    for name, shape in shapes.items():
+        if group and elements + math.prod(shape) > _GROUP_ELEMENTS:
+            yield group
+            group, elements = [], 0
+        group.append(name)
+        elements += math.prod(shape)
+    if group:
+        yield group

@@ -1,0 +1,81 @@
+"""Headers that lie are refused before anything is allocated."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from rdm_scale.checkpoint.safetensors_files import SafetensorsReader
+from rdm_scale.data.storage import Location
+from rdm_scale.errors import CheckpointError
+
+
+def write(path: Path, header: Any, data: bytes = b"", length: int | None = None) -> list[Location]:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + data)
+    return [Location(path)]
+
+
+def tensor(shape: list[Any], begin: Any, end: Any, dtype: str = "F32") -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+@pytest.mark.parametrize(
+    ("header", "data", "message"),
+    [
+        ({"a": tensor([2**50], 0, 2**52)}, 8, "it is cut off or damaged"),
+        ({"a": tensor([2], 0, 4)}, 4, "a claims a shape and a place that do not fit"),
+        ({"a": tensor([2, -1], 0, 8)}, 8, "a claims a shape"),
+        ({"a": tensor([2.0], 0, 8)}, 8, "a claims a shape"),
+        ({"a": tensor([True, 2], 0, 8)}, 8, "a claims a shape"),
+        ({"a": tensor([2], 0, 8), "b": tensor([1], 4, 8)}, 8, "b overlaps another tensor"),
+        ({"a": tensor([1], 4, 8)}, 8, "there is a gap before it"),
+        ({"a": tensor([2], 0, 8, "I99")}, 8, "unknown, 'I99'"),
+        ({"a": {"dtype": "F32"}}, 8, "a lacks"),
+        ({"a": 3}, 8, "claims a shape"),
+        ([1], 8, "header .* is damaged"),
+        (b"\xff{", 8, "header .* is damaged"),
+        (b"[" * 100_000, 8, "header .* is damaged"),
+        ({"a": tensor([2], 0, 8)}, 9, "its header describes"),
+        ({"a": tensor([2], 0, 8)}, 7, "it is cut off or damaged"),
+    ],
+)
+def test_headers_that_lie(tmp_path: Path, header: Any, data: int, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        SafetensorsReader(write(tmp_path / "x.safetensors", header, bytes(data)))
+
+
+@pytest.mark.parametrize("length", [2**63, 99, 100_000_001])
+def test_a_header_of_impossible_length(tmp_path: Path, length: int) -> None:
+    with pytest.raises(CheckpointError, match="no safetensors file, or cut off"):
+        SafetensorsReader(write(tmp_path / "x.safetensors", {}, length=length))
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "message"),
+    [
+        ({"a": "../x.safetensors"}, "names the file '../x.safetensors'"),
+        ({"a": "/etc/passwd"}, "only .safetensors files beside it"),
+        ({"a": "y.safetensors"}, "lacks y.safetensors"),
+        ({"a": 3}, "no weight_map"),
+        ([], "no weight_map"),
+    ],
+)
+def test_an_index_that_leads_elsewhere(tmp_path: Path, weight_map: Any, message: str) -> None:
+    (tmp_path / "m.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(CheckpointError, match=message):
+        SafetensorsReader.of_folder(Location(tmp_path), "m")
+
+
+def test_pickles_and_doubles_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "m.bin").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"m.bin may be a pickle, which can run code"):
+        SafetensorsReader.of_folder(Location(tmp_path), "m")
+    for name in ("1", "2"):
+        save_file({"a": torch.ones(2, dtype=torch.float16)}, tmp_path / f"{name}.safetensors")
+    assert torch.equal(SafetensorsReader([Location(tmp_path / "1.safetensors")]).read("a"), torch.ones(2).half())
+    with pytest.raises(CheckpointError, match=r"a is in .*1\.safetensors and in .*2\.safetensors"):
+        SafetensorsReader([Location(tmp_path / f"{n}.safetensors") for n in (1, 2)])

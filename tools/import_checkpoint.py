@@ -1,0 +1,56 @@
+"""Turns published weights of a DiT into a checkpoint that training starts from.
+
+SOURCE is a folder of diffusers' DiTTransformer2DModel (or of a pipeline with one), or a file with the names of the
+original DiT: .safetensors, or .pt, of which tensors alone are read. CONFIG is the configuration of the run that will
+start from it: needed for a file, and useful always, since everything is then checked against the run and its data.
+"""
+
+import argparse
+import sys
+
+from tqdm import tqdm
+
+from rdm_scale.errors import RdmError
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", metavar="SOURCE", help="a folder or file; any fsspec URL")
+    parser.add_argument("out", metavar="OUT", help="folder of checkpoints to write step_00000000 to; any fsspec URL")
+    parser.add_argument("config", metavar="CONFIG", nargs="?", help="YAML of the run, with data that can be read")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="as for training")
+    try:
+        import_checkpoint(parser.parse_args())
+    except RdmError as error:
+        sys.exit(f"import_checkpoint: error: {error}")
+
+
+def import_checkpoint(options: argparse.Namespace) -> None:
+    from rdm_scale.config import load_config
+
+    config = load_config(options.config, options.overrides) if options.config else None
+    from rdm_scale.checkpoint.importing import elements, import_weights, open_published
+    from rdm_scale.data.compatibility import check_data
+    from rdm_scale.data.storage import Location
+
+    facts = check_data(config) if config else None
+    published = open_published(options.source, config.model if config else None)
+    with tqdm(total=elements(published), unit="", unit_scale=True, desc="importing", leave=False) as bar:
+        folder = import_weights(
+            published,
+            Location(options.out),
+            config,
+            facts.codec if facts else None,
+            facts.class_names if facts else (),
+            bar.update,
+        )
+    print(f"{elements(published):,} parameters are in {folder}; train from them with")
+    print(f"  python -m rdm_scale.train {options.config or 'CONFIG'} checkpoint.resume={folder}")
+    if config is None:
+        print("where CONFIG describes this model:")
+        for name, value in published.model.model_dump(mode="json", exclude={"gate"}).items():
+            print(f"  model.{name}: {value}")
+
+
+if __name__ == "__main__":
+    main()

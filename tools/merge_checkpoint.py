@@ -1,0 +1,119 @@
+"""Takes a checkpoint out of training: one folder of safetensors, here or for diffusers; or looks at it.
+
+merge_checkpoint.py RUN_OR_STEP OUT                  consolidated weights and configuration
+merge_checkpoint.py RUN_OR_STEP OUT --to diffusers   a folder for diffusers.DiTTransformer2DModel.from_pretrained
+merge_checkpoint.py --average A B C OUT              the mean of several checkpoints
+merge_checkpoint.py --inspect RUN_OR_STEP            its tensors, norms, gates and the layout that wrote it
+merge_checkpoint.py --verify RUN_OR_STEP             reads everything and compares all checksums
+"""
+
+import argparse
+import json
+import math
+import sys
+
+from tqdm import tqdm
+
+from rdm_scale.errors import CheckpointError, ConfigError, RdmError
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "paths",
+        nargs="+",
+        metavar="PATH",
+        help="a checkpoint's folder, a run's directory (its newest checkpoint) or a merged folder, and the folder to "
+        "write; any fsspec URL",
+    )
+    parser.add_argument("--weights", choices=["ema", "raw"], default="ema", help="averaged (default) or last weights")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="default: %(default)s")
+    parser.add_argument("--to", choices=["diffusers"], help="names, shapes and configuration of diffusers' DiT")
+    parser.add_argument("--max-file-gb", type=float, default=5.0, help="larger weights are cut (default: %(default)s)")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--average", action="store_true", help="the mean of all checkpoints given")
+    what.add_argument("--inspect", action="store_true", help="print what is in a checkpoint; writes nothing")
+    what.add_argument("--verify", action="store_true", help="find damaged bytes; writes nothing")
+    options = parser.parse_args()
+    try:
+        if options.inspect or options.verify:
+            (verify if options.verify else inspect)(_one(options.paths), options)
+        else:
+            merge(options)
+    except RdmError as error:
+        sys.exit(f"merge_checkpoint: error: {error}")
+
+
+def merge(options: argparse.Namespace) -> None:
+    *inputs, output = options.paths
+    if not inputs or (len(inputs) > 1) != options.average:
+        raise ConfigError("give a checkpoint and the folder to write, or several checkpoints with --average")
+    if options.average and options.to:
+        raise ConfigError("--average writes our own format: average first, then export that folder with --to diffusers")
+    if not 0 < options.max_file_gb < math.inf:
+        raise ConfigError("--max-file-gb must be above 0")
+    import torch
+
+    from rdm_scale.checkpoint.merge import elements, export_diffusers, merge, refuse_taken
+    from rdm_scale.checkpoint.weights import open_model
+    from rdm_scale.data.storage import Location
+
+    out = Location(output)
+    refuse_taken(out)
+    sources = [open_model(path, "weights" if options.weights == "raw" else "ema") for path in inputs]
+    dtype = torch.float32 if options.dtype == "fp32" else torch.bfloat16
+    limit = int(options.max_file_gb * 1e9)
+    with tqdm(total=elements(sources), unit="", unit_scale=True, desc="writing", leave=False) as bar:
+        if options.to:
+            export_diffusers(sources[0], out, dtype, limit, bar.update)
+        else:
+            merge(sources, out, dtype, limit, bar.update)
+    kind = {"ema": "averaged", "weights": "last"}[sources[0].weights]
+    origin = f"the mean of {len(sources)} checkpoints" if options.average else f"step {sources[0].step}"
+    print(f"the {kind} weights of {origin} are in {out}")
+
+
+def inspect(path: str, options: argparse.Namespace) -> None:
+    from rdm_scale.checkpoint.inspection import gates, summarise
+    from rdm_scale.checkpoint.weights import find_checkpoint, open_model
+
+    folder = find_checkpoint(path)
+    state, count, tensors = summarise(folder)
+    total = 0
+    print(f"{folder}: step {state['step']}, {count} tensors, written by the layout {json.dumps(state.get('layout'))}")
+    print("norms of each field:")
+    for tensor in tensors:
+        norms = "  ".join(f"{field} {norm:.6g}" for field, norm in tensor.norms.items())
+        print(f"  {tensor.name}  {list(tensor.shape)}  {norms}")
+        total += math.prod(tensor.shape)
+    print(f"{total:,} parameters")
+    found = list(gates(open_model(str(folder), "weights" if options.weights == "raw" else "ema")))
+    if found:
+        print(f"gates ({options.weights} weights, times their fixed multiplier): mean, smallest, largest")
+    for gate in found:
+        print(f"  {gate.name}  {gate.mean:.6g}  {gate.smallest:.6g}  {gate.largest:.6g}")
+
+
+def verify(path: str, options: argparse.Namespace) -> None:
+    from rdm_scale.checkpoint.inspection import verify
+    from rdm_scale.checkpoint.weights import find_checkpoint
+    from rdm_scale.data.storage import Location
+
+    folder = Location(path)
+    if not (folder / "state.json").exists() and not (folder / "commit.json").exists():  # of a damaged one, say what
+        folder = find_checkpoint(path)
+    with tqdm(unit="B", unit_scale=True, desc="verifying", leave=False) as bar:
+        problems = verify(folder, bar.update)
+    if problems:
+        raise CheckpointError("\n  ".join([f"{folder} has {len(problems)} damaged blocks:", *problems]))
+    print(f"{folder} is whole: every checksum matches")
+
+
+def _one(paths: list[str]) -> str:
+    if len(paths) != 1:
+        raise ConfigError("--inspect and --verify take one checkpoint")
+    return paths[0]
+
+
+if __name__ == "__main__":
+    main()
