@@ -1,0 +1,158 @@
+"""Growing a trained model in depth without changing what it computes.
+
+The old blocks keep their values and their order. New blocks start with closed gates, alpha = beta = 0: a, b and the
+rows of the modulation that make g(c) are zero. They add nothing to the stream, and learn from the first step on, since
+the gradient of a gate is its branch's output, whatever the gate. A plain residual has no gate to close.
+
+The multiplier m(L) = m0 L^-p is another one at the new depth, so the old a and b are multiplied by r = m(old) / m(new):
+the products m a and m b, which is what the network computes with, stay. A loss that is the same function of m a has a
+gradient 1/r as large in the new a, so that Adam's first moment is multiplied by 1/r and its second by 1/r^2.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from rdm_scale.config import ModelConfig
+from rdm_scale.errors import ConfigError
+from rdm_scale.models.gates import ResidualGate
+from rdm_scale.models.init import initial_value
+
+Placement = Literal["interleaved", "appended", "stacked"]
+
+_POWERS: dict[str, int] = {"weights": 1, "ema": 1, "exp_avg": -1, "exp_avg_sq": -2}  # of r, by which a gate scales
+_GATES = (".gate.a", ".gate.b")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a block of the grown model is made of: the old block of this number, or none: drawn afresh. With `closed`
+    gates it is a new block, otherwise the old one itself."""
+
+    block: int | None
+    closed: bool = False
+
+
+FRESH = Origin(None, closed=True)
+
+
+def _interleaved(old: int, new: int) -> list[Origin]:
+    places = {i * new // old: Origin(i) for i in range(old)}
+    return [places.get(j, FRESH) for j in range(new)]
+
+
+def _appended(old: int, new: int) -> list[Origin]:
+    return [Origin(i) if i < old else FRESH for i in range(new)]
+
+
+def _stacked(old: int, new: int) -> list[Origin]:
+    if old and new % old:
+        raise ConfigError(
+            f"placement stacked repeats the whole stack: the new depth must be a multiple of the old, and {new} blocks "
+            f"are not one of {old}; choose another depth or placement"
+        )
+    return [Origin(i % old, closed=i >= old) for i in range(new)]
+
+
+_PLACEMENTS: dict[Placement, Callable[[int, int], list[Origin]]] = {
+    "interleaved": _interleaved,
+    "appended": _appended,
+    "stacked": _stacked,
+}
+
+
+def origins(old: int, new: int, placement: Placement, stacking: str = "flow") -> tuple[Origin, ...]:
+    """What each of the `new` blocks of a model grown from `old` blocks is made of.
+
+    Args:
+        placement: interleaved spreads fresh blocks evenly between the old ones, as LLaMA Pro's block expansion does
+            (arXiv 2401.02415); appended puts them behind the last; stacked puts whole copies of the old stack behind
+            it, as StackBERT does (Gong et al. 2019), but with the copies' gates closed.
+        stacking: in a u stack the blocks before the middle are placed so, and those behind it mirror them, so that
+            block i and the last but i remain a pair; a block in the middle stays there.
+
+    Raises:
+        ConfigError: fewer blocks than before, or a number that the placement or the stacking cannot have.
+    """
+    if placement not in _PLACEMENTS:
+        raise ConfigError(f"placement {placement!r}: choose {', '.join(get_args(Placement))}")
+    if new <= old:
+        raise ConfigError(f"a model of {old} blocks grows to more of them, not to {new}")
+    if stacking == "flow":
+        return tuple(_PLACEMENTS[placement](old, new))
+    if (new - old) % 2 or old < 2:
+        raise ConfigError(
+            f"a u stack grows by pairs of blocks, and from one pair on: {old} blocks cannot become {new}; "
+            f"choose {new + 1} blocks, or a stack of flow"
+        )
+    first = _PLACEMENTS[placement](old // 2, new // 2)
+    second = [Origin(None if o.block is None else old - 1 - o.block, o.closed) for o in reversed(first)]
+    return (*first, *[Origin(old // 2)] * (old % 2), *second)
+
+
+class Growth:
+    """Where the tensors of a deeper model come from, by name, and what becomes of their values.
+
+    Raises:
+        ConfigError: the model cannot be grown, or not to this depth; says why.
+    """
+
+    def __init__(self, old: ModelConfig, depth: int, placement: Placement = "interleaved") -> None:
+        if old.residual == "plain":
+            raise ConfigError(
+                "model.residual=plain cannot grow: its branches have no gate that could start closed, so any new block "
+                "would change what the network computes"
+            )
+        if old.stacking != "flow":
+            raise ConfigError(f"model.stacking={old.stacking} cannot grow yet: its long skips would have to be closed")
+        self.old, self.new = old, old.model_copy(update={"depth": depth})
+        self.blocks = origins(old.depth, depth, placement, old.stacking)
+        with torch.device("meta"):
+            before, after = ResidualGate(self.old), ResidualGate(self.new)
+        self._ratio, self._conditional = before.multiplier / after.multiplier, after.conditional
+
+    def source(self, name: str) -> str | None:
+        """The old tensor that the grown model's tensor `name` is made of; None where it is drawn afresh."""
+        origin, rest = self._locate(name)
+        if origin is None:
+            return name
+        return None if origin.block is None else f"blocks.{origin.block}.{rest}"
+
+    def is_new(self, name: str) -> bool:
+        """Whether the grown model's tensor `name` belongs to a new block."""
+        origin, _ = self._locate(name)
+        return origin is not None and origin.closed
+
+    def carried(self, name: str, field: str, value: Tensor) -> Tensor:
+        """The tensor `name` of the grown model in one field of a checkpoint, given the same field of its source."""
+        if not self.is_new(name):
+            return value * self._ratio ** _POWERS[field] if name.endswith(_GATES) else value
+        return self._closed(name, value) if field in ("weights", "ema") else torch.zeros_like(value)
+
+    def fresh(self, name: str, field: str, shape: torch.Size, seed: int) -> Tensor:
+        """The tensor `name` that has no source, as in a new model of this depth (where all modulation is zero).
+
+        The depth is part of the key: the old block that once began under this name, at its place in the shallower
+        model, must not have begun with the same values.
+        """
+        if field in ("exp_avg", "exp_avg_sq") or name.endswith(_GATES):
+            return torch.zeros(shape)
+        return initial_value(f"depth {self.new.depth}: {name}", shape, seed)
+
+    def _locate(self, name: str) -> tuple[Origin | None, str]:
+        """Origin of the block that the tensor is in (None outside of blocks), and its name within."""
+        if not name.startswith("blocks."):
+            return None, name
+        _, number, rest = name.split(".", 2)
+        return self.blocks[int(number)], rest
+
+    def _closed(self, name: str, value: Tensor) -> Tensor:
+        if name.endswith(_GATES):
+            return torch.zeros_like(value)
+        if ".modulation." in name and self._conditional:
+            value = value.clone()  # rows by branch: shift, scale and g, a width of each (models/blocks.py)
+            value.unflatten(0, (-1, 3, self.new.hidden_size))[:, 2] = 0
+        return value
