@@ -57,8 +57,8 @@ def ours(spec: Spec, raw: bool) -> Iterator[Iterator[Tensor]]:
 
     class RawStream(LatentStream):
         def _read(self, planned: Any) -> Any:
-            keys, samples = self._wanted(planned)
-            found = list(zip(self._reader.get(keys), samples, strict=True))
+            _, runs, samples = self._found(planned)
+            found = list(zip(runs, samples, strict=True))
             return types.SimpleNamespace(latents=stack(found, spec.shape, torch.float16))
 
     kind = RawStream if raw else LatentStream

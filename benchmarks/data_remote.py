@@ -74,17 +74,17 @@ def compare(server: Any, url: str, manifest: Manifest, batch: int, rounds: int) 
 def opened_shards() -> Iterator[set[str]]:
     """The paths of all files that are read in ranges meanwhile."""
     paths: set[str] = set()
-    read_range = Location.read_range
+    read_into = Location.read_into
 
-    def counting(self: Location, *arguments: Any, **options: Any) -> bytes:
+    def counting(self: Location, *arguments: Any) -> int:
         paths.add(self.path)
-        return read_range(self, *arguments, **options)
+        return read_into(self, *arguments)
 
-    Location.read_range = counting  # type: ignore[method-assign]
+    Location.read_into = counting  # type: ignore[method-assign]
     try:
         yield paths
     finally:
-        Location.read_range = read_range  # type: ignore[method-assign]
+        Location.read_into = read_into  # type: ignore[method-assign]
 
 
 def first_batch(url: str, batch: int, repeats: int = 5) -> dict[str, Any]:

@@ -359,13 +359,10 @@ def fetch_blocks(file: IndexedFile, first: int, last: int, memory: threading.loc
     """Blocks `first` to `last`, verified; valid until the next call in this thread."""
     begin, end = first * BLOCK_BYTES, min((last + 1) * BLOCK_BYTES, file.bytes)
     try:
-        if file.data.is_local:  # into the same memory again and again: new memory takes longer than the read
-            if len(getattr(memory, "buffer", b"")) < end - begin:
-                memory.buffer = bytearray(end - begin)
-            view = memoryview(memory.buffer)
-            view = view[: file.data.read_range_into(begin, view[: end - begin])]
-        else:
-            view = memoryview(file.data.read_range(begin, end - begin))
+        if len(getattr(memory, "buffer", b"")) < end - begin:
+            memory.buffer = bytearray(end - begin)  # kept: new memory takes longer than the read
+        view = memoryview(memory.buffer)[: end - begin]
+        view = view[: file.data.read_into(begin, view)]
     except OSError as error:
         raise CheckpointError(f"cannot read {file.data}: {error.strerror or error}") from error
     if len(view) != end - begin:

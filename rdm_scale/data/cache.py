@@ -59,7 +59,7 @@ class MemberCache:
         except OSError:
             return None
 
-    def put(self, key: str, content: bytes) -> None:
+    def put(self, key: str, content: bytes | memoryview) -> None:
         """Keeps the content, if it can, in place of what is there. A disk that fails is warned of once."""
         path = self._path(key)
         if len(content) > self.limit_bytes:
@@ -81,7 +81,7 @@ class MemberCache:
             raise ValueError(f"{key!r} cannot be the name of a file of the cache")
         return self.folder / key
 
-    def _store(self, path: Path, content: bytes) -> None:
+    def _store(self, path: Path, content: bytes | memoryview) -> None:
         unfinished = path.with_name(f"{path.name}{_PARTIAL}{os.getpid()}-{threading.get_ident()}")
         try:
             unfinished.write_bytes(content)

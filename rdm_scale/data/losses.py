@@ -1,7 +1,7 @@
 """Shards that proved unreadable, within the budget that a configuration allows, and what stands in for them.
 
 A lost shard keeps its place in the order of samples, and every sample of it is replaced by one of another shard of its
-set and shape: the same for every rank that knows of the loss, and a member for a member, so that reading stays
+set and shape: the same for every rank that knows of the loss, and a run for a run, so that reading stays
 sequential. Nothing is lost in silence: each loss is told once, counted, and kept in checkpoints.
 """
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from rdm_scale import rng
 from rdm_scale.data.manifest import Manifest
-from rdm_scale.data.order import Place
+from rdm_scale.data.order import Run
 from rdm_scale.errors import DataError
 
 
@@ -66,22 +66,20 @@ class LostShards:
         untold, self._untold = self._untold, []
         return untold
 
-    def stand_ins(self, which: int, places: list[Place]) -> list[Place]:
-        """The places themselves where their shards are whole, others where they are lost."""
-        if not self._lost:
-            return places
-        return [self._stand_in(which, place) if (which, place.shard) in self._lost else place for place in places]
-
-    def _stand_in(self, which: int, place: Place) -> Place:
+    def stand_in(self, which: int, run: Run, sample: int) -> tuple[Run, int]:
+        """The sample of a run itself where its shard is whole, another where it is lost."""
+        if (which, run.shard) not in self._lost:
+            return run, sample
         manifest = self._manifests[which]
-        shape = manifest.shape_of(manifest.shards[place.shard])
+        shape = manifest.shape_of(manifest.shards[run.shard])
         whole = [index for index in manifest.buckets[shape] if (which, index) not in self._lost]
         if not whole:
-            raise DataError(f"all shards with latents {list(shape)} are lost, {manifest.shards[place.shard].name} too")
-        shard = whole[rng.key(self._seed, "stand-in", place.shard) % len(whole)]
+            raise DataError(f"all shards with latents {list(shape)} are lost, {manifest.shards[run.shard].name} too")
+        shard = whole[rng.key(self._seed, "stand-in", run.shard) % len(whole)]
         members = manifest.shards[shard].members
-        member = place.member % len(members)
-        return Place(shard, member, place.sample % members[member].samples)
+        first = run.first % len(members)
+        taken = members[first : first + run.end - run.first]
+        return Run(shard, first, first + len(taken)), sample % sum(member.samples for member in taken)
 
     def _check_budget(self, reason: DataError) -> None:
         if len(self._lost) > self._budget:

@@ -4,8 +4,11 @@ N samples are read by C canonical streams, C being the global batch size. Global
 epoch P div N and belongs to stream P mod C; step s (from 1) consumes positions (s - 1) C .. s C - 1, one from each
 stream. Epochs follow each other without a gap, so a tail that does not fill a batch is carried over. Within an epoch:
 
-1. The members are put in a new order, and the samples within each member as well.
-2. The N samples in that order are cut into C runs of N div C or one more, and stream i mod C walks through one of them.
+1. The members of each shard are cut into runs of neighbours, large enough to be worth a request to an object store.
+   The runs are put in a new order. Samples were shuffled over the whole set when they were encoded, so that neighbours
+   have nothing in common.
+2. The N samples in that order are cut into C parts of N div C or one more, and stream i mod C walks through one of
+   them, the samples of each run, or of the piece of a run that is in its part, in a new order too.
 
 So a batch takes its samples from C places of the data set, and a member is read by the one or two ranks whose streams
 walk through it, whatever the number of ranks. All of it is a function of (seed, P): nothing has to be walked through
@@ -14,7 +17,8 @@ to begin at any step.
 
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, repeat
+from tarfile import BLOCKSIZE
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -25,6 +29,17 @@ from rdm_scale import rng
 from rdm_scale.data.manifest import Manifest
 
 Indices = npt.NDArray[np.int64]
+
+RUN_BYTES = 2**22  # object stores are slow with less: what a request costs beside its bytes is then nothing
+_LEAST_RUNS = 64  # of a set, if it has so many members: few could not be shuffled well
+
+
+class Run(NamedTuple):
+    """Neighbouring members of one shard, which are read together: indices of the shard and of its members."""
+
+    shard: int
+    first: int
+    end: int
 
 
 class Place(NamedTuple):
@@ -41,18 +56,38 @@ class GlobalOrder:
     Args:
         streams: C, the global batch size.
         shards: indices of the shards that are read; None: all.
+        run_bytes: how large a run is, about, in a set that is large enough.
+
+    Attributes:
+        samples: N.
+        largest_run: bytes of a run, at most.
     """
 
-    def __init__(self, manifest: Manifest, *, seed: int, streams: int, shards: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        *,
+        seed: int,
+        streams: int,
+        shards: Sequence[int] | None = None,
+        run_bytes: int = RUN_BYTES,
+    ) -> None:
         self.seed, self.streams = seed, streams
         self._shards = np.array(range(len(manifest.shards)) if shards is None else shards, np.int64)
         chosen = [manifest.shards[index] for index in self._shards]
         self.samples = sum(shard.samples for shard in chosen)
-        self._counts = np.array([m.samples for shard in chosen for m in shard.members], np.int64)
+        counts = [m.samples for shard in chosen for m in shard.members]
+        self._before = np.cumsum([0, *counts])  # samples before each member, and after the last
         self._first_members = np.cumsum([0] + [len(shard.members) for shard in chosen])  # of each shard
+        sizes = [m.bytes for shard in chosen for m in shard.members]
+        together = max(1, min(round(run_bytes * len(sizes) / sum(sizes)), len(sizes) // _LEAST_RUNS))
+        self.largest_run = together * (max(sizes) + 2 * BLOCKSIZE)  # bytes at most, with the tar's headers
+        ranges = zip(self._first_members[:-1], self._first_members[1:], strict=True)
+        self._runs = np.concatenate([np.arange(first, end, together) for first, end in ranges])  # their first members
+        self._counts = np.diff(self._before[self._runs], append=self.samples)  # samples of each run
         # An epoch's tables are as long as the manifest; around the end of an epoch two of them are in use.
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
-        self._within = lru_cache(maxsize=4 * streams)(self._make_within)
+        self._piece = lru_cache(maxsize=4 * streams)(self._make_piece)
 
     def positions(self, step: int, dp_rank: int = 0, dp_size: int = 1) -> range:
         """The positions of a step (from 1) that a rank reads: those of its contiguous share of the streams."""
@@ -62,39 +97,56 @@ class GlobalOrder:
 
     def places(self, positions: range) -> list[Place]:
         """Where the samples at these global positions lie."""
-        return list(map(Place, *self.columns(positions)))
+        return [self._place(run, sample) for run, sample in zip(*self.columns(positions), strict=True)]
 
-    def columns(self, positions: range) -> tuple[list[int], list[int], list[int]]:
-        """`places` by column: shards, members, samples. Much less work than an object for each sample."""
+    def columns(self, positions: range) -> tuple[list[Run], list[int]]:
+        """What is read for the samples at these positions, and their numbers among the samples of it."""
         epochs, places = np.divmod(np.arange(positions.start, positions.stop), self.samples)
         parts = [self._columns(int(epoch), places[epochs == epoch]) for epoch in range(epochs[0], epochs[-1] + 1)]
-        shards, members, samples = (list(chain.from_iterable(column)) for column in zip(*parts, strict=True))
-        return shards, members, samples
+        runs, samples = (list(chain.from_iterable(column)) for column in zip(*parts, strict=True))
+        return runs, samples
 
-    def _columns(self, epoch: int, i: Indices) -> tuple[list[int], list[int], list[int]]:
+    def _columns(self, epoch: int, i: Indices) -> tuple[list[Run], list[int]]:
         order, ends = self._epoch(epoch)
-        index = self._index(i)
+        index, part, part_end = self._parts(i)
         slots = np.searchsorted(ends, index, side="right")
-        members = order[slots]
-        nth = index - (ends[slots] - self._counts[members])
-        samples = [self._within(epoch, m)[n] for m, n in zip(members.tolist(), nth.tolist(), strict=True)]
-        shards = np.searchsorted(self._first_members, members, side="right") - 1
-        members_of_shards = members - self._first_members[shards]
-        return self._shards[shards].tolist(), members_of_shards.tolist(), samples
+        runs = order[slots]
+        starts = ends[slots] - self._counts[runs]
+        first = np.maximum(part, starts)
+        bounds = (runs, first - starts, np.minimum(part_end, ends[slots]) - starts)
+        pieces = list(map(self._piece, repeat(epoch), *(column.tolist() for column in bounds)))
+        nth = (index - first).tolist()
+        return [run for run, _ in pieces], [samples[n] for (_, samples), n in zip(pieces, nth, strict=True)]
 
-    def _index(self, i: Indices) -> Indices:
-        """Index, in the epoch's order of samples, of what is read i-th: run i mod C, at its (i div C)-th sample."""
-        length, longer = divmod(self.samples, self.streams)  # the first `longer` runs have one sample more
-        nth, run = np.divmod(i, self.streams)
-        return run * length + np.minimum(run, longer) + nth
+    def _parts(self, i: Indices) -> tuple[Indices, Indices, Indices]:
+        """Index, in the epoch's order of samples, of what is read i-th, and where the part of its stream begins and
+        ends: part i mod C, at its (i div C)-th sample."""
+        length, longer = divmod(self.samples, self.streams)  # the first `longer` parts have one sample more
+        nth, part = np.divmod(i, self.streams)
+        begin = part * length + np.minimum(part, longer)
+        return begin + nth, begin, begin + length + (part < longer)
+
+    def _place(self, run: Run, sample: int) -> Place:
+        base = self._first_members[np.searchsorted(self._shards, run.shard)]
+        index = self._before[base + run.first] + sample
+        member = np.searchsorted(self._before, index, side="right") - 1
+        return Place(run.shard, int(member - base), int(index - self._before[member]))
 
     def _make_epoch(self, epoch: int) -> tuple[Indices, Indices]:
-        """The members in the order of an epoch, and where each of them ends in its order of samples."""
-        members = permutation(rng.key(self.seed, "order of members", epoch), len(self._counts))
-        return members, np.cumsum(self._counts[members])
+        """The runs in the order of an epoch, and where each of them ends in its order of samples."""
+        runs = permutation(rng.key(self.seed, "order of runs", epoch), len(self._counts))
+        return runs, np.cumsum(self._counts[runs])
 
-    def _make_within(self, epoch: int, member: int) -> list[int]:
-        return permutation(rng.key(self.seed, "order of samples", epoch, member), int(self._counts[member])).tolist()
+    def _make_piece(self, epoch: int, run: int, begin: int, end: int) -> tuple[Run, list[int]]:
+        """The members that hold samples `begin` .. `end` - 1 of a run, and these samples in the order of an epoch."""
+        base = self._before[self._runs[run]]
+        first = int(np.searchsorted(self._before, base + begin, side="right")) - 1
+        last = int(np.searchsorted(self._before, base + end, side="left"))
+        shard = int(np.searchsorted(self._first_members, first, side="right")) - 1
+        offset = self._first_members[shard]
+        members = Run(int(self._shards[shard]), int(first - offset), int(last - offset))
+        order = permutation(rng.key(self.seed, "order of samples", epoch, run, begin), end - begin)
+        return members, (order + (base + begin - self._before[first])).tolist()
 
 
 def permutation(key: int, size: int) -> Indices:

@@ -36,7 +36,7 @@ _ELSEWHERE = {301, 307, 308, 400}  # a bucket of another region: botocore knows 
 
 
 class Body(NamedTuple):
-    content: bytes
+    content: bytes | memoryview
     version: str  # the ETag, without quotes
 
 
@@ -104,11 +104,20 @@ class S3(S3FileSystem):
         ]
         return entries, str(page["NextContinuationToken"]) if page.get("IsTruncated") else ""
 
-    def get_body(self, path: str, start: int, length: int | None, version: str | None, limit_s: float) -> Body | None:
+    def get_body(
+        self,
+        path: str,
+        start: int,
+        length: int | None,
+        version: str | None,
+        limit_s: float,
+        into: memoryview | None = None,
+    ) -> Body | None:
         """One GET, of the whole object with `length` None. None: it takes the long way, for instance through a proxy.
 
         Args:
             version: the ETag that the object must have.
+            into: where `length` bytes go; the content is then the part of it that was filled.
 
         Raises:
             StatusError, OSError, HTTPException, ShortBodyError: nothing is tried twice.
@@ -137,8 +146,8 @@ class S3(S3FileSystem):
                     return None
                 raise _status_error(response, document)
             expected = _expected(response, start, length)
-            content = response.read()
-            keep = True
+            content = response.read() if into is None else _read_into(response, into)
+            keep = expected in (None, len(content))
         except ssl.SSLCertVerificationError:  # botocore may know of another certificate
             self._unusual = True
             return None
@@ -208,6 +217,15 @@ def _expected(response: HTTPResponse, start: int, length: int | None) -> int | N
     if response.length not in (None, expected):
         raise ShortBodyError(f"{response.length} bytes are announced instead of {expected}")
     return expected
+
+
+def _read_into(response: HTTPResponse, buffer: memoryview) -> memoryview:
+    done = 0
+    while done < len(buffer) and (more := response.readinto(buffer[done:])):
+        done += more
+    if surplus := len(response.read()):
+        raise ShortBodyError(f"{done + surplus} bytes came instead of {len(buffer)}")
+    return buffer[:done]
 
 
 def _status_error(response: HTTPResponse, document: bytes) -> StatusError:

@@ -244,37 +244,64 @@ def read_member(folder: Location, manifest: Manifest, shard: int, member: int) -
 
 
 def read_bytes(folder: Location, tar: Tar, member: int, opened: Stat | None = None) -> bytes:
-    """The member of a tar as it was written.
+    """The member of a tar as it was written. Arguments and errors are those of `read_run`."""
+    content = bytearray(tar.members[member].bytes)
+    read_run(folder, tar, member, member + 1, memoryview(content), opened)
+    return bytes(content)
+
+
+def read_run(
+    folder: Location, tar: Tar, first: int, end: int, buffer: memoryview, opened: Stat | None = None
+) -> list[memoryview]:
+    """Members `first` .. `end` - 1 of a tar as they were written, by one request; each is a part of the buffer.
 
     Args:
+        buffer: as large as `span`.
         opened: what the file was when it was first looked at, to tell a replaced one from a damaged one.
 
     Raises:
         DataError: missing, unreadable, cut short, or not what the manifest says.
     """
-    part, place = tar.members[member], folder / tar.name
+    parts, place = tar.members[first:end], folder / tar.name
+    offset = parts[0].offset
     try:
-        content = place.read_range(part.offset, part.bytes)
-        checksum = xxhash.xxh3_64_hexdigest(content)
-        found = opened if checksum == part.xxh3 else place.stat()
+        read = place.read_into(offset, buffer)
+        contents = [buffer[part.offset - offset :][: part.bytes] for part in parts]
+        for member, (part, content) in enumerate(zip(parts, contents, strict=True), first):
+            whole = part.offset + part.bytes - offset <= read
+            checksum = xxhash.xxh3_64_hexdigest(content) if whole else None
+            if checksum != part.xxh3:
+                raise _not_as_written(place, tar, member, checksum, opened, place.stat())
     except FileNotFoundError:
         raise DataError(f"{place} is missing, and the manifest lists it: {_REMEDY}") from None
     except OSError as error:
-        raise DataError(f"cannot read {_describe(place, part, member)}: {error}") from None
-    if checksum == part.xxh3:
-        return content
-    if found is not None and opened is not None and found != opened:
-        raise DataError(
+        raise DataError(f"cannot read {_describe(place, parts[0], first)}: {error}") from None
+    return contents
+
+
+def span(tar: Tar, first: int, end: int) -> int:
+    """Bytes from the beginning of a member to the end of another, member `end` - 1."""
+    last = tar.members[end - 1]
+    return last.offset + last.bytes - tar.members[first].offset
+
+
+def _not_as_written(
+    place: Location, tar: Tar, member: int, checksum: str | None, opened: Stat | None, found: Stat
+) -> DataError:
+    """checksum: of what was found, None where the file ended before the end of the member."""
+    part = tar.members[member]
+    if opened is not None and found != opened:
+        return DataError(
             f"{place} was replaced while it was in use: it had {opened.bytes} bytes and version {opened.version}, and "
             f"has {found.bytes} bytes and version {found.version}; member {part.name} ({member}) is no longer what the "
             f"manifest says. Put the file back as it was, or encode into another folder: {_REMEDY}"
         )
-    if len(content) < part.bytes:
-        raise DataError(
-            f"{place} is shorter than the manifest says, {found.bytes if found else 'fewer'} bytes instead of "
-            f"{tar.bytes}, and ends before the end of member {part.name} ({member}): {_REMEDY}"
+    if checksum is None:
+        return DataError(
+            f"{place} is shorter than the manifest says, {found.bytes} bytes instead of {tar.bytes}, "
+            f"and ends before the end of member {part.name} ({member}): {_REMEDY}"
         )
-    raise DataError(
+    return DataError(
         f"{_describe(place, part, member)} is not what was written: its xxh3 is {checksum}, "
         f"the manifest says {part.xxh3}: {_REMEDY}"
     )

@@ -170,7 +170,7 @@ class Location:
         if self.is_local:
             with open(self.path, "rb") as file:  # noqa: PTH123
                 return file.read()
-        return self._get(0, None, None)
+        return bytes(self._get(0, None, None))
 
     def read_range(self, offset: int, length: int, version: str | None = None) -> bytes:
         """`length` bytes from `offset`; fewer when the file ends before.
@@ -182,28 +182,32 @@ class Location:
             FileNotFoundError, ReplacedError: there is no such file, or another version of it.
         """
         if self.is_local:
-            return _pread(self.path, offset, length)
-        return self._get(offset, length, version) if length else b""
+            content = bytearray(length)
+            return bytes(memoryview(content)[: _preadv(self.path, offset, memoryview(content))])
+        return bytes(self._get(offset, length, version)) if length else b""
 
-    def read_range_into(self, offset: int, buffer: memoryview) -> int:
-        """Fills `buffer` with what is in a local file from `offset` on; how many bytes there were."""
-        descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            done = 0
-            while done < len(buffer) and (more := os.preadv(descriptor, [buffer[done:]], offset + done)):
-                done += more
-            return done
-        finally:
-            os.close(descriptor)
+    def read_into(self, offset: int, buffer: memoryview) -> int:
+        """Fills a buffer from `offset` on, without memory of its own. Returns how much there was, less at the end.
 
-    def _get(self, offset: int, length: int | None, version: str | None) -> bytes:
+        Raises FileNotFoundError.
+        """
+        if self.is_local:
+            return _preadv(self.path, offset, buffer)
+        return len(self._get(offset, len(buffer), None, buffer)) if len(buffer) else 0
+
+    def _get(
+        self, offset: int, length: int | None, version: str | None, into: memoryview | None = None
+    ) -> bytes | memoryview:
         end = None if length is None else offset + length
         bounds = {} if length is None else {"start": offset, "end": end}
 
-        def attempt(left_s: float) -> bytes:
-            if self._is_s3 and (body := self.fs.get_body(self.path, offset, length, version, left_s)) is not None:
-                return cast(bytes, body.content)
-            return bytes(self._run("cat_file", left_s, (self.path,), bounds))
+        def attempt(left_s: float) -> bytes | memoryview:
+            if self._is_s3 and (body := self.fs.get_body(self.path, offset, length, version, left_s, into)) is not None:
+                return cast("bytes | memoryview", body.content)
+            content = bytes(self._run("cat_file", left_s, (self.path,), bounds))
+            if into is not None:
+                into[: len(content)] = content
+            return content
 
         try:
             return self._tried("read", attempt)
@@ -369,15 +373,15 @@ def _local_stat(found: os.stat_result) -> Stat:
     return Stat(found.st_size, str(found.st_mtime_ns))
 
 
-def _pread(path: str, offset: int, length: int) -> bytes:
+def _preadv(path: str, offset: int, buffer: memoryview) -> int:
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        content = os.pread(descriptor, length, offset)
-        while 0 < len(content) < length:  # the file ends, or the system reads less than 2 GiB at once
-            more = os.pread(descriptor, length - len(content), offset + len(content))
+        done = 0
+        while done < len(buffer):  # the system reads less than 2 GiB at once
+            more = os.preadv(descriptor, [buffer[done:]], offset + done)
             if not more:
                 break
-            content += more
-        return content
+            done += more
+        return done
     finally:
         os.close(descriptor)

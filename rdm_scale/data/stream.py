@@ -17,13 +17,14 @@ from rdm_scale.data import mixing
 from rdm_scale.data.codecs.codec import normalise_
 from rdm_scale.data.losses import LostShards
 from rdm_scale.data.manifest import Manifest
-from rdm_scale.data.order import GlobalOrder, Place
+from rdm_scale.data.order import RUN_BYTES, GlobalOrder, Run
 from rdm_scale.data.reader import (
-    MemberKey,
-    MemberReader,
     OpenSet,
+    RunKey,
+    RunReader,
     Samples,
     UnreadableError,
+    as_float,
     open_cache,
     open_set,
     stack,
@@ -31,7 +32,8 @@ from rdm_scale.data.reader import (
 from rdm_scale.data.shards import DTYPES
 from rdm_scale.errors import ConfigError
 
-_AHEAD_STEPS = 256  # at most so many steps are looked ahead for members to read
+_AHEAD_STEPS = 256  # at most so many steps are looked ahead for runs to read
+_RUNS_BYTES = 2**31  # of the runs in use at a time, on all ranks together
 Sources = str | Path | Sequence[DataSource]
 
 
@@ -49,19 +51,12 @@ class LatentBatch:
     latents: Tensor
 
 
-class _Lane(NamedTuple):
-    """The samples of one set that have one shape."""
-
-    set: int
-    order: GlobalOrder
-
-
 class _Planned(NamedTuple):
     step: int
     positions: range
-    set: int
-    keys: list[MemberKey]  # of the members that the samples are in
-    samples: list[int]  # their indices in these members
+    lane: tuple[int, int]  # set, and which of its shapes
+    keys: list[RunKey]  # of the runs that the samples are in
+    samples: list[int]  # their indices in these runs
 
 
 class LatentStream:
@@ -104,10 +99,16 @@ class LatentStream:
         self.sets, config = _open(sources, config)
         self.seed, self.dp_rank, self.dp_size, self.start_step = seed, dp_rank, dp_size, start_step
         self.global_batch_size = global_batch_size
+        lanes = sum(len(one.manifest.buckets) for one in self.sets)
+        run_bytes = min(RUN_BYTES, _RUNS_BYTES // (global_batch_size * lanes))
         self._lanes = [
             [
-                _Lane(
-                    s, GlobalOrder(one.manifest, seed=rng.key(seed, "lane", s, b), streams=global_batch_size, shards=of)
+                GlobalOrder(
+                    one.manifest,
+                    seed=rng.key(seed, "lane", s, b),
+                    streams=global_batch_size,
+                    shards=of,
+                    run_bytes=run_bytes,
                 )
                 for b, of in enumerate(one.manifest.buckets.values())
             ]
@@ -115,16 +116,19 @@ class LatentStream:
         ]
         self._turns = mixing.weighted([one.weight for one in self.sets], seed)
         self._turns_within = [
-            mixing.by_size([lane.order.samples for lane in lanes], global_batch_size, rng.key(seed, "buckets", s))
-            for s, lanes in enumerate(self._lanes)
+            mixing.by_size([order.samples for order in orders], global_batch_size, rng.key(seed, "buckets", s))
+            for s, orders in enumerate(self._lanes)
         ]
         self.lost = LostShards([one.manifest for one in self.sets], config.lost_shards, seed, lost)
         for s, one in enumerate(self.sets):
             for shard, reason in one.damaged.items():
                 self.lost.lose(s, shard, reason)
-        share = global_batch_size // dp_size
-        streams = share * sum(map(len, self._lanes))  # of every lane a share is in use
-        self._reader = MemberReader(self.sets, streams=streams, workers=config.workers, cache=open_cache(config))
+        streams = global_batch_size // dp_size * lanes  # of every lane a share is in use
+        largest = max(order.largest_run for orders in self._lanes for order in orders)
+        self._reader = RunReader(
+            self.sets, streams=streams, largest=largest, workers=config.workers, cache=open_cache(config)
+        )
+        self._in_use: dict[tuple[int, int], set[RunKey]] = {}  # of each lane, by the step of it that was read last
 
     def __iter__(self) -> Iterator[LatentBatch]:
         """Reads ahead; what is read ahead of its use does not depend on what was asked for before."""
@@ -146,31 +150,38 @@ class LatentStream:
     def _plan(self, step: int) -> _Planned:
         which, turn = self._turns.of(step - 1)
         bucket, nth = self._turns_within[which].of(turn)
-        lane = self._lanes[which][bucket]
-        positions = lane.order.positions(step, self.dp_rank, self.dp_size)  # unique in the run, for its randomness
-        shards, members, samples = lane.order.columns(lane.order.positions(nth + 1, self.dp_rank, self.dp_size))
-        return _Planned(step, positions, lane.set, list(zip(repeat(lane.set), shards, members)), samples)
+        order = self._lanes[which][bucket]
+        positions = order.positions(step, self.dp_rank, self.dp_size)  # unique in the run, for its randomness
+        runs, samples = order.columns(order.positions(nth + 1, self.dp_rank, self.dp_size))
+        return _Planned(step, positions, (which, bucket), list(zip(repeat(which), runs)), samples)
 
-    def _wanted(self, planned: _Planned) -> tuple[list[MemberKey], list[int]]:
-        """What is read, as far as losses are known: members, and the samples in them."""
+    def _wanted(self, planned: _Planned) -> tuple[list[RunKey], list[int]]:
+        """What is read, as far as losses are known: runs, and the samples in them."""
         if not len(self.lost):
             return planned.keys, planned.samples
-        places = [Place(shard, member, n) for (_, shard, member), n in zip(planned.keys, planned.samples, strict=True)]
-        return _keyed(planned.set, self.lost.stand_ins(planned.set, places))
+        which = planned.lane[0]
+        found = [self.lost.stand_in(which, run, n) for (_, run), n in zip(planned.keys, planned.samples, strict=True)]
+        return [(which, run) for run, _ in found], [sample for _, sample in found]
 
     def _expect(self, planned: _Planned) -> None:
         self._reader.expect(dict.fromkeys(self._wanted(planned)[0]))
 
     def _read(self, planned: _Planned) -> LatentBatch:
+        keys, members, samples = self._found(planned)
+        manifest = self.sets[planned.lane[0]].manifest
+        return _batch(planned.step, planned.positions, keys[0], members, samples, manifest, self.seed, "posterior")
+
+    def _found(self, planned: _Planned) -> tuple[list[RunKey], list[Samples], list[int]]:
+        """Of each sample its run, which has been read, and its index in it."""
         while True:
             keys, samples = self._wanted(planned)
+            now = set(keys)
+            self._reader.release(self._in_use.get(planned.lane, now) - now)
+            self._in_use[planned.lane] = now
             try:
-                members = self._reader.get(keys)
-                break
+                return keys, self._reader.get(keys), samples
             except UnreadableError as failed:
                 self.lost.lose(failed.set, failed.shard, failed.reason)
-        manifest = self.sets[planned.set].manifest
-        return _batch(planned.step, planned.positions, keys[0], members, samples, manifest, self.seed, "posterior")
 
 
 class HeldOut:
@@ -210,7 +221,10 @@ class HeldOut:
         self.batch_size, self.dp_rank, self.dp_size = batch_size, dp_rank, dp_size
         self._groups = self._choose(samples)
         self.samples = sum(len(places) for _, places in self._groups)
-        self._reader = MemberReader(self.sets, streams=1, workers=config.workers, cache=open_cache(config))
+        largest = max(member.bytes for one in self.sets for shard in one.manifest.shards for member in shard.members)
+        self._reader = RunReader(
+            self.sets, streams=1, largest=largest, workers=config.workers, cache=open_cache(config)
+        )
 
     def __len__(self) -> int:
         return sum(-(-len(places) // (self.batch_size * self.dp_size)) for _, places in self._groups)
@@ -221,7 +235,8 @@ class HeldOut:
             for start in range(self.dp_rank * self.batch_size, _whole(places, self), self.batch_size * self.dp_size):
                 indices = range(start, start + self.batch_size)
                 present = [min(index, len(places) - 1) for index in indices]
-                keys, samples = _keyed(which, [places[index] for index in present])
+                keys = [(which, places[index][0]) for index in present]
+                samples = [places[index][1] for index in present]
                 try:
                     members = self._reader.get(keys)
                 except UnreadableError as failed:
@@ -234,7 +249,7 @@ class HeldOut:
     def close(self) -> None:
         self._reader.close()
 
-    def _choose(self, samples: int) -> list[tuple[int, list[Place]]]:
+    def _choose(self, samples: int) -> list[tuple[int, list[tuple[Run, int]]]]:
         """The places of each set and shape."""
         total = sum(one.weight for one in self.sets)
         groups = []
@@ -255,14 +270,10 @@ def _open(sources: Sources, config: DataConfig | None) -> tuple[list[OpenSet], D
     return [open_set(source, config.options) for source in sources], config
 
 
-def _keyed(which: int, places: Sequence[Place]) -> tuple[list[MemberKey], list[int]]:
-    return [(which, place.shard, place.member) for place in places], [place.sample for place in places]
-
-
 def _batch(
     step: int,
     positions: Sequence[int],
-    first: MemberKey,
+    first: RunKey,
     members: Sequence[Samples],
     samples: Sequence[int],
     manifest: Manifest,
@@ -271,11 +282,11 @@ def _batch(
 ) -> LatentBatch:
     """
     Args:
-        first: a member of the batch, all of whose samples have one shape.
+        first: a run of the batch, all of whose samples have one shape.
     """
-    shape = manifest.stored_shape(manifest.shape_of(manifest.shards[first[1]]))
+    shape = manifest.stored_shape(manifest.shape_of(manifest.shards[first[1].shard]))
     found = list(zip(members, samples, strict=True))
-    raw = stack(found, shape, DTYPES[manifest.dtype]).float()
+    raw = as_float(stack(found, shape, DTYPES[manifest.dtype]))
     if manifest.kind == "moments":
         noise_shape = (shape[0] // 2, *shape[1:])
         noise = [torch.randn(noise_shape, generator=rng.generator(seed, purpose, position)) for position in positions]
@@ -302,17 +313,19 @@ def posterior_sample(moments: Tensor, noise: Tensor) -> Tensor:
     return mean + (0.5 * log_variance.clamp(-30, 20)).exp() * noise
 
 
-def _whole(places: Sequence[Place], held_out: HeldOut) -> int:
+def _whole(places: Sequence[tuple[Run, int]], held_out: HeldOut) -> int:
     """So many samples that all ranks have the same number of full batches."""
     step = held_out.batch_size * held_out.dp_size
     return -(-len(places) // step) * step
 
 
-def _first_places(manifest: Manifest, shards: Sequence[int], wanted: int) -> list[Place]:
-    places: list[Place] = []
+def _first_places(manifest: Manifest, shards: Sequence[int], wanted: int) -> list[tuple[Run, int]]:
+    """Each sample by a run of one member and its index in it."""
+    places: list[tuple[Run, int]] = []
     for s in shards:
         for m, member in enumerate(manifest.shards[s].members):
-            places += (Place(s, m, sample) for sample in range(min(member.samples, wanted - len(places))))
+            run = Run(s, m, m + 1)
+            places += ((run, sample) for sample in range(min(member.samples, wanted - len(places))))
             if len(places) == wanted:
                 return places
     return places

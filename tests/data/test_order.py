@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from rdm_scale.data.manifest import Codec, Manifest, Member, Shard
-from rdm_scale.data.order import GlobalOrder, Place, permutation
+from rdm_scale.data.order import GlobalOrder, Place, Run, permutation
 
-# (samples of each member, by shard; C): even; uneven; C does not divide N; C > N; one sample; one stream
+# (samples of each member, by shard; C): even; uneven; C does not divide N; C > N; one sample; one stream; ...
 CASES = [
     ([[4, 4, 4], [4, 4, 4]], 8),
     ([[5, 1, 7], [3], [2, 2, 9]], 4),
@@ -18,6 +18,7 @@ CASES = [
     ([[1]], 4),
     ([[3, 3], [1]], 1),
     ([[64] * 5, [64] * 3, [64, 17]], 96),
+    ([[5, 1, 7] * 40, [3, 3] * 50, [2]], 24),  # runs of several members
 ]
 
 
@@ -103,7 +104,8 @@ def test_seeds_and_epochs_give_unrelated_orders() -> None:
     index = {place: i for i, place in enumerate(every_place(counts))}
     ranks = np.array([[index[place] for place in order] for order in orders])
     correlations = np.corrcoef(ranks)[np.triu_indices(3, 1)]
-    assert np.abs(correlations).max() < 4 / np.sqrt(1000)  # four standard deviations of no correlation
+    # four standard deviations of no correlation; a stream has the same two members for 8 steps, hence 125 pairs
+    assert np.abs(correlations).max() < 4 / np.sqrt(125)
 
 
 def test_samples_change_places_within_their_members_too() -> None:
@@ -113,6 +115,31 @@ def test_samples_change_places_within_their_members_too() -> None:
     inner = [[p.sample for p in epoch if p.member == m] for epoch in (walked[:40], walked[40:]) for m in (0, 1)]
     assert all(sorted(samples) == list(range(20)) for samples in inner)
     assert len({tuple(samples) for samples in [*inner, range(20)]}) == 5
+
+
+def test_what_is_read_together_are_neighbours_in_one_part() -> None:
+    """220 members, so runs of 3; they are whole but where a shard or a stream's part ends, and hold their samples."""
+    counts, streams = [[5, 1, 7] * 40, [3, 3] * 50], 10
+    order = GlobalOrder(manifest_of(counts), seed=3, streams=streams)
+    walked: dict[int, list[Run]] = {stream: [] for stream in range(streams)}
+    for step in range(1, 820 // streams):
+        runs, samples = order.columns(order.positions(step))
+        for stream, (run, sample) in enumerate(zip(runs, samples, strict=True)):
+            assert 0 <= sample < sum(counts[run.shard][run.first : run.end])
+            walked[stream] = walked[stream] if walked[stream][-1:] == [run] else [*walked[stream], run]
+    for runs in walked.values():
+        assert len(set(runs)) == len(runs)  # a stream is through with a run before it goes on
+        for shard, first, end in runs[1:-1]:
+            assert first % 3 == 0 and end == min(first + 3, len(counts[shard]))
+
+
+def test_runs_are_as_large_as_is_asked_for() -> None:
+    counts = [[2] * 1000]  # members of 512 bytes
+    for run_bytes, members in ((1, 1), (512, 1), (2048, 4), (5000, 10), (2**22, 15)):  # not fewer than 64 runs
+        order = GlobalOrder(manifest_of(counts), seed=0, streams=1, run_bytes=run_bytes)
+        runs = {run for step in range(1, 2001) for run in order.columns(order.positions(step))[0]}
+        assert max(end - first for _, first, end in runs) == members and len(runs) == -(-1000 // members)
+        assert order.largest_run >= members * 1024 - 512
 
 
 def test_a_batch_draws_on_as_many_members_as_it_can() -> None:

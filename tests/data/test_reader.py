@@ -4,7 +4,8 @@ import pytest
 from latent_sets import LatentSet, WriteSet
 
 from rdm_scale.config import DataSource
-from rdm_scale.data.reader import MemberKey, MemberReader, open_set, stack
+from rdm_scale.data.order import Run
+from rdm_scale.data.reader import RunKey, RunReader, open_set, stack
 from rdm_scale.data.storage import Location
 from rdm_scale.errors import DataError
 
@@ -13,18 +14,20 @@ from rdm_scale.errors import DataError
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Offsets of all ranges read."""
     offsets: list[int] = []
-    read_range = Location.read_range
-    monkeypatch.setattr(Location, "read_range", lambda s, o, n: (offsets.append(o), read_range(s, o, n))[1])
+    read_into = Location.read_into
+    monkeypatch.setattr(Location, "read_into", lambda s, o, n: (offsets.append(o), read_into(s, o, n))[1])
     return offsets
 
 
-def reader_of(latents: LatentSet, streams: int = 1, workers: int = 1) -> MemberReader:
-    return MemberReader([open_set(DataSource(path=latents.url))], streams=streams, workers=workers, cache=None)
+def reader_of(latents: LatentSet, streams: int = 1, workers: int = 1, largest: int = 1) -> RunReader:
+    return RunReader(
+        [open_set(DataSource(path=latents.url))], streams=streams, largest=largest, workers=workers, cache=None
+    )
 
 
-def keys(latents: LatentSet) -> list[MemberKey]:
+def keys(latents: LatentSet) -> list[RunKey]:
     shards = latents.manifest.shards
-    return [(0, s, m) for s, shard in enumerate(shards) for m in range(len(shard.members))]
+    return [(0, Run(s, m, m + 1)) for s, shard in enumerate(shards) for m in range(len(shard.members))]
 
 
 def test_members_hold_what_was_written(write_set: WriteSet) -> None:
@@ -38,18 +41,57 @@ def test_members_hold_what_was_written(write_set: WriteSet) -> None:
 
 
 def test_those_used_last_are_kept(write_set: WriteSet, monkeypatch: pytest.MonkeyPatch, reads: list[int]) -> None:
-    """Room for four members: after the fifth the first is read again, and the one used since it is not."""
+    """Room for three members: after the fourth the second is read again, and the one used since it is not."""
     monkeypatch.setattr("rdm_scale.data.reader._MEMORY_BYTES", 1)
     latents = write_set(24, members_per_shard=6)  # six members of one size
-    reader = reader_of(latents)  # one stream and one worker: twice two members
-    one, two, three, four, five, _ = keys(latents)
-    for key in (one, two, three, four, one, five):
+    size = latents.manifest.shards[0].members[0].bytes
+    reader = reader_of(latents, largest=size)  # one stream, and one worker with two ahead
+    one, two, three, four, *_ = keys(latents)
+    for key in (one, two, three, one, four):
         reader.get([key])
-    assert len(reads) == 5
+    assert len(reads) == 4
     reader.get([one])
-    assert len(reads) == 5
+    assert len(reads) == 4
     reader.get([two])
-    assert len(reads) == 6
+    assert len(reads) == 5
+
+
+def test_what_is_released_goes_first(write_set: WriteSet, monkeypatch: pytest.MonkeyPatch, reads: list[int]) -> None:
+    monkeypatch.setattr("rdm_scale.data.reader._MEMORY_BYTES", 1)
+    latents = write_set(24, members_per_shard=6)
+    reader = reader_of(latents, largest=latents.manifest.shards[0].members[0].bytes)
+    one, two, three, four, *_ = keys(latents)
+    reader.get([one, two, three])
+    reader.release([three])
+    reader.get([four])
+    reader.get([one, two])
+    assert len(reads) == 4
+    reader.get([three])
+    assert len(reads) == 5
+
+
+def test_no_more_is_expected_than_there_is_room_for(write_set: WriteSet, reads: list[int]) -> None:
+    latents = write_set(24)
+    reader = reader_of(latents, workers=2)
+    reader.expect(keys(latents)[:6])
+    assert not reader.has_room
+    reader.get(keys(latents)[:4])
+    assert reader.has_room and len(reads) == 4
+
+
+def test_neighbours_are_read_at_once_and_each_is_checked(write_set: WriteSet, reads: list[int]) -> None:
+    latents = write_set(24, members_per_shard=6)
+    reader, key = reader_of(latents), (0, Run(0, 1, 5))
+    (found,) = reader.get([key])
+    assert len(reads) == 1 and found.ids == latents.ids[4:20].tolist()
+    whole = stack([(found, n) for n in range(16)], latents.latents.shape[1:], latents.latents.dtype)
+    assert whole.equal(latents.latents[4:20])
+    place, members = latents.folder / latents.manifest.shards[0].name, latents.manifest.shards[0].members
+    content = bytearray(place.read())
+    content[members[3].offset + 300] ^= 1
+    place.write(bytes(content))
+    with pytest.raises(DataError, match=rf"member {members[3].name} \(3, .* is not what was written|was replaced"):
+        reader_of(latents).get([key])
 
 
 def test_what_is_expected_is_there_when_it_is_asked_for(write_set: WriteSet, reads: list[int]) -> None:

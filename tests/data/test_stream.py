@@ -40,10 +40,12 @@ def joined(parts: list[LatentBatch]) -> LatentBatch:
 
 
 def count_reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often each range of each file is read from now on."""
+    """Bytes of each range of each file that are read from now on."""
     ranges: Counter[str] = Counter()
-    read_range = Location.read_range
-    monkeypatch.setattr(Location, "read_range", lambda s, o, n: (ranges.update([f"{s}:{o}"]), read_range(s, o, n))[1])
+    read_into = Location.read_into
+    monkeypatch.setattr(
+        Location, "read_into", lambda s, o, n: (ranges.update({f"{s}:{o}": len(n)}), read_into(s, o, n))[1]
+    )
     return ranges
 
 
@@ -90,17 +92,18 @@ def test_a_far_step_reads_no_more_than_the_first(write_set: WriteSet, monkeypatc
     for start in (0, 100_000):
         ranges.clear()
         LatentStream(latents.url, global_batch_size=8, seed=5).batch(start + 1)
-        assert ranges.total() == len(ranges) <= 8
+        assert 0 < len(ranges) <= 8
 
 
 def test_a_member_in_use_is_read_once(write_set: WriteSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where memory could not hold one member but for its promise of some a stream."""
+    """Also where memory could not hold one run but for its promise of one a stream."""
     latents = write_set(640)  # 160 members, 20 a stream
+    tars = sum(shard.bytes for shard in latents.manifest.shards)
     monkeypatch.setattr("rdm_scale.data.reader._MEMORY_BYTES", 1)
     ranges = count_reads(monkeypatch)
     take(latents, 80)
-    ahead = 2 * 4  # of the four workers, who are at the second epoch by then
-    assert len(ranges) == 160 and ranges.total() <= 1.05 * 160 + ahead
+    ahead = 2 * 4 * tars / 80  # of the four workers, who are at the second epoch by then
+    assert ranges.total() <= 1.05 * tars + ahead
 
 
 def test_latents_are_brought_to_unit_scale(write_set: WriteSet) -> None:

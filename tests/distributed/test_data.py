@@ -21,14 +21,14 @@ def train_counting_reads(config: RunConfig) -> tuple[int, Counter[str]]:
     from rdm_scale.parallel import mesh as meshes
 
     ranges: Counter[str] = Counter()
-    read_range, build = Location.read_range, meshes.build_mesh
+    read_into, build = Location.read_into, meshes.build_mesh
     built: list[Any] = []
-    Location.read_range = lambda s, o, n: (ranges.update([f"{s.name}:{o}"]), read_range(s, o, n))[1]  # type: ignore[method-assign]
+    Location.read_into = lambda s, o, n: (ranges.update([f"{s.name}:{o}"]), read_into(s, o, n))[1]  # type: ignore[method-assign]
     meshes.build_mesh = lambda *given: built.append(build(*given)) or built[-1]  # type: ignore[func-returns-value]
     try:
         train(config)
     finally:
-        Location.read_range = read_range  # type: ignore[method-assign]
+        Location.read_into = read_into  # type: ignore[method-assign]
     return built[0].data_rank, ranges
 
 
