@@ -26,6 +26,7 @@ from rdm_scale.parallel.recompute import recompute_blocks
 from rdm_scale.parallel.schedules import operations, placement, simulate
 
 RESULTS = Path(__file__).parent / "results" / "zero_bubble.json"
+GRID = (1, 16, 16)
 Times = dict[str, float]  # seconds of F, whole backward, B and W
 
 
@@ -37,7 +38,7 @@ class Blocks(nn.Module):
 
     def forward(self, z_SBD: Tensor, condition_BD: Tensor) -> Tensor:
         for block in self.blocks.values():
-            z_SBD = block(z_SBD, SideInputs(condition_BD))
+            z_SBD = block(z_SBD, SideInputs(condition_BD, GRID))
         return z_SBD
 
 

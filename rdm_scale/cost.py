@@ -6,6 +6,7 @@ counted in a moment. Widths: D stream, M MLP, S tokens, B samples, V modulation 
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from rdm_scale.config import ModelConfig, RunConfig
@@ -87,10 +88,17 @@ def model_parameters(model: ModelConfig) -> Parameters:
     return embedding_parameters(model) + block_parameters(model) * model.depth + head_parameters(model)
 
 
-def block_flops(model: ModelConfig) -> int:
+def block_flops(model: ModelConfig, block: int = 0) -> int:
     """Floating-point operations of one block's forward on one sample, two for a product and a sum."""
     S, D, M, V = model.tokens, model.hidden_size, model.mlp_size, _modulations(model)
-    return 2 * S * (4 * D * D + 2 * D * M) + 4 * S * S * D + 2 * V * D * D
+    frames, rows, columns = model.grid
+    seen = {"all": S, "space": rows * columns, "time": frames}[model.attends_among(block)]  # by each token
+    return 2 * S * (4 * D * D + 2 * D * M) + 4 * S * seen * D + 2 * V * D * D
+
+
+def blocks_flops(model: ModelConfig, blocks: Iterable[int]) -> int:
+    """Of some blocks."""
+    return sum(block_flops(model, block) for block in blocks)
 
 
 def embedding_flops(model: ModelConfig) -> int:
@@ -105,7 +113,7 @@ def head_flops(model: ModelConfig) -> int:
 
 def model_flops(model: ModelConfig) -> int:
     """Of the whole forward on one sample; a training step takes three times as many."""
-    return embedding_flops(model) + block_flops(model) * model.depth + head_flops(model)
+    return embedding_flops(model) + blocks_flops(model, range(model.depth)) + head_flops(model)
 
 
 def block_activation_bytes(config: RunConfig, samples: int, policy: str) -> float:

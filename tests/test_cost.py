@@ -32,6 +32,7 @@ def run(model: ModelConfig, **sections: dict[str, object]) -> RunConfig:
         {"residual": "neural_rdm", "mlp_ratio": 3.0},
         {"gate": GateConfig(conditional=False, per_channel=False)},
         {"input": InputConfig(frames=4, height=8, width=16), "patch_size": (2, 2, 4)},
+        {"attention": "factorized", "depth": 4, "input": InputConfig(frames=4, height=8, width=8)},
     ],
 )
 def test_parameters_are_those_of_the_model(changes: dict) -> None:
@@ -52,6 +53,15 @@ def test_dit_xl_has_its_published_size_and_cost() -> None:
     assert cost.model_flops(model) / 2 == pytest.approx(118.6e9, rel=0.01)
 
 
+def test_factorized_attention_costs_what_its_tokens_see() -> None:
+    """4 frames of 16 tokens: joint attention is 4 S S D, in space 4 S 16 D, along time 4 S 4 D."""
+    size, S, D = InputConfig(frames=4, height=8, width=8), 64, 64
+    joint, factorized = (small(attention=kind, depth=2, input=size) for kind in ("joint", "factorized"))
+    assert cost.block_flops(joint) - cost.block_flops(factorized, 0) == 4 * S * (S - 16) * D
+    assert cost.block_flops(joint) - cost.block_flops(factorized, 1) == 4 * S * (S - 4) * D
+    assert cost.blocks_flops(factorized, range(2)) == 2 * cost.block_flops(joint) - 4 * S * (2 * S - 20) * D
+
+
 def test_tensor_parallelism_cuts_all_but_vectors_and_embeddings() -> None:
     model = small()
     counted = cost.block_parameters(model)
@@ -69,7 +79,7 @@ def test_activations_are_what_autograd_keeps(policy: str, precision: str) -> Non
     recompute_blocks([block], policy)
     S, B, D = config.model.tokens, 16, config.model.hidden_size
     z = torch.randn(S, B, D, requires_grad=True)
-    side = SideInputs(torch.randn(B, D, dtype=dtype, requires_grad=True))
+    side = SideInputs(torch.randn(B, D, dtype=dtype, requires_grad=True), config.model.grid)
     parameters = {p.untyped_storage().data_ptr() for p in block.parameters()}
     kept: dict[int, int] = {}
 

@@ -6,6 +6,7 @@ file: `load_config` needs neither data nor a world size.
 
 from rdm_scale.config.loading import describe_keys, load_config, parse_config, to_yaml
 from rdm_scale.config.schema import (
+    Among,
     CheckpointConfig,
     DataConfig,
     DataSource,
@@ -24,6 +25,7 @@ from rdm_scale.config.schema import (
 )
 
 __all__ = [
+    "Among",
     "CheckpointConfig",
     "DataConfig",
     "DataSource",

@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from rdm_scale.errors import ConfigError
 
+Among = Literal["all", "space", "time"]
+
 
 class Section(BaseModel):
     """A part of the configuration: immutable, and a key it does not know is an error."""
@@ -34,7 +36,7 @@ class ModelConfig(Section):
     input: InputConfig = InputConfig()
     patch_size: tuple[int, int, int] = Field((1, 2, 2), description="patch of [t, h, w] latents per token")
     hidden_size: int = Field(384, ge=8, description="width D of the residual stream")
-    depth: int = Field(12, ge=1, description="number of blocks (attention + MLP each)")
+    depth: int = Field(12, ge=1, description="number of blocks (attention + MLP each; factorized: of both kinds)")
     num_heads: int = Field(6, ge=1, description="attention heads; must divide hidden_size")
     mlp_ratio: float = Field(4.0, gt=0, description="MLP width over hidden_size")
     residual: Literal["plain", "rezero", "layerscale", "adaln_zero", "neural_rdm"] = Field(
@@ -42,7 +44,11 @@ class ModelConfig(Section):
     )
     gate: GateConfig = GateConfig()
     stacking: Literal["flow"] = Field("flow", description="how blocks are joined: flow is a chain")
-    attention: Literal["joint"] = Field("joint", description="joint: all tokens of all frames attend to each other")
+    attention: Literal["joint", "factorized"] = Field(
+        "joint",
+        description="joint: all tokens attend to each other; factorized: in turns of blocks, those of a frame and "
+        "those of a place in all frames (Latte)",
+    )
     condition: Literal["none", "class"] = Field("class", description="what the model is conditioned on")
     num_classes: int = Field(1000, ge=1, description="number of classes; one more embedding is the null class")
     learned_variance: bool = Field(False, description="predict the variance too (ddpm only): 2C output channels")
@@ -60,16 +66,38 @@ class ModelConfig(Section):
             raise ValueError(f"model.num_heads={self.num_heads} does not divide model.hidden_size={self.hidden_size}")
         if self.hidden_size % 4:
             raise ValueError(f"model.hidden_size={self.hidden_size} is not divisible by 4 (sin-cos positions in 2D)")
+        if self.attention == "factorized" and self.depth % 2:
+            raise ValueError(
+                f"model.depth={self.depth} is odd: under model.attention=factorized blocks come in pairs, one that "
+                "works in space and one that works along time"
+            )
         return self
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Tokens along T, H and W of a sample of the configured size."""
+        return self.grid_of((self.input.frames, self.input.height, self.input.width))
+
+    def grid_of(self, size: Sequence[int]) -> tuple[int, int, int]:
+        """Tokens along T, H and W of a sample of latent size (T, H, W)."""
+        T, H, W = size
+        t, h, w = self.patch_size
+        return T // t, H // h, W // w
 
     @property
     def tokens(self) -> int:
         """Number of tokens N of one sample of the configured size."""
-        return self.tokens_of((self.input.frames, self.input.height, self.input.width))
+        return math.prod(self.grid)
 
     def tokens_of(self, size: Sequence[int]) -> int:
         """Number of tokens of a sample of latent size (T, H, W)."""
-        return math.prod(n // patch for n, patch in zip(size, self.patch_size, strict=True))
+        return math.prod(self.grid_of(size))
+
+    def attends_among(self, block: int) -> Among:
+        """Which tokens attend to each other in a block: all, or by turns those of a frame and those of a place."""
+        if self.attention == "joint":
+            return "all"
+        return "time" if block % 2 else "space"
 
     @property
     def mlp_size(self) -> int:

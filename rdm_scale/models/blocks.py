@@ -1,13 +1,14 @@
 """The transformer block: two gated residual units, attention and MLP, modulated by the condition (adaLN)."""
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rdm_scale.config import ModelConfig
+from rdm_scale.config import Among, ModelConfig
 from rdm_scale.models.gates import ResidualGate
 from rdm_scale.models.layers import LayerFactory
 
@@ -18,6 +19,7 @@ class SideInputs(NamedTuple):
     """What accompanies the residual stream from block to block."""
 
     condition: Tensor  # [B, D]
+    grid: tuple[int, int, int]  # tokens along T, H and W
 
 
 def modulated_norm(z: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
@@ -27,11 +29,14 @@ def modulated_norm(z: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over all tokens. The rows of qkv are ordered (head, q/k/v, channel), so that a
-    contiguous part of them holds whole heads."""
+    """Multi-head self-attention over all tokens, over those of a frame, or over those of a place in all frames.
 
-    def __init__(self, config: ModelConfig, layers: LayerFactory) -> None:
+    The rows of qkv are ordered (head, q/k/v, channel), so that a contiguous part of them holds whole heads.
+    """
+
+    def __init__(self, config: ModelConfig, layers: LayerFactory, among: Among) -> None:
         super().__init__()
+        self.among = among
         self.head_size = config.hidden_size // config.num_heads
         self.qkv = layers.column(config.hidden_size, 3 * config.hidden_size)
         self.out: Any = layers.row(config.hidden_size, config.hidden_size)
@@ -41,13 +46,17 @@ class Attention(nn.Module):
         """The layer whose bias is left to the gate."""
         return self.out
 
-    def forward(self, x_SBD: Tensor) -> Tensor:
+    def forward(self, x_SBD: Tensor, side: SideInputs) -> Tensor:
         qkv = self.qkv(x_SBD)
         S, B, width = qkv.shape  # width: of the heads that are here
-        qkv = qkv.view(S, B, width // (3 * self.head_size), 3, self.head_size)
-        q, k, v = qkv.permute(3, 1, 2, 0, 4).unbind(0)
-        heads_BHSd = F.scaled_dot_product_attention(q, k, v)
-        return self.out(heads_BHSd.permute(2, 0, 1, 3).reshape(S, B, -1))
+        frames = 1 if self.among == "all" else side.grid[0]
+        qkv = qkv.view(frames, S // frames, B * width // (3 * self.head_size), 3, self.head_size)
+        # In each group of tokens that attend to each other: [group, sample and head, token, channel].
+        order = (1, 2, 0, 3) if self.among == "time" else (0, 2, 1, 3)
+        q, k, v = (part.permute(order) for part in qkv.unbind(3))
+        heads = F.scaled_dot_product_attention(q, k, v)
+        back = (2, 0, 1, 3) if self.among == "time" else (0, 2, 1, 3)
+        return self.out(heads.permute(back).reshape(S, B, -1))
 
 
 class Mlp(nn.Module):
@@ -63,7 +72,7 @@ class Mlp(nn.Module):
         """The layer whose bias is left to the gate."""
         return self.down
 
-    def forward(self, x_SBD: Tensor) -> Tensor:
+    def forward(self, x_SBD: Tensor, side: SideInputs) -> Tensor:
         return self.down(F.gelu(self.up(x_SBD), approximate="tanh"))
 
 
@@ -90,30 +99,36 @@ class ResidualUnit(nn.Module):
         alpha, beta = self.gate(g[0] if g else None, self.branch.last.bias, dtype)
         return [shift, scale, beta] if alpha is None else [shift, scale, beta, alpha]
 
-    def forward(
-        self, z_SBD: Tensor, shift_BD: Tensor, scale_BD: Tensor, beta: Tensor, alpha: Tensor | None = None
-    ) -> Tensor:
-        branch_SBD = self.branch(modulated_norm(z_SBD, shift_BD, scale_BD)).to(z_SBD.dtype)
+    def forward(self, z_SBD: Tensor, side: SideInputs, vectors: Sequence[Tensor]) -> Tensor:
+        shift_BD, scale_BD, beta, *rest = vectors
+        alpha = rest[0] if rest else None
+        branch_SBD = self.branch(modulated_norm(z_SBD, shift_BD, scale_BD), side).to(z_SBD.dtype)
         z_SBD = z_SBD + branch_SBD if alpha is None else torch.addcmul(z_SBD, alpha, branch_SBD)
         return z_SBD + beta
 
 
 class Block(nn.Module):
-    """An attention unit and an MLP unit. `modulation` maps the condition to (shift, scale[, g]) of each in turn."""
+    """Residual units in a row: attention and MLP. `modulation` maps the condition to (shift, scale[, g]) of each in
+    turn."""
 
-    def __init__(self, config: ModelConfig, layers: LayerFactory) -> None:
+    def __init__(self, config: ModelConfig, layers: LayerFactory, number: int) -> None:
         super().__init__()
-        self.attention = ResidualUnit(Attention(config, layers), ResidualGate(config))
+        attention = Attention(config, layers, config.attends_among(number))
+        self.attention = ResidualUnit(attention, ResidualGate(config))
         self.mlp = ResidualUnit(Mlp(config, layers), ResidualGate(config))
         self.onto_tokens = layers.onto_tokens
         self.width = config.hidden_size
-        vectors = self.attention.modulations + self.mlp.modulations
+        vectors = sum(unit.modulations for unit in self.units())
         self.modulation = layers.gathered(self.width, vectors * self.width)
 
+    def units(self) -> list[ResidualUnit]:
+        """In the order of their work."""
+        return [self.attention, self.mlp]
+
     def forward(self, z_SBD: Tensor, side: SideInputs) -> Tensor:
-        modulation = self.modulation(F.silu(side.condition)).split(self.width, dim=-1)
-        first = self.attention.vectors(modulation[: self.attention.modulations], z_SBD.dtype)
-        second = self.mlp.vectors(modulation[self.attention.modulations :], z_SBD.dtype)
-        vectors = self.onto_tokens(first + second)
-        z_SBD = self.attention(z_SBD, *vectors[: len(first)])
-        return self.mlp(z_SBD, *vectors[len(first) :])
+        modulation = iter(self.modulation(F.silu(side.condition)).split(self.width, dim=-1))
+        by_unit = [unit.vectors([*islice(modulation, unit.modulations)], z_SBD.dtype) for unit in self.units()]
+        vectors = iter(self.onto_tokens([vector for of_unit in by_unit for vector in of_unit]))
+        for unit, of_unit in zip(self.units(), by_unit, strict=True):
+            z_SBD = unit(z_SBD, side, [*islice(vectors, len(of_unit))])
+        return z_SBD

@@ -63,9 +63,11 @@ class DiffusionTransformer(nn.Module):
         self.config, self.layers = config, layers
         self.residual_dtype = torch.float32
         part = part or Part.whole(config)
+        self.tables = _tables_of(config, part)
+        self.set_positions()
         if part.embeds:
             self._build_embeddings()
-        self.blocks = nn.ModuleDict({str(i): Block(config, layers) for i in part.blocks})
+        self.blocks = nn.ModuleDict({str(i): Block(config, layers, i) for i in part.blocks})
         if part.unembeds:
             channels = config.input.channels * (2 if config.learned_variance else 1)
             self.head = Head(config.hidden_size, channels * math.prod(config.patch_size), layers)
@@ -74,16 +76,16 @@ class DiffusionTransformer(nn.Module):
         config = self.config
         size, width = config.input, config.hidden_size
         self.patch_embed = nn.Linear(size.channels * math.prod(config.patch_size), width)
-        self.set_positions()
         self.timestep_embed = TimestepEmbedding(width, config.timestep_spacing)
         self.class_embed = nn.Embedding(config.num_classes + 1, width) if config.condition == "class" else None
 
     def set_positions(self, device: torch.device | None = None) -> None:
-        """Computes the fixed position tables, on the device given."""
+        """Computes the fixed position tables that this part of the model uses, on the device given."""
         (t, h, w), size, width = self.config.patch_size, self.config.input, self.config.hidden_size
         with torch.device(device or torch.get_default_device()):
-            self.register_buffer("pos_spatial", spatial_positions(width, size.height // h, size.width // w), False)
-            if size.frames > 1:
+            if "pos_spatial" in self.tables:
+                self.register_buffer("pos_spatial", spatial_positions(width, size.height // h, size.width // w), False)
+            if "pos_temporal" in self.tables:
                 self.register_buffer("pos_temporal", temporal_positions(width, size.frames // t), False)
 
     def forward(self, latents: Tensor, timesteps: Tensor, condition: Tensor | None = None) -> Tensor:
@@ -103,17 +105,20 @@ class DiffusionTransformer(nn.Module):
 
     def embed(self, latents: Tensor, timesteps: Tensor, condition: Tensor | None) -> tuple[Tensor, SideInputs]:
         """Tokens [S, B, D] with positions, and what accompanies them."""
+        grid = self.config.grid_of(latents.shape[2:])
         tokens = patchify(latents, self.config.patch_size).to(self.patch_embed.weight.dtype)
-        positions_SD = self._positions(latents.shape[2:]).to(self.residual_dtype)
+        positions_SD = self._positions(grid).to(self.residual_dtype)
         z_SBD = self.patch_embed(tokens).to(self.residual_dtype) + positions_SD[:, None]
         condition_BD = self.timestep_embed(timesteps)
         if self.class_embed is not None:
             condition_BD = condition_BD + self.class_embed(condition)
-        return self.layers.split_tokens(z_SBD), SideInputs(condition_BD)
+        return self.layers.split_tokens(z_SBD), SideInputs(condition_BD, grid)
 
     def run_blocks(self, numbers: Iterable[int], z_SBD: Tensor, side: SideInputs) -> Tensor:
         """The stream after some of the blocks."""
         for i in numbers:
+            if i == 1 and self.config.attention == "factorized":
+                z_SBD = self._at_times(z_SBD, side.grid)
             z_SBD = self.blocks[str(i)](z_SBD, side)
         return z_SBD
 
@@ -122,19 +127,39 @@ class DiffusionTransformer(nn.Module):
         tokens = self.head(self.layers.join_tokens(z_SBD), side).float()
         return unpatchify(tokens, self.config.patch_size, size)
 
-    def _positions(self, size: Sequence[int]) -> Tensor:
-        """[S, D] for latents of size (T, H, W): the sum of where and when. The tables are those of the configuration's
-        size; other sizes count patches in the same way, from the corner and from the first frame."""
-        (t, h, w), own, width = self.config.patch_size, self.config.input, self.config.hidden_size
-        frames, height, width_of_latents = size
-        spatial, temporal = self.pos_spatial, getattr(self, "pos_temporal", None)
-        if (height, width_of_latents) != (own.height, own.width):
-            spatial = spatial_positions(width, height // h, width_of_latents // w).to(spatial.device)
-        if temporal is None:
-            return spatial
-        if frames != own.frames:
-            temporal = temporal_positions(width, frames // t).to(spatial.device)
-        return (temporal[:, None] + spatial[None]).flatten(0, 1)
+    def _positions(self, grid: tuple[int, int, int]) -> Tensor:
+        """[S, D] that go onto the tokens of the embedding: where and, unless a later block adds it, when."""
+        spatial = self._spatial(grid).expand(grid[0], -1, -1)
+        if "pos_temporal" in self.tables and self.config.attention == "joint":
+            spatial = spatial + self._temporal(grid)[:, None]
+        return spatial.flatten(0, 1)
+
+    def _at_times(self, z_SBD: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """Factorized attention: the frames' positions come before the first block that works along time (Latte)."""
+        if "pos_temporal" not in self.tables:
+            return z_SBD
+        when_SD = self._temporal(grid).repeat_interleave(grid[1] * grid[2], dim=0)
+        return z_SBD + self.layers.split_tokens(when_SD[:, None].to(z_SBD.dtype))
+
+    def _spatial(self, grid: tuple[int, int, int]) -> Tensor:
+        """[H * W, D]. The tables are those of the configuration's size; other sizes count patches in the same way,
+        from the corner and from the first frame."""
+        if grid[1:] == self.config.grid[1:]:
+            return self.pos_spatial
+        return spatial_positions(self.config.hidden_size, *grid[1:]).to(self.pos_spatial.device)
+
+    def _temporal(self, grid: tuple[int, int, int]) -> Tensor:
+        """[T, D]."""
+        if grid[0] == self.config.grid[0]:
+            return self.pos_temporal
+        return temporal_positions(self.config.hidden_size, grid[0]).to(self.pos_temporal.device)
+
+
+def _tables_of(config: ModelConfig, part: Part) -> set[str]:
+    """The position tables that a part of a model uses."""
+    tables = {"pos_spatial"} if part.embeds else set()
+    adds_times = 1 in part.blocks if config.attention == "factorized" else part.embeds
+    return tables | ({"pos_temporal"} if adds_times and config.input.frames > 1 else set())
 
 
 def build_model(

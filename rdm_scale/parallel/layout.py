@@ -148,14 +148,15 @@ def memory_of_rank(config: RunConfig) -> float | None:
 def balance(config: RunConfig, place: Placement) -> tuple[range, ...]:
     """The blocks of each chunk, such that the costliest rank has as little to do as can be, and of its chunks the
     costliest; embeddings and head count."""
-    block, last = cost.block_flops(config.model), place.chunks - 1
+    model, last = config.model, place.chunks - 1
+    block = cost.blocks_flops(model, range(model.depth)) / model.depth  # they are alike, or take turns
     sizes = [1] * place.chunks
     chunks: list[float] = [block] * place.chunks
     chunks[0] += cost.embedding_flops(config.model)
     chunks[last] += cost.head_flops(config.model)
     ranks = [sum(chunks[chunk] for chunk in place.chunks_of(rank)) for rank in range(place.ranks)]
     for _ in range(config.model.depth - place.chunks):
-        # Blocks are alike, so giving each to who has least is optimal; to late chunks first, of which less is kept.
+        # Of equal blocks, giving each to who has least is optimal: to late chunks first, of which less is kept.
         least = min(range(place.chunks), key=lambda chunk: (ranks[place.rank_of(chunk)], chunks[chunk], -chunk))
         sizes[least] += 1
         chunks[least] += block
@@ -166,7 +167,7 @@ def balance(config: RunConfig, place: Placement) -> tuple[range, ...]:
 
 def _chunk_flops(config: RunConfig, blocks: tuple[range, ...], chunk: int) -> float:
     model = config.model
-    flops = len(blocks[chunk]) * cost.block_flops(model)
+    flops: float = cost.blocks_flops(model, blocks[chunk])
     flops += cost.embedding_flops(model) if chunk == 0 else 0
     return flops + (cost.head_flops(model) if chunk == len(blocks) - 1 else 0)
 

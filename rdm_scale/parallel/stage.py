@@ -37,7 +37,10 @@ class Stage(DiffusionTransformer):
         """(stream, condition) to the same, for chunk number `chunk` and latents of size (T, H, W); the first chunk
         takes (latents, timesteps, condition) as the whole model does, the last one returns the prediction."""
         part = self.parts[chunk]
-        z_SBD, side = self.embed(*inputs) if part.embeds else (inputs[0], SideInputs(inputs[1]))
+        if part.embeds:
+            z_SBD, side = self.embed(*inputs)
+        else:
+            z_SBD, side = inputs[0], SideInputs(inputs[1], self.config.grid_of(size))
         z_SBD = self.run_blocks(part.blocks, z_SBD, side)
         if part.unembeds:
             return self.unembed(z_SBD, side, size)
@@ -60,8 +63,7 @@ def build_stage(config: RunConfig, mesh: Mesh, layout: Layout, layers: LayerFact
 def materialise(stage: Stage, seed: int, device: torch.device) -> Iterator[nn.Module]:
     """Gives the parameters their initial values, a block at a time, and yields each module that has become real; who
     shards it before the next one keeps no more than one block whole."""
-    if "pos_spatial" in dict(stage.named_buffers()):
-        stage.set_positions(device)
+    stage.set_positions(device)
     for name, module in _units(stage):
         for owner in module.modules():
             for leaf, parameter in list(owner._parameters.items()):

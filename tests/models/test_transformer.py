@@ -40,6 +40,22 @@ def test_dit_has_the_published_parameter_count(size: str) -> None:
     assert size != "xl" or count == 675_129_632
 
 
+# Millions as in table 1 of the Latte paper (cut off); unlike DiT's they leave out the fixed position tables.
+LATTE = {"s": (384, 12, 32.48), "b": (768, 12, 129.54), "l": (1024, 24, 456.81), "xl": (1152, 28, 673.68)}
+
+
+@pytest.mark.parametrize("size", LATTE)
+def test_latte_has_the_published_parameter_count(size: str) -> None:
+    """Its blocks are DiT's, spatial and temporal ones counted together, without classes."""
+    config = load_config(f"configs/latte_{size}.yaml").model
+    with torch.device("meta"):
+        model = build_model(config)
+    width, depth, millions = LATTE[size]
+    assert (config.input.frames, model.pos_temporal.shape) == (16, (16, width))
+    assert parameters(model) == dit_count(width, depth) - (1001 + 256) * width
+    assert int(parameters(model) / 1e4) / 100 == millions
+
+
 def randomised(config: ModelConfig) -> DiffusionTransformer:
     """A model none of whose parameters is zero, so that every path shows in the output."""
     model = build_model(config)
@@ -123,7 +139,7 @@ def test_position_tables() -> None:
     video = build_model(small(input=InputConfig(frames=6, height=8, width=8), patch_size=(2, 2, 2)))
     assert video.pos_temporal.shape == (3, 64)
     assert video(torch.randn(2, 4, 6, 8, 8), torch.rand(2), torch.tensor([1, 2])).shape == (2, 4, 6, 8, 8)
-    assert torch.equal(video._positions((6, 8, 8))[17], video.pos_temporal[1] + video.pos_spatial[1])
+    assert torch.equal(video._positions((3, 4, 4))[17], video.pos_temporal[1] + video.pos_spatial[1])
     # closed form: second row (of 4 wide: index 2 columns), first frequency is 1: sin(row) sits at D/2
     assert image.pos_spatial[2, 32].item() == pytest.approx(0.8414709848)
     assert image.pos_spatial[1, 0].item() == pytest.approx(0.8414709848)
@@ -142,7 +158,7 @@ def test_other_sizes_than_the_configured_one() -> None:
         assert torch.equal(model(*given), other(*given))
     image = torch.randn(2, 4, 1, 8, 8)
     assert video(image, torch.rand(2), torch.tensor([1, 2])).shape == image.shape
-    assert torch.equal(video._positions((1, 8, 8)), video.pos_temporal[0] + video.pos_spatial)
+    assert torch.equal(video._positions((1, 4, 4)), video.pos_temporal[0] + video.pos_spatial)
 
 
 def test_every_residual_structure_trains_every_parameter() -> None:
