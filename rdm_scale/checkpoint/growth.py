@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from rdm_scale.checkpoint.directory import CheckpointDirectory, open_checkpoint
-from rdm_scale.checkpoint.model import find_checkpoint
 from rdm_scale.checkpoint.tensors import TensorReader
+from rdm_scale.checkpoint.weights import find_checkpoint
 from rdm_scale.checkpoint.writing import FIELDS, write_checkpoint
 from rdm_scale.config import RunConfig, parse_config
 from rdm_scale.data.storage import Location
