@@ -14,6 +14,7 @@ used again, so that an interrupted call goes on.
 """
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -23,8 +24,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from rdm_scale.checkpoint import load_trained
+from rdm_scale.checkpoint.model import Weights
 from rdm_scale.config import RunConfig, load_config
 from rdm_scale.cost import model_flops, model_parameters
+from rdm_scale.data.prefetch import draw
+from rdm_scale.data.stream import HeldOut
+from rdm_scale.diffusion import build_objective
 
 ROOT = Path(__file__).parents[1]
 CONFIG = "configs/quickstart.yaml"
@@ -38,10 +46,6 @@ WARMUP = 50  # steps
 class Arm:
     depths: tuple[int, ...]  # of each phase
     placement: str = ""
-
-    @property
-    def grows(self) -> bool:
-        return len(set(self.depths)) > 1
 
     def until(self, phase: int) -> str:
         """A name for the phases up to this one."""
@@ -66,7 +70,7 @@ def main() -> None:
     result: dict[str, Any] = {"steps": options.steps, "batch": load_config(CONFIG).train.global_batch_size}
     result["seed"], result["arms"] = load_config(CONFIG).train.seed, curves
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
-    draw(curves)
+    plot(curves)
     report(curves)
 
 
@@ -91,9 +95,55 @@ def run(arm: Arm, deep_steps: int, work: Path) -> dict[str, Any]:
                 done = spent + (record["step"] - first) * flops
                 points.append({"step": record["step"], "flops": done, "validation_loss": record["validation_loss"]})
         spent += (step - first) * flops
-        seconds = float((folder / "seconds").read_text())
-        phases.append({"depth": depth, "steps": step - first, "flops": (step - first) * flops, "seconds": seconds})
+        end = folder / "checkpoints" / f"step_{step:08d}"
+        phase = {"depth": depth, "steps": step - first, "flops": (step - first) * flops}
+        phase |= {
+            "seconds": float((folder / "seconds").read_text()),
+            "validation_loss": validation_loss(end, "weights"),
+        }
+        phase |= {"validation_loss_of_averages": validation_loss(end, "ema")}
+        grown = grown_for(folder) / f"step_{first:08d}"
+        if grown.exists():
+            phase["validation_loss_when_grown"] = validation_loss(grown, "weights")
+        phases.append(phase)
+        if points[-1]["step"] < step:
+            points.append({"step": step, "flops": spent, "validation_loss": phase["validation_loss"]})
     return {"phases": phases, "points": points}
+
+
+def grown_for(folder: Path) -> Path:
+    """Where the checkpoint is that a phase begins with after growing."""
+    return folder.with_name(folder.name + "-grown")
+
+
+def validation_loss(checkpoint: Path, weights: Weights) -> float:
+    """As a run finds it: on the held-out set, with the noise and timestep that belong to each sample."""
+    trained = load_trained(str(checkpoint), weights)
+    config = trained.config
+    objective = build_objective(config.diffusion, config.model.learned_variance)
+    held_out = HeldOut(
+        config.data.validation,
+        config.monitor.validation_samples,
+        batch_size=64,
+        dp_rank=0,
+        dp_size=1,
+        config=config.data,
+    )
+    total = torch.zeros(2, dtype=torch.float64)
+    for latents, weight_B in held_out:
+        batch = draw(
+            latents,
+            objective=objective,
+            seed=0,
+            num_classes=config.model.num_classes,
+            condition_dropout=0.0,
+            purpose="validation",
+        )
+        x_t = objective.noised(batch.latents, batch.noise, batch.t)
+        prediction = trained.model(x_t, objective.model_timesteps(batch.t), batch.condition)
+        loss_B = objective.loss(prediction, batch.latents, batch.noise, batch.t, x_t)
+        total += torch.stack([(loss_B.double() * weight_B).sum(), weight_B.sum()])
+    return (total[0] / total[1]).item()
 
 
 def train(arm: Arm, number: int, first: int, last: int, folder: Path, previous: Path | None) -> None:
@@ -114,7 +164,7 @@ def train(arm: Arm, number: int, first: int, last: int, folder: Path, previous: 
     if previous is not None:
         source = previous / "checkpoints" / f"step_{first:08d}"
         if depth != arm.depths[number - 1]:
-            grown = folder.with_name(folder.name + "-grown")
+            grown = grown_for(folder)
             if not (grown / source.name).exists():
                 call("tools/grow_depth.py", source, grown, "--depth", depth, "--placement", arm.placement)
             source = grown / source.name
@@ -139,7 +189,7 @@ def step_flops(config: RunConfig) -> float:
     return 3.0 * config.train.global_batch_size * model_flops(config.model)
 
 
-def draw(curves: dict[str, dict[str, Any]]) -> None:
+def plot(curves: dict[str, dict[str, Any]]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -161,18 +211,21 @@ def draw(curves: dict[str, dict[str, Any]]) -> None:
 
 
 def report(curves: dict[str, dict[str, Any]]) -> None:
-    print("\n| arm | steps | operations (1e12) | validation loss at 1/3 | 2/3 | end | minutes |")
-    print("|---|---|---|---|---|---|---|")
+    print("\n| arm | steps | operations (1e12) | validation loss at 1/3 | 2/3 | end | of the averages | minutes |")
+    print("|---|---|---|---|---|---|---|---|")
     for name, curve in curves.items():
-        phases, points = curve["phases"], curve["points"]
-        ends, spent = [], 0.0
-        for phase in phases:
-            spent += phase["flops"]
-            ends.append([p["validation_loss"] for p in points if p["flops"] <= spent * 1.0001][-1])
+        phases = curve["phases"]
         steps = " + ".join(str(phase["steps"]) for phase in phases)
-        minutes = sum(phase["seconds"] for phase in phases) / 60
-        losses = " | ".join(f"{loss:.4f}" for loss in ends)
-        print(f"| {name} | {steps} | {spent / 1e12:.2f} | {losses} | {minutes:.1f} |")
+        operations, minutes = (sum(phase[key] for phase in phases) / n for key, n in (("flops", 1e12), ("seconds", 60)))
+        losses = [phase["validation_loss"] for phase in phases] + [phases[-1]["validation_loss_of_averages"]]
+        shown = " | ".join(f"{loss:.4f}" for loss in losses)
+        print(f"| {name} | {steps} | {operations:.2f} | {shown} | {minutes:.1f} |")
+    print("\nvalidation loss before and after growing:")
+    for name, curve in curves.items():
+        for before, after in itertools.pairwise(curve["phases"]):
+            if "validation_loss_when_grown" in after:
+                losses = before["validation_loss"], after["validation_loss_when_grown"]
+                print(f"  {name}, to {after['depth']}: {losses[0]:.8f}, {losses[1]:.8f}")
     print("\nparameters: " + ", ".join(f"{model_parameters(depth_of(d).model).total:,} ({d})" for d in (6, 12, DEEP)))
 
 

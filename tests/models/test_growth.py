@@ -159,6 +159,9 @@ def test_copies_carry_the_old_branches_behind_closed_gates() -> None:
     for i, zero in enumerate([False, False, True, False, False, True]):
         assert torch.equal(rows[i], torch.zeros(32, 32) if zero else expected[i])
     assert not grown["blocks.3.attention.gate.a"].any()
+    moments = grow(Growth(model.config, 4, "stacked"), old, "exp_avg")
+    assert not moments["blocks.3.mlp.branch.up.weight"].any()
+    assert torch.equal(moments["blocks.1.mlp.branch.up.weight"], old["blocks.1.mlp.branch.up.weight"])
 
 
 def test_fresh_branches_repeat_no_other_block_s_first_values() -> None:
