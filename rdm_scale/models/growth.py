@@ -35,6 +35,10 @@ class Origin:
     block: int | None
     closed: bool = False
 
+    def within(self, size: int, i: int) -> "Origin":
+        """Of block i in a group of blocks of that size, when this is the group's."""
+        return self if self.block is None else Origin(size * self.block + i, self.closed)
+
 
 FRESH = Origin(None, closed=True)
 
@@ -49,11 +53,6 @@ def _appended(old: int, new: int) -> list[Origin]:
 
 
 def _stacked(old: int, new: int) -> list[Origin]:
-    if old and new % old:
-        raise ConfigError(
-            f"placement stacked repeats the whole stack: the new depth must be a multiple of the old, and {new} blocks "
-            f"are not one of {old}; choose another depth or placement"
-        )
     return [Origin(i % old, closed=i >= old) for i in range(new)]
 
 
@@ -64,7 +63,7 @@ _PLACEMENTS: dict[Placement, Callable[[int, int], list[Origin]]] = {
 }
 
 
-def origins(old: int, new: int, placement: Placement, stacking: str = "flow") -> tuple[Origin, ...]:
+def origins(old: int, new: int, placement: Placement, stacking: str = "flow", turns: int = 1) -> tuple[Origin, ...]:
     """What each of the `new` blocks of a model grown from `old` blocks is made of.
 
     Args:
@@ -73,22 +72,33 @@ def origins(old: int, new: int, placement: Placement, stacking: str = "flow") ->
             it, as StackBERT does (Gong et al. 2019), but with the copies' gates closed.
         stacking: in a u stack the blocks before the middle are placed so, and those behind it mirror them, so that
             block i and the last but i remain a pair; a block in the middle stays there.
+        turns: kinds of blocks that take turns along a flow (factorized attention: 2); so many stay together.
 
     Raises:
         ConfigError: fewer blocks than before, or a number that the placement or the stacking cannot have.
     """
+    halves = 2 if stacking == "u" else 1
     if placement not in _PLACEMENTS:
         raise ConfigError(f"placement {placement!r}: choose {', '.join(get_args(Placement))}")
     if new <= old:
         raise ConfigError(f"a model of {old} blocks grows to more of them, not to {new}")
-    if stacking == "flow":
-        return tuple(_PLACEMENTS[placement](old, new))
-    if (new - old) % 2 or old < 2:
+    if stacking == "u" and ((new - old) % 2 or old < 2):
         raise ConfigError(
             f"a u stack grows by pairs of blocks, and from one pair on: {old} blocks cannot become {new}; "
             f"choose {new + 1} blocks, or a stack of flow"
         )
-    first = _PLACEMENTS[placement](old // 2, new // 2)
+    if new % turns:
+        raise ConfigError(f"{turns} kinds of blocks take turns, and {new} blocks do not end with the last of them")
+    if placement == "stacked" and (new // halves) % (old // halves):
+        raise ConfigError(
+            f"placement stacked repeats the whole stack: the new depth must be a multiple of the old, and {new} blocks "
+            f"are not one of {old}; choose another depth or placement"
+        )
+    place = _PLACEMENTS[placement]
+    if stacking == "flow":
+        groups = place(old // turns, new // turns)
+        return tuple(o.within(turns, i) for o in groups for i in range(turns))
+    first = place(old // 2, new // 2)
     second = [Origin(None if o.block is None else old - 1 - o.block, o.closed) for o in reversed(first)]
     return (*first, *[Origin(old // 2)] * (old % 2), *second)
 
@@ -109,7 +119,8 @@ class Growth:
         if old.stacking != "flow":
             raise ConfigError(f"model.stacking={old.stacking} cannot grow yet: its long skips would have to be closed")
         self.old, self.new = old, old.model_copy(update={"depth": depth})
-        self.blocks = origins(old.depth, depth, placement, old.stacking)
+        turns = 2 if old.attention == "factorized" else 1
+        self.blocks = origins(old.depth, depth, placement, old.stacking, turns)
         with torch.device("meta"):
             before, after = ResidualGate(self.old), ResidualGate(self.new)
         self._ratio, self._conditional = before.multiplier / after.multiplier, after.conditional

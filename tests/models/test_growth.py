@@ -50,6 +50,16 @@ def test_placement(old: int, new: int, placement: str, stacking: str, expected: 
     assert written(origins(old, new, placement, stacking)) == expected
 
 
+@pytest.mark.parametrize(
+    ("placement", "expected"),
+    [("interleaved", "01..23.."), ("appended", "0123...."), ("stacked", "0123(0)(1)(2)(3)")],
+)
+def test_blocks_that_take_turns_stay_together(placement: str, expected: str) -> None:
+    assert written(origins(4, 8, placement, turns=2)) == expected
+    with pytest.raises(ConfigError, match="2 kinds of blocks take turns, and 7 blocks do not end with the last"):
+        origins(4, 7, placement, turns=2)
+
+
 @pytest.mark.parametrize("placement", ["interleaved", "appended", "stacked"])
 @pytest.mark.parametrize(("old", "new"), [(2, 4), (3, 9), (4, 12), (5, 9), (7, 13), (12, 48)])
 def test_a_u_stack_stays_symmetric_and_every_block_keeps_its_partner(old: int, new: int, placement: str) -> None:
@@ -132,6 +142,18 @@ def test_the_grown_network_computes_the_same_function(kind: str, placement: str)
             expected, found = model(*batch()), grown(*batch())
         assert ((found - expected).norm() / expected.norm()).item() < 1e-6
         assert ((found - expected).abs().max() / expected.abs().max()).item() < 1e-6
+
+
+@pytest.mark.parametrize("placement", ["interleaved", "appended", "stacked"])
+def test_factorized_attention_grows_by_pairs(placement: str) -> None:
+    """A spatial block in the place of a temporal one would be another function."""
+    clips = InputConfig(frames=3, height=8, width=8)
+    model = trained(config(4, input=clips, attention="factorized"))
+    latents = torch.randn(4, 4, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        expected = model(latents, *batch()[1:])
+        found = deeper(Growth(model.config, 8, placement), model)(latents, *batch()[1:])
+    assert ((found - expected).norm() / expected.norm()).item() < 1e-6
 
 
 @pytest.mark.parametrize("kind", CAN_GROW)
