@@ -182,7 +182,7 @@ class Location:
             FileNotFoundError, ReplacedError: there is no such file, or another version of it.
         """
         if self.is_local:
-            content = bytearray(length)
+            content = bytearray(min(length, max(0, self.size() - offset)))  # callers may ask for more than there can be
             return bytes(memoryview(content)[: _preadv(self.path, offset, memoryview(content))])
         return bytes(self._get(offset, length, version)) if length else b""
 

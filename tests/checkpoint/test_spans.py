@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from rdm_scale.checkpoint import tensors
 from rdm_scale.checkpoint.directory import CheckpointDirectory, open_checkpoint
 from rdm_scale.checkpoint.index import INDEX
 from rdm_scale.checkpoint.rectangles import Piece, Rectangle, rectangles_of_range
@@ -64,6 +65,7 @@ def test_any_share_is_read_whole_and_from_few_files(
     folder: Location, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[str] = []
+    monkeypatch.setattr(tensors, "_FEW_INDICES", 0)
     read_range = Location.read_range
     monkeypatch.setattr(Location, "read_range", lambda self, *a: opened.append(self.name) or read_range(self, *a))
     for index in range(count):

@@ -101,7 +101,7 @@ def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     if request.param == "many small blocks":
         monkeypatch.setattr(index, "BLOCK_BYTES", 64)
         monkeypatch.setattr(tensors, "BLOCK_BYTES", 64)
-        monkeypatch.setattr(tensors, "_READ_BYTES", 128)
+        monkeypatch.setattr(tensors, "_NEAR_BYTES", 128)
 
 
 @pytest.mark.usefixtures("blocks")
