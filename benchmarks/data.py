@@ -4,8 +4,9 @@ Local: image latents of 8 KiB and video latents of 512 KiB in the page cache. Ea
 (benchmarks/data_loaders.py) with one thread for arithmetic, and all take turns, an epoch each a round, on the same
 samples in shuffled order. Each delivers the same: batches as one float32 tensor, latents times the scale of the set.
 Ours does all that training does: global order, one checksum a member, ids and labels; it begins anew each epoch, so
-that every member is read again, into memory that the epoch before has left, as in the midst of a long run. The rows `raw` deliver float16 as
-stored instead; np.memmap's then is a mere gather. Before it is timed, an epoch of each is checked to hold every sample
+that every member is read again, into memory that the epoch before has left, as in the midst of a long run. The rows
+`raw` deliver float16 as stored instead; np.memmap's then is a mere gather.
+Before it is timed, an epoch of each is checked to hold every sample
 once. Rates are of CPU time of all threads (other tenants of the machine hardly change it); the best round counts,
 medians and all rounds are in the JSON.
 
