@@ -4,8 +4,9 @@ Local: image latents of 8 KiB and video latents of 512 KiB in the page cache. Ea
 (benchmarks/data_loaders.py) with one thread for arithmetic, and all take turns, an epoch each a round, on the same
 samples in shuffled order. Each delivers the same: batches as one float32 tensor, latents times the scale of the set.
 Ours does all that training does: global order, one checksum a member, ids and labels; it begins anew each epoch, so
-that every member is read again. The rows `raw` deliver float16 as
-stored instead; np.memmap's then is a mere gather. Before it is timed, an epoch of each is checked to hold every sample
+that every member is read again, into memory that the epoch before has left, as in the midst of a long run. The rows
+`raw` deliver float16 as stored instead; np.memmap's then is a mere gather.
+Before it is timed, an epoch of each is checked to hold every sample
 once. Rates are of CPU time of all threads (other tenants of the machine hardly change it); the best round counts,
 medians and all rounds are in the JSON.
 
@@ -37,6 +38,7 @@ import numpy as np
 import torch
 from data_loaders import SCALE, Spec
 from data_remote import LATER, compare, first_batch
+from matplotlib.ticker import LogLocator, NullFormatter
 from tqdm import tqdm
 
 from rdm_scale.data.manifest import Codec, Manifest
@@ -228,7 +230,7 @@ def remote(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         os.environ.update(server.environment())
         kinds = {"images": IMAGES, "images, large members": IMAGES_IN_LARGE_MEMBERS, "videos": VIDEOS}
         for i, (name, kind) in enumerate(kinds.items()):
-            samples = max(1, round(kind.samples * options.share / 2) // kind.batch) * kind.batch
+            samples = max(1, round(kind.samples * options.share) // kind.batch) * kind.batch
             url = f"s3://latents/{i}"
             manifest = write(kind, Location(url), samples)
             result[name] = compare(server, url, manifest, kind.batch, options.rounds)
@@ -279,6 +281,9 @@ def plot(result: dict[str, Any]) -> None:
         axis.bar_label(bars, fmt="%.0f", padding=2, fontsize=8)
         axis.set(title=f"{name}, {size // 1024} KiB", xscale="log", xlabel="MB/s of CPU time, float32 batches")
         axis.margins(x=0.15)
+        axis.xaxis.set_minor_formatter(NullFormatter())  # within one decade every tick would have a label
+        axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+        axis.xaxis.set_major_formatter("{x:.0f}")
     sets = [name for name in result["s3"] if name != "first_batch"]
     for i, loader in enumerate(("streaming GET", "ours")):
         values = [result["s3"][name]["mb_s"][loader] for name in sets]

@@ -66,20 +66,20 @@ class LostShards:
         untold, self._untold = self._untold, []
         return untold
 
-    def stand_in(self, which: int, run: Run, sample: int) -> tuple[Run, int]:
+    def stand_in(self, run: Run, sample: int) -> tuple[Run, int]:
         """The sample of a run itself where its shard is whole, another where it is lost."""
-        if (which, run.shard) not in self._lost:
+        if (run.set, run.shard) not in self._lost:
             return run, sample
-        manifest = self._manifests[which]
+        manifest = self._manifests[run.set]
         shape = manifest.shape_of(manifest.shards[run.shard])
-        whole = [index for index in manifest.buckets[shape] if (which, index) not in self._lost]
+        whole = [index for index in manifest.buckets[shape] if (run.set, index) not in self._lost]
         if not whole:
             raise DataError(f"all shards with latents {list(shape)} are lost, {manifest.shards[run.shard].name} too")
         shard = whole[rng.key(self._seed, "stand-in", run.shard) % len(whole)]
         members = manifest.shards[shard].members
         first = run.first % len(members)
         taken = members[first : first + run.end - run.first]
-        return Run(shard, first, first + len(taken)), sample % sum(member.samples for member in taken)
+        return Run(run.set, shard, first, first + len(taken)), sample % sum(member.samples for member in taken)
 
     def _check_budget(self, reason: DataError) -> None:
         if len(self._lost) > self._budget:

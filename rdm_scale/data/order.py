@@ -35,8 +35,9 @@ _LEAST_RUNS = 64  # of a set, if it has so many members: few could not be shuffl
 
 
 class Run(NamedTuple):
-    """Neighbouring members of one shard, which are read together: indices of the shard and of its members."""
+    """Neighbouring members of one shard, which are read together: indices of the set, its shard, and the members."""
 
+    set: int
     shard: int
     first: int
     end: int
@@ -57,6 +58,7 @@ class GlobalOrder:
         streams: C, the global batch size.
         shards: indices of the shards that are read; None: all.
         run_bytes: how large a run is, about, in a set that is large enough.
+        number: of the set, where there are several.
 
     Attributes:
         samples: N.
@@ -71,8 +73,9 @@ class GlobalOrder:
         streams: int,
         shards: Sequence[int] | None = None,
         run_bytes: int = RUN_BYTES,
+        number: int = 0,
     ) -> None:
-        self.seed, self.streams = seed, streams
+        self.seed, self.streams, self.number = seed, streams, number
         self._shards = np.array(range(len(manifest.shards)) if shards is None else shards, np.int64)
         chosen = [manifest.shards[index] for index in self._shards]
         self.samples = sum(shard.samples for shard in chosen)
@@ -144,7 +147,7 @@ class GlobalOrder:
         last = int(np.searchsorted(self._before, base + end, side="left"))
         shard = int(np.searchsorted(self._first_members, first, side="right")) - 1
         offset = self._first_members[shard]
-        members = Run(int(self._shards[shard]), int(first - offset), int(last - offset))
+        members = Run(self.number, int(self._shards[shard]), int(first - offset), int(last - offset))
         order = permutation(rng.key(self.seed, "order of samples", epoch, run, begin), end - begin)
         return members, (order + (base + begin - self._before[first])).tolist()
 

@@ -45,15 +45,12 @@ class Samples(NamedTuple):
     labels: list[int]
 
 
-RunKey = tuple[int, Run]  # set, run; plain, for one is made for every sample
-
-
 class UnreadableError(DataError):
     """A run of a set cannot be read."""
 
-    def __init__(self, key: RunKey, reason: DataError) -> None:
+    def __init__(self, run: Run, reason: DataError) -> None:
         super().__init__(str(reason))
-        self.set, self.shard = key[0], key[1].shard
+        self.set, self.shard = run.set, run.shard
         self.reason = reason
 
 
@@ -98,74 +95,73 @@ class RunReader:
         self._bound = max(_MEMORY_BYTES, (streams + 2 * workers) * largest)
         self._cache = cache
         self._pool = ThreadPoolExecutor(workers, "runs")
-        self._runs: OrderedDict[RunKey, Future[Samples] | Samples] = OrderedDict()  # those to be dropped first, first
+        self._runs: OrderedDict[Run, Future[Samples] | Samples] = OrderedDict()  # those to be dropped first, first
         self._bytes = 0
-        self._ahead: set[RunKey] = set()  # expected, and not asked for yet
+        self._ahead: set[Run] = set()  # expected, and not asked for yet
 
     @property
     def has_room(self) -> bool:
         """Whether more may be expected: enough for every thread, and never so much that what is in use has to go."""
         return len(self._ahead) < 2 * self.workers
 
-    def expect(self, keys: Iterable[RunKey]) -> None:
+    def expect(self, runs: Iterable[Run]) -> None:
         """Begins to read runs that are not here, as far as there is room."""
-        for key in keys:
-            if key not in self._runs and self.has_room:
-                self._ahead.add(key)
-                self._begin(key)
+        for run in runs:
+            if run not in self._runs and self.has_room:
+                self._ahead.add(run)
+                self._begin(run)
 
-    def get(self, keys: Sequence[RunKey]) -> list[Samples]:
+    def get(self, runs: Sequence[Run]) -> list[Samples]:
         """The runs of some samples. Raises UnreadableError: one cannot be read, or is not what was written."""
-        distinct = dict.fromkeys(keys)
-        for key in distinct:
-            if key in self._runs:
-                self._runs.move_to_end(key)
+        distinct = dict.fromkeys(runs)
+        for run in distinct:
+            if run in self._runs:
+                self._runs.move_to_end(run)
             else:
-                self._begin(key)
-        found = {key: self._wait(key) for key in distinct}
-        return [found[key] for key in keys]
+                self._begin(run)
+        found = {run: self._wait(run) for run in distinct}
+        return [found[run] for run in runs]
 
-    def release(self, keys: Iterable[RunKey]) -> None:
+    def release(self, runs: Iterable[Run]) -> None:
         """These are not in use any more: they are the first to go."""
-        for key in keys:
-            if key in self._runs:
-                self._runs.move_to_end(key, last=False)
+        for run in runs:
+            if run in self._runs:
+                self._runs.move_to_end(run, last=False)
 
     def close(self) -> None:
         """Ends the threads, once they are through with the reads that they are at."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _begin(self, key: RunKey) -> None:
-        self._runs[key] = self._pool.submit(self._read, key)
-        self._bytes += self._size(key)
+    def _begin(self, run: Run) -> None:
+        self._runs[run] = self._pool.submit(self._read, run)
+        self._bytes += self._size(run)
         while self._bytes > self._bound and len(self._runs) > 1:
             self._drop(next(iter(self._runs)))
 
-    def _drop(self, key: RunKey) -> None:
-        del self._runs[key]
-        self._ahead.discard(key)
-        self._bytes -= self._size(key)
+    def _drop(self, run: Run) -> None:
+        del self._runs[run]
+        self._ahead.discard(run)
+        self._bytes -= self._size(run)
 
-    def _wait(self, key: RunKey) -> Samples:
-        run = self._runs.get(key)
-        if isinstance(run, Samples):
-            return run
-        if run is None:  # it was dropped again: more are asked for at once than are kept
-            self._begin(key)
-        self._ahead.discard(key)
+    def _wait(self, run: Run) -> Samples:
+        known = self._runs.get(run)
+        if isinstance(known, Samples):
+            return known
+        if known is None:  # it was dropped again: more are asked for at once than are kept
+            self._begin(run)
+        self._ahead.discard(run)
         try:
-            samples = cast("Future[Samples]", self._runs[key]).result()
+            samples = cast("Future[Samples]", self._runs[run]).result()
         except DataError as error:
-            self._drop(key)
-            raise UnreadableError(key, error) from None
-        self._runs[key] = samples
+            self._drop(run)
+            raise UnreadableError(run, error) from None
+        self._runs[run] = samples
         return samples
 
-    def _read(self, key: RunKey) -> Samples:
-        which, run = key
-        manifest, folder = self.sets[which][:2]
+    def _read(self, run: Run) -> Samples:
+        manifest, folder = self.sets[run.set][:2]
         record = manifest.shards[run.shard]
-        content, members = self._content(key)
+        content, members = self._content(run)
         shape = manifest.stored_shape(manifest.shape_of(record))
         found = Samples(content, [], math.prod(shape) * DTYPES[manifest.dtype].itemsize, [], [])
         begin = record.members[run.first].offset
@@ -180,12 +176,11 @@ class RunReader:
             found.labels.extend(tensors.labels)
         return found
 
-    def _content(self, key: RunKey) -> tuple[memoryview, list[memoryview]]:
+    def _content(self, run: Run) -> tuple[memoryview, list[memoryview]]:
         """The bytes of a run, and those of each of its members."""
-        which, run = key
-        manifest, folder, found = self.sets[which][:3]
+        manifest, folder, found = self.sets[run.set][:3]
         shard = manifest.shards[run.shard]
-        buffer = as_bytes(MEMORY.take(self._size(key)))
+        buffer = as_bytes(MEMORY.take(self._size(run)))
         parts = shard.members[run.first : run.end]
         names = [f"{part.xxh3}-{part.bytes}" for part in parts]
         if self._cache is not None:
@@ -211,9 +206,8 @@ class RunReader:
         place[:] = content
         return True
 
-    def _size(self, key: RunKey) -> int:
-        which, run = key
-        return span(self.sets[which].manifest.shards[run.shard], run.first, run.end)
+    def _size(self, run: Run) -> int:
+        return span(self.sets[run.set].manifest.shards[run.shard], run.first, run.end)
 
 
 def open_cache(config: DataConfig) -> MemberCache | None:

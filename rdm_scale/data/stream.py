@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count, repeat
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +20,6 @@ from rdm_scale.data.manifest import Manifest
 from rdm_scale.data.order import RUN_BYTES, GlobalOrder, Run
 from rdm_scale.data.reader import (
     OpenSet,
-    RunKey,
     RunReader,
     Samples,
     UnreadableError,
@@ -32,7 +31,7 @@ from rdm_scale.data.reader import (
 from rdm_scale.data.shards import DTYPES
 from rdm_scale.errors import ConfigError
 
-_AHEAD_STEPS = 256  # at most so many steps are looked ahead for runs to read
+_AHEAD_STEPS = 64  # at most so many steps are looked ahead for runs to read
 _RUNS_BYTES = 2**31  # of the runs in use at a time, on all ranks together
 Sources = str | Path | Sequence[DataSource]
 
@@ -55,7 +54,7 @@ class _Planned(NamedTuple):
     step: int
     positions: range
     lane: tuple[int, int]  # set, and which of its shapes
-    keys: list[RunKey]  # of the runs that the samples are in
+    runs: list[Run]  # that the samples are in
     samples: list[int]  # their indices in these runs
 
 
@@ -109,6 +108,7 @@ class LatentStream:
                     streams=global_batch_size,
                     shards=of,
                     run_bytes=run_bytes,
+                    number=s,
                 )
                 for b, of in enumerate(one.manifest.buckets.values())
             ]
@@ -128,7 +128,7 @@ class LatentStream:
         self._reader = RunReader(
             self.sets, streams=streams, largest=largest, workers=config.workers, cache=open_cache(config)
         )
-        self._in_use: dict[tuple[int, int], set[RunKey]] = {}  # of each lane, by the step of it that was read last
+        self._in_use: dict[tuple[int, int], set[Run]] = {}  # of each lane, by the step of it that was read last
 
     def __iter__(self) -> Iterator[LatentBatch]:
         """Reads ahead; what is read ahead of its use does not depend on what was asked for before."""
@@ -153,33 +153,32 @@ class LatentStream:
         order = self._lanes[which][bucket]
         positions = order.positions(step, self.dp_rank, self.dp_size)  # unique in the run, for its randomness
         runs, samples = order.columns(order.positions(nth + 1, self.dp_rank, self.dp_size))
-        return _Planned(step, positions, (which, bucket), list(zip(repeat(which), runs)), samples)
+        return _Planned(step, positions, (which, bucket), runs, samples)
 
-    def _wanted(self, planned: _Planned) -> tuple[list[RunKey], list[int]]:
+    def _wanted(self, planned: _Planned) -> tuple[list[Run], list[int]]:
         """What is read, as far as losses are known: runs, and the samples in them."""
         if not len(self.lost):
-            return planned.keys, planned.samples
-        which = planned.lane[0]
-        found = [self.lost.stand_in(which, run, n) for (_, run), n in zip(planned.keys, planned.samples, strict=True)]
-        return [(which, run) for run, _ in found], [sample for _, sample in found]
+            return planned.runs, planned.samples
+        found = [self.lost.stand_in(run, n) for run, n in zip(planned.runs, planned.samples, strict=True)]
+        return [run for run, _ in found], [sample for _, sample in found]
 
     def _expect(self, planned: _Planned) -> None:
         self._reader.expect(dict.fromkeys(self._wanted(planned)[0]))
 
     def _read(self, planned: _Planned) -> LatentBatch:
-        keys, members, samples = self._found(planned)
+        runs, found, samples = self._found(planned)
         manifest = self.sets[planned.lane[0]].manifest
-        return _batch(planned.step, planned.positions, keys[0], members, samples, manifest, self.seed, "posterior")
+        return _batch(planned.step, planned.positions, runs[0], found, samples, manifest, self.seed, "posterior")
 
-    def _found(self, planned: _Planned) -> tuple[list[RunKey], list[Samples], list[int]]:
-        """Of each sample its run, which has been read, and its index in it."""
+    def _found(self, planned: _Planned) -> tuple[list[Run], list[Samples], list[int]]:
+        """Of each sample its run, what was read of it, and the sample's index in it."""
         while True:
-            keys, samples = self._wanted(planned)
-            now = set(keys)
+            runs, samples = self._wanted(planned)
+            now = set(runs)
             self._reader.release(self._in_use.get(planned.lane, now) - now)
             self._in_use[planned.lane] = now
             try:
-                return keys, self._reader.get(keys), samples
+                return runs, self._reader.get(runs), samples
             except UnreadableError as failed:
                 self.lost.lose(failed.set, failed.shard, failed.reason)
 
@@ -235,14 +234,14 @@ class HeldOut:
             for start in range(self.dp_rank * self.batch_size, _whole(places, self), self.batch_size * self.dp_size):
                 indices = range(start, start + self.batch_size)
                 present = [min(index, len(places) - 1) for index in indices]
-                keys = [(which, places[index][0]) for index in present]
+                runs = [places[index][0] for index in present]
                 samples = [places[index][1] for index in present]
                 try:
-                    members = self._reader.get(keys)
+                    members = self._reader.get(runs)
                 except UnreadableError as failed:
                     raise failed.reason from None
                 positions, manifest = [first_position + index for index in present], self.sets[which].manifest
-                batch = _batch(next(numbers), positions, keys[0], members, samples, manifest, 0, "held-out posterior")
+                batch = _batch(next(numbers), positions, runs[0], members, samples, manifest, 0, "held-out posterior")
                 yield batch, torch.tensor([float(index < len(places)) for index in indices], dtype=torch.float64)
             first_position += len(places)
 
@@ -259,7 +258,7 @@ class HeldOut:
             for shards in manifest.buckets.values():
                 size = sum(manifest.shards[index].samples for index in shards)
                 wanted = min(size, -(-of_set * size // manifest.samples))
-                groups.append((s, _first_places(manifest, shards, wanted)))
+                groups.append((s, _first_places(s, manifest, shards, wanted)))
         return groups
 
 
@@ -273,7 +272,7 @@ def _open(sources: Sources, config: DataConfig | None) -> tuple[list[OpenSet], D
 def _batch(
     step: int,
     positions: Sequence[int],
-    first: RunKey,
+    first: Run,
     members: Sequence[Samples],
     samples: Sequence[int],
     manifest: Manifest,
@@ -284,7 +283,7 @@ def _batch(
     Args:
         first: a run of the batch, all of whose samples have one shape.
     """
-    shape = manifest.stored_shape(manifest.shape_of(manifest.shards[first[1].shard]))
+    shape = manifest.stored_shape(manifest.shape_of(manifest.shards[first.shard]))
     found = list(zip(members, samples, strict=True))
     raw = as_float(stack(found, shape, DTYPES[manifest.dtype]))
     if manifest.kind == "moments":
@@ -319,12 +318,12 @@ def _whole(places: Sequence[tuple[Run, int]], held_out: HeldOut) -> int:
     return -(-len(places) // step) * step
 
 
-def _first_places(manifest: Manifest, shards: Sequence[int], wanted: int) -> list[tuple[Run, int]]:
+def _first_places(number: int, manifest: Manifest, shards: Sequence[int], wanted: int) -> list[tuple[Run, int]]:
     """Each sample by a run of one member and its index in it."""
     places: list[tuple[Run, int]] = []
     for s in shards:
         for m, member in enumerate(manifest.shards[s].members):
-            run = Run(s, m, m + 1)
+            run = Run(number, s, m, m + 1)
             places += ((run, sample) for sample in range(min(member.samples, wanted - len(places))))
             if len(places) == wanted:
                 return places

@@ -129,7 +129,7 @@ def test_what_is_read_together_are_neighbours_in_one_part() -> None:
             walked[stream] = walked[stream] if walked[stream][-1:] == [run] else [*walked[stream], run]
     for runs in walked.values():
         assert len(set(runs)) == len(runs)  # a stream is through with a run before it goes on
-        for shard, first, end in runs[1:-1]:
+        for _, shard, first, end in runs[1:-1]:
             assert first % 3 == 0 and end == min(first + 3, len(counts[shard]))
 
 
@@ -138,7 +138,7 @@ def test_runs_are_as_large_as_is_asked_for() -> None:
     for run_bytes, members in ((1, 1), (512, 1), (2048, 4), (5000, 10), (2**22, 15)):  # not fewer than 64 runs
         order = GlobalOrder(manifest_of(counts), seed=0, streams=1, run_bytes=run_bytes)
         runs = {run for step in range(1, 2001) for run in order.columns(order.positions(step))[0]}
-        assert max(end - first for _, first, end in runs) == members and len(runs) == -(-1000 // members)
+        assert max(end - first for _, _, first, end in runs) == members and len(runs) == -(-1000 // members)
         assert order.largest_run >= members * 1024 - 512
 
 

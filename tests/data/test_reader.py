@@ -5,7 +5,7 @@ from latent_sets import LatentSet, WriteSet
 
 from rdm_scale.config import DataSource
 from rdm_scale.data.order import Run
-from rdm_scale.data.reader import RunKey, RunReader, open_set, stack
+from rdm_scale.data.reader import RunReader, open_set, stack
 from rdm_scale.data.storage import Location
 from rdm_scale.errors import DataError
 
@@ -25,9 +25,9 @@ def reader_of(latents: LatentSet, streams: int = 1, workers: int = 1, largest: i
     )
 
 
-def keys(latents: LatentSet) -> list[RunKey]:
+def keys(latents: LatentSet) -> list[Run]:
     shards = latents.manifest.shards
-    return [(0, Run(s, m, m + 1)) for s, shard in enumerate(shards) for m in range(len(shard.members))]
+    return [Run(0, s, m, m + 1) for s, shard in enumerate(shards) for m in range(len(shard.members))]
 
 
 def test_members_hold_what_was_written(write_set: WriteSet) -> None:
@@ -81,7 +81,7 @@ def test_no_more_is_expected_than_there_is_room_for(write_set: WriteSet, reads: 
 
 def test_neighbours_are_read_at_once_and_each_is_checked(write_set: WriteSet, reads: list[int]) -> None:
     latents = write_set(24, members_per_shard=6)
-    reader, key = reader_of(latents), (0, Run(0, 1, 5))
+    reader, key = reader_of(latents), Run(0, 0, 1, 5)
     (found,) = reader.get([key])
     assert len(reads) == 1 and found.ids == latents.ids[4:20].tolist()
     whole = stack([(found, n) for n in range(16)], latents.latents.shape[1:], latents.latents.dtype)
