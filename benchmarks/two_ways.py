@@ -3,7 +3,7 @@
 RUN is a run (or checkpoint) with model.residual=adaln_zero and model.timestep_spacing=diffusers, such as
 
     python -m rdm_scale.train configs/quickstart.yaml model.residual=adaln_zero model.timestep_spacing=diffusers \
-        train.steps=300 optimizer.schedule_steps=300 run.dir=runs/adaln
+        run.dir=runs/adaln
     python benchmarks/two_ways.py runs/adaln
 """
 
