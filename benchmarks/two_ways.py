@@ -3,7 +3,7 @@
 RUN is a run (or checkpoint) with model.residual=adaln_zero and model.timestep_spacing=diffusers, such as
 
     python -m rdm_scale.train configs/quickstart.yaml model.residual=adaln_zero model.timestep_spacing=diffusers \
-        train.steps=300 optimizer.schedule_steps=300 run.dir=runs/adaln
+        run.dir=runs/adaln
     python benchmarks/two_ways.py runs/adaln
 """
 
@@ -53,10 +53,10 @@ def main() -> None:
     with torch.no_grad():
         outputs = [model(noise, t, labels) for model in (trained.model, in_diffusers)]
     pixels = [codec_of(trained.codec).decode(latents)[:, :, 0] for latents in (here, there)]
-    names = [f"{name}{side}" for side in (" here", " diffusers") for name in trained.class_names[:COLUMNS]]
+    names = list(trained.class_names[:COLUMNS]) * 2
     side_by_side = torch.cat([p.unflatten(0, (ROWS, COLUMNS)) for p in pixels], dim=1).flatten(0, 1)
     args.picture.parent.mkdir(parents=True, exist_ok=True)
-    image_grid(side_by_side, 2 * COLUMNS, [n.split()[0] for n in names]).save(args.picture)
+    image_grid(side_by_side, 2 * COLUMNS, names).save(args.picture)
     result = {
         "step": trained.step,
         "samples": len(labels),
