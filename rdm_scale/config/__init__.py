@@ -5,15 +5,12 @@ file: `load_config` needs neither data nor a world size.
 """
 
 from rdm_scale.config.loading import describe_keys, load_config, parse_config, to_yaml
+from rdm_scale.config.model import Among, GateConfig, InputConfig, ModelConfig, TextConfig
 from rdm_scale.config.schema import (
-    Among,
     CheckpointConfig,
     DataConfig,
     DataSource,
     DiffusionConfig,
-    GateConfig,
-    InputConfig,
-    ModelConfig,
     MonitorConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -39,6 +36,7 @@ __all__ = [
     "RunConfig",
     "RunSection",
     "SamplingConfig",
+    "TextConfig",
     "TrainConfig",
     "describe_keys",
     "flatten",

@@ -1,107 +1,14 @@
 """The tree of typed, documented fields that a run is configured by, with the checks between fields beside them."""
 
 import hashlib
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from rdm_scale.config.model import ModelConfig
+from rdm_scale.config.section import Section
 from rdm_scale.errors import ConfigError
-
-Among = Literal["all", "space", "time"]
-
-
-class Section(BaseModel):
-    """A part of the configuration: immutable, and a key it does not know is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class InputConfig(Section):
-    channels: int = Field(4, ge=1, description="latent channels C")
-    frames: int = Field(1, ge=1, description="latent frames T; 1 for images")
-    height: int = Field(32, ge=1, description="latent height H")
-    width: int = Field(32, ge=1, description="latent width W")
-
-
-class GateConfig(Section):
-    multiplier: float = Field(1.0, gt=0, description="m0 of the fixed branch multiplier m(L) = m0 * L^-p")
-    exponent: float = Field(0.5, ge=0, description="p of m(L) = m0 * L^-p; L counts residual branches")
-    per_channel: bool = Field(True, description="gates a, b per channel; false: one scalar each per branch")
-    conditional: bool = Field(True, description="add a gate g(c), a function of the condition, to m * a")
-
-
-class ModelConfig(Section):
-    input: InputConfig = InputConfig()
-    patch_size: tuple[int, int, int] = Field((1, 2, 2), description="patch of [t, h, w] latents per token")
-    hidden_size: int = Field(384, ge=8, description="width D of the residual stream")
-    depth: int = Field(12, ge=1, description="number of blocks (attention + MLP each; factorized: of both kinds)")
-    num_heads: int = Field(6, ge=1, description="attention heads; must divide hidden_size")
-    mlp_ratio: float = Field(4.0, gt=0, description="MLP width over hidden_size")
-    residual: Literal["plain", "rezero", "layerscale", "adaln_zero", "neural_rdm"] = Field(
-        "neural_rdm", description="residual structure of every branch (gate.* applies to neural_rdm)"
-    )
-    gate: GateConfig = GateConfig()
-    stacking: Literal["flow"] = Field("flow", description="how blocks are joined: flow is a chain")
-    attention: Literal["joint", "factorized"] = Field(
-        "joint",
-        description="joint: all tokens attend to each other; factorized: in turns of blocks, those of a frame and "
-        "those of a place in all frames (Latte)",
-    )
-    condition: Literal["none", "class"] = Field("class", description="what the model is conditioned on")
-    num_classes: int = Field(1000, ge=1, description="number of classes; one more embedding is the null class")
-    learned_variance: bool = Field(False, description="predict the variance too (ddpm only): 2C output channels")
-    timestep_spacing: Literal["dit", "diffusers"] = Field(
-        "dit", description="frequencies of the timestep embedding: i/128 (dit) or i/127 (diffusers)"
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        sizes = (self.input.frames, self.input.height, self.input.width)
-        for name, size, patch in zip(("frames", "height", "width"), sizes, self.patch_size, strict=True):
-            if patch < 1 or size % patch:
-                raise ValueError(f"model.input.{name}={size} is not divisible by its model.patch_size entry {patch}")
-        if self.hidden_size % self.num_heads:
-            raise ValueError(f"model.num_heads={self.num_heads} does not divide model.hidden_size={self.hidden_size}")
-        if self.hidden_size % 4:
-            raise ValueError(f"model.hidden_size={self.hidden_size} is not divisible by 4 (sin-cos positions in 2D)")
-        if self.attention == "factorized" and self.depth % 2:
-            raise ValueError(
-                f"model.depth={self.depth} is odd: under model.attention=factorized blocks come in pairs, one that "
-                "works in space and one that works along time"
-            )
-        return self
-
-    @property
-    def grid(self) -> tuple[int, int, int]:
-        """Tokens along T, H and W of a sample of the configured size."""
-        return self.grid_of((self.input.frames, self.input.height, self.input.width))
-
-    def grid_of(self, size: Sequence[int]) -> tuple[int, int, int]:
-        """Tokens along T, H and W of a sample of latent size (T, H, W)."""
-        T, H, W = size
-        t, h, w = self.patch_size
-        return T // t, H // h, W // w
-
-    @property
-    def tokens(self) -> int:
-        """Number of tokens N of one sample of the configured size."""
-        return math.prod(self.grid)
-
-    def tokens_of(self, size: Sequence[int]) -> int:
-        """Number of tokens of a sample of latent size (T, H, W)."""
-        return math.prod(self.grid_of(size))
-
-    def attends_among(self, block: int) -> Among:
-        """Which tokens attend to each other in a block: all, or by turns those of a frame and those of a place."""
-        if self.attention == "joint":
-            return "all"
-        return "time" if block % 2 else "space"
-
-    @property
-    def mlp_size(self) -> int:
-        return int(self.hidden_size * self.mlp_ratio)
 
 
 class DiffusionConfig(Section):
@@ -334,6 +241,8 @@ class RunConfig(Section):
             )
         if self.sampling.guidance != 1 and self.model.condition == "none":
             raise ValueError("sampling.guidance other than 1 needs a model.condition other than none")
+        if self.monitor.sample_every and self.model.condition == "text":
+            raise ValueError("monitor.sample_every needs labels to draw: with model.condition=text set it to 0")
         self._check_layout()
         return self
 
@@ -347,6 +256,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"parallel.sequence=true: parallel.tensor={parallel.tensor} does not divide the {model.tokens} tokens "
                 "of a sample; change parallel.tensor, model.patch_size or set parallel.sequence=false"
+            )
+        if model.stacking == "u" and parallel.pipeline > 1 and parallel.schedule != "v_1f1b":
+            raise ValueError(
+                f"model.stacking=u with parallel.pipeline={parallel.pipeline} needs parallel.schedule=v_1f1b, which "
+                f"puts both ends of a long skip on one rank; parallel.schedule={parallel.schedule} does not"
             )
         chunks = parallel.pipeline * parallel.chunks_per_rank
         if model.depth < chunks:

@@ -1,0 +1,95 @@
+"""Members of the model family under layouts that their parts make special, against plain PyTorch on one process."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from layouts import MODEL, Case
+from rank_pool import RankPool
+from reference import deviation, plain_training
+from small_runs import add_captions, metrics, run_config, train, write_latents
+
+from rdm_scale.checkpoint import load_model
+
+
+class Member(NamedTuple):
+    """A model, the shapes [T, H, W] of the latents that it sees in turn, and layouts."""
+
+    model: dict[str, Any]
+    sizes: list[tuple[int, int, int]]
+    cases: list[Case]
+    captions: bool = False
+
+
+CLIPS = {"model__input": {"channels": 4, "frames": 4, "height": 8, "width": 8}, "model__patch_size": [1, 4, 4]}
+FAMILY = {
+    "u": Member(
+        {"model__stacking": "u", "model__depth": 7},
+        [(1, 8, 8)],
+        [
+            Case(2, 2, 2, "3 kept", "v_1f1b", "none", True),
+            Case(2, 2, 2, "3 by block", "v_1f1b", "full", False),
+            Case(1, 3, 1, "1", "v_1f1b", "selective", False),
+            Case(4, 1, 1, "2", "1f1b", "every_2", True),
+        ],
+    ),
+    "text": Member(
+        {"model__condition": "text", "model__text": {"width": 6, "pooled_width": 5}, "model__depth": 5}
+        | {"model__stacking": "u", "model__qk_norm": True},
+        [(1, 8, 8)],
+        [
+            Case(2, 2, 2, "3 kept", "v_1f1b", "none", True),
+            Case(2, 1, 2, "3 by block", "1f1b", "full", False),
+            Case(1, 2, 1, "2", "v_1f1b", "selective", False),
+        ],
+        captions=True,
+    ),
+    "rotary": Member(
+        {"model__positions": "rotary", "model__qk_norm": True, "model__num_heads": 4, "model__depth": 3} | CLIPS,
+        [(4, 8, 8)],
+        [Case(2, 2, 1, "3 kept", "1f1b", "selective", False)],
+    ),
+    "images among clips": Member(
+        {"model__depth": 4, "model__stacking": "u", "model__attention": "factorized"} | CLIPS,
+        [(4, 8, 8), (1, 8, 8)],
+        [Case(1, 2, 2, "3 by block", "v_1f1b", "none", False), Case(2, 1, 1, "1", "1f1b", "selective", True)],
+    ),
+    "factorized": Member(
+        {"model__attention": "factorized", "model__depth": 4, "model__qk_norm": True} | CLIPS,
+        [(4, 8, 8)],
+        [Case(2, 4, 1, "1", "1f1b", "none", True)],  # the second block, before which positions come, is a later stage's
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_every_layout_trains_the_same_model(name: str, ranks: RankPool, tmp_path: Path) -> None:
+    member = FAMILY[name]
+    sets = [write_latents(tmp_path / f"data_{size[0]}", size=size) for size in member.sizes]
+    if member.captions:
+        for one in sets:
+            add_captions(one)
+    data = [{"path": one} for one in sets]
+    few = member.model | {"train__steps": 5}
+    reference = plain_training(run_config(tmp_path / "reference", data, **(MODEL | few)))
+    for i, case in enumerate(member.cases):
+        config = run_config(tmp_path / str(i), data, **(case.changes() | few))
+        ranks.run(case.world, train, config)
+        found = deviation(config, reference)
+        print(f"{name}, {case}: {found}")
+        found.check()
+
+
+def test_learned_variance_is_trained_under_ddpm(ranks: RankPool, tmp_path: Path) -> None:
+    """The rows of the head that make the variance learn, and a pipeline carries them like any others."""
+    data = write_latents(tmp_path / "data")
+    changes = {"model__learned_variance": True, "diffusion__objective": "ddpm", "train__steps": 3}
+    runs = []
+    for case in (Case(1, 1, 1, "0", "1f1b", "none", False), Case(1, 2, 1, "1", "1f1b", "none", False)):
+        config = run_config(tmp_path / case.zero, data, **(case.changes() | changes))
+        ranks.run(case.world, train, config)
+        runs.append([record["loss"] for record in metrics(config.run.dir)])
+    assert runs[1] == pytest.approx(runs[0], rel=1e-5)
+    head = load_model(config.run.dir, "weights").head.out.weight.unflatten(0, (4, 8))  # [pixel, channel, D]
+    noise, variance = head.abs().amax((0, 2)).chunk(2)
+    assert noise.min() > 0 and variance.min() > 0
