@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from rdm_scale.config import ModelConfig
-from rdm_scale.models.blocks import Mlp, ResidualUnit, SideInputs, SideInputs
+from rdm_scale.models.blocks import Mlp, ResidualUnit, SideInputs
 from rdm_scale.models.gates import ResidualGate
 from rdm_scale.models.layers import LayerFactory
 
