@@ -4,13 +4,16 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart quickstart-data quickstart-s3 test test-full lint
+.PHONY: quickstart quickstart-data quickstart-s3 quickstart-video test test-full lint
 
 quickstart: .venv/ready
 	$(BIN)/python tools/quickstart.py $(if $(CONTINUE),--continue) $(if $(STEPS),--steps $(STEPS))
 
 quickstart-s3: .venv/ready
 	$(BIN)/python tools/quickstart.py --s3 $(if $(CONTINUE),--continue) $(if $(STEPS),--steps $(STEPS))
+
+quickstart-video: .venv/ready
+	$(BIN)/python tools/quickstart.py --video $(if $(CONTINUE),--continue) $(if $(STEPS),--steps $(STEPS))
 
 quickstart-data: .venv/ready
 	$(BIN)/python tools/quickstart.py --only-data

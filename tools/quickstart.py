@@ -13,9 +13,12 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-CONFIG = "configs/quickstart.yaml"
 SERVER = Path("data/quickstart-s3")
 BUCKET = "quickstart"
+
+
+STRIDE = ("--stride", "3")  # 8 of a clip's 24 frames
+CLIPS = ("--frames", "8", *STRIDE)
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,9 @@ class Places:
     make: str  # what the user calls
     data: str
     run: Path
+    config: str = "configs/quickstart.yaml"
     overrides: tuple[str, ...] = ()
+    video: bool = False  # clips of moving digits, not scans
 
     @property
     def digits(self) -> str:
@@ -49,11 +54,18 @@ class Places:
 
 
 LOCAL = Places("make quickstart", "data/quickstart", Path("runs/quickstart"))
+VIDEO = Places(
+    "make quickstart-video",
+    "data/quickstart-video",
+    Path("runs/quickstart-video"),
+    "configs/quickstart_video.yaml",
+    video=True,
+)
 ON_S3 = Places(
     "make quickstart-s3",
     f"s3://{BUCKET}",
     Path("runs/quickstart-s3"),
-    (
+    overrides=(
         f"data.train=s3://{BUCKET}/latents/manifest.json",
         f"data.validation=s3://{BUCKET}/validation/manifest.json",
         f"checkpoint.dir=s3://{BUCKET}/checkpoints",
@@ -65,14 +77,16 @@ ON_S3 = Places(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only-data", action="store_true", help="stop after the latents are made")
-    parser.add_argument("--s3", action="store_true", help="data and checkpoints on an S3 server that is started here")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--s3", action="store_true", help="data and checkpoints on an S3 server that is started here")
+    kind.add_argument("--video", action="store_true", help="clips of moving digits instead of images")
     parser.add_argument("--continue", dest="go_on", action="store_true", help="go on with the run")
     parser.add_argument("--steps", type=int, help="train to this step instead of the configuration's last")
     options = parser.parse_args()
-    places = ON_S3 if options.s3 else LOCAL
+    places = ON_S3 if options.s3 else VIDEO if options.video else LOCAL
     if places.run.exists() and not (options.go_on or options.only_data):
         print(f"{places.run} exists already, {trained_so_far(places.run)}.")
-        for name in ("samples.png", "loss.png"):
+        for name in ("samples.png", "samples.gif", "loss.png"):
             if (places.run / name).exists():
                 print(f"  {places.run / name}")
         print(again(places))
@@ -103,11 +117,14 @@ def make_data(places: Places) -> None:
         print(f"[1-2/5] {places.latents} and {places.validation} exist: using them")
         return
     if not Location(places.digits).exists():
-        step("[1/5] 1,797 scans of digits, as images in a webdataset tar", "tools/make_digits.py", places.digits)
+        if places.video:
+            step("[1/5] 1,797 clips of moving digits in a webdataset tar", "tools/make_digit_clips.py", places.digits)
+        else:
+            step("[1/5] 1,797 scans of digits, as images in a webdataset tar", "tools/make_digits.py", places.digits)
     step(
         "[2/5] encoding them with the packaged VAE, a tenth held out",
         *("tools/encode_latents.py", places.digits, places.latents, "--codec", "digits", "--size", "32"),
-        *("--holdout", places.validation, "--preview", places.preview),
+        *("--holdout", places.validation, *(CLIPS if places.video else ("--preview", places.preview))),
     )
 
 
@@ -116,7 +133,7 @@ def train(places: Places, steps: int | None) -> None:
     step(
         "[3/5] training on 2 ranks under DeepSpeed ZeRO-3 (the libraries take some seconds to load)",
         *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
-        *("-m", "rdm_scale.train", CONFIG, *overrides),
+        *("-m", "rdm_scale.train", places.config, *overrides),
         CUDA_VISIBLE_DEVICES="",  # two ranks need two devices, and every machine has two CPU cores
         OMP_NUM_THREADS="1",
     )
@@ -127,8 +144,10 @@ def judge(places: Places) -> None:
 
     samples, loss = places.run / "samples.png", places.run / "loss.png"
     step(
-        "[4/5] drawing 250 digits from the averaged weights and [5/5] judging them by the real scans",
-        *("tools/evaluate.py", places.checkpoints, places.digits, "--per-class", "25", "--picture", str(samples)),
+        f"[4/5] drawing {'50 clips' if places.video else '250 digits'} from the averaged weights and [5/5] judging "
+        f"them by the real {'clips' if places.video else 'scans'}",
+        *("tools/evaluate.py", places.checkpoints, places.digits, "--picture", str(samples)),
+        *("--per-class", "5", "--rows", "5", *STRIDE) if places.video else ("--per-class", "25"),
     )
     plot_loss(places.run / "metrics.jsonl", loss)
     print(f"loss: {loss}\n{again(places)}")
