@@ -29,9 +29,6 @@ class Parameters:
     def __add__(self, other: "Parameters") -> "Parameters":
         return Parameters(self.cut + other.cut, self.whole + other.whole, self.tensors + other.tensors)
 
-    def __mul__(self, number: int) -> "Parameters":
-        return Parameters(self.cut * number, self.whole * number, self.tensors * number)
-
     @property
     def total(self) -> int:
         return self.cut + self.whole
@@ -53,21 +50,35 @@ def _gate(model: ModelConfig) -> tuple[list[int], bool]:
     }[model.residual]
 
 
-def _modulations(model: ModelConfig) -> int:
+def _units(model: ModelConfig, block: int) -> int:
+    """Residual units of a block: attention, MLP and, in the second half of a u stack, a long skip."""
+    return 2 + _skips(model, block)
+
+
+def _skips(model: ModelConfig, block: int) -> bool:
+    return model.skip_source(block) is not None
+
+
+def _modulations(model: ModelConfig, block: int) -> int:
     """Vectors [B, D] of the condition that a block takes."""
-    return 2 * (3 if _gate(model)[1] else 2)
+    return _units(model, block) * (3 if _gate(model)[1] else 2)
 
 
 def _outputs(model: ModelConfig) -> int:
     return model.input.channels * (2 if model.learned_variance else 1) * math.prod(model.patch_size)
 
 
-def block_parameters(model: ModelConfig) -> Parameters:
+def block_parameters(model: ModelConfig, block: int = 0) -> Parameters:
     """Of one block."""
-    D, M, V = model.hidden_size, model.mlp_size, _modulations(model)
-    gates = _gate(model)[0]
-    cut = (3 * D * D + 3 * D) + D * D + (D * M + M) + M * D + V * (D * D + D)
-    return Parameters(cut, 2 * D + 2 * sum(gates), 10 + 2 * len(gates))
+    D, M, V = model.hidden_size, model.mlp_size, _modulations(model, block)
+    gates, units, skips = _gate(model)[0], _units(model, block), _skips(model, block)
+    cut = (3 * D * D + 3 * D) + D * D + (D * M + M) + M * D + skips * 2 * D * D + V * (D * D + D)
+    return Parameters(cut, units * (D + sum(gates)), 10 + 2 * skips + units * len(gates))
+
+
+def blocks_parameters(model: ModelConfig, blocks: Iterable[int]) -> Parameters:
+    """Of some blocks."""
+    return sum((block_parameters(model, block) for block in blocks), NOTHING)
 
 
 def embedding_parameters(model: ModelConfig) -> Parameters:
@@ -85,15 +96,16 @@ def head_parameters(model: ModelConfig) -> Parameters:
 
 
 def model_parameters(model: ModelConfig) -> Parameters:
-    return embedding_parameters(model) + block_parameters(model) * model.depth + head_parameters(model)
+    return embedding_parameters(model) + blocks_parameters(model, range(model.depth)) + head_parameters(model)
 
 
 def block_flops(model: ModelConfig, block: int = 0) -> int:
     """Floating-point operations of one block's forward on one sample, two for a product and a sum."""
-    S, D, M, V = model.tokens, model.hidden_size, model.mlp_size, _modulations(model)
+    S, D, M, V = model.tokens, model.hidden_size, model.mlp_size, _modulations(model, block)
     frames, rows, columns = model.grid
     seen = {"all": S, "space": rows * columns, "time": frames}[model.attends_among(block)]  # by each token
-    return 2 * S * (4 * D * D + 2 * D * M) + 4 * S * seen * D + 2 * V * D * D
+    products = 4 * D * D + 2 * D * M + 2 * D * D * _skips(model, block)
+    return 2 * S * products + 4 * S * seen * D + 2 * V * D * D
 
 
 def blocks_flops(model: ModelConfig, blocks: Iterable[int]) -> int:
@@ -116,34 +128,37 @@ def model_flops(model: ModelConfig) -> int:
     return embedding_flops(model) + blocks_flops(model, range(model.depth)) + head_flops(model)
 
 
-def block_activation_bytes(config: RunConfig, samples: int, policy: str) -> float:
+def block_activation_bytes(config: RunConfig, samples: int, policy: str, block: int = 0) -> float:
     """Bytes that one block keeps from its forward for its backward, on one tensor-parallel rank.
 
     Counted in streams of S x B x D elements, r of the stream's type and c of the branches'. Whole unless sequence
     parallelism splits the tokens: both units' inputs, normed inputs and outputs before the gate (6 r), both modulated
     inputs (2 c). Cut by tensor parallelism: q, k, v, the heads' output and its copy in token order (5 c), the MLP's
-    hidden layer before and after GELU (2 M / D c). `selective` keeps the products' outputs only, and the block's input.
+    hidden layer before and after GELU (2 M / D c). A long skip has its input, that normed, its output (3 r)
+    and, cut, both parts joined (2 c). `selective` keeps the products' outputs only, and the block's input.
     """
     model, train, parallel = config.model, config.train, config.parallel
     r, c = BYTES[train.residual_dtype], BYTES[train.precision]
     stream = model.tokens * samples * model.hidden_size
     tokens = parallel.tensor if parallel.sequence else 1
-    ratio = model.mlp_size / model.hidden_size
+    ratio, skips = model.mlp_size / model.hidden_size, _skips(model, block)
     if policy == "full":
         return stream * r / tokens
     if policy == "selective":
-        return stream * ((r + 2 * c) / tokens + (4 + ratio) * c / parallel.tensor)
-    return stream * ((6 * r + 2 * c) / tokens + (5 + 2 * ratio) * c / parallel.tensor)
+        return stream * ((r + (2 + skips) * c) / tokens + (4 + ratio) * c / parallel.tensor)
+    whole, cut = (6 + 3 * skips) * r + 2 * c, (5 + 2 * ratio + 2 * skips) * c
+    return stream * (whole / tokens + cut / parallel.tensor)
 
 
-def blocks_activation_bytes(config: RunConfig, samples: int, blocks: int) -> float:
-    """Bytes that `blocks` successive blocks keep under the configured recompute policy."""
-    policy = config.parallel.recompute
-    if not policy.startswith("every_"):
-        return blocks * block_activation_bytes(config, samples, policy)
-    recomputed = math.ceil(blocks / int(policy.removeprefix("every_")))
-    kept = block_activation_bytes(config, samples, "none") * (blocks - recomputed)
-    return kept + block_activation_bytes(config, samples, "full") * recomputed
+def blocks_activation_bytes(config: RunConfig, samples: int, blocks: Iterable[int]) -> float:
+    """Bytes that successive blocks keep under the configured recompute policy."""
+    policy, every = config.parallel.recompute, 1
+    if policy.startswith("every_"):
+        policy, every = "full", int(policy.removeprefix("every_"))
+    return sum(
+        block_activation_bytes(config, samples, "none" if nth % every else policy, block)
+        for nth, block in enumerate(blocks)
+    )
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Counts against models that are built, and against published figures."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ def run(model: ModelConfig, **sections: dict[str, object]) -> RunConfig:
         {"residual": "neural_rdm", "mlp_ratio": 3.0},
         {"gate": GateConfig(conditional=False, per_channel=False)},
         {"input": InputConfig(frames=4, height=8, width=16), "patch_size": (2, 2, 4)},
+        {"stacking": "u"},
         {"attention": "factorized", "depth": 4, "input": InputConfig(frames=4, height=8, width=8)},
     ],
 )
@@ -42,7 +44,8 @@ def test_parameters_are_those_of_the_model(changes: dict) -> None:
     counted = cost.model_parameters(config)
     assert counted.total == sum(p.numel() for p in model.parameters())
     assert counted.tensors == len(list(model.parameters()))
-    assert cost.block_parameters(config).total == sum(p.numel() for p in model.blocks["1"].parameters())
+    for i, block in model.blocks.items():
+        assert cost.block_parameters(config, int(i)).total == sum(p.numel() for p in block.parameters())
 
 
 def test_dit_xl_has_its_published_size_and_cost() -> None:
@@ -72,14 +75,20 @@ def test_tensor_parallelism_cuts_all_but_vectors_and_embeddings() -> None:
 
 @pytest.mark.parametrize("policy", ["none", "selective", "full"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_activations_are_what_autograd_keeps(policy: str, precision: str) -> None:
-    config = run(small(depth=1), train={"precision": precision}, parallel={"recompute": policy})
+@pytest.mark.parametrize("changes", [{"depth": 1}, {"depth": 2, "stacking": "u"}], ids=str)
+def test_activations_are_what_autograd_keeps(policy: str, precision: str, changes: dict) -> None:
+    """Of the last block: of a u stack it has a long skip."""
+    config = run(small(**changes), train={"precision": precision}, parallel={"recompute": policy})
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    block = build_model(config.model).blocks["0"].to(dtype)
+    number = config.model.depth - 1
+    block = build_model(config.model).blocks[str(number)].to(dtype)
     recompute_blocks([block], policy)
     S, B, D = config.model.tokens, 16, config.model.hidden_size
     z = torch.randn(S, B, D, requires_grad=True)
     side = SideInputs(torch.randn(B, D, dtype=dtype, requires_grad=True), config.model.grid)
+    given: list[Any] = [z, side]
+    if number:
+        given.append(torch.randn(S, B, D, requires_grad=True))
     parameters = {p.untyped_storage().data_ptr() for p in block.parameters()}
     kept: dict[int, int] = {}
 
@@ -90,11 +99,12 @@ def test_activations_are_what_autograd_keeps(policy: str, precision: str) -> Non
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        out = block(z, side)
+        out = block(*given)
+    kept.pop(given[-1].untyped_storage().data_ptr() if number else 0, None)  # the skip is another block's output
     measured = sum(kept.values())
     if policy != "none":  # what checkpoint keeps lies outside autograd's saved tensors
-        measured = allocated_by(lambda: block(z, side)) - out.untyped_storage().nbytes() + z.untyped_storage().nbytes()
-    assert measured == pytest.approx(cost.block_activation_bytes(config, B, policy), rel=0.06)
+        measured = allocated_by(lambda: block(*given)) - out.untyped_storage().nbytes() + z.untyped_storage().nbytes()
+    assert measured == pytest.approx(cost.block_activation_bytes(config, B, policy, number), rel=0.06)
 
 
 def allocated_by(forward: object) -> int:
@@ -110,7 +120,7 @@ def allocated_by(forward: object) -> int:
 def test_every_second_block_keeps_its_activations() -> None:
     config = run(small(depth=5), parallel={"recompute": "every_2"})
     none, full = (cost.block_activation_bytes(config, 4, policy) for policy in ("none", "full"))
-    assert cost.blocks_activation_bytes(config, 4, 5) == 2 * none + 3 * full  # blocks 0, 2 and 4 are recomputed
+    assert cost.blocks_activation_bytes(config, 4, range(5)) == 2 * none + 3 * full  # blocks 0, 2 and 4 are recomputed
 
 
 @pytest.mark.parametrize(

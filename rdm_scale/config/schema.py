@@ -43,7 +43,10 @@ class ModelConfig(Section):
         "neural_rdm", description="residual structure of every branch (gate.* applies to neural_rdm)"
     )
     gate: GateConfig = GateConfig()
-    stacking: Literal["flow"] = Field("flow", description="how blocks are joined: flow is a chain")
+    stacking: Literal["flow", "u"] = Field(
+        "flow",
+        description="how blocks are joined: flow is a chain; u has long skips from block i to block depth-1-i too",
+    )
     attention: Literal["joint", "factorized"] = Field(
         "joint",
         description="joint: all tokens attend to each other; factorized: in turns of blocks, those of a frame and "
@@ -98,6 +101,20 @@ class ModelConfig(Section):
         if self.attention == "joint":
             return "all"
         return "time" if block % 2 else "space"
+
+    def skip_source(self, block: int) -> int | None:
+        """The block whose output a block takes by a long skip, if it does."""
+        mirror = self.depth - 1 - block
+        return mirror if self.stacking == "u" and mirror < block else None
+
+    def starts_skip(self, block: int) -> bool:
+        """Whether a block's output goes into a long skip."""
+        return self.stacking == "u" and block < self.depth - 1 - block
+
+    @property
+    def branches(self) -> int:
+        """Number L of residual branches: the units of all blocks."""
+        return 2 * self.depth + sum(self.starts_skip(block) for block in range(self.depth))
 
     @property
     def mlp_size(self) -> int:
@@ -347,6 +364,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"parallel.sequence=true: parallel.tensor={parallel.tensor} does not divide the {model.tokens} tokens "
                 "of a sample; change parallel.tensor, model.patch_size or set parallel.sequence=false"
+            )
+        if model.stacking == "u" and parallel.pipeline > 1 and parallel.schedule != "v_1f1b":
+            raise ValueError(
+                f"model.stacking=u with parallel.pipeline={parallel.pipeline} needs parallel.schedule=v_1f1b, which puts "
+                f"both ends of a long skip on one rank; parallel.schedule={parallel.schedule} does not"
             )
         chunks = parallel.pipeline * parallel.chunks_per_rank
         if model.depth < chunks:

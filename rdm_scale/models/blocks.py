@@ -1,4 +1,4 @@
-"""The transformer block: two gated residual units, attention and MLP, modulated by the condition (adaLN)."""
+"""The transformer block: gated residual units, attention and MLP at least, modulated by the condition (adaLN)."""
 
 from collections.abc import Sequence
 from itertools import islice
@@ -76,6 +76,25 @@ class Mlp(nn.Module):
         return self.down(F.gelu(self.up(x_SBD), approximate="tanh"))
 
 
+class LongSkip(nn.Module):
+    """A linear layer over [x; skip], skip being the stream as another block left it, normalised (U-ViT, arXiv
+    2209.12152, whose layer takes the place of the stream; here it is a branch)."""
+
+    def __init__(self, config: ModelConfig, layers: LayerFactory) -> None:
+        super().__init__()
+        self.split_features = layers.split_features
+        self.join: Any = layers.row(2 * config.hidden_size, config.hidden_size)
+
+    @property
+    def last(self) -> Any:
+        """The layer whose bias is left to the gate."""
+        return self.join
+
+    def forward(self, x_SBD: Tensor, side: SideInputs, skip_SBD: Tensor) -> Tensor:
+        normed_SBD = F.layer_norm(skip_SBD, skip_SBD.shape[-1:], eps=NORM_EPS).to(x_SBD.dtype)
+        return self.join(self.split_features(torch.cat([x_SBD, normed_SBD], dim=-1)))
+
+
 class ResidualUnit(nn.Module):
     """One residual branch with its gate: z + alpha * F(z; c) + beta (the mrs-unit of Neural-RDM).
 
@@ -83,7 +102,7 @@ class ResidualUnit(nn.Module):
     that is between the two is where a gradient has to be summed over them.
     """
 
-    def __init__(self, branch: Attention | Mlp, gate: ResidualGate) -> None:
+    def __init__(self, branch: Attention | Mlp | LongSkip, gate: ResidualGate) -> None:
         super().__init__()
         self.branch = branch
         self.gate = gate
@@ -99,20 +118,23 @@ class ResidualUnit(nn.Module):
         alpha, beta = self.gate(g[0] if g else None, self.branch.last.bias, dtype)
         return [shift, scale, beta] if alpha is None else [shift, scale, beta, alpha]
 
-    def forward(self, z_SBD: Tensor, side: SideInputs, vectors: Sequence[Tensor]) -> Tensor:
+    def forward(self, z_SBD: Tensor, side: SideInputs, vectors: Sequence[Tensor], *more: Tensor) -> Tensor:
+        """The stream after this branch, whose gate and modulation are `vectors`; `more` is for the branch alone."""
         shift_BD, scale_BD, beta, *rest = vectors
         alpha = rest[0] if rest else None
-        branch_SBD = self.branch(modulated_norm(z_SBD, shift_BD, scale_BD), side).to(z_SBD.dtype)
+        branch_SBD = self.branch(modulated_norm(z_SBD, shift_BD, scale_BD), side, *more).to(z_SBD.dtype)
         z_SBD = z_SBD + branch_SBD if alpha is None else torch.addcmul(z_SBD, alpha, branch_SBD)
         return z_SBD + beta
 
 
 class Block(nn.Module):
-    """Residual units in a row: attention and MLP. `modulation` maps the condition to (shift, scale[, g]) of each in
-    turn."""
+    """Residual units in a row: attention and MLP, and before them, in the second half of a u stack, the long skip from
+    the block that mirrors this one. `modulation` maps the condition to (shift, scale[, g]) of each in turn."""
 
     def __init__(self, config: ModelConfig, layers: LayerFactory, number: int) -> None:
         super().__init__()
+        skips = config.skip_source(number) is not None
+        self.skip = ResidualUnit(LongSkip(config, layers), ResidualGate(config)) if skips else None
         attention = Attention(config, layers, config.attends_among(number))
         self.attention = ResidualUnit(attention, ResidualGate(config))
         self.mlp = ResidualUnit(Mlp(config, layers), ResidualGate(config))
@@ -123,12 +145,13 @@ class Block(nn.Module):
 
     def units(self) -> list[ResidualUnit]:
         """In the order of their work."""
-        return [self.attention, self.mlp]
+        return [unit for unit in (self.skip, self.attention, self.mlp) if unit is not None]
 
-    def forward(self, z_SBD: Tensor, side: SideInputs) -> Tensor:
+    def forward(self, z_SBD: Tensor, side: SideInputs, skip_SBD: Tensor | None = None) -> Tensor:
         modulation = iter(self.modulation(F.silu(side.condition)).split(self.width, dim=-1))
         by_unit = [unit.vectors([*islice(modulation, unit.modulations)], z_SBD.dtype) for unit in self.units()]
         vectors = iter(self.onto_tokens([vector for of_unit in by_unit for vector in of_unit]))
         for unit, of_unit in zip(self.units(), by_unit, strict=True):
-            z_SBD = unit(z_SBD, side, [*islice(vectors, len(of_unit))])
+            more = () if unit is not self.skip or skip_SBD is None else (skip_SBD,)
+            z_SBD = unit(z_SBD, side, [*islice(vectors, len(of_unit))], *more)
         return z_SBD

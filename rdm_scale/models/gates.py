@@ -20,8 +20,8 @@ from rdm_scale.config import ModelConfig
 
 
 def branch_multiplier(config: ModelConfig) -> float:
-    """m(L) = m0 * L^-p, with L = 2 * depth residual branches (attention and MLP of each block)."""
-    return config.gate.multiplier * (2 * config.depth) ** -config.gate.exponent
+    """m(L) = m0 * L^-p, with L residual branches: attention and MLP of each block, and what else it has."""
+    return config.gate.multiplier * config.branches**-config.gate.exponent
 
 
 def _layerscale_start(depth: int) -> float:

@@ -83,6 +83,10 @@ class LayerFactory:
         """All tokens, out of those that each rank works on."""
         return z_SBD
 
+    def split_features(self, x: Tensor) -> Tensor:
+        """Of features of the tokens that this rank works on, those of all tokens that feed its part of a `row`."""
+        return x
+
     def onto_tokens(self, vectors: list[Tensor]) -> list[Tensor]:
         """Tensors that are the same on every rank, about to act on the tokens of this one: their gradients are sums
         over all tokens, wherever those are."""

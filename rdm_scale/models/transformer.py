@@ -114,12 +114,19 @@ class DiffusionTransformer(nn.Module):
             condition_BD = condition_BD + self.class_embed(condition)
         return self.layers.split_tokens(z_SBD), SideInputs(condition_BD, grid)
 
-    def run_blocks(self, numbers: Iterable[int], z_SBD: Tensor, side: SideInputs) -> Tensor:
-        """The stream after some of the blocks."""
+    def run_blocks(
+        self, numbers: Iterable[int], z_SBD: Tensor, side: SideInputs, skips: dict[int, Tensor] | None = None
+    ) -> Tensor:
+        """The stream after some of the blocks. `skips` are long skips by the block that they start from: those that
+        blocks here end are taken out, those that blocks here start and do not end put in."""
+        skips = {} if skips is None else skips
         for i in numbers:
             if i == 1 and self.config.attention == "factorized":
                 z_SBD = self._at_times(z_SBD, side.grid)
-            z_SBD = self.blocks[str(i)](z_SBD, side)
+            source = self.config.skip_source(i)
+            z_SBD = self.blocks[str(i)](z_SBD, side, None if source is None else skips.pop(source))
+            if self.config.starts_skip(i):
+                skips[i] = z_SBD
         return z_SBD
 
     def unembed(self, z_SBD: Tensor, side: SideInputs, size: Sequence[int]) -> Tensor:

@@ -103,7 +103,7 @@ def plan(config: RunConfig, world_size: int, memory: float | None) -> Layout:
     def stage(rank: int, keep: bool) -> StageCost:
         chunks = place.chunks_of(rank)
         parameters = sum(_chunk_parameters(config, blocks, chunk).on_rank(parallel.tensor) for chunk in chunks)
-        kept = [cost.blocks_activation_bytes(config, micro_batch, len(blocks[chunk])) for chunk in chunks]
+        kept = [cost.blocks_activation_bytes(config, micro_batch, blocks[chunk]) for chunk in chunks]
         return StageCost(
             blocks=tuple(len(blocks[chunk]) for chunk in chunks),
             parameters=parameters,
@@ -147,20 +147,26 @@ def memory_of_rank(config: RunConfig) -> float | None:
 
 def balance(config: RunConfig, place: Placement) -> tuple[range, ...]:
     """The blocks of each chunk, such that the costliest rank has as little to do as can be, and of its chunks the
-    costliest; embeddings and head count."""
+    costliest; embeddings and head count. Of a u stack, blocks that mirror each other are in chunks that do."""
     model, last = config.model, place.chunks - 1
     block = cost.blocks_flops(model, range(model.depth)) / model.depth  # they are alike, or take turns
     sizes = [1] * place.chunks
     chunks: list[float] = [block] * place.chunks
-    chunks[0] += cost.embedding_flops(config.model)
-    chunks[last] += cost.head_flops(config.model)
+    chunks[0] += cost.embedding_flops(model)
+    chunks[last] += cost.head_flops(model)
     ranks = [sum(chunks[chunk] for chunk in place.chunks_of(rank)) for rank in range(place.ranks)]
-    for _ in range(config.model.depth - place.chunks):
+    left = model.depth - place.chunks
+    while left:
         # Of equal blocks, giving each to who has least is optimal: to late chunks first, of which less is kept.
         least = min(range(place.chunks), key=lambda chunk: (ranks[place.rank_of(chunk)], chunks[chunk], -chunk))
-        sizes[least] += 1
-        chunks[least] += block
-        ranks[place.rank_of(least)] += block
+        takers = [least]
+        if model.stacking == "u" and place.chunks > 1:  # by twos; the middle one, if there is one, to the last rank
+            takers = [place.chunks // 2] if left % 2 else [least, place.mirror_of(least)]
+        for chunk in takers:
+            sizes[chunk] += 1
+            chunks[chunk] += block
+            ranks[place.rank_of(chunk)] += block
+        left -= len(takers)
     ends = list(itertools.accumulate(sizes))
     return tuple(range(end - size, end) for end, size in zip(ends, sizes, strict=True))
 
@@ -174,16 +180,17 @@ def _chunk_flops(config: RunConfig, blocks: tuple[range, ...], chunk: int) -> fl
 
 def _chunk_parameters(config: RunConfig, blocks: tuple[range, ...], chunk: int) -> cost.Parameters:
     model = config.model
-    parameters = cost.block_parameters(model) * len(blocks[chunk])
+    parameters = cost.blocks_parameters(model, blocks[chunk])
     parameters += cost.embedding_parameters(model) if chunk == 0 else cost.NOTHING
     return parameters + (cost.head_parameters(model) if chunk == len(blocks) - 1 else cost.NOTHING)
 
 
 def _working_bytes(config: RunConfig, samples: int, parameters: int, data: int, keep: bool) -> float:
-    block = cost.block_parameters(config.model).on_rank(config.parallel.tensor)
+    largest = cost.block_parameters(config.model, config.model.depth - 1)  # the one with a long skip, if any has
+    block = largest.on_rank(config.parallel.tensor)
     working = 0.0
     if config.parallel.recompute != "none":
-        working += cost.block_activation_bytes(config, samples, "none")
+        working += cost.block_activation_bytes(config, samples, "none", config.model.depth - 1)
     if config.parallel.zero_stage == 3:
         # By block: two blocks gathered, one's gradients before and during their reduction. At once: all gradients
         # during their reduction, where there is one.

@@ -18,8 +18,10 @@ from megatron.core import ModelParallelConfig, parallel_state  # noqa: E402
 from megatron.core.tensor_parallel import (  # noqa: E402
     ColumnParallelLinear,
     RowParallelLinear,
+    all_to_all_sp2hp,
     gather_from_sequence_parallel_region,
     scatter_to_sequence_parallel_region,
+    scatter_to_tensor_model_parallel_region,
 )
 
 _TESTED = "rdm_scale is tested with megatron-core 0.16.1"
@@ -29,6 +31,8 @@ _EXPECTED: dict[Any, tuple[str, ...]] = {
     RowParallelLinear.__init__: ("config", "init_method", "bias", "input_is_parallel", "skip_bias_add"),
     gather_from_sequence_parallel_region: ("tensor_parallel_output_grad",),
     scatter_to_sequence_parallel_region: ("group",),
+    scatter_to_tensor_model_parallel_region: ("group",),
+    all_to_all_sp2hp: ("group",),
     RowParallelLinear._forward_impl: ("input", "weight"),
     parallel_state.initialize_model_parallel: (
         "tensor_model_parallel_size",
@@ -143,6 +147,16 @@ def scatter_tokens(z_SBD: Tensor) -> Tensor:
 def gather_tokens(z_SBD: Tensor) -> Tensor:
     """All tokens; every rank then computes the same with them, so of the gradient each takes its part."""
     return gather_from_sequence_parallel_region(z_SBD, tensor_parallel_output_grad=False)
+
+
+def scatter_features(x: Tensor) -> Tensor:
+    """This rank's part of the last dimension; the gradient is gathered."""
+    return scatter_to_tensor_model_parallel_region(x)
+
+
+def exchange_tokens_for_features(x_SBF: Tensor) -> Tensor:
+    """All tokens' features that are this rank's part, out of all features of this rank's tokens."""
+    return all_to_all_sp2hp(x_SBF).unflatten(0, (-1, x_SBF.shape[1]))
 
 
 def _config(sequence: bool) -> ModelParallelConfig:

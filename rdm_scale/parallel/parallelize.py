@@ -37,12 +37,16 @@ class ParallelModel:
         inputs = (latents, timesteps, condition)
         shapes = self.boundary(latents)
         carried: Any = ()
+        across: dict[int, Tensors] = {}  # by the chunk that takes them
         for chunk in range(self._place.chunks):
             rank, before = self._place.rank_of(chunk), self._place.rank_of(max(chunk - 1, 0))
             if rank == self.mesh.pipeline_rank:
                 if before != rank and self._links is not None:
                     carried = self._links.receive(before, shapes)
-                carried = self.zero(chunk, latents.shape[2:], *(carried if chunk else inputs))
+                given = (*carried, *across.pop(chunk, ())) if chunk else inputs
+                carried = self.zero(chunk, latents.shape[2:], *given)
+                if chunk != self._place.chunks - 1:
+                    carried, across[self._place.mirror_of(chunk)] = carried[: len(shapes)], carried[len(shapes) :]
             elif before == self.mesh.pipeline_rank and chunk and self._links is not None:
                 self._links.send(rank, carried)
         if self._links is None:
@@ -116,7 +120,8 @@ class _TrainingCalls:
         batch = self.micro_batches[micro_batch]
         outputs = self.model.zero(chunk, batch.latents.shape[2:], *(inputs if chunk else self.inputs_of(batch)))
         if chunk != self.last:
-            return Outputs(outputs)
+            onward = len(self.shapes(micro_batch))
+            return Outputs(outputs[:onward], outputs[onward:])
         loss_B = self.loss_of(outputs, batch)
         self.losses.append(loss_B.detach())
         return Outputs((loss_B.mean() / len(self.micro_batches),))

@@ -139,7 +139,7 @@ class _Step:
         if chunk != self.last:
             self._give(Operation(False, chunk + 1, micro_batch), tuple(t.detach() for t in outputs.onward))
         if outputs.across:
-            self.crossed[Operation(False, self.last - chunk, micro_batch)] = outputs.across
+            self.crossed[Operation(False, self.place.mirror_of(chunk), micro_batch)] = outputs.across
 
     def backward(self, operation: Operation) -> None:
         _, chunk, micro_batch = operation
@@ -154,7 +154,7 @@ class _Step:
         if chunk:
             self._give(Operation(True, chunk - 1, micro_batch), back[:came_onward])
         if len(back) > came_onward:
-            self.crossed[Operation(True, self.last - chunk, micro_batch)] = back[came_onward:]
+            self.crossed[Operation(True, self.place.mirror_of(chunk), micro_batch)] = back[came_onward:]
 
     def _give(self, operation: Operation, tensors: Tensors) -> None:
         target = self.place.rank_of(operation.chunk)

@@ -35,9 +35,13 @@ class Placement(NamedTuple):
     chunks: int  # in all
     is_v: bool
 
+    def mirror_of(self, chunk: int) -> int:
+        """The chunk as far from the end as this one is from the beginning; under V both are on one rank."""
+        return self.chunks - 1 - chunk
+
     def rank_of(self, chunk: int) -> int:
         if self.is_v and chunk >= self.ranks:
-            return self.chunks - 1 - chunk
+            return self.mirror_of(chunk)
         return chunk % self.ranks
 
     def chunks_of(self, rank: int) -> list[int]:

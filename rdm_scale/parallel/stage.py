@@ -35,16 +35,23 @@ class Stage(DiffusionTransformer):
 
     def forward(self, chunk: int, size: Sequence[int], *inputs: Any) -> Any:  # type: ignore[override]
         """(stream, condition) to the same, for chunk number `chunk` and latents of size (T, H, W); the first chunk
-        takes (latents, timesteps, condition) as the whole model does, the last one returns the prediction."""
+        takes (latents, timesteps, condition) as the whole model does, the last one returns the prediction.
+
+        What comes after the condition are long skips to blocks of this chunk, or from them, in the order of the blocks
+        that they start from.
+        """
         part = self.parts[chunk]
+        ends = sorted({self.config.skip_source(i) for i in part.blocks} - {None} - {*part.blocks})
+        skips = dict(zip(ends, inputs[2:], strict=True)) if chunk else {}
         if part.embeds:
             z_SBD, side = self.embed(*inputs)
         else:
             z_SBD, side = inputs[0], SideInputs(inputs[1], self.config.grid_of(size))
-        z_SBD = self.run_blocks(part.blocks, z_SBD, side)
+        z_SBD = self.run_blocks(part.blocks, z_SBD, side, skips)
         if part.unembeds:
             return self.unembed(z_SBD, side, size)
-        return z_SBD, side.condition.view_as(side.condition)  # its gradient adds up on the way back through the stages
+        condition = side.condition.view_as(side.condition)  # its gradient adds up on the way back through the stages
+        return z_SBD, condition, *(skip for _, skip in sorted(skips.items()))
 
 
 def build_stage(config: RunConfig, mesh: Mesh, layout: Layout, layers: LayerFactory) -> Stage:

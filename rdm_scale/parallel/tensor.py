@@ -1,7 +1,8 @@
 """Tensor and sequence parallelism: the layer factory whose layers are shared by the ranks of a tensor-parallel group.
 
 Attention's qkv and the MLP's first layer are cut by output features (whole heads stay together), their counterparts by
-input features, so that one sum over the ranks a branch makes its output whole (Megatron-LM, arXiv 1909.08053). The
+input features, so that one sum over the ranks a branch makes its output whole (Megatron-LM, arXiv 1909.08053). A long
+skip's layer has input features that are whole; it is cut by them, too, each rank taking its part of them. The
 modulation, a third of a DiT's parameters, is cut by output features and its small output [B, 6 D] gathered. All else is
 the same on every rank. With sequence parallelism each rank keeps S / tp tokens of the stream between the linear layers
 (arXiv 2205.05198): the sum becomes a reduce-scatter, and an all-gather comes before each column layer.
@@ -14,7 +15,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rdm_scale.models.layers import LayerFactory, Slice
-from rdm_scale.parallel.megatron import Column, Row, gather_tokens, scatter_tokens
+from rdm_scale.parallel.megatron import (
+    Column,
+    Row,
+    exchange_tokens_for_features,
+    gather_tokens,
+    scatter_features,
+    scatter_tokens,
+)
 from rdm_scale.parallel.mesh import Mesh
 
 
@@ -40,6 +48,9 @@ class TensorParallelLayers(LayerFactory):
 
     def join_tokens(self, z_SBD: Tensor) -> Tensor:
         return gather_tokens(z_SBD) if self.sequence else z_SBD
+
+    def split_features(self, x: Tensor) -> Tensor:
+        return exchange_tokens_for_features(x) if self.sequence else scatter_features(x)
 
     def onto_tokens(self, vectors: list[Tensor]) -> list[Tensor]:
         return list(_OntoTokens.apply(self.mesh.tensor_group, *vectors)) if self.sequence else vectors

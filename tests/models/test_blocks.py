@@ -82,3 +82,28 @@ def test_frames_of_a_still_image_are_few() -> None:
     branch = model.blocks["1"].attention.branch
     v = branch.qkv(x).view(8, B, 4, 3, 8)[:, :, :, 2].flatten(2)
     torch.testing.assert_close(branch(x, SideInputs(torch.zeros(B, 32), (1, 2, 4))), v @ branch.out.weight.T)
+
+
+def test_long_skips_join_each_block_to_its_mirror() -> None:
+    """Against the formula: z + alpha W [modulated norm(z); norm(skip)] + beta, then what a block without skip does."""
+    model = randomised(clips(stacking="u", depth=5))
+    assert [block.skip is not None for block in model.blocks.values()] == [False, False, False, True, True]
+    z, side = stream(), SideInputs(torch.randn(B, 32), GRID)
+    outs = []
+    for i, block in model.blocks.items():
+        if block.skip is not None:
+            shift, scale, g = block.modulation(torch.nn.functional.silu(side.condition)).split(32, -1)[:3]
+            m, gate, layer = 12**-0.5, block.skip.gate, block.skip.branch.join  # 10 units and 2 skips
+            joined = torch.cat([layer_norm(z) * (1 + scale) + shift, layer_norm(outs[4 - int(i)])], -1)
+            z = z + (m * gate.a + g) * (joined @ layer.weight.T + layer.bias) + m * gate.b
+            vectors = block.modulation(torch.nn.functional.silu(side.condition)).split(32, -1)[3:]
+            for unit, given in ((block.attention, vectors[:3]), (block.mlp, vectors[3:])):
+                z = unit(z, side, unit.vectors(given, z.dtype))
+        else:
+            z = block(z, side)
+        outs.append(z)
+    torch.testing.assert_close(model.run_blocks(range(5), stream(), side), z)
+
+
+def layer_norm(x: Tensor) -> Tensor:
+    return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + 1e-6).sqrt()

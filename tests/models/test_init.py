@@ -7,6 +7,8 @@ from rdm_scale.config import GateConfig, InputConfig, ModelConfig
 from rdm_scale.models import build_model
 from rdm_scale.models.gates import ResidualGate, branch_multiplier
 
+U = {"stacking": "u"}
+
 
 def config(depth: int, **changes: object) -> ModelConfig:
     base = {"input": InputConfig(height=8, width=8), "hidden_size": 64, "num_heads": 4, "num_classes": 10}
@@ -20,17 +22,15 @@ def end_to_end(model_config: ModelConfig) -> tuple[float, float]:
     latents = torch.randn(16, 4, 1, 8, 8, generator=generator)
     z, side = model.embed(latents, torch.rand(16, generator=generator) * 1000, torch.arange(16) % 10)
     first = z.detach().requires_grad_()
-    last = first
-    for block in model.blocks.values():
-        last = block(last, side)
+    last = model.run_blocks(range(model_config.depth), first, side)
     cotangent = torch.randn(last.shape, generator=generator)
     (pulled,) = torch.autograd.grad(last, first, cotangent)
     return (last.var() / first.var()).item(), (pulled.norm() / cotangent.norm()).item()
 
 
-@pytest.mark.parametrize("depth", [12, 48, 192])
-def test_neural_rdm_keeps_variance_and_gradient_within_a_factor_of_two(depth: int) -> None:
-    variance, gain = end_to_end(config(depth))
+@pytest.mark.parametrize(("depth", "changes"), [(12, {}), (48, {}), (192, {}), (12, U), (96, U)], ids=str)
+def test_neural_rdm_keeps_variance_and_gradient_within_a_factor_of_two(depth: int, changes: dict) -> None:
+    variance, gain = end_to_end(config(depth, **changes))
     assert 0.5 < variance < 2
     assert 0.5 < gain < 2
 
@@ -45,6 +45,7 @@ def test_plain_residuals_do_not() -> None:
 def test_the_multiplier_is_a_fixed_power_of_the_number_of_branches() -> None:
     assert branch_multiplier(config(50)) == pytest.approx(0.1)
     assert branch_multiplier(config(50, gate=GateConfig(multiplier=3.0, exponent=1.0))) == pytest.approx(0.03)
+    assert branch_multiplier(config(40, stacking="u")) == pytest.approx(0.1)  # 80 of blocks, 20 long skips
 
 
 def test_gates_follow_the_table_of_structures() -> None:

@@ -55,6 +55,24 @@ def test_under_v_it_is_ranks_that_are_balanced() -> None:
     assert max(costs) - min(costs) < cost.block_flops(run().model)
 
 
+@pytest.mark.parametrize(("depth", "p"), [(8, 2), (9, 2), (21, 4), (6, 3), (7, 3)])
+def test_both_ends_of_a_long_skip_are_on_one_rank(depth: int, p: int) -> None:
+    config = run(model={"depth": depth, "stacking": "u"})
+    place = placement("v_1f1b", p, 2)
+    blocks = balance(config, place)
+    rank_of = {block: place.rank_of(chunk) for chunk, part in enumerate(blocks) for block in part}
+    assert [*rank_of] == list(range(depth))
+    assert all(rank_of[block] == rank_of[depth - 1 - block] for block in range(depth))
+    on_ranks = [sum(rank_of[block] == rank for block in range(depth)) for rank in range(p)]
+    assert max(on_ranks) - min(on_ranks) <= 2
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved_1f1b"])
+def test_other_schedules_would_send_long_skips_over_the_network(schedule: str) -> None:
+    with pytest.raises(ConfigError, match="stacking=u with parallel.pipeline=2 needs parallel.schedule=v_1f1b"):
+        run(model={"depth": 8, "stacking": "u"}, parallel={"pipeline": 2, "schedule": schedule})
+
+
 def test_memory_by_hand() -> None:
     """DiT-S on 4 ranks under ZeRO-1, fp32: parameters and gradients whole, 12 + 4 bytes of the rest sharded."""
     config = run(parallel={"zero_stage": 1}, train={"global_batch_size": 8})

@@ -1,0 +1,52 @@
+"""Members of the model family under layouts that their parts make special, each against plain PyTorch on one process."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from layouts import MODEL, Case
+from rank_pool import RankPool
+from reference import deviation, plain_training
+from small_runs import run_config, train, write_latents
+
+
+class Member(NamedTuple):
+    """A model, the shape [T, H, W] of its latents, and layouts."""
+
+    model: dict[str, Any]
+    size: tuple[int, int, int]
+    cases: list[Case]
+
+
+CLIPS = {"model__input": {"channels": 4, "frames": 4, "height": 8, "width": 8}, "model__patch_size": [1, 4, 4]}
+FAMILY = {
+    "u": Member(
+        {"model__stacking": "u", "model__depth": 7},
+        (1, 8, 8),
+        [
+            Case(2, 2, 2, "3 kept", "v_1f1b", "none", True),
+            Case(2, 2, 2, "3 by block", "v_1f1b", "full", False),
+            Case(1, 3, 1, "1", "v_1f1b", "selective", False),
+            Case(4, 1, 1, "2", "1f1b", "every_2", True),
+        ],
+    ),
+    "factorized": Member(
+        {"model__attention": "factorized", "model__depth": 4} | CLIPS,
+        (4, 8, 8),
+        [Case(2, 4, 1, "1", "1f1b", "none", True)],  # the second block, before which positions come, is a later stage's
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_every_layout_trains_the_same_model(name: str, ranks: RankPool, tmp_path: Path) -> None:
+    member = FAMILY[name]
+    data = write_latents(tmp_path / "data", size=member.size)
+    few = member.model | {"train__steps": 5}
+    reference = plain_training(run_config(tmp_path / "reference", data, **(MODEL | few)))
+    for i, case in enumerate(member.cases):
+        config = run_config(tmp_path / str(i), data, **(case.changes() | few))
+        ranks.run(case.world, train, config)
+        found = deviation(config, reference)
+        print(f"{name}, {case}: {found}")
+        found.check()
