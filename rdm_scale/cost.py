@@ -51,8 +51,12 @@ def _gate(model: ModelConfig) -> tuple[list[int], bool]:
 
 
 def _units(model: ModelConfig, block: int) -> int:
-    """Residual units of a block: attention, MLP and, in the second half of a u stack, a long skip."""
-    return 2 + _skips(model, block)
+    """Residual units of a block: attention, MLP, attention to text and, in the latter half of a u stack, a skip."""
+    return 2 + _reads_text(model) + _skips(model, block)
+
+
+def _reads_text(model: ModelConfig) -> bool:
+    return model.condition == "text"
 
 
 def _skips(model: ModelConfig, block: int) -> bool:
@@ -73,7 +77,11 @@ def block_parameters(model: ModelConfig, block: int = 0) -> Parameters:
     D, M, V = model.hidden_size, model.mlp_size, _modulations(model, block)
     gates, units, skips = _gate(model)[0], _units(model, block), _skips(model, block)
     cut = (3 * D * D + 3 * D) + D * D + (D * M + M) + M * D + skips * 2 * D * D + V * (D * D + D)
-    return Parameters(cut, units * (D + sum(gates)), 10 + 2 * skips + units * len(gates))
+    text = _reads_text(model)
+    cut += text * ((D * D + D) + 2 * D * (model.text.width + 1) + D * D)
+    norms = 2 * model.qk_norm * (1 + text)
+    whole = units * (D + sum(gates)) + norms * model.head_size
+    return Parameters(cut, whole, 10 + 2 * skips + 6 * text + units * len(gates) + norms)
 
 
 def blocks_parameters(model: ModelConfig, blocks: Iterable[int]) -> Parameters:
@@ -85,8 +93,9 @@ def embedding_parameters(model: ModelConfig) -> Parameters:
     """Of what turns latents, timesteps and classes into tokens and the condition."""
     D, patch = model.hidden_size, model.input.channels * math.prod(model.patch_size)
     classes = model.num_classes + 1 if model.condition == "class" else 0
-    whole = (patch * D + D) + (TIMESTEP_FREQUENCIES * D + D) + (D * D + D) + classes * D
-    return Parameters(0, whole, 6 + (classes > 0))
+    text = (model.text.pooled_width * D + D) + (D * D + D) if _reads_text(model) else 0
+    whole = (patch * D + D) + (TIMESTEP_FREQUENCIES * D + D) + (D * D + D) + classes * D + text
+    return Parameters(0, whole, 6 + (classes > 0) + 4 * (text > 0))
 
 
 def head_parameters(model: ModelConfig) -> Parameters:
@@ -100,11 +109,13 @@ def model_parameters(model: ModelConfig) -> Parameters:
 
 
 def block_flops(model: ModelConfig, block: int = 0) -> int:
-    """Floating-point operations of one block's forward on one sample, two for a product and a sum."""
+    """Floating-point operations of one block's forward on one sample, two for a product and a sum. What a caption
+    adds grows with its length, which is the data's, and is left out: keys, values and attention to N tokens are
+    N (4 W + 4 S) D, W the encoder's width, against 4 S D D of the queries and output, which are counted."""
     S, D, M, V = model.tokens, model.hidden_size, model.mlp_size, _modulations(model, block)
     frames, rows, columns = model.grid
     seen = {"all": S, "space": rows * columns, "time": frames}[model.attends_among(block)]  # by each token
-    products = 4 * D * D + 2 * D * M + 2 * D * D * _skips(model, block)
+    products = 4 * D * D + 2 * D * M + 2 * D * D * (_skips(model, block) + _reads_text(model))
     return 2 * S * products + 4 * S * seen * D + 2 * V * D * D
 
 
@@ -135,18 +146,20 @@ def block_activation_bytes(config: RunConfig, samples: int, policy: str, block: 
     parallelism splits the tokens: both units' inputs, normed inputs and outputs before the gate (6 r), both modulated
     inputs (2 c). Cut by tensor parallelism: q, k, v, the heads' output and its copy in token order (5 c), the MLP's
     hidden layer before and after GELU (2 M / D c). A long skip has its input, that normed, its output (3 r)
-    and, cut, both parts joined (2 c). `selective` keeps the products' outputs only, and the block's input.
+    and, cut, both parts joined (2 c); attention to a caption is a third unit (3 r, 1 c) with, cut, q, the heads' output
+    and its copy (3 c), its keys and values apart. `selective` keeps the products' outputs only, and the block's input.
     """
     model, train, parallel = config.model, config.train, config.parallel
     r, c = BYTES[train.residual_dtype], BYTES[train.precision]
     stream = model.tokens * samples * model.hidden_size
     tokens = parallel.tensor if parallel.sequence else 1
-    ratio, skips = model.mlp_size / model.hidden_size, _skips(model, block)
+    ratio, skips, text = model.mlp_size / model.hidden_size, _skips(model, block), _reads_text(model)
     if policy == "full":
         return stream * r / tokens
     if policy == "selective":
-        return stream * ((r + (2 + skips) * c) / tokens + (4 + ratio) * c / parallel.tensor)
-    whole, cut = (6 + 3 * skips) * r + 2 * c, (5 + 2 * ratio + 2 * skips) * c
+        return stream * ((r + (2 + skips + text) * c) / tokens + (4 + 2 * text + ratio) * c / parallel.tensor)
+    whole = (6 + 3 * skips + 3 * text) * r + (2 + text) * c
+    cut = (5 + 2 * ratio + 2 * skips + 3 * text) * c
     return stream * (whole / tokens + cut / parallel.tensor)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rdm_scale import cost
-from rdm_scale.config import GateConfig, InputConfig, ModelConfig, RunConfig, parse_config
+from rdm_scale.config import GateConfig, InputConfig, ModelConfig, RunConfig, TextConfig, parse_config
 from rdm_scale.models import build_model
 from rdm_scale.models.blocks import SideInputs
 from rdm_scale.parallel.recompute import recompute_blocks
@@ -34,6 +34,8 @@ def run(model: ModelConfig, **sections: dict[str, object]) -> RunConfig:
         {"gate": GateConfig(conditional=False, per_channel=False)},
         {"input": InputConfig(frames=4, height=8, width=16), "patch_size": (2, 2, 4)},
         {"stacking": "u"},
+        {"condition": "text", "text": TextConfig(width=24, pooled_width=12), "qk_norm": True},
+        {"qk_norm": True, "positions": "rotary"},
         {"attention": "factorized", "depth": 4, "input": InputConfig(frames=4, height=8, width=8)},
     ],
 )

@@ -20,6 +20,7 @@ from rdm_scale.config.schema import (
     RunConfig,
     RunSection,
     SamplingConfig,
+    TextConfig,
     TrainConfig,
     flatten,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "RunConfig",
     "RunSection",
     "SamplingConfig",
+    "TextConfig",
     "TrainConfig",
     "describe_keys",
     "flatten",

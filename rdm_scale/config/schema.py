@@ -32,6 +32,11 @@ class GateConfig(Section):
     conditional: bool = Field(True, description="add a gate g(c), a function of the condition, to m * a")
 
 
+class TextConfig(Section):
+    width: int = Field(768, ge=1, description="text condition: channels of the text encoder's tokens")
+    pooled_width: int = Field(768, ge=1, description="text condition: channels of its pooled vector")
+
+
 class ModelConfig(Section):
     input: InputConfig = InputConfig()
     patch_size: tuple[int, int, int] = Field((1, 2, 2), description="patch of [t, h, w] latents per token")
@@ -45,14 +50,19 @@ class ModelConfig(Section):
     gate: GateConfig = GateConfig()
     stacking: Literal["flow", "u"] = Field(
         "flow",
-        description="how blocks are joined: flow is a chain; u has long skips from block i to block depth-1-i too",
+        description="how blocks are joined: flow is a chain; u also has long skips from block i to block depth-1-i",
     )
     attention: Literal["joint", "factorized"] = Field(
         "joint",
         description="joint: all tokens attend to each other; factorized: in turns of blocks, those of a frame and "
         "those of a place in all frames (Latte)",
     )
-    condition: Literal["none", "class"] = Field("class", description="what the model is conditioned on")
+    positions: Literal["sincos", "rotary"] = Field(
+        "sincos", description="sincos: fixed tables added to the tokens; rotary: axial turns of queries and keys (RoPE)"
+    )
+    qk_norm: bool = Field(False, description="RMS-normalise the queries and keys of each head, with learned scales")
+    condition: Literal["none", "class", "text"] = Field("class", description="what the model is conditioned on")
+    text: TextConfig = TextConfig()
     num_classes: int = Field(1000, ge=1, description="number of classes; one more embedding is the null class")
     learned_variance: bool = Field(False, description="predict the variance too (ddpm only): 2C output channels")
     timestep_spacing: Literal["dit", "diffusers"] = Field(
@@ -69,6 +79,12 @@ class ModelConfig(Section):
             raise ValueError(f"model.num_heads={self.num_heads} does not divide model.hidden_size={self.hidden_size}")
         if self.hidden_size % 4:
             raise ValueError(f"model.hidden_size={self.hidden_size} is not divisible by 4 (sin-cos positions in 2D)")
+        axes = 3 if self.input.frames > 1 else 2
+        if self.positions == "rotary" and (self.head_size % 2 or self.head_size < 2 * axes):
+            raise ValueError(
+                f"model.positions=rotary turns pairs of channels along {axes} axes, and a head has {self.head_size} "
+                f"(model.hidden_size / model.num_heads): make it even and at least {2 * axes}"
+            )
         if self.attention == "factorized" and self.depth % 2:
             raise ValueError(
                 f"model.depth={self.depth} is odd: under model.attention=factorized blocks come in pairs, one that "
@@ -96,6 +112,10 @@ class ModelConfig(Section):
         """Number of tokens of a sample of latent size (T, H, W)."""
         return math.prod(self.grid_of(size))
 
+    @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.num_heads
+
     def attends_among(self, block: int) -> Among:
         """Which tokens attend to each other in a block: all, or by turns those of a frame and those of a place."""
         if self.attention == "joint":
@@ -114,7 +134,9 @@ class ModelConfig(Section):
     @property
     def branches(self) -> int:
         """Number L of residual branches: the units of all blocks."""
-        return 2 * self.depth + sum(self.starts_skip(block) for block in range(self.depth))
+        return (3 if self.condition == "text" else 2) * self.depth + sum(
+            self.starts_skip(block) for block in range(self.depth)
+        )
 
     @property
     def mlp_size(self) -> int:
@@ -351,6 +373,8 @@ class RunConfig(Section):
             )
         if self.sampling.guidance != 1 and self.model.condition == "none":
             raise ValueError("sampling.guidance other than 1 needs a model.condition other than none")
+        if self.monitor.sample_every and self.model.condition == "text":
+            raise ValueError("monitor.sample_every needs labels to draw: with model.condition=text set it to 0")
         self._check_layout()
         return self
 
@@ -367,8 +391,8 @@ class RunConfig(Section):
             )
         if model.stacking == "u" and parallel.pipeline > 1 and parallel.schedule != "v_1f1b":
             raise ValueError(
-                f"model.stacking=u with parallel.pipeline={parallel.pipeline} needs parallel.schedule=v_1f1b, which puts "
-                f"both ends of a long skip on one rank; parallel.schedule={parallel.schedule} does not"
+                f"model.stacking=u with parallel.pipeline={parallel.pipeline} needs parallel.schedule=v_1f1b, which "
+                f"puts both ends of a long skip on one rank; parallel.schedule={parallel.schedule} does not"
             )
         chunks = parallel.pipeline * parallel.chunks_per_rank
         if model.depth < chunks:

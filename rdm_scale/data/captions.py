@@ -1,5 +1,6 @@
 """Captions to vectors: text encoders of transformers, and the members of side-car shards that hold their output."""
 
+import base64
 import inspect
 import math
 import os
@@ -15,6 +16,9 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from rdm_scale.conditions import TextCondition
+from rdm_scale.data.manifest import TextEncoding
+from rdm_scale.data.shards import DTYPES
 from rdm_scale.data.text_folder import TextFolder, text_folder
 from rdm_scale.errors import DataError
 
@@ -332,6 +336,17 @@ def unpack_text(
     if not (text.tokens.isfinite().all() and text.pooled.isfinite().all()):
         raise DataError(f"{where} holds numbers that are not finite: {_REMEDY}")
     return text
+
+
+def empty_caption(how: TextEncoding) -> TextCondition:
+    """The encoded empty caption of a set. Raises DataError: it is damaged."""
+    where = "the empty caption in the manifest"
+    try:
+        content = base64.b64decode(how.empty, validate=True)
+    except ValueError as error:
+        raise DataError(f"{where} is not base64 ({error}): {_REMEDY}") from None
+    text = unpack_text(content, 1, how.width, how.pooled_width, DTYPES[how.dtype], where)
+    return TextCondition.of([(text.tokens, text.pooled[0])])
 
 
 _REMEDY = "copy the shards and their manifest again from where they came from, or encode the data again"

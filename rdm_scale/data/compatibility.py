@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rdm_scale.config import DataSource, ModelConfig, RunConfig
-from rdm_scale.data.manifest import Codec, Manifest, Shape, read_manifest
+from rdm_scale.data.manifest import Codec, Manifest, Shape, TextEncoding, read_manifest
 from rdm_scale.errors import DataError
 
 
@@ -18,6 +18,7 @@ class DataFacts:
     identity: dict[str, Any]
     codec: Codec
     class_names: tuple[str, ...]
+    text: TextEncoding | None = None  # how captions were encoded, where the model takes them
 
 
 def check_data(config: RunConfig) -> DataFacts:
@@ -37,6 +38,7 @@ def check_data(config: RunConfig) -> DataFacts:
         for source, manifest in zip(sources, manifests, strict=True):
             _check_shapes(config, manifest, key, shapes if len(shapes) > 1 else set())
             _check_classes(config.model, manifest, key)
+            _check_text(config.model, manifest, first, key)
             if manifest.codec != first.codec:
                 raise DataError(
                     f"{key}={source.path} was encoded by codec {manifest.codec.name} and data.train={where} by "
@@ -49,7 +51,9 @@ def check_data(config: RunConfig) -> DataFacts:
                     "same classes"
                 )
     several = [[manifest.digest, source.weight] for manifest, source in zip(train, config.data.train, strict=True)]
-    return DataFacts({"train": first.digest if len(train) == 1 else several}, first.codec, first.class_names)
+    text = first.text if config.model.condition == "text" else None
+    identity = {"train": first.digest if len(train) == 1 else several}
+    return DataFacts(identity, first.codec, first.class_names, text)
 
 
 def _read(config: RunConfig, source: DataSource) -> Manifest:
@@ -99,6 +103,21 @@ def _check_classes(model: ModelConfig, manifest: Manifest, key: str) -> None:
             if classes
             else f"{key} has no labels: set model.condition=none, or encode data with labels"
         )
+
+
+def _check_text(model: ModelConfig, manifest: Manifest, first: Manifest, key: str) -> None:
+    if model.condition != "text":
+        return
+    text = manifest.text
+    if text is None:
+        raise DataError(f"{key} has no captions: encode data with captions (--text-encoder), or set model.condition")
+    if (text.width, text.pooled_width) != (model.text.width, model.text.pooled_width):
+        raise DataError(
+            f"{key} has captions of width {text.width} and pooled width {text.pooled_width}: set model.text.width="
+            f"{text.width} and model.text.pooled_width={text.pooled_width}"
+        )
+    if first.text is None or (text.digest, text.empty) != (first.text.digest, first.text.empty):
+        raise DataError(f"{key} has captions of another text encoder than the first set: encode all with the same one")
 
 
 def _few(names: tuple[str, ...]) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rdm_scale import rng
+from rdm_scale.conditions import Condition, TextCondition, replaced
 from rdm_scale.data.stream import LatentBatch
 from rdm_scale.errors import DataError
 
@@ -23,8 +24,9 @@ class TrainingBatch:
     """A batch with all that is random about it.
 
     positions and ids int64 [B]; latents (x_0) and noise float32 [B, C, T, H, W]; t float32 [B], in the objective's
-    units; condition int64 [B], or None for a model without one; weights float64 [B] of the samples in a validation
-    loss, None in training.
+    units; condition int64 [B], or None for a model without classes; text_tokens float32 [B, N, D], text_mask bool
+    [B, N] and text_pooled float32 [B, P] of captions, or None for a model without text; weights float64 [B] of the
+    samples in a validation loss, None in training.
     """
 
     step: int
@@ -34,7 +36,17 @@ class TrainingBatch:
     noise: Tensor
     t: Tensor
     condition: Tensor | None = None
+    text_tokens: Tensor | None = None
+    text_mask: Tensor | None = None
+    text_pooled: Tensor | None = None
     weights: Tensor | None = None
+
+    @property
+    def model_condition(self) -> Condition:
+        """What the model takes."""
+        if self.text_tokens is None or self.text_mask is None or self.text_pooled is None:
+            return self.condition
+        return TextCondition(self.text_tokens, self.text_mask, self.text_pooled)
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -66,13 +78,16 @@ def draw(
     seed: int,
     num_classes: int | None,
     condition_dropout: float,
+    empty_caption: TextCondition | None = None,
     purpose: str = "train",
 ) -> TrainingBatch:
     """Draws timestep, noise and condition dropout of each sample, as functions of (seed, purpose, position) alone.
 
     Args:
         num_classes: also the null class, which stands for a label dropped or missing; None for a model without classes.
-        condition_dropout: probability with which a label is dropped (classifier-free guidance, Ho & Salimans 2022).
+        condition_dropout: probability with which a label or caption is dropped (classifier-free guidance, Ho & Salimans
+            2022).
+        empty_caption: the one that stands for a caption dropped; None for a model without text.
 
     Raises:
         DataError: a label that is not below num_classes.
@@ -83,12 +98,18 @@ def draw(
     def generators(what: str) -> Iterator[torch.Generator]:
         return (rng.generator(seed, f"{purpose} {what}", position) for position in positions)
 
-    condition = None
+    def dropped() -> Tensor:
+        uniform = torch.stack([torch.rand((), generator=g) for g in generators("condition dropout")])
+        return uniform < condition_dropout
+
+    condition, text = None, {}
     if num_classes is not None:
         _check_labels(batch, num_classes)
-        uniform = torch.stack([torch.rand((), generator=g) for g in generators("condition dropout")])
-        null = (uniform < condition_dropout) | (batch.labels < 0)
-        condition = batch.labels.masked_fill(null, num_classes)
+        condition = batch.labels.masked_fill(dropped() | (batch.labels < 0), num_classes)
+    if empty_caption is not None:
+        assert batch.text is not None, "the stream must read captions"
+        captions = replaced(batch.text, dropped(), empty_caption)
+        text = {f"text_{name}": part for name, part in captions._asdict().items()}
     return TrainingBatch(
         step=batch.step,
         positions=batch.positions,
@@ -97,6 +118,7 @@ def draw(
         noise=torch.stack([torch.randn(shape, generator=g) for g in generators("noise")]),
         t=torch.tensor([objective.draw_timestep(g) for g in generators("timestep")], dtype=torch.float32),
         condition=condition,
+        **text,
     )
 
 

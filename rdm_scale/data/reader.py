@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rdm_scale.config import DataConfig, DataSource
 from rdm_scale.data.cache import MemberCache
+from rdm_scale.data.captions import unpack_text
 from rdm_scale.data.manifest import Manifest, Tar, read_manifest
 from rdm_scale.data.memory import MEMORY, as_bytes
 from rdm_scale.data.order import Run
@@ -35,6 +36,9 @@ class OpenSet(NamedTuple):
     weight: float
 
 
+Caption = tuple[Tensor, Tensor]  # tokens [n, D] and the pooled vector [P]
+
+
 class Samples(NamedTuple):
     """A run, taken apart so that one of its samples costs little to look up."""
 
@@ -43,6 +47,7 @@ class Samples(NamedTuple):
     size: int  # of a sample, in bytes
     ids: list[int]
     labels: list[int]
+    captions: list[Caption]  # where they are read
 
 
 class UnreadableError(DataError):
@@ -86,12 +91,23 @@ class RunReader:
     Args:
         streams: how many runs are in use at a time.
         largest: bytes of the largest run.
+        captions: read those of the side-cars, too.
     """
 
     def __init__(
-        self, sets: Sequence[OpenSet], *, streams: int, largest: int, workers: int, cache: MemberCache | None
+        self,
+        sets: Sequence[OpenSet],
+        *,
+        streams: int,
+        largest: int,
+        workers: int,
+        cache: MemberCache | None,
+        captions: bool = False,
     ) -> None:
-        self.sets, self.workers = sets, workers
+        self.sets, self.workers, self._captions = sets, workers, captions
+        if captions:
+            tars = [(shard.bytes, shard.text) for one in sets for shard in one.manifest.shards]
+            largest = int(largest * max(1 + text.bytes / size for size, text in tars if text))
         self._bound = max(_MEMORY_BYTES, (streams + 2 * workers) * largest)
         self._cache = cache
         self._pool = ThreadPoolExecutor(workers, "runs")
@@ -161,9 +177,9 @@ class RunReader:
     def _read(self, run: Run) -> Samples:
         manifest, folder = self.sets[run.set][:2]
         record = manifest.shards[run.shard]
-        content, members = self._content(run)
+        content, members = self._content(record, run)
         shape = manifest.stored_shape(manifest.shape_of(record))
-        found = Samples(content, [], math.prod(shape) * DTYPES[manifest.dtype].itemsize, [], [])
+        found = Samples(content, [], math.prod(shape) * DTYPES[manifest.dtype].itemsize, [], [], [])
         begin = record.members[run.first].offset
         for number, member in enumerate(members, run.first):
             part = record.members[number]
@@ -174,20 +190,35 @@ class RunReader:
             found.starts.extend(range(first, first + part.samples * found.size, found.size))
             found.ids.extend(tensors.ids)
             found.labels.extend(tensors.labels)
+        if self._captions:
+            found.captions.extend(self._read_captions(run, found.ids))
         return found
 
-    def _content(self, run: Run) -> tuple[memoryview, list[memoryview]]:
-        """The bytes of a run, and those of each of its members."""
-        manifest, folder, found = self.sets[run.set][:3]
-        shard = manifest.shards[run.shard]
-        buffer = as_bytes(MEMORY.take(self._size(run)))
-        parts = shard.members[run.first : run.end]
+    def _read_captions(self, run: Run, ids: list[int]) -> list[Caption]:
+        """Those of the samples of a run."""
+        manifest, folder = self.sets[run.set][:2]
+        tar, how = manifest.shards[run.shard].text, manifest.text
+        assert tar is not None and how is not None
+        captions: list[Caption] = []
+        for content, part in zip(self._content(tar, run)[1], tar.members[run.first : run.end], strict=True):
+            where = f"{folder / tar.name}, member {part.name}"
+            text = unpack_text(bytes(content), part.samples, how.width, how.pooled_width, DTYPES[how.dtype], where)
+            if text.ids.tolist() != ids[len(captions) : len(captions) + part.samples]:
+                raise DataError(f"{where} has captions of other samples than its shard: encode the data again")
+            captions += zip(text.tokens.split(text.offsets.diff().tolist()), text.pooled, strict=True)
+        return captions
+
+    def _content(self, tar: Tar, run: Run) -> tuple[memoryview, list[memoryview]]:
+        """The bytes of a run of a tar, and those of each of its members."""
+        _, folder, found = self.sets[run.set][:3]
+        buffer = as_bytes(MEMORY.take(span(tar, run.first, run.end)))
+        parts = tar.members[run.first : run.end]
         names = [f"{part.xxh3}-{part.bytes}" for part in parts]
         if self._cache is not None:
             places = [buffer[part.offset - parts[0].offset :][: part.bytes] for part in parts]
             if all(self._cached(name, place) for name, place in zip(names, places, strict=True)):
                 return buffer, places
-        members = read_run(folder, shard, run.first, run.end, buffer, found.get(shard.name))
+        members = read_run(folder, tar, run.first, run.end, buffer, found.get(tar.name))
         if self._cache is not None:
             for name, member in zip(names, members, strict=True):
                 self._cache.put(name, member)
@@ -207,7 +238,9 @@ class RunReader:
         return True
 
     def _size(self, run: Run) -> int:
-        return span(self.sets[run.set].manifest.shards[run.shard], run.first, run.end)
+        shard = self.sets[run.set].manifest.shards[run.shard]
+        text = span(shard.text, run.first, run.end) if self._captions and shard.text else 0
+        return span(shard, run.first, run.end) + text
 
 
 def open_cache(config: DataConfig) -> MemberCache | None:

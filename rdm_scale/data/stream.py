@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rdm_scale import rng
+from rdm_scale.conditions import TextCondition
 from rdm_scale.config import DataConfig, DataSource
 from rdm_scale.data import mixing
 from rdm_scale.data.codecs.codec import normalise_
@@ -48,6 +49,7 @@ class LatentBatch:
     ids: Tensor
     labels: Tensor
     latents: Tensor
+    text: TextCondition | None = None
 
 
 class _Planned(NamedTuple):
@@ -71,6 +73,7 @@ class LatentStream:
         start_step: the last step that is done already.
         config: how to read: workers, cache, options, budget of lost shards. Its `train` and `validation` are not used.
         lost: shards that are known to be lost (`LostShards.known` of the run that is resumed).
+        captions: read the samples' captions, too; all sets must have them.
 
     Raises:
         ConfigError: dp_size does not divide global_batch_size, or there is no such dp_rank.
@@ -88,6 +91,7 @@ class LatentStream:
         start_step: int = 0,
         config: DataConfig | None = None,
         lost: Sequence[Sequence[str]] = (),
+        captions: bool = False,
     ) -> None:
         _check_ranks(dp_rank, dp_size)
         if global_batch_size < 1 or global_batch_size % dp_size:
@@ -126,7 +130,12 @@ class LatentStream:
         streams = global_batch_size // dp_size * lanes  # of every lane a share is in use
         largest = max(order.largest_run for orders in self._lanes for order in orders)
         self._reader = RunReader(
-            self.sets, streams=streams, largest=largest, workers=config.workers, cache=open_cache(config)
+            self.sets,
+            streams=streams,
+            largest=largest,
+            workers=config.workers,
+            cache=open_cache(config),
+            captions=captions,
         )
         self._in_use: dict[tuple[int, int], set[Run]] = {}  # of each lane, by the step of it that was read last
 
@@ -195,6 +204,7 @@ class HeldOut:
     Args:
         samples: size of the held-out set, at most; attribute `samples` is how many there are.
         batch_size: samples in a batch of one rank.
+        captions: read the samples' captions, too; all sets must have them.
 
     Raises:
         ConfigError: an impossible size or rank.
@@ -210,6 +220,7 @@ class HeldOut:
         dp_rank: int = 0,
         dp_size: int = 1,
         config: DataConfig | None = None,
+        captions: bool = False,
     ) -> None:
         _check_ranks(dp_rank, dp_size)
         if samples < 1 or batch_size < 1:
@@ -222,7 +233,7 @@ class HeldOut:
         self.samples = sum(len(places) for _, places in self._groups)
         largest = max(member.bytes for one in self.sets for shard in one.manifest.shards for member in shard.members)
         self._reader = RunReader(
-            self.sets, streams=1, largest=largest, workers=config.workers, cache=open_cache(config)
+            self.sets, streams=1, largest=largest, workers=config.workers, cache=open_cache(config), captions=captions
         )
 
     def __len__(self) -> int:
@@ -296,6 +307,7 @@ def _batch(
         ids=_integers([member.ids[index] for member, index in found]),
         labels=_integers([member.labels[index] for member, index in found]),
         latents=normalise_(raw, manifest.codec),
+        text=TextCondition.of([run.captions[i] for run, i in found]) if found[0][0].captions else None,
     )
 
 

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from rdm_scale import rng
+from rdm_scale.conditions import Condition, TextCondition, joined, repeated
 from rdm_scale.config import DiffusionConfig
 from rdm_scale.diffusion.objectives import Objective, build_objective
 from rdm_scale.diffusion.schedule import NoiseSchedule
 from rdm_scale.errors import ConfigError
 
-Model = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (latents, timesteps [B], condition) -> prediction
-Call = Callable[[Tensor | None, Tensor, float], Tensor]  # (condition, latents, t) -> prediction
+Model = Callable[[Tensor, Tensor, Condition], Tensor]  # (latents, timesteps [B], condition) -> prediction
+Call = Callable[[Condition, Tensor, float], Tensor]  # (condition, latents, t) -> prediction
 Predict = Callable[[Tensor, float], Tensor]  # (latents, t) -> prediction, with guidance
 DrawNoise = Callable[[], Tensor]  # noise of the latents' shape, new at every call
 Walk = Callable[[Predict, DrawNoise, int, DiffusionConfig], Iterator[Tensor]]  # yields the latents after each step
@@ -32,14 +33,14 @@ Walk = Callable[[Predict, DrawNoise, int, DiffusionConfig], Iterator[Tensor]]  #
 def sample(
     model: Model,
     shape: Sequence[int],
-    condition: Tensor | None,
+    condition: Condition,
     steps: int,
     guidance: float,
     seed: int,
     *,
     diffusion: DiffusionConfig,
     sampler: str | None = None,
-    null_condition: Tensor | int | None = None,
+    null_condition: Condition | int = None,
     learned_variance: bool = False,
     first_index: int = 0,
     device: torch.device | str | None = None,
@@ -51,14 +52,15 @@ def sample(
         model: called as model(latents [B, C, T, H, W], timesteps [B], condition); it may answer in any float type.
             With guidance it is called on 2B samples, the conditional ones first.
         shape: (B, C, T, H, W) of the samples.
-        condition: None, or int64 labels [B].
+        condition: None, int64 labels [B], or a TextCondition.
         steps: sampling steps. Each is one call of the model; of heun two, but one in the last step.
         guidance: scale s of classifier-free guidance, null + s (conditional - null) (Ho & Salimans 2022, eq. 6 with
             s = 1 + w); 1 calls the model without the null condition. A learned variance is the conditional one.
         seed: together with a sample's index it decides all of its noise.
         diffusion: the objective the model was trained on.
         sampler: ddpm or ddim (objective ddpm), euler or heun (flow); None: ddpm and euler.
-        null_condition: what stands for no condition: a label or labels [B]; needed where guidance is not 1.
+        null_condition: what stands for no condition: a label or labels [B], or the empty caption as a TextCondition of
+            one; needed where guidance is not 1.
         learned_variance: the model predicts 2C channels, noise and variance (ddpm only).
         first_index: index of the first sample of this batch.
         device: where the samples are made; None: where the model's parameters are, or else the CPU.
@@ -78,8 +80,7 @@ def sample(
     condition = None if condition is None else condition.to(device)
     predict: Predict = partial(call, condition)
     if condition is not None and guidance != 1:
-        null = torch.as_tensor(null_condition, device=device, dtype=condition.dtype)
-        predict = _guided(call, condition, null.expand_as(condition), guidance)
+        predict = _guided(call, joined(condition, _null(condition, null_condition)), guidance)
     draw_noise = _keyed_noise(shape, seed, first_index, device)
 
     for done, latents in enumerate(walk(predict, draw_noise, steps, diffusion), start=1):  # noqa: B007
@@ -149,7 +150,7 @@ def _walk(objective: str, sampler: str | None) -> Walk:
 
 
 def _check(
-    shape: Sequence[int], condition: Tensor | None, steps: int, guidance: float, null_condition: Tensor | int | None
+    shape: Sequence[int], condition: Condition, steps: int, guidance: float, null_condition: Condition | int
 ) -> None:
     if len(shape) != 5 or min(shape) < 1:
         raise ConfigError(f"shape={list(shape)} of the samples must be [B, C, T, H, W], each at least 1")
@@ -157,13 +158,17 @@ def _check(
         raise ConfigError(f"steps={steps} must be at least 1")
     if not (math.isfinite(guidance) and guidance >= 0):
         raise ConfigError(f"guidance={guidance} must be a finite number, at least 0")
-    if condition is not None and condition.shape != (shape[0],):
+    if isinstance(condition, Tensor) and condition.shape != (shape[0],):
         raise ConfigError(f"condition must hold one label for each of the {shape[0]} samples: {list(condition.shape)}")
+    if isinstance(condition, TextCondition) and len(condition.pooled) != shape[0]:
+        raise ConfigError(f"condition must hold a caption for each of {shape[0]} samples, not {len(condition.pooled)}")
     if guidance == 1:
         return
     if condition is None or null_condition is None:
         raise ConfigError(f"guidance={guidance} needs a condition and a null_condition: give both, or guidance=1")
-    if isinstance(null_condition, Tensor) and null_condition.shape not in ((), condition.shape):
+    if isinstance(condition, TextCondition) != isinstance(null_condition, TextCondition):
+        raise ConfigError("condition and null_condition must both be captions, or both labels")
+    if isinstance(null_condition, Tensor) and null_condition.shape not in ((), (shape[0],)):
         raise ConfigError(f"null_condition must be one label or one a sample, not {list(null_condition.shape)}")
 
 
@@ -181,7 +186,7 @@ def _times(steps: int) -> list[float]:
 def _calls(model: Model, objective: Objective, channels: int) -> Call:
     """The model as a function of one t for the whole batch, checked to answer with so many channels, in float32."""
 
-    def call(condition: Tensor | None, x: Tensor, t: float) -> Tensor:
+    def call(condition: Condition, x: Tensor, t: float) -> Tensor:
         timesteps = objective.model_timesteps(torch.full((len(x),), t, device=x.device))
         prediction = model(x, timesteps, condition).float()
         if prediction.shape != (len(x), channels, *x.shape[2:]):
@@ -194,9 +199,16 @@ def _calls(model: Model, objective: Objective, channels: int) -> Call:
     return call
 
 
-def _guided(call: Call, condition: Tensor, null_condition: Tensor, guidance: float) -> Predict:
-    """Classifier-free guidance: both conditions go through the model in one batch."""
-    conditions = torch.cat([condition, null_condition])
+def _null(condition: Tensor | TextCondition, null: Condition | int) -> Tensor | TextCondition:
+    """What stands for no condition, one for each sample."""
+    if isinstance(condition, TextCondition):
+        assert isinstance(null, TextCondition)
+        return repeated(null.to(condition.pooled.device), len(condition.pooled))
+    return torch.as_tensor(null, device=condition.device, dtype=condition.dtype).expand_as(condition)
+
+
+def _guided(call: Call, conditions: Tensor | TextCondition, guidance: float) -> Predict:
+    """Classifier-free guidance: both conditions, the null ones last, go through the model in one batch."""
 
     def predict(x: Tensor, t: float) -> Tensor:
         conditional, null = call(conditions, torch.cat([x, x]), t).chunk(2)

@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rdm_scale.conditions import TextCondition
 from rdm_scale.config import Among, ModelConfig
+from rdm_scale.models.embeddings import rotated
 from rdm_scale.models.gates import ResidualGate
 from rdm_scale.models.layers import LayerFactory
 
@@ -20,12 +22,29 @@ class SideInputs(NamedTuple):
 
     condition: Tensor  # [B, D]
     grid: tuple[int, int, int]  # tokens along T, H and W
+    text: TextCondition | None = None
+    rotation: Tensor | None = None  # [2, S, head size / 2]: cosines and sines, for rotary positions
 
 
 def modulated_norm(z: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
     """LayerNorm without weights, then x * (1 + scale) + shift; in the stream's type, returned in the branch's."""
     x = F.layer_norm(z, z.shape[-1:], eps=NORM_EPS)
     return (x * (1 + scale_BD.to(x.dtype)) + shift_BD.to(x.dtype)).to(shift_BD.dtype)
+
+
+class QueryKeyNorm(nn.Module):
+    """Queries and keys [..., channel] of each head at unit root mean square, times learned scales of the channels
+    (arXiv 2302.05442, section 2; as RMS norm in arXiv 2403.03206)."""
+
+    def __init__(self, config: ModelConfig, layers: LayerFactory) -> None:
+        super().__init__()
+        self.onto_heads = layers.onto_heads
+        self.q_scale = nn.Parameter(torch.empty(config.head_size))
+        self.k_scale = nn.Parameter(torch.empty(config.head_size))
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        q_scale, k_scale = self.onto_heads([self.q_scale, self.k_scale])
+        return _rms_norm(q, q_scale), _rms_norm(k, k_scale)
 
 
 class Attention(nn.Module):
@@ -37,9 +56,10 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layers: LayerFactory, among: Among) -> None:
         super().__init__()
         self.among = among
-        self.head_size = config.hidden_size // config.num_heads
+        self.head_size = config.head_size
         self.qkv = layers.column(config.hidden_size, 3 * config.hidden_size)
         self.out: Any = layers.row(config.hidden_size, config.hidden_size)
+        self.norm = QueryKeyNorm(config, layers) if config.qk_norm else None
 
     @property
     def last(self) -> Any:
@@ -53,10 +73,51 @@ class Attention(nn.Module):
         qkv = qkv.view(frames, S // frames, B * width // (3 * self.head_size), 3, self.head_size)
         # In each group of tokens that attend to each other: [group, sample and head, token, channel].
         order = (1, 2, 0, 3) if self.among == "time" else (0, 2, 1, 3)
-        q, k, v = (part.permute(order) for part in qkv.unbind(3))
-        heads = F.scaled_dot_product_attention(q, k, v)
+        q, k, v = qkv.unbind(3)
+        if self.norm is not None:
+            q, k = self.norm(q, k)
+        if side.rotation is not None:
+            rotation = side.rotation.view(2, frames, S // frames, 1, -1)
+            q, k = rotated(q, rotation), rotated(k, rotation)
+        heads = F.scaled_dot_product_attention(*(x.permute(order) for x in (q, k, v)))
         back = (2, 0, 1, 3) if self.among == "time" else (0, 2, 1, 3)
         return self.out(heads.permute(back).reshape(S, B, -1))
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of all tokens to those of the caption, which are normalised: encoders differ in scale."""
+
+    def __init__(self, config: ModelConfig, layers: LayerFactory) -> None:
+        super().__init__()
+        self.head_size = config.head_size
+        self.q = layers.column(config.hidden_size, config.hidden_size)
+        self.kv = layers.column(config.text.width, 2 * config.hidden_size, whole=True)
+        self.out: Any = layers.row(config.hidden_size, config.hidden_size)
+        self.norm = QueryKeyNorm(config, layers) if config.qk_norm else None
+
+    @property
+    def last(self) -> Any:
+        """The layer whose bias is left to the gate."""
+        return self.out
+
+    def forward(self, x_SBD: Tensor, side: SideInputs) -> Tensor:
+        assert side.text is not None
+        tokens_BND = side.text.tokens
+        text = F.layer_norm(tokens_BND.float(), tokens_BND.shape[-1:], eps=NORM_EPS).to(x_SBD.dtype)
+        q, kv = self.q(x_SBD), self.kv(text)
+        q = q.unflatten(2, (-1, self.head_size))
+        k, v = kv.unflatten(2, (-1, 2, self.head_size)).unbind(3)
+        if self.norm is not None:
+            q, k = self.norm(q, k)
+        heads_BHSd = F.scaled_dot_product_attention(
+            q.permute(1, 2, 0, 3), k.transpose(1, 2), v.transpose(1, 2), attn_mask=side.text.mask[:, None, None]
+        )
+        return self.out(heads_BHSd.permute(2, 0, 1, 3).flatten(2))
+
+
+def _rms_norm(x: Tensor, scale: Tensor) -> Tensor:
+    """Of each head's channels; in fp32, returned in the type of x."""
+    return F.rms_norm(x.float(), x.shape[-1:], scale.float(), NORM_EPS).to(x.dtype)
 
 
 class Mlp(nn.Module):
@@ -102,7 +163,7 @@ class ResidualUnit(nn.Module):
     that is between the two is where a gradient has to be summed over them.
     """
 
-    def __init__(self, branch: Attention | Mlp | LongSkip, gate: ResidualGate) -> None:
+    def __init__(self, branch: Attention | CrossAttention | Mlp | LongSkip, gate: ResidualGate) -> None:
         super().__init__()
         self.branch = branch
         self.gate = gate
@@ -128,8 +189,9 @@ class ResidualUnit(nn.Module):
 
 
 class Block(nn.Module):
-    """Residual units in a row: attention and MLP, and before them, in the second half of a u stack, the long skip from
-    the block that mirrors this one. `modulation` maps the condition to (shift, scale[, g]) of each in turn."""
+    """Residual units in a row: attention and MLP, attention to the caption between them if there is one, and before
+    them, in the second half of a u stack, the long skip from the block that mirrors this one. `modulation` maps the
+    condition to (shift, scale[, g]) of each in turn."""
 
     def __init__(self, config: ModelConfig, layers: LayerFactory, number: int) -> None:
         super().__init__()
@@ -137,6 +199,8 @@ class Block(nn.Module):
         self.skip = ResidualUnit(LongSkip(config, layers), ResidualGate(config)) if skips else None
         attention = Attention(config, layers, config.attends_among(number))
         self.attention = ResidualUnit(attention, ResidualGate(config))
+        text = config.condition == "text"
+        self.cross_attention = ResidualUnit(CrossAttention(config, layers), ResidualGate(config)) if text else None
         self.mlp = ResidualUnit(Mlp(config, layers), ResidualGate(config))
         self.onto_tokens = layers.onto_tokens
         self.width = config.hidden_size
@@ -145,7 +209,8 @@ class Block(nn.Module):
 
     def units(self) -> list[ResidualUnit]:
         """In the order of their work."""
-        return [unit for unit in (self.skip, self.attention, self.mlp) if unit is not None]
+        units = (self.skip, self.attention, self.cross_attention, self.mlp)
+        return [unit for unit in units if unit is not None]
 
     def forward(self, z_SBD: Tensor, side: SideInputs, skip_SBD: Tensor | None = None) -> Tensor:
         modulation = iter(self.modulation(F.silu(side.condition)).split(self.width, dim=-1))

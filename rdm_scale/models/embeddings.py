@@ -29,10 +29,14 @@ def unpatchify(tokens: Tensor, patch_size: tuple[int, int, int], size: Sequence[
     return x.permute(3, 7, 0, 4, 1, 5, 2, 6).reshape(B, -1, T, H, W)
 
 
+def _angles(positions: Tensor, number: int) -> Tensor:
+    """[N] positions to [N, number]: times geometrically spaced frequencies (Vaswani et al. 2017), in double."""
+    return positions.double()[:, None] * 10000.0 ** -(torch.arange(number, dtype=torch.float64) / number)
+
+
 def _sincos_1d(width: int, positions: Tensor) -> Tensor:
-    """[N] positions to [N, width]: sines then cosines of geometrically spaced frequencies (Vaswani et al. 2017)."""
-    frequencies = 10000.0 ** -(torch.arange(width // 2, dtype=torch.float64) / (width // 2))
-    angles = positions.double()[:, None] * frequencies
+    """[N] positions to [N, width]: sines then cosines."""
+    angles = _angles(positions, width // 2)
     return torch.cat([angles.sin(), angles.cos()], dim=1).float()
 
 
@@ -45,6 +49,39 @@ def spatial_positions(width: int, rows: int, columns: int) -> Tensor:
 def temporal_positions(width: int, frames: int) -> Tensor:
     """Fixed table [frames, width]."""
     return _sincos_1d(width, torch.arange(frames))
+
+
+def axial_rotation(head_size: int, grid: tuple[int, int, int], clips: bool) -> Tensor:
+    """Cosines and sines [2, S, head_size / 2] by which the pairs of a head's channels turn at each token.
+
+    The pairs are shared out among the axes, each pair turning with its token's place along one of them (axial RoPE,
+    arXiv 2403.13298, eq. 12; RoFormer, arXiv 2104.09864): T, H and W for models of clips, a third each, or H and W.
+    """
+    pairs, axes = head_size // 2, (0, 1, 2) if clips else (1, 2)
+    shares = [pairs // len(axes)] * len(axes)
+    shares[0] += pairs - sum(shares)
+    places = torch.meshgrid(*(torch.arange(n) for n in grid), indexing="ij")
+    angles = torch.cat([_angles(places[axis].reshape(-1), n) for axis, n in zip(axes, shares, strict=True)], dim=1)
+    return torch.stack([angles.cos(), angles.sin()]).float()
+
+
+def rotated(x: Tensor, rotation: Tensor) -> Tensor:
+    """x [..., d] with each pair of channels (2i, 2i + 1) turned; rotation [2, ..., d / 2]. In the type of x."""
+    cos, sin = rotation
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
+
+
+class PooledEmbedding(nn.Module):
+    """The pooled vectors of captions [B, P] to [B, D] through a two-layer MLP (as in Stable Diffusion 3)."""
+
+    def __init__(self, inputs: int, width: int) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(inputs, width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        return self.out(F.silu(self.hidden(pooled.to(self.hidden.weight.dtype))))
 
 
 class TimestepEmbedding(nn.Module):

@@ -1,12 +1,13 @@
 """Initial values of all parameters, by one rule.
 
-Weights start as in DiT (Xavier-uniform; embeddings normal with standard deviation 0.02; biases zero; the modulation
-and the last layer zero, so that the network starts by ignoring the condition and predicting zero) and do not depend
-on depth. Depth enters in one place only, the branch multiplier of models/gates.py: with m = m0 * L^-1/2 and a = 1 the
-L branches add m0^2 * mean(Var F) to the variance of the stream, whatever L is. A branch reads a normalised stream, so
-Var F is a constant of the initialisation: at most 0.5 for attention and about 0.2 for the MLP, against a variance of
-0.5 of the position table alone. Hence the variance from first to last block, and by the same count the gain of a
-cotangent pulled back through the blocks, stay within a factor of 2 at every depth (tests/models/test_init.py).
+Weights start as in DiT (Xavier-uniform; embeddings normal with standard deviation 0.02; biases zero, scales of norms
+one; the modulation and the last layer zero, so that the network starts by ignoring the condition and predicting zero)
+and do not depend on depth. Depth enters in one place only, the branch multiplier of models/gates.py: with m = m0 *
+L^-1/2 and a = 1 the L branches add m0^2 * mean(Var F) to the variance of the stream, whatever L is. A branch reads a
+normalised stream, so Var F is a constant of the initialisation: at most 0.5 for attention and about 0.2 for the MLP,
+against a variance of 0.5 of the position table alone. Hence the variance from first to last block, and by the same
+count the gain of a cotangent pulled back through the blocks, stay within a factor of 2 at every depth
+(tests/models/test_init.py).
 
 Every tensor is drawn by a generator keyed by its name: neither the order of construction, nor the number of ranks
 that share a tensor, nor the presence of other parameters can change a value.
@@ -26,8 +27,10 @@ def initial_value(name: str, shape: torch.Size, seed: int) -> Tensor:
     """The initial value of the parameter with this logical name and whole shape (gates apart), fp32 on the CPU."""
     if name.endswith("bias") or "modulation." in name or name.startswith("head."):
         return torch.zeros(shape)
+    if name.endswith("_scale"):
+        return torch.ones(shape)
     generator = rng.generator(seed, "init", name)
-    if name.startswith(("timestep_embed.", "class_embed.")):
+    if name.startswith(("timestep_embed.", "class_embed.", "text_embed.")):
         return torch.randn(shape, generator=generator) * 0.02
     bound = math.sqrt(6 / (shape[0] + shape[1]))
     return torch.rand(shape, generator=generator) * (2 * bound) - bound

@@ -62,8 +62,9 @@ class RowLinear(Linear):
 class LayerFactory:
     """Plain layers, nothing split. All linear layers have a bias and the logical weight shape [outputs, inputs]."""
 
-    def column(self, inputs: int, outputs: int) -> nn.Module:
-        """Linear layer whose output features may be split over ranks (feeds a `row` layer)."""
+    def column(self, inputs: int, outputs: int, whole: bool = False) -> nn.Module:
+        """Linear layer whose output features may be split over ranks (feeds a `row` layer). Its input is the tokens
+        that this rank works on or, if `whole`, the same on every rank."""
         return Linear(inputs, outputs)
 
     def row(self, inputs: int, outputs: int) -> nn.Module:
@@ -86,6 +87,11 @@ class LayerFactory:
     def split_features(self, x: Tensor) -> Tensor:
         """Of features of the tokens that this rank works on, those of all tokens that feed its part of a `row`."""
         return x
+
+    def onto_heads(self, vectors: list[Tensor]) -> list[Tensor]:
+        """Parameters that are the same on every rank, about to act on the attention heads of this one: their gradients
+        are sums over all heads, wherever those are."""
+        return vectors
 
     def onto_tokens(self, vectors: list[Tensor]) -> list[Tensor]:
         """Tensors that are the same on every rank, about to act on the tokens of this one: their gradients are sums

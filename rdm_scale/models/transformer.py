@@ -8,10 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rdm_scale.conditions import Condition, TextCondition
 from rdm_scale.config import ModelConfig
 from rdm_scale.models.blocks import Block, SideInputs, modulated_norm
 from rdm_scale.models.embeddings import (
+    PooledEmbedding,
     TimestepEmbedding,
+    axial_rotation,
     patchify,
     spatial_positions,
     temporal_positions,
@@ -78,6 +81,7 @@ class DiffusionTransformer(nn.Module):
         self.patch_embed = nn.Linear(size.channels * math.prod(config.patch_size), width)
         self.timestep_embed = TimestepEmbedding(width, config.timestep_spacing)
         self.class_embed = nn.Embedding(config.num_classes + 1, width) if config.condition == "class" else None
+        self.text_embed = PooledEmbedding(config.text.pooled_width, width) if config.condition == "text" else None
 
     def set_positions(self, device: torch.device | None = None) -> None:
         """Computes the fixed position tables that this part of the model uses, on the device given."""
@@ -88,13 +92,13 @@ class DiffusionTransformer(nn.Module):
             if "pos_temporal" in self.tables:
                 self.register_buffer("pos_temporal", temporal_positions(width, size.frames // t), False)
 
-    def forward(self, latents: Tensor, timesteps: Tensor, condition: Tensor | None = None) -> Tensor:
+    def forward(self, latents: Tensor, timesteps: Tensor, condition: Condition = None) -> Tensor:
         """Predicts noise or velocity.
 
         Args:
             latents: [B, C, T, H, W], normalised and noised; of any size that patches divide.
             timesteps: [B], 0 to 1000 (flow: 1000 * t).
-            condition: int64 labels [B], `num_classes` being the null class; None without class condition.
+            condition: int64 labels [B], `num_classes` being the null class; a TextCondition; or None, as configured.
 
         Returns:
             [B, C, T, H, W] in fp32, or [B, 2C, T, H, W] with learned variance.
@@ -103,16 +107,30 @@ class DiffusionTransformer(nn.Module):
         z_SBD = self.run_blocks(map(int, self.blocks), z_SBD, side)
         return self.unembed(z_SBD, side, latents.shape[2:])
 
-    def embed(self, latents: Tensor, timesteps: Tensor, condition: Tensor | None) -> tuple[Tensor, SideInputs]:
+    def embed(self, latents: Tensor, timesteps: Tensor, condition: Condition) -> tuple[Tensor, SideInputs]:
         """Tokens [S, B, D] with positions, and what accompanies them."""
         grid = self.config.grid_of(latents.shape[2:])
         tokens = patchify(latents, self.config.patch_size).to(self.patch_embed.weight.dtype)
-        positions_SD = self._positions(grid).to(self.residual_dtype)
-        z_SBD = self.patch_embed(tokens).to(self.residual_dtype) + positions_SD[:, None]
+        z_SBD = self.patch_embed(tokens).to(self.residual_dtype)
+        if "pos_spatial" in self.tables:
+            z_SBD = z_SBD + self._positions(grid).to(self.residual_dtype)[:, None]
         condition_BD = self.timestep_embed(timesteps)
         if self.class_embed is not None:
             condition_BD = condition_BD + self.class_embed(condition)
-        return self.layers.split_tokens(z_SBD), SideInputs(condition_BD, grid)
+        text = condition if isinstance(condition, TextCondition) else None
+        if self.text_embed is not None:
+            assert text is not None, "a model with text condition takes a TextCondition"
+            condition_BD = condition_BD + self.text_embed(text.pooled)
+        return self.layers.split_tokens(z_SBD), self.side_inputs(condition_BD, grid, text)
+
+    def side_inputs(
+        self, condition_BD: Tensor, grid: tuple[int, int, int], text: TextCondition | None = None
+    ) -> SideInputs:
+        """What accompanies the stream of samples of so many tokens along T, H and W."""
+        config, rotation = self.config, None
+        if config.positions == "rotary":
+            rotation = axial_rotation(config.head_size, grid, config.input.frames > 1).to(condition_BD.device)
+        return SideInputs(condition_BD, grid, text, rotation)
 
     def run_blocks(
         self, numbers: Iterable[int], z_SBD: Tensor, side: SideInputs, skips: dict[int, Tensor] | None = None
@@ -164,6 +182,8 @@ class DiffusionTransformer(nn.Module):
 
 def _tables_of(config: ModelConfig, part: Part) -> set[str]:
     """The position tables that a part of a model uses."""
+    if config.positions == "rotary":
+        return set()
     tables = {"pos_spatial"} if part.embeds else set()
     adds_times = 1 in part.blocks if config.attention == "factorized" else part.embeds
     return tables | ({"pos_temporal"} if adds_times and config.input.frames > 1 else set())

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from rdm_scale.conditions import Condition
 from rdm_scale.config import RunConfig
 from rdm_scale.data.prefetch import TrainingBatch
 from rdm_scale.models.blocks import Block
@@ -19,7 +20,7 @@ from rdm_scale.parallel.schedules import operations
 from rdm_scale.parallel.stage import build_stage, materialise
 from rdm_scale.parallel.zero import Zero012, Zero3, ZeroEngine
 
-Inputs = tuple[Tensor, Tensor, Tensor | None]  # latents, timesteps, condition
+Inputs = tuple[Tensor, Tensor, Condition]  # latents, timesteps, condition
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -32,9 +33,8 @@ class ParallelModel:
         self._links = Links(mesh) if mesh.pipeline_size > 1 else None
         self._pipelines: dict[int, Pipeline] = {}
 
-    def __call__(self, latents: Tensor, timesteps: Tensor, condition: Tensor | None = None) -> Tensor:
+    def __call__(self, latents: Tensor, timesteps: Tensor, condition: Condition = None) -> Tensor:
         """The model's prediction for this data-parallel rank's samples, on all ranks that share them. No gradients."""
-        inputs = (latents, timesteps, condition)
         shapes = self.boundary(latents)
         carried: Any = ()
         across: dict[int, Tensors] = {}  # by the chunk that takes them
@@ -43,8 +43,8 @@ class ParallelModel:
             if rank == self.mesh.pipeline_rank:
                 if before != rank and self._links is not None:
                     carried = self._links.receive(before, shapes)
-                given = (*carried, *across.pop(chunk, ())) if chunk else inputs
-                carried = self.zero(chunk, latents.shape[2:], *given)
+                given = (*carried, *across.pop(chunk, ())) if chunk else (latents, timesteps)
+                carried = self.zero(chunk, latents.shape[2:], condition, *given)
                 if chunk != self._place.chunks - 1:
                     carried, across[self._place.mirror_of(chunk)] = carried[: len(shapes)], carried[len(shapes) :]
             elif before == self.mesh.pipeline_rank and chunk and self._links is not None:
@@ -118,7 +118,8 @@ class _TrainingCalls:
 
     def forward(self, chunk: int, micro_batch: int, inputs: Tensors) -> Outputs:
         batch = self.micro_batches[micro_batch]
-        outputs = self.model.zero(chunk, batch.latents.shape[2:], *(inputs if chunk else self.inputs_of(batch)))
+        *first, condition = self.inputs_of(batch)
+        outputs = self.model.zero(chunk, batch.latents.shape[2:], condition, *(inputs if chunk else first))
         if chunk != self.last:
             onward = len(self.shapes(micro_batch))
             return Outputs(outputs[:onward], outputs[onward:])

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from rdm_scale.conditions import Condition, TextCondition
 from rdm_scale.config import ModelConfig, RunConfig
 from rdm_scale.models import DiffusionTransformer, Part
-from rdm_scale.models.blocks import SideInputs
 from rdm_scale.models.init import initialise
 from rdm_scale.models.layers import LayerFactory
 from rdm_scale.parallel.layout import Layout
@@ -33,25 +33,29 @@ class Stage(DiffusionTransformer):
         super().__init__(config, layers, held)
         self.parts = parts
 
-    def forward(self, chunk: int, size: Sequence[int], *inputs: Any) -> Any:  # type: ignore[override]
-        """(stream, condition) to the same, for chunk number `chunk` and latents of size (T, H, W); the first chunk
-        takes (latents, timesteps, condition) as the whole model does, the last one returns the prediction.
+    def forward(self, chunk: int, size: Sequence[int], condition: Condition, *inputs: Any) -> Any:  # type: ignore[override]
+        """(stream, condition vectors) to the same, for chunk number `chunk` and latents of size (T, H, W); the first
+        chunk takes (latents, timesteps), as the whole model does, the last one returns the prediction. The condition
+        itself, which all ranks of a replica have, is given to every chunk: blocks attend to the caption's tokens.
 
-        What comes after the condition are long skips to blocks of this chunk, or from them, in the order of the blocks
-        that they start from.
+        What comes after the condition vectors are long skips to blocks of this chunk, or from them, in the order of
+        the blocks that they start from.
         """
         part = self.parts[chunk]
-        ends = sorted({self.config.skip_source(i) for i in part.blocks} - {None} - {*part.blocks})
+        sources = [self.config.skip_source(block) for block in part.blocks]
+        ends = sorted(source for source in sources if source is not None and source not in part.blocks)
         skips = dict(zip(ends, inputs[2:], strict=True)) if chunk else {}
         if part.embeds:
-            z_SBD, side = self.embed(*inputs)
+            latents, timesteps = inputs
+            z_SBD, side = self.embed(latents, timesteps, condition)
         else:
-            z_SBD, side = inputs[0], SideInputs(inputs[1], self.config.grid_of(size))
+            text = condition if isinstance(condition, TextCondition) else None
+            z_SBD, side = inputs[0], self.side_inputs(inputs[1], self.config.grid_of(size), text)
         z_SBD = self.run_blocks(part.blocks, z_SBD, side, skips)
         if part.unembeds:
             return self.unembed(z_SBD, side, size)
-        condition = side.condition.view_as(side.condition)  # its gradient adds up on the way back through the stages
-        return z_SBD, condition, *(skip for _, skip in sorted(skips.items()))
+        condition_BD = side.condition.view_as(side.condition)  # its gradient adds up on the way back through the stages
+        return z_SBD, condition_BD, *(skip for _, skip in sorted(skips.items()))
 
 
 def build_stage(config: RunConfig, mesh: Mesh, layout: Layout, layers: LayerFactory) -> Stage:

@@ -32,8 +32,8 @@ class TensorParallelLayers(LayerFactory):
     def __init__(self, mesh: Mesh, sequence: bool) -> None:
         self.mesh, self.sequence = mesh, sequence
 
-    def column(self, inputs: int, outputs: int) -> nn.Module:
-        return self._cut_by_outputs(Column(inputs, outputs, gather=False, sequence=self.sequence))
+    def column(self, inputs: int, outputs: int, whole: bool = False) -> nn.Module:
+        return self._cut_by_outputs(Column(inputs, outputs, gather=False, sequence=self.sequence and not whole))
 
     def gathered(self, inputs: int, outputs: int) -> nn.Module:
         return self._cut_by_outputs(Column(inputs, outputs, gather=True, sequence=False))
@@ -52,8 +52,11 @@ class TensorParallelLayers(LayerFactory):
     def split_features(self, x: Tensor) -> Tensor:
         return exchange_tokens_for_features(x) if self.sequence else scatter_features(x)
 
+    def onto_heads(self, vectors: list[Tensor]) -> list[Tensor]:
+        return list(_SumOfGradients.apply(self.mesh.tensor_group, *vectors))
+
     def onto_tokens(self, vectors: list[Tensor]) -> list[Tensor]:
-        return list(_OntoTokens.apply(self.mesh.tensor_group, *vectors)) if self.sequence else vectors
+        return list(_SumOfGradients.apply(self.mesh.tensor_group, *vectors)) if self.sequence else vectors
 
     def _cut_by_outputs(self, layer: Column) -> Column:
         for parameter in (layer.weight, layer.bias):
@@ -61,7 +64,7 @@ class TensorParallelLayers(LayerFactory):
         return layer
 
 
-class _OntoTokens(torch.autograd.Function):
+class _SumOfGradients(torch.autograd.Function):
     """Identity; in the backward one sum over the ranks of all gradients together.
 
     megatron-core's copy_to_tensor_model_parallel_region does not serve: it sums each gradient on its own, in place

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from rdm_scale import checkpoint
+from rdm_scale.conditions import Condition
 from rdm_scale.config import RunConfig
+from rdm_scale.data.captions import empty_caption
 from rdm_scale.data.compatibility import DataFacts
 from rdm_scale.data.prefetch import Prefetcher, TrainingBatch, draw
 from rdm_scale.data.stream import HeldOut, LatentStream
@@ -56,6 +58,7 @@ class Trainer:
             objective=self.objective,
             seed=config.train.seed,
             num_classes=config.model.num_classes if config.model.condition == "class" else None,
+            empty_caption=None if facts.text is None else empty_caption(facts.text),
         )
         self.held_out = self._open_held_out() if config.data.validation and mesh.reads_data else None
         self.grid = SampleGrid(config, mesh, facts) if config.monitor.sample_every else None
@@ -144,10 +147,10 @@ class Trainer:
             record |= {"lost_shards": len(self.stream.lost), "lost_samples": self.stream.lost.samples}
         return record, stop > 0
 
-    def model_inputs(self, batch: TrainingBatch) -> tuple[Tensor, Tensor, Tensor | None]:
+    def model_inputs(self, batch: TrainingBatch) -> tuple[Tensor, Tensor, Condition]:
         """What the model takes: noised latents, timesteps and condition."""
         x_t = self.objective.noised(batch.latents, batch.noise, batch.t)
-        return x_t, self.objective.model_timesteps(batch.t), batch.condition
+        return x_t, self.objective.model_timesteps(batch.t), batch.model_condition
 
     def loss_of(self, prediction: Tensor, batch: TrainingBatch) -> Tensor:
         """Loss of each sample [B]."""
@@ -192,6 +195,7 @@ class Trainer:
             start_step=self.step,
             config=self.config.data,
             lost=start.lost_shards,
+            captions=self.facts.text is not None,
         )
 
     def _open_held_out(self) -> HeldOut:
@@ -203,6 +207,7 @@ class Trainer:
             dp_rank=self.mesh.data_rank,
             dp_size=self.mesh.data_size,
             config=self.config.data,
+            captions=self.facts.text is not None,
         )
 
     def _drawn(self) -> Iterator[TrainingBatch]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from rdm_scale import rng
+from rdm_scale.conditions import TextCondition
 from rdm_scale.config import DiffusionConfig, InputConfig, ModelConfig
 from rdm_scale.diffusion import sample
 from rdm_scale.diffusion.samplers import Model
@@ -271,3 +272,23 @@ def test_what_does_not_fit_is_refused_before_the_model_is_called(changes: dict, 
 def test_a_model_of_other_channels_is_refused() -> None:
     with pytest.raises(ConfigError, match="4 channels of that size were expected"):
         draw(DDPM, "ddpm", 2, learned_variance=True)
+
+
+def test_guidance_by_captions_goes_from_the_empty_one() -> None:
+    """A model whose velocity is the sum of its caption's tokens: guided 3-fold it is null + 3 (caption - null)."""
+
+    def model(x: Tensor, t: Tensor, text: TextCondition) -> Tensor:
+        pull = (text.tokens[..., 0] * text.mask).sum(1) + text.pooled[:, 0]
+        return pull.view(-1, 1, 1, 1, 1).expand_as(x)
+
+    captions = TextCondition.of([(torch.ones(n, 1), torch.zeros(1)) for n in (2, 5)])
+    empty = TextCondition.of([(torch.ones(1, 1), torch.full((1,), 0.5))])
+    shape, flow = (2, 1, 1, 2, 2), DiffusionConfig(objective="flow")
+    plain = sample(model, shape, captions, 4, 1.0, 7, diffusion=flow)
+    guided = sample(model, shape, captions, 4, 3.0, 7, diffusion=flow, null_condition=empty)
+    moved = (plain - guided)[:, 0, 0, 0, 0].tolist()  # the samples go against the velocity, from t = 1 to 0
+    assert moved == pytest.approx([2 * (2 - 1.5), 2 * (5 - 1.5)])
+    with pytest.raises(ConfigError, match="both be captions"):
+        sample(model, shape, captions, 4, 3.0, 7, diffusion=flow, null_condition=3)
+    with pytest.raises(ConfigError, match="a caption for each of 3"):
+        sample(model, (3, 1, 1, 2, 2), captions, 4, 1.0, 7, diffusion=flow)

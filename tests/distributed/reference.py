@@ -10,6 +10,8 @@ from torch import Tensor
 
 from rdm_scale.checkpoint import load_model
 from rdm_scale.config import RunConfig
+from rdm_scale.data.captions import empty_caption
+from rdm_scale.data.manifest import read_manifest
 from rdm_scale.data.prefetch import draw
 from rdm_scale.data.stream import LatentStream
 from rdm_scale.diffusion import build_objective
@@ -34,8 +36,14 @@ def plain_training(config: RunConfig) -> Reference:
     others = [p for n, p in model.named_parameters() if not (n.endswith("weight") and "class_embed" not in n)]
     groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps, foreach=False)
+    how = read_manifest(config.data.train[0].path)[0].text
     batches = iter(
-        LatentStream(config.data.train, global_batch_size=config.train.global_batch_size, seed=config.train.seed)
+        LatentStream(
+            config.data.train,
+            global_batch_size=config.train.global_batch_size,
+            seed=config.train.seed,
+            captions=how is not None,
+        )
     )
     losses, norms = [], []
     for step in range(1, config.train.steps + 1):
@@ -43,11 +51,12 @@ def plain_training(config: RunConfig) -> Reference:
             next(batches),
             objective=build_objective(config.diffusion, False),
             seed=config.train.seed,
-            num_classes=config.model.num_classes,
+            num_classes=config.model.num_classes if how is None else None,
+            empty_caption=None if how is None else empty_caption(how),
             condition_dropout=config.diffusion.condition_dropout,
         )
         t = batch.t.view(-1, 1, 1, 1, 1)
-        prediction = model((1 - t) * batch.latents + t * batch.noise, 1000 * batch.t, batch.condition)
+        prediction = model((1 - t) * batch.latents + t * batch.noise, 1000 * batch.t, batch.model_condition)
         loss = ((prediction - (batch.noise - batch.latents)) ** 2).mean()
         adamw.zero_grad()
         loss.backward()

@@ -1,14 +1,17 @@
 """Small training runs for the tests, and a reference that shares no training code with the project."""
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 
 from rdm_scale.config import RunConfig, parse_config
-from rdm_scale.data.manifest import Codec
-from rdm_scale.data.shards import ShardWriter
+from rdm_scale.data.captions import EncodedText, pack_text
+from rdm_scale.data.manifest import Codec, Shard, Tar, TextEncoding, read_manifest
+from rdm_scale.data.shards import Packed, ShardWriter, read_bytes, write_tar
 from rdm_scale.data.storage import Location
 
 TIMINGS = ("step_s", "tokens_per_s", "data_wait_s", "data_wait_share", "save_stall_s", "failed_saves")
@@ -43,7 +46,33 @@ def write_latents(
     return str(folder / "manifest.json")
 
 
-def run_config(tmp_path: Path, data: str, **changes: Any) -> RunConfig:
+def add_captions(manifest_path: str, width: int = 6, pooled_width: int = 5) -> None:
+    """Gives every sample of a set a caption of one to five tokens, made from its id."""
+    manifest, folder = read_manifest(manifest_path)
+
+    def caption(key: int) -> EncodedText:
+        generator = torch.Generator().manual_seed(key)
+        tokens = torch.randn(1 + key % 5, width, generator=generator)
+        return EncodedText(tokens, torch.randn(pooled_width, generator=generator))
+
+    def side_car(shard: Shard) -> Tar:
+        packed = []
+        for number, member in enumerate(shard.members):
+            ids = safetensors.torch.load(read_bytes(folder, shard, number))["ids"]
+            content = pack_text([caption(key) for key in ids.tolist()], ids, torch.float32)
+            packed.append(Packed(member.name, len(ids), content))
+        return write_tar(folder, shard.name.replace("shard", "text"), packed)
+
+    empty = base64.b64encode(pack_text([caption(0)], torch.zeros(1, dtype=torch.int64), torch.float32)).decode()
+    how = TextEncoding(
+        encoder="none", location="none", digest="", width=width, pooled_width=pooled_width, max_tokens=5,
+        dtype="float32", empty=empty,
+    )  # fmt: skip
+    shards = tuple(shard.model_copy(update={"text": side_car(shard)}) for shard in manifest.shards)
+    (folder / "manifest.json").write(manifest.model_copy(update={"shards": shards, "text": how}).to_json())
+
+
+def run_config(tmp_path: Path, data: str | list[dict[str, str]], **changes: Any) -> RunConfig:
     """A run of a model of 60,000 parameters; `changes` are dotted keys with __ for the dot."""
     tree: dict[str, Any] = {
         "model": {

@@ -1,4 +1,4 @@
-"""Members of the model family under layouts that their parts make special, each against plain PyTorch on one process."""
+"""Members of the model family under layouts that their parts make special, against plain PyTorch on one process."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,22 +7,23 @@ import pytest
 from layouts import MODEL, Case
 from rank_pool import RankPool
 from reference import deviation, plain_training
-from small_runs import run_config, train, write_latents
+from small_runs import add_captions, run_config, train, write_latents
 
 
 class Member(NamedTuple):
-    """A model, the shape [T, H, W] of its latents, and layouts."""
+    """A model, the shapes [T, H, W] of the latents that it sees in turn, and layouts."""
 
     model: dict[str, Any]
-    size: tuple[int, int, int]
+    sizes: list[tuple[int, int, int]]
     cases: list[Case]
+    captions: bool = False
 
 
 CLIPS = {"model__input": {"channels": 4, "frames": 4, "height": 8, "width": 8}, "model__patch_size": [1, 4, 4]}
 FAMILY = {
     "u": Member(
         {"model__stacking": "u", "model__depth": 7},
-        (1, 8, 8),
+        [(1, 8, 8)],
         [
             Case(2, 2, 2, "3 kept", "v_1f1b", "none", True),
             Case(2, 2, 2, "3 by block", "v_1f1b", "full", False),
@@ -30,9 +31,30 @@ FAMILY = {
             Case(4, 1, 1, "2", "1f1b", "every_2", True),
         ],
     ),
+    "text": Member(
+        {"model__condition": "text", "model__text": {"width": 6, "pooled_width": 5}, "model__depth": 5}
+        | {"model__stacking": "u", "model__qk_norm": True},
+        [(1, 8, 8)],
+        [
+            Case(2, 2, 2, "3 kept", "v_1f1b", "none", True),
+            Case(2, 1, 2, "3 by block", "1f1b", "full", False),
+            Case(1, 2, 1, "2", "v_1f1b", "selective", False),
+        ],
+        captions=True,
+    ),
+    "rotary": Member(
+        {"model__positions": "rotary", "model__qk_norm": True, "model__num_heads": 4, "model__depth": 3} | CLIPS,
+        [(4, 8, 8)],
+        [Case(2, 2, 1, "3 kept", "1f1b", "selective", False)],
+    ),
+    "images among clips": Member(
+        {"model__depth": 4, "model__stacking": "u", "model__attention": "factorized"} | CLIPS,
+        [(4, 8, 8), (1, 8, 8)],
+        [Case(1, 2, 2, "3 by block", "v_1f1b", "none", False), Case(2, 1, 1, "1", "1f1b", "selective", True)],
+    ),
     "factorized": Member(
-        {"model__attention": "factorized", "model__depth": 4} | CLIPS,
-        (4, 8, 8),
+        {"model__attention": "factorized", "model__depth": 4, "model__qk_norm": True} | CLIPS,
+        [(4, 8, 8)],
         [Case(2, 4, 1, "1", "1f1b", "none", True)],  # the second block, before which positions come, is a later stage's
     ),
 }
@@ -41,7 +63,11 @@ FAMILY = {
 @pytest.mark.parametrize("name", FAMILY)
 def test_every_layout_trains_the_same_model(name: str, ranks: RankPool, tmp_path: Path) -> None:
     member = FAMILY[name]
-    data = write_latents(tmp_path / "data", size=member.size)
+    sets = [write_latents(tmp_path / f"data_{size[0]}", size=size) for size in member.sizes]
+    if member.captions:
+        for one in sets:
+            add_captions(one)
+    data = [{"path": one} for one in sets]
     few = member.model | {"train__steps": 5}
     reference = plain_training(run_config(tmp_path / "reference", data, **(MODEL | few)))
     for i, case in enumerate(member.cases):

@@ -1,12 +1,16 @@
 """The options of a block, each against the plain formula."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
-from rdm_scale.config import InputConfig, ModelConfig
+from rdm_scale.conditions import TextCondition
+from rdm_scale.config import InputConfig, ModelConfig, TextConfig
 from rdm_scale.models import DiffusionTransformer, build_model
 from rdm_scale.models.blocks import SideInputs
+from rdm_scale.models.embeddings import axial_rotation, rotated
 
 GRID, B = (3, 2, 4), 2
 
@@ -107,3 +111,99 @@ def test_long_skips_join_each_block_to_its_mirror() -> None:
 
 def layer_norm(x: Tensor) -> Tensor:
     return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + 1e-6).sqrt()
+
+
+def test_queries_and_keys_are_normalised_head_by_head() -> None:
+    branch = randomised(clips(qk_norm=True)).blocks["0"].attention.branch
+    x = stream()
+    q, k, v = split_heads(branch.qkv(x))
+    q, k = (
+        part / (part.square().mean(-1, keepdim=True) + 1e-6).sqrt() * scale
+        for part, scale in ((q, branch.norm.q_scale), (k, branch.norm.k_scale))
+    )
+    heads = plain_attention(q, k, v, torch.ones(24, 24, dtype=torch.bool))
+    torch.testing.assert_close(branch(x, SideInputs(torch.zeros(B, 32), GRID)), heads @ branch.out.weight.T)
+    assert build_model(clips(qk_norm=True)).blocks["1"].attention.branch.norm.q_scale.tolist() == [1.0] * 8
+
+
+def test_rotary_positions_turn_pairs_of_channels_by_place() -> None:
+    """Heads of 8 channels: two pairs along T (frequencies 1 and 1/100), one along H, one along W (frequency 1)."""
+    model = randomised(clips(positions="rotary"))
+    assert dict(model.named_buffers()) == {}
+    rotation = model.side_inputs(torch.zeros(B, 32), GRID).rotation
+    turned = rotated(torch.tensor([1.0, 0, 0, 1, 1, 0, 1, 0]), rotation[:, 2 * 8 + 1 * 4 + 3])  # at (2, 1, 3)
+    expected = [math.cos(2), math.sin(2), -math.sin(0.02), math.cos(0.02), math.cos(1), math.sin(1), math.cos(3)]
+    assert turned.tolist() == pytest.approx([*expected, math.sin(3)], abs=1e-6)
+    branch, x = model.blocks["0"].attention.branch, stream()
+    q, k, v = split_heads(branch.qkv(x))
+    heads = plain_attention(rotated(q, rotation), rotated(k, rotation), v, torch.ones(24, 24, dtype=torch.bool))
+    found = branch(x, SideInputs(torch.zeros(B, 32), GRID, rotation=rotation))
+    torch.testing.assert_close(found, heads @ branch.out.weight.T)
+
+
+def test_with_rotary_positions_only_differences_of_places_count() -> None:
+    """q(place) . k(other place) is the same when both are moved by one."""
+    rotation = axial_rotation(8, (1, 5, 6), clips=False).view(2, 5, 6, 4)
+    q, k = torch.randn(2, 8).unbind()
+
+    def product(a: tuple[int, int], b: tuple[int, int]) -> float:
+        return float(rotated(q, rotation[:, *a]) @ rotated(k, rotation[:, *b]))
+
+    assert product((0, 1), (2, 4)) == pytest.approx(product((1, 2), (3, 5)), rel=1e-4)
+    assert product((0, 1), (2, 4)) != pytest.approx(product((0, 1), (2, 3)), rel=1e-2)
+
+
+def test_rotary_models_take_other_sizes_and_tell_places_apart() -> None:
+    model = randomised(clips(positions="rotary"))
+    latents = torch.randn(B, 2, 2, 8, 4)
+    out = model(latents, torch.rand(B))
+    assert out.shape == latents.shape
+    still = torch.ones(1, 2, 1, 4, 8).cumsum(-1)
+    moved = still.flip(-1)
+    assert not torch.allclose(model(still, torch.ones(1)).flip(-1), model(moved, torch.ones(1)), atol=1e-3)
+
+
+def captions(model: DiffusionTransformer, lengths: tuple[int, ...]) -> TextCondition:
+    text, generator = model.config.text, torch.Generator().manual_seed(3)
+    return TextCondition.of(
+        [(torch.randn(n, text.width, generator=generator), torch.randn(text.pooled_width)) for n in lengths]
+    )
+
+
+TEXT = {"condition": "text", "text": TextConfig(width=12, pooled_width=6)}
+
+
+def test_tokens_attend_to_those_of_the_caption() -> None:
+    """Each sample by itself, to as many tokens as its caption has."""
+    model = randomised(clips(**TEXT, qk_norm=True))
+    branch, x, text = model.blocks["0"].cross_attention.branch, stream(), captions(model, (5, 2))
+    found = branch(x, SideInputs(torch.zeros(B, 32), GRID, text))
+    for b, n in enumerate((5, 2)):
+        kv = branch.kv(layer_norm(text.tokens[b, :n])).view(n, 4, 2, 8)
+        q, k = branch.norm(branch.q(x[:, b]).view(24, 4, 8), kv[:, :, 0])
+        weights = (torch.einsum("shc,nhc->hsn", q, k) / 8**0.5).softmax(-1)
+        heads = torch.einsum("hsn,nhc->shc", weights, kv[:, :, 1]).flatten(1)
+        torch.testing.assert_close(found[:, b], heads @ branch.out.weight.T)
+
+
+def test_a_caption_reaches_the_model_by_its_tokens_and_by_its_pooled_vector() -> None:
+    model = randomised(clips(**TEXT))
+    assert [type(unit.branch).__name__ for unit in model.blocks["0"].units()] == ["Attention", "CrossAttention", "Mlp"]
+    assert model.config.branches == 6
+    latents, t, text = torch.randn(B, 2, 3, 4, 8), torch.rand(B), captions(model, (4, 3))
+    out = model(latents, t, text)
+    assert torch.allclose(model(latents, t, text.padded(9)), out, atol=1e-5)
+    others = text.tokens.clone()
+    others[1, 3:] = 7.0  # behind the end of the second caption
+    assert torch.allclose(model(latents, t, text._replace(tokens=others)), out, atol=1e-5)
+    others[1, 0] = 7.0
+    moved = (model(latents, t, text._replace(tokens=others)) - out).abs().amax((1, 2, 3, 4))
+    assert moved[0] < 1e-5 and moved[1] > 1e-3
+    moved = (model(latents, t, text._replace(pooled=text.pooled + 1)) - out).abs().amax((1, 2, 3, 4))
+    assert moved.min() > 1e-3
+
+
+def test_every_unit_of_every_kind_trains_every_parameter() -> None:
+    model = randomised(clips(**TEXT, stacking="u", qk_norm=True, positions="rotary", attention="factorized"))
+    model(torch.randn(B, 2, 3, 4, 8), torch.rand(B), captions(model, (4, 3))).square().mean().backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0] == []

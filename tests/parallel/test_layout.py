@@ -69,7 +69,7 @@ def test_both_ends_of_a_long_skip_are_on_one_rank(depth: int, p: int) -> None:
 
 @pytest.mark.parametrize("schedule", ["1f1b", "interleaved_1f1b"])
 def test_other_schedules_would_send_long_skips_over_the_network(schedule: str) -> None:
-    with pytest.raises(ConfigError, match="stacking=u with parallel.pipeline=2 needs parallel.schedule=v_1f1b"):
+    with pytest.raises(ConfigError, match=r"stacking=u with parallel\.pipeline=2 needs parallel\.schedule=v_1f1b"):
         run(model={"depth": 8, "stacking": "u"}, parallel={"pipeline": 2, "schedule": schedule})
 
 
