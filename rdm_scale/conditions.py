@@ -45,6 +45,13 @@ def batch_size(condition: Tensor | TextCondition) -> int:
     return len(condition.pooled) if isinstance(condition, TextCondition) else len(condition)
 
 
+def taken(condition: Tensor | TextCondition, which: slice | Tensor) -> Tensor | TextCondition:
+    """The conditions of some of the samples."""
+    if isinstance(condition, TextCondition):
+        return TextCondition(*(part[which] for part in condition))
+    return condition[which]
+
+
 def repeated(condition: TextCondition, number: int) -> TextCondition:
     """One caption as that of so many samples."""
     return TextCondition(*(part.expand(number, *part.shape[1:]) for part in condition))

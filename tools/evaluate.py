@@ -29,6 +29,13 @@ def main() -> None:
     parser.add_argument("--fps", type=float, help="frames a second of real clips, as encoded (default: their own)")
     parser.add_argument("--stride", type=int, default=1, help="of the frames of real clips, as encoded (default: 1)")
     parser.add_argument("--per-class", type=int, default=25, help="images drawn of each class (default: %(default)s)")
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        default=[],
+        help="of a model with text: what to ask for, once a class, in order",
+    )
+    parser.add_argument("--text-encoder", metavar="DIR", help="its folder, if it was moved since the data were encoded")
     parser.add_argument("--neighbours", type=int, default=5, help="default: %(default)s")
     parser.add_argument("--weights", choices=["ema", "weights"], default="ema", help="averaged or last weights")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
@@ -53,6 +60,8 @@ def judge(options: argparse.Namespace) -> None:
     import torch
 
     from rdm_scale.checkpoint import load_trained
+    from rdm_scale.conditions import taken
+    from rdm_scale.data.captions import empty_caption, encode_prompts
     from rdm_scale.data.codecs import codec_of
     from rdm_scale.data.inputs import find_media
     from rdm_scale.data.storage import Location
@@ -61,27 +70,38 @@ def judge(options: argparse.Namespace) -> None:
     from rdm_scale.evaluation.sampling import draw_pixels
 
     trained = load_trained(options.checkpoint, options.weights)
-    if trained.config.model.condition != "class":
-        raise ConfigError("label accuracy needs a model with model.condition=class")
+    kind = trained.config.model.condition
+    if kind == "none":
+        raise ConfigError("label accuracy needs a model with model.condition=class or text")
     source = find_media(options.real)
     wanted = "video" if trained.config.model.input.frames > 1 else "image"
     if source.kind != wanted:
         raise DataError(f"the model draws {wanted}s, but {options.real} holds {source.kind}s: give its kind")
-    classes = trained.config.model.num_classes
+    names = source.class_names if kind == "text" else trained.class_names
+    classes = len(names)
     labels = torch.arange(classes).repeat(options.per_class)
+    condition, empty = labels, None
+    if kind == "text":
+        if trained.text is None or len(options.prompt) != classes:
+            raise ConfigError(
+                f"the model takes captions: give --prompt {classes} times, for the classes {names} in turn"
+            )
+        prompts = encode_prompts(trained.text, options.prompt, options.text_encoder)
+        condition, empty = taken(prompts, labels), empty_caption(trained.text)
     with tqdm(total=len(labels), unit="sample", desc="drawing") as bar:
         pixels = draw_pixels(
             trained.model,
             trained.config,
             codec_of(trained.codec),
-            labels,
+            condition,
             options.seed,
             batch_size=options.batch_size,
+            empty_caption=empty,
             progress=lambda done, _: bar.update(done - bar.n),
         )
     if options.picture:
         shown, fps = pixels[: options.rows * classes], options.fps or 8.0
-        files = write_grid(shown, Location(options.picture), classes, trained.class_names, fps=fps)
+        files = write_grid(shown, Location(options.picture), classes, names, fps=fps)
         print(f"samples: {' and '.join(map(str, files))}")
     frames, height, width = pixels.shape[2:]
     real = real_pixels(source, frames, height, width, options)

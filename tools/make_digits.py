@@ -1,7 +1,8 @@
 """Writes scikit-learn's 1,797 scans of handwritten digits as a webdataset tar: real data without a download.
 
 The scans (8 x 8, values 0 to 16, from the UCI "Optical Recognition of Handwritten Digits" test set) are enlarged to
-32 x 32 RGB. The tar holds `00000.png`, `00000.cls`, `00001.png`, ... and goes into tools/encode_latents.py as a
+32 x 32 RGB. The tar holds `00000.png`, `00000.cls`, `00001.png`, ... and, with --captions, `00000.txt`, ...: sentences
+of varying form that name the digit. It goes into tools/encode_latents.py as a
 user's own images would. The same versions of the libraries write the same bytes.
 """
 
@@ -16,6 +17,17 @@ from PIL import Image
 from rdm_scale.data.storage import Location
 
 SIZE = 32
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+FORMS = (
+    "a handwritten {}",
+    "the digit {}",
+    "someone wrote the number {} by hand",
+    "{}",
+    "a scan of the figure {} from an old form",
+    "here you see a {}, drawn with a pen",
+    "the number {} in white on black",
+    "a small picture of a {}",
+)
 
 
 def png(scan: np.ndarray) -> bytes:
@@ -26,14 +38,22 @@ def png(scan: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def digits_tar() -> bytes:
+def caption(index: int, label: int) -> str:
+    """Of the scan with this index: all forms in turn, the digit as a word or, in every third one, as a figure."""
+    return FORMS[index % len(FORMS)].format(label if index % 3 == 2 else WORDS[label])
+
+
+def digits_tar(captions: bool = False) -> bytes:
     from sklearn.datasets import load_digits  # slow to import, and not needed for --help
 
     scans, labels = load_digits(return_X_y=True)
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for index, (scan, label) in enumerate(zip(scans.reshape(-1, 8, 8), labels, strict=True)):
-            for extension, content in (("png", png(scan)), ("cls", str(label).encode())):
+            files = [("png", png(scan)), ("cls", str(label).encode())]
+            if captions:
+                files.append(("txt", caption(index, int(label)).encode()))
+            for extension, content in files:
                 member = tarfile.TarInfo(f"{index:05d}.{extension}")  # its time, owner and mode are constants
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
@@ -43,10 +63,12 @@ def digits_tar() -> bytes:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", metavar="OUTPUT.tar", help="where to write it (a path or any fsspec URL)")
-    output = Location(parser.parse_args().output)
+    parser.add_argument("--captions", action="store_true", help="with a sentence about each scan")
+    options = parser.parse_args()
+    output = Location(options.output)
     try:
         output.parent.make_dir()
-        output.write(digits_tar())
+        output.write(digits_tar(options.captions))
     except OSError as error:
         print(f"make_digits: error: cannot write {output}: {error}", file=sys.stderr)
         return 1

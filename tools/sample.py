@@ -1,4 +1,4 @@
-"""Draws samples from a trained model and shows them in one picture, a column a class."""
+"""Draws samples from a trained model and shows them in one picture, a column a class or prompt."""
 
 import argparse
 import sys
@@ -14,6 +14,10 @@ def main() -> None:
     parser.add_argument("checkpoint", help="a checkpoint's folder, or a run's directory (its newest checkpoint)")
     parser.add_argument("output", type=Path, help="PNG to write; for clips their middle frames, and a GIF beside it")
     parser.add_argument("--labels", help="classes to draw, for instance 0-9 or 3,207,360 (default: the first ten)")
+    parser.add_argument("--prompt", action="append", help="what to draw, of a model with text; may be given many times")
+    parser.add_argument(
+        "--text-encoder", metavar="DIR", help="its folder, where it was moved since the data were encoded"
+    )
     parser.add_argument("--rows", type=int, default=8, help="samples of each class (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="sampling steps (default: as in the run)")
     parser.add_argument("--guidance", type=float, help="guidance scale (default: as in the run)")
@@ -40,7 +44,9 @@ def draw(options: argparse.Namespace) -> None:
     import torch
 
     from rdm_scale.checkpoint import load_trained
+    from rdm_scale.conditions import taken
     from rdm_scale.config import parse_config
+    from rdm_scale.data.captions import empty_caption, encode_prompts
     from rdm_scale.data.codecs import codec_of
     from rdm_scale.data.storage import Location
     from rdm_scale.evaluation.pictures import write_grid
@@ -50,22 +56,32 @@ def draw(options: argparse.Namespace) -> None:
     given = {k: v for k in ("steps", "guidance", "sampler") if (v := getattr(options, k)) is not None}
     tree = trained.config.model_dump(mode="json")
     config = parse_config(tree | {"sampling": tree["sampling"] | given}, "with the options given")
-    conditional = config.model.condition == "class"
-    classes = chosen_labels(options.labels, config.model.num_classes) if conditional else [0] * 10
-    names = [trained.class_names[label] for label in classes] if conditional else []
-    labels = torch.tensor(classes).repeat(options.rows)
-    with tqdm(total=len(labels), unit="sample", desc="drawing") as bar:
+    names: list[str] = []
+    columns, condition, empty = 10, torch.zeros(10, dtype=torch.int64).repeat(options.rows), None
+    if config.model.condition == "class":
+        classes = chosen_labels(options.labels, config.model.num_classes)
+        names = [trained.class_names[label] for label in classes]
+        columns, condition = len(classes), torch.tensor(classes).repeat(options.rows)
+    elif config.model.condition == "text":
+        if trained.text is None or not options.prompt:
+            raise ConfigError("the model takes captions: give --prompt, once or more")
+        names, columns, empty = options.prompt, len(options.prompt), empty_caption(trained.text)
+        prompts = encode_prompts(trained.text, options.prompt, options.text_encoder)
+        condition = taken(prompts, torch.arange(columns).repeat(options.rows))
+    samples = columns * options.rows
+    with tqdm(total=samples, unit="sample", desc="drawing") as bar:
         pixels = draw_pixels(
             trained.model,
             config,
             codec_of(trained.codec),
-            labels,
+            condition,
             options.seed,
             batch_size=options.batch_size,
+            empty_caption=empty,
             progress=lambda done, _: bar.update(done - bar.n),
         )
-    files = write_grid(pixels, Location(options.output), len(classes), names, fps=options.fps)
-    print(f"{len(labels)} samples of step {trained.step} are in {' and '.join(map(str, files))}")
+    files = write_grid(pixels, Location(options.output), columns, names, fps=options.fps)
+    print(f"{samples} samples of step {trained.step} are in {' and '.join(map(str, files))}")
 
 
 def chosen_labels(text: str | None, num_classes: int) -> list[int]:

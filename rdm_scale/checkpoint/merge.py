@@ -53,6 +53,7 @@ def merge(
         config=first.config.model_dump(mode="json"),
         codec=first.codec,
         class_names=first.class_names,
+        text=first.text,
     )
     _write(
         out, MERGED, first.shapes, _mean(sources), dtype, max_file_bytes, progress,

@@ -6,7 +6,7 @@ import torch
 
 from rdm_scale.checkpoint.weights import Weights, open_model
 from rdm_scale.config import RunConfig
-from rdm_scale.data.manifest import Codec
+from rdm_scale.data.manifest import Codec, TextEncoding
 from rdm_scale.models import DiffusionTransformer, build_model
 
 
@@ -19,6 +19,7 @@ class TrainedModel:
     step: int
     codec: Codec
     class_names: tuple[str, ...]
+    text: TextEncoding | None  # how the captions that it was trained on were encoded
 
 
 def load_model(path: str, weights: Weights = "ema") -> DiffusionTransformer:
@@ -47,4 +48,4 @@ def load_trained(path: str, weights: Weights = "ema") -> TrainedModel:
         for name, tensor in source.stream():
             parameters[name].copy_(tensor)
     model.eval().requires_grad_(False)
-    return TrainedModel(model, source.config, source.step, source.codec, source.class_names)
+    return TrainedModel(model, source.config, source.step, source.codec, source.class_names, source.text)

@@ -17,7 +17,7 @@ from rdm_scale.checkpoint.directory import CheckpointDirectory, is_checkpoint, o
 from rdm_scale.checkpoint.safetensors_files import SafetensorsReader, Shape, read_json
 from rdm_scale.checkpoint.tensors import TensorReader
 from rdm_scale.config import ModelConfig, RunConfig, parse_config
-from rdm_scale.data.manifest import Codec
+from rdm_scale.data.manifest import Codec, TextEncoding
 from rdm_scale.data.storage import Location
 from rdm_scale.errors import CheckpointError
 from rdm_scale.models import build_model
@@ -43,6 +43,7 @@ class MergedConfig(BaseModel):
     config: dict[str, Any]
     codec: Codec
     class_names: tuple[str, ...]
+    text: TextEncoding | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class ModelSource:
     config: RunConfig
     codec: Codec
     class_names: tuple[str, ...]
+    text: TextEncoding | None
     shapes: dict[str, Shape]  # in the order of the model's parameters
     _reader: TensorReader | SafetensorsReader
 
@@ -98,9 +100,9 @@ def open_model(path: str, weights: Weights = "ema") -> ModelSource:
     if weights not in reader.fields():
         raise CheckpointError(f"{folder} has no {weights}; it has {', '.join(reader.fields())}")
     shapes = {name: reader.shape(name) for name in reader.names()}
-    config, codec, names = _described(state, folder)
+    config, codec, names, text = _described(state, folder)
     return ModelSource(
-        folder, weights, state["step"], config, codec, names, _fitting(shapes, config.model, folder), reader
+        folder, weights, state["step"], config, codec, names, text, _fitting(shapes, config.model, folder), reader
     )
 
 
@@ -158,19 +160,22 @@ def _open_merged(folder: Location) -> ModelSource:
     reader = SafetensorsReader.of_folder(folder, MERGED)
     shapes = _fitting(reader.shapes, config.model, folder)
     return ModelSource(
-        folder, merged.weights, merged.step, config, merged.codec, merged.class_names, shapes, reader
+        folder, merged.weights, merged.step, config, merged.codec, merged.class_names, merged.text, shapes, reader
     )  # fmt: skip
 
 
-def _described(state: dict[str, Any], folder: Location) -> tuple[RunConfig, Codec, tuple[str, ...]]:
+def _described(
+    state: dict[str, Any], folder: Location
+) -> tuple[RunConfig, Codec, tuple[str, ...], TextEncoding | None]:
     missing = [key for key in ("config", "codec", "class_names") if key not in state]
     if missing:
         raise CheckpointError(f"{folder} does not say its {missing[0]}: it is not one of ours")
     try:
         codec = Codec.model_validate(state["codec"])
+        text = None if state.get("text") is None else TextEncoding.model_validate(state["text"])
     except ValidationError as error:
-        raise CheckpointError(f"{folder} does not say validly how its latents were made: {error}") from None
-    return parse_config(state["config"], str(folder)), codec, tuple(state["class_names"])
+        raise CheckpointError(f"{folder} does not say validly how its data were made: {error}") from None
+    return parse_config(state["config"], str(folder)), codec, tuple(state["class_names"]), text
 
 
 def _fitting(found: Mapping[str, Shape], config: ModelConfig, where: Location) -> dict[str, Shape]:

@@ -5,22 +5,18 @@ file: `load_config` needs neither data nor a world size.
 """
 
 from rdm_scale.config.loading import describe_keys, load_config, parse_config, to_yaml
+from rdm_scale.config.model import Among, GateConfig, InputConfig, ModelConfig, TextConfig
 from rdm_scale.config.schema import (
-    Among,
     CheckpointConfig,
     DataConfig,
     DataSource,
     DiffusionConfig,
-    GateConfig,
-    InputConfig,
-    ModelConfig,
     MonitorConfig,
     OptimizerConfig,
     ParallelConfig,
     RunConfig,
     RunSection,
     SamplingConfig,
-    TextConfig,
     TrainConfig,
     flatten,
 )

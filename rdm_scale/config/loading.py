@@ -10,7 +10,8 @@ from typing import Any, cast, get_args
 import yaml
 from pydantic import ValidationError
 
-from rdm_scale.config.schema import RunConfig, Section
+from rdm_scale.config.schema import RunConfig
+from rdm_scale.config.section import Section
 from rdm_scale.errors import ConfigError
 
 

@@ -349,6 +349,24 @@ def empty_caption(how: TextEncoding) -> TextCondition:
     return TextCondition.of([(text.tokens, text.pooled[0])])
 
 
+def encode_prompts(how: TextEncoding, prompts: Sequence[str], url: str | None = None) -> TextCondition:
+    """Prompts as the captions of a set were encoded.
+
+    Args:
+        url: folder of the text encoder, where it is not where it was when the set was encoded.
+
+    Raises:
+        DataError: there is no such encoder, or it is another one.
+    """
+    encoder = TextEncoder(url or how.location, max_tokens=how.max_tokens)
+    if encoder.record.digest != how.digest:
+        raise DataError(
+            f"{url or how.location} is not the text encoder that the model was trained with ({how.encoder} of digest "
+            f"{how.digest[:12]}, this one has {encoder.record.digest[:12]}): name the folder of that one"
+        )
+    return TextCondition.of([(text.tokens, text.pooled) for text in encoder.encode(prompts)])
+
+
 _REMEDY = "copy the shards and their manifest again from where they came from, or encode the data again"
 
 

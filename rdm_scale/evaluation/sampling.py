@@ -6,10 +6,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rdm_scale.conditions import TextCondition, taken
+from rdm_scale.conditions import batch_size as batch_size_of
 from rdm_scale.config import RunConfig
 from rdm_scale.data.codecs import LatentCodec, codec_of
 from rdm_scale.data.compatibility import DataFacts
 from rdm_scale.diffusion import sample
+from rdm_scale.errors import ConfigError
 from rdm_scale.evaluation.pictures import image_grid, middle_frames
 
 if TYPE_CHECKING:
@@ -21,30 +24,39 @@ GRID_ROWS = 4
 def draw_latents(
     model: Any,
     config: RunConfig,
-    labels: Tensor,
+    condition: Tensor | TextCondition,
     seed: int,
     *,
+    empty_caption: TextCondition | None = None,
     first_index: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Normalised latents [B, C, T, H, W] for labels [B], as `config.sampling` says.
+    """Normalised latents [B, C, T, H, W] for labels [B], which a model without condition only counts, or captions, as
+    `config.sampling` says.
 
     Sample i of a seed is the same in whatever batch it is drawn: `first_index` is the index of the first one here.
+
+    Raises:
+        ConfigError: labels for a model that takes captions, or the other way round.
     """
-    size, conditional = config.model.input, config.model.condition == "class"
+    size, kind = config.model.input, config.model.condition
+    if (kind == "text") != isinstance(condition, TextCondition):
+        raise ConfigError(
+            f"the model has model.condition={kind}: draw with {'prompts' if kind == 'text' else 'labels'}"
+        )
     return sample(
         model,
-        (len(labels), size.channels, size.frames, size.height, size.width),
-        labels if conditional else None,
+        (batch_size_of(condition), size.channels, size.frames, size.height, size.width),
+        None if kind == "none" else condition,
         config.sampling.steps,
         config.sampling.guidance,
         seed,
         diffusion=config.diffusion,
         sampler=config.sampling.sampler,
-        null_condition=config.model.num_classes if conditional else None,
+        null_condition={"none": None, "class": config.model.num_classes, "text": empty_caption}[kind],
         learned_variance=config.model.learned_variance,
         first_index=first_index,
-        device=labels.device,
+        device=condition.pooled.device if isinstance(condition, TextCondition) else condition.device,
         progress=progress,
     )
 
@@ -53,22 +65,24 @@ def draw_pixels(
     model: Any,
     config: RunConfig,
     codec: LatentCodec,
-    labels: Tensor,
+    condition: Tensor | TextCondition,
     seed: int,
     *,
     batch_size: int,
+    empty_caption: TextCondition | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> Tensor:
-    """Pixels [N, 3, T, H, W] in [-1, 1] for labels [N], drawn and decoded in batches; images have T = 1.
+    """Pixels [N, 3, T, H, W] in [-1, 1] for labels [N] or captions, drawn and decoded in batches; images have T = 1.
 
     `progress` is called as progress(samples done, samples).
     """
-    parts = []
-    for first in range(0, len(labels), batch_size):
-        part = labels[first : first + batch_size]
-        parts.append(codec.decode(draw_latents(model, config, part, seed, first_index=first)))
+    parts, samples = [], batch_size_of(condition)
+    for first in range(0, samples, batch_size):
+        part = taken(condition, slice(first, first + batch_size))
+        latents = draw_latents(model, config, part, seed, empty_caption=empty_caption, first_index=first)
+        parts.append(codec.decode(latents))
         if progress is not None:
-            progress(first + len(part), len(labels))
+            progress(min(first + batch_size, samples), samples)
     return torch.cat(parts)
 
 

@@ -177,6 +177,7 @@ class Trainer:
             "identity": self.config.identity() | {"data": self.facts.identity},
             "codec": self.facts.codec.model_dump(mode="json"),
             "class_names": list(self.facts.class_names),
+            "text": None if self.facts.text is None else self.facts.text.model_dump(mode="json"),
             "lost_shards": self.stream.lost.known if self.stream else [],
             "layout": {
                 "tensor": self.mesh.tensor_size,

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from rdm_scale.config import ModelConfig
-from rdm_scale.models.blocks import Mlp, ResidualUnit
+from rdm_scale.models.blocks import Mlp, ResidualUnit, SideInputs
 from rdm_scale.models.gates import ResidualGate
 from rdm_scale.models.layers import LayerFactory
 
@@ -53,4 +53,5 @@ class SmoothChain:
         }
         gate = {name.removeprefix("gate."): value for name, value in values.items() if name.startswith("gate.")}
         alpha, beta = functional_call(self.unit.gate, gate, (None, values["branch.down.bias"], z.dtype))
-        return functional_call(self.unit, values, (z, self._shift, self._scale, beta, alpha))
+        side = SideInputs(self._shift, (1, 1, 1))  # the MLP uses neither
+        return functional_call(self.unit, values, (z, side, [self._shift, self._scale, beta, alpha]))

@@ -14,8 +14,8 @@ from sklearn.datasets import load_digits
 TOOL = Path(__file__).parents[2] / "tools/make_digits.py"
 
 
-def make(output) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, TOOL, output], capture_output=True, text=True, check=False)
+def make(output, *options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, TOOL, output, *options], capture_output=True, text=True, check=False)
 
 
 def test_the_tar(tmp_path):
@@ -46,3 +46,16 @@ def test_an_output_that_cannot_be_written(tmp_path):
     result = make(tmp_path / "file/digits.tar")
     assert result.returncode == 1
     assert result.stderr.startswith("make_digits: error: cannot write") and result.stderr.count("\n") == 1
+
+
+def test_captions_name_the_digit(tmp_path):
+    assert make(tmp_path / "a.tar", "--captions").returncode == 0
+    samples = list(webdataset.WebDataset(str(tmp_path / "a.tar"), shardshuffle=False))
+    words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    forms = set()
+    for sample in samples:
+        text, label = sample["txt"].decode(), int(sample["cls"])
+        said = [name for name in (words[label], str(label)) if name in text.replace(",", "").split()]
+        assert len(said) == 1, text
+        forms.add(text.replace(said[0], "#"))
+    assert len(samples) == 1797 and len(forms) == 8

@@ -1,0 +1,136 @@
+"""The part of the configuration that says what a model is made of, and what follows from it."""
+
+import math
+from collections.abc import Sequence
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from rdm_scale.config.section import Section
+
+Among = Literal["all", "space", "time"]
+
+
+class InputConfig(Section):
+    channels: int = Field(4, ge=1, description="latent channels C")
+    frames: int = Field(1, ge=1, description="latent frames T; 1 for images")
+    height: int = Field(32, ge=1, description="latent height H")
+    width: int = Field(32, ge=1, description="latent width W")
+
+
+class GateConfig(Section):
+    multiplier: float = Field(1.0, gt=0, description="m0 of the fixed branch multiplier m(L) = m0 * L^-p")
+    exponent: float = Field(0.5, ge=0, description="p of m(L) = m0 * L^-p; L counts residual branches")
+    per_channel: bool = Field(True, description="gates a, b per channel; false: one scalar each per branch")
+    conditional: bool = Field(True, description="add a gate g(c), a function of the condition, to m * a")
+
+
+class TextConfig(Section):
+    width: int = Field(768, ge=1, description="text condition: channels of the text encoder's tokens")
+    pooled_width: int = Field(768, ge=1, description="text condition: channels of its pooled vector")
+
+
+class ModelConfig(Section):
+    input: InputConfig = InputConfig()
+    patch_size: tuple[int, int, int] = Field((1, 2, 2), description="patch of [t, h, w] latents per token")
+    hidden_size: int = Field(384, ge=8, description="width D of the residual stream")
+    depth: int = Field(12, ge=1, description="number of blocks (attention + MLP each; factorized: of both kinds)")
+    num_heads: int = Field(6, ge=1, description="attention heads; must divide hidden_size")
+    mlp_ratio: float = Field(4.0, gt=0, description="MLP width over hidden_size")
+    residual: Literal["plain", "rezero", "layerscale", "adaln_zero", "neural_rdm"] = Field(
+        "neural_rdm", description="residual structure of every branch (gate.* applies to neural_rdm)"
+    )
+    gate: GateConfig = GateConfig()
+    stacking: Literal["flow", "u"] = Field(
+        "flow",
+        description="how blocks are joined: flow is a chain; u also has long skips from block i to block depth-1-i",
+    )
+    attention: Literal["joint", "factorized"] = Field(
+        "joint",
+        description="joint: all tokens attend to each other; factorized: in turns of blocks, those of a frame and "
+        "those of a place in all frames (Latte)",
+    )
+    positions: Literal["sincos", "rotary"] = Field(
+        "sincos", description="sincos: fixed tables added to the tokens; rotary: axial turns of queries and keys (RoPE)"
+    )
+    qk_norm: bool = Field(False, description="RMS-normalise the queries and keys of each head, with learned scales")
+    condition: Literal["none", "class", "text"] = Field("class", description="what the model is conditioned on")
+    text: TextConfig = TextConfig()
+    num_classes: int = Field(1000, ge=1, description="number of classes; one more embedding is the null class")
+    learned_variance: bool = Field(False, description="predict the variance too (ddpm only): 2C output channels")
+    timestep_spacing: Literal["dit", "diffusers"] = Field(
+        "dit", description="frequencies of the timestep embedding: i/128 (dit) or i/127 (diffusers)"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        sizes = (self.input.frames, self.input.height, self.input.width)
+        for name, size, patch in zip(("frames", "height", "width"), sizes, self.patch_size, strict=True):
+            if patch < 1 or size % patch:
+                raise ValueError(f"model.input.{name}={size} is not divisible by its model.patch_size entry {patch}")
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"model.num_heads={self.num_heads} does not divide model.hidden_size={self.hidden_size}")
+        if self.hidden_size % 4:
+            raise ValueError(f"model.hidden_size={self.hidden_size} is not divisible by 4 (sin-cos positions in 2D)")
+        axes = 3 if self.input.frames > 1 else 2
+        if self.positions == "rotary" and (self.head_size % 2 or self.head_size < 2 * axes):
+            raise ValueError(
+                f"model.positions=rotary turns pairs of channels along {axes} axes, and a head has {self.head_size} "
+                f"(model.hidden_size / model.num_heads): make it even and at least {2 * axes}"
+            )
+        if self.attention == "factorized" and self.depth % 2:
+            raise ValueError(
+                f"model.depth={self.depth} is odd: under model.attention=factorized blocks come in pairs, one that "
+                "works in space and one that works along time"
+            )
+        return self
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Tokens along T, H and W of a sample of the configured size."""
+        return self.grid_of((self.input.frames, self.input.height, self.input.width))
+
+    def grid_of(self, size: Sequence[int]) -> tuple[int, int, int]:
+        """Tokens along T, H and W of a sample of latent size (T, H, W)."""
+        T, H, W = size
+        t, h, w = self.patch_size
+        return T // t, H // h, W // w
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens N of one sample of the configured size."""
+        return math.prod(self.grid)
+
+    def tokens_of(self, size: Sequence[int]) -> int:
+        """Number of tokens of a sample of latent size (T, H, W)."""
+        return math.prod(self.grid_of(size))
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    def attends_among(self, block: int) -> Among:
+        """Which tokens attend to each other in a block: all, or by turns those of a frame and those of a place."""
+        if self.attention == "joint":
+            return "all"
+        return "time" if block % 2 else "space"
+
+    def skip_source(self, block: int) -> int | None:
+        """The block whose output a block takes by a long skip, if it does."""
+        mirror = self.depth - 1 - block
+        return mirror if self.stacking == "u" and mirror < block else None
+
+    def starts_skip(self, block: int) -> bool:
+        """Whether a block's output goes into a long skip."""
+        return self.stacking == "u" and block < self.depth - 1 - block
+
+    @property
+    def branches(self) -> int:
+        """Number L of residual branches: the units of all blocks."""
+        return (3 if self.condition == "text" else 2) * self.depth + sum(
+            self.starts_skip(block) for block in range(self.depth)
+        )
+
+    @property
+    def mlp_size(self) -> int:
+        return int(self.hidden_size * self.mlp_ratio)
