@@ -159,8 +159,16 @@ def block_activation_bytes(config: RunConfig, samples: int, policy: str, block: 
     if policy == "selective":
         return stream * ((r + (2 + skips + text) * c) / tokens + (4 + 2 * text + ratio) * c / parallel.tensor)
     whole = (6 + 3 * skips + 3 * text) * r + (2 + text) * c
-    cut = (5 + 2 * ratio + 2 * skips + 3 * text) * c
+    cut = (5 + 2 * ratio + 2 * skips + 3 * text) * c + _turned_bytes(config, c)
     return stream * (whole / tokens + cut / parallel.tensor)
+
+
+def _turned_bytes(config: RunConfig, c: int) -> int:
+    """Of queries and keys that are not those of the product any more, for each element of the stream: what attention
+    takes (2 c) and, of a norm, what it read and what it made before its scales, in fp32 where that is another type."""
+    model = config.model
+    turned = model.qk_norm or model.positions == "rotary"
+    return 2 * c * turned + model.qk_norm * (8 if c == BYTES["fp32"] else 16)
 
 
 def blocks_activation_bytes(config: RunConfig, samples: int, blocks: Iterable[int]) -> float:

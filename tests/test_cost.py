@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from rdm_scale import cost
+from rdm_scale.conditions import TextCondition
 from rdm_scale.config import GateConfig, InputConfig, ModelConfig, RunConfig, TextConfig, parse_config
 from rdm_scale.models import build_model
-from rdm_scale.models.blocks import SideInputs
 from rdm_scale.parallel.recompute import recompute_blocks
+
+TEXT = TextConfig(width=8, pooled_width=4)
 
 
 def small(**changes: object) -> ModelConfig:
@@ -77,17 +79,29 @@ def test_tensor_parallelism_cuts_all_but_vectors_and_embeddings() -> None:
 
 @pytest.mark.parametrize("policy", ["none", "selective", "full"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("changes", [{"depth": 1}, {"depth": 2, "stacking": "u"}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"depth": 2, "stacking": "u"},
+        {"condition": "text", "text": TEXT},
+        {"positions": "rotary"},
+        {"qk_norm": True},
+    ],
+    ids=str,
+)
 def test_activations_are_what_autograd_keeps(policy: str, precision: str, changes: dict) -> None:
     """Of the last block: of a u stack it has a long skip."""
-    config = run(small(**changes), train={"precision": precision}, parallel={"recompute": policy})
+    config = run(small(**({"depth": 1} | changes)), train={"precision": precision}, parallel={"recompute": policy})
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     number = config.model.depth - 1
-    block = build_model(config.model).blocks[str(number)].to(dtype)
+    model = build_model(config.model)
+    block = model.blocks[str(number)].to(dtype)
     recompute_blocks([block], policy)
     S, B, D = config.model.tokens, 16, config.model.hidden_size
     z = torch.randn(S, B, D, requires_grad=True)
-    side = SideInputs(torch.randn(B, D, dtype=dtype, requires_grad=True), config.model.grid)
+    text = TextCondition.of([(torch.randn(3, TEXT.width), torch.randn(TEXT.pooled_width))] * B)
+    side = model.side_inputs(torch.randn(B, D, dtype=dtype, requires_grad=True), config.model.grid, text)
     given: list[Any] = [z, side]
     if number:
         given.append(torch.randn(S, B, D, requires_grad=True))

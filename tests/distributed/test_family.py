@@ -7,7 +7,9 @@ import pytest
 from layouts import MODEL, Case
 from rank_pool import RankPool
 from reference import deviation, plain_training
-from small_runs import add_captions, run_config, train, write_latents
+from small_runs import add_captions, metrics, run_config, train, write_latents
+
+from rdm_scale.checkpoint import load_model
 
 
 class Member(NamedTuple):
@@ -76,3 +78,18 @@ def test_every_layout_trains_the_same_model(name: str, ranks: RankPool, tmp_path
         found = deviation(config, reference)
         print(f"{name}, {case}: {found}")
         found.check()
+
+
+def test_learned_variance_is_trained_under_ddpm(ranks: RankPool, tmp_path: Path) -> None:
+    """The rows of the head that make the variance learn, and a pipeline carries them like any others."""
+    data = write_latents(tmp_path / "data")
+    changes = {"model__learned_variance": True, "diffusion__objective": "ddpm", "train__steps": 3}
+    runs = []
+    for case in (Case(1, 1, 1, "0", "1f1b", "none", False), Case(1, 2, 1, "1", "1f1b", "none", False)):
+        config = run_config(tmp_path / case.zero, data, **(case.changes() | changes))
+        ranks.run(case.world, train, config)
+        runs.append([record["loss"] for record in metrics(config.run.dir)])
+    assert runs[1] == pytest.approx(runs[0], rel=1e-5)
+    head = load_model(config.run.dir, "weights").head.out.weight.unflatten(0, (4, 8))  # [pixel, channel, D]
+    noise, variance = head.abs().amax((0, 2)).chunk(2)
+    assert noise.min() > 0 and variance.min() > 0

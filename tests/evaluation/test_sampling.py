@@ -1,10 +1,13 @@
 """Drawing from a model: the same samples in whatever batches, guidance and steps as configured."""
 
+import pytest
 import torch
 from torch import Tensor
 
+from rdm_scale.conditions import TextCondition
 from rdm_scale.config import DiffusionConfig, InputConfig, ModelConfig, RunConfig, SamplingConfig
 from rdm_scale.data.codecs import load_codec
+from rdm_scale.errors import ConfigError
 from rdm_scale.evaluation.sampling import draw_latents, draw_pixels
 
 CONFIG = RunConfig(
@@ -50,3 +53,20 @@ def test_clips_are_drawn_whole() -> None:
     config, labels = CONFIG.model_copy(update={"model": model}), torch.tensor([0, 1])
     clips = draw_pixels(drifting, config, load_codec("identity"), labels, seed=7, batch_size=1)
     assert clips.shape == (2, 3, 3, 4, 4) and (clips[:, :, 0] - clips[:, :, 1]).abs().max() > 0.01
+
+
+def test_captions_are_drawn_for_in_batches_and_guided_from_the_empty_one() -> None:
+    def to_the_pooled_value(latents: Tensor, timesteps: Tensor, text: TextCondition) -> Tensor:
+        return (latents - text.pooled[:, 0].view(-1, 1, 1, 1, 1)) / (timesteps / 1000).view(-1, 1, 1, 1, 1)
+
+    config = CONFIG.model_copy(update={"model": CONFIG.model.model_copy(update={"condition": "text"})})
+    points = (0.1, 0.2, 0.3)
+    captions = TextCondition.of([(torch.ones(n, 1), torch.tensor([p])) for n, p in enumerate(points, start=1)])
+    empty = TextCondition.of([(torch.ones(5, 1), torch.tensor([0.05]))])
+    model, codec = to_the_pooled_value, load_codec("identity")
+    pixels = draw_pixels(model, config, codec, captions, seed=0, batch_size=2, empty_caption=empty)
+    assert pixels[:, 0, 0, 0, 0].tolist() == pytest.approx([0.05 + 3 * (p - 0.05) for p in points], abs=1e-5)
+    with pytest.raises(ConfigError, match=r"model\.condition=text: draw with prompts"):
+        draw_pixels(model, config, codec, torch.tensor([1]), seed=0, batch_size=2)
+    with pytest.raises(ConfigError, match=r"model\.condition=class: draw with labels"):
+        draw_pixels(model, CONFIG, codec, captions, seed=0, batch_size=2)
