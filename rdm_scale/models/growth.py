@@ -116,8 +116,6 @@ class Growth:
                 "model.residual=plain cannot grow: its branches have no gate that could start closed, so any new block "
                 "would change what the network computes"
             )
-        if old.stacking != "flow":
-            raise ConfigError(f"model.stacking={old.stacking} cannot grow yet: its long skips would have to be closed")
         self.old, self.new = old, old.model_copy(update={"depth": depth})
         turns = 2 if old.attention == "factorized" else 1
         self.blocks = origins(old.depth, depth, placement, old.stacking, turns)

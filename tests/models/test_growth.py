@@ -93,8 +93,6 @@ def test_what_cannot_be_placed_is_refused(old: int, new: int, placement: str, st
 def test_models_that_cannot_grow_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"model\.residual=plain cannot grow"):
         Growth(config(2, residual="plain"), 4)
-    with pytest.raises(ConfigError, match=r"model\.stacking=u cannot grow yet"):
-        Growth(config(2).model_copy(update={"stacking": "u"}), 4)
 
 
 def trained(model_config: ModelConfig) -> DiffusionTransformer:
@@ -153,6 +151,19 @@ def test_factorized_attention_grows_by_pairs(placement: str) -> None:
     with torch.no_grad():
         expected = model(latents, *batch()[1:])
         found = deeper(Growth(model.config, 8, placement), model)(latents, *batch()[1:])
+    assert ((found - expected).norm() / expected.norm()).item() < 1e-6
+
+
+@pytest.mark.parametrize("placement", ["interleaved", "appended", "stacked"])
+@pytest.mark.parametrize("depths", [(4, 8), (5, 9)], ids=str)
+@pytest.mark.parametrize("kind", ["neural_rdm", "adaln_zero", "rezero"])
+def test_a_u_stack_grows_by_pairs_whose_long_skips_are_closed(
+    kind: str, depths: tuple[int, int], placement: str
+) -> None:
+    model = trained(config(depths[0], stacking="u", **CAN_GROW[kind]))
+    grown = deeper(Growth(model.config, depths[1], placement), model)
+    with torch.no_grad():
+        expected, found = model(*batch()), grown(*batch())
     assert ((found - expected).norm() / expected.norm()).item() < 1e-6
 
 
