@@ -10,8 +10,9 @@ import torch
 
 from rdm_scale.checkpoint.directory import open_checkpoint
 from rdm_scale.checkpoint.index import BLOCK_BYTES, IndexedFile
+from rdm_scale.checkpoint.reads import fetch_blocks
 from rdm_scale.checkpoint.safetensors_files import Shape
-from rdm_scale.checkpoint.tensors import TensorReader, fetch_blocks
+from rdm_scale.checkpoint.tensors import TensorReader
 from rdm_scale.checkpoint.weights import ModelSource, parameter_shapes
 from rdm_scale.config import parse_config
 from rdm_scale.data.storage import Location

@@ -8,17 +8,13 @@ block of the file, so that any range is verified by reading the blocks that it t
 import json
 import math
 import os
-import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import torch
 import xxhash
-from numpy.typing import NDArray
 from torch import Tensor
 
 from rdm_scale.checkpoint.index import (
@@ -32,14 +28,12 @@ from rdm_scale.checkpoint.index import (
     index_of,
     read_index,
 )
+from rdm_scale.checkpoint.reads import carry_out
 from rdm_scale.checkpoint.rectangles import Atlas, Boxes, Copies, Ints, Piece, Rectangle, copies_between
 from rdm_scale.checkpoint.spans import Wanted, spans_of
 from rdm_scale.data.storage import Location
 from rdm_scale.errors import CheckpointError
 
-_FAR_BYTES = 8 * BLOCK_BYTES  # most that a range read fetches from afar, unless a rectangle with gaps is larger
-_NEAR_BYTES = BLOCK_BYTES  # from a local file, where a read costs little and a block stays in the processor's cache
-_READERS = 4  # range reads under way at a time
 _FEW_INDICES = 32
 
 
@@ -296,15 +290,7 @@ class TensorReader:
                 raise CheckpointError(f"{file.data} has no {field}; it has {', '.join(file.fields)}")
             fields[i] = file.header_bytes + file.fields.index(field) * file.elements * 4
         position = fields[owner] + (copies.source - self._bases[owner]) * 4
-        near = all(file.data.is_local for file in self.files)
-        target = out.detach().numpy()
-        memory = threading.local()
-
-        def carry_out(read: _Read) -> None:
-            content = fetch_blocks(self.files[read.file], read.first, read.last, memory)
-            _copy(copies, read, content, target)
-
-        _in_threads(carry_out, _plan_reads(copies, owner, position, _NEAR_BYTES if near else _FAR_BYTES))
+        carry_out(copies, self.files, owner, position, out.detach().numpy())
 
 
 def _needed(indices: list[FileRecord], pieces: Sequence[Piece]) -> list[FileRecord]:
@@ -313,99 +299,6 @@ def _needed(indices: list[FileRecord], pieces: Sequence[Piece]) -> list[FileReco
         return indices
     wanted = Wanted(pieces)
     return [record for record in indices if wanted.meets(record.spans)] or indices[:1]
-
-
-@dataclass(frozen=True)
-class _Read:
-    """Blocks `first` to `last` of a file, and the copies out of them."""
-
-    file: int
-    first: int
-    last: int
-    copies: Ints  # [K]: which of the plan's
-    skipped: Ints  # [K]: elements of a contiguous copy that earlier reads have done
-    begins: Ints  # [K]: bytes into the file
-    ends: Ints  # [K]
-
-
-def _plan_reads(copies: Copies, owner: Ints, position: Ints, window_bytes: int) -> Iterator[_Read]:
-    """Few large reads of whole blocks: copies that begin in the same window of a file and lie close are read together.
-
-    Contiguous copies are cut where windows end; a strided one is read as a whole.
-    """
-    end = position + 4 * copies.span
-    window = position // window_bytes
-    parts = np.where(copies.contiguous, (end - 1) // window_bytes - window + 1, 1)
-    which = np.repeat(np.arange(len(parts)), parts)
-    part = np.arange(len(which)) - np.repeat(np.cumsum(parts) - parts, parts)
-    window = window[which] + part
-    whole = ~copies.contiguous[which]
-    begins = np.where(whole | (part == 0), position[which], window * window_bytes)
-    ends = np.where(whole, end[which], np.minimum(end[which], (window + 1) * window_bytes))
-    skipped = (begins - position[which]) // 4
-
-    order = np.lexsort((begins, window, owner[which]))
-    which, begins, ends, skipped, window = (a[order] for a in (which, begins, ends, skipped, window))
-    far = begins[1:] // BLOCK_BYTES > ends[:-1] // BLOCK_BYTES + 1
-    cuts = np.flatnonzero(far | (window[1:] != window[:-1]) | (np.diff(owner[which]) != 0)) + 1
-    for group in np.split(np.arange(len(which)), cuts):
-        if len(group):
-            first, last = begins[group].min() // BLOCK_BYTES, (ends[group].max() - 1) // BLOCK_BYTES
-            file = int(owner[which[group[0]]])
-            yield _Read(file, int(first), int(last), which[group], skipped[group], begins[group], ends[group])
-
-
-def fetch_blocks(file: IndexedFile, first: int, last: int, memory: threading.local) -> memoryview:
-    """Blocks `first` to `last`, verified; valid until the next call in this thread."""
-    begin, end = first * BLOCK_BYTES, min((last + 1) * BLOCK_BYTES, file.bytes)
-    try:
-        if len(getattr(memory, "buffer", b"")) < end - begin:
-            memory.buffer = bytearray(end - begin)  # kept: new memory takes longer than the read
-        view = memoryview(memory.buffer)[: end - begin]
-        view = view[: file.data.read_into(begin, view)]
-    except OSError as error:
-        raise CheckpointError(f"cannot read {file.data}: {error.strerror or error}") from error
-    if len(view) != end - begin:
-        raise CheckpointError(f"{file.data} is truncated: it ends before byte {end:,} of {file.bytes:,}")
-    for i in range(first, last + 1):
-        block = view[i * BLOCK_BYTES - begin : (i + 1) * BLOCK_BYTES - begin]
-        if xxhash.xxh3_64_intdigest(block) != file.digests[i]:
-            raise CheckpointError(
-                f"{file.data} is damaged: bytes {i * BLOCK_BYTES:,} to {i * BLOCK_BYTES + len(block):,} are not what "
-                "was written (checksum differs); use another checkpoint"
-            )
-    return view
-
-
-def _copy(copies: Copies, read: _Read, content: memoryview, target: NDArray[np.float32]) -> None:
-    source = np.frombuffer(content, "<f4")
-    first = (read.begins - read.first * BLOCK_BYTES) // 4
-    goal = copies.target[read.copies] + read.skipped
-    size = (read.ends - read.begins) // 4
-    plan = zip(read.copies, first.tolist(), goal.tolist(), size.tolist(), strict=True)
-    for i, begin, to, count in plan:
-        if copies.contiguous[i]:
-            target[to : to + count] = source[begin : begin + count]
-        else:
-            extent = copies.extent[i]
-            into = np.ndarray(extent, target.dtype, target, 4 * to, 4 * copies.target_strides[i])
-            into[...] = np.ndarray(extent, source.dtype, content, 4 * begin, 4 * copies.source_strides[i])
-
-
-def _in_threads(work: Callable[[_Read], None], items: Iterable[_Read]) -> None:
-    """work(item) for all items, a few at a time; raises what the first to fail raised, in their order."""
-    with ThreadPoolExecutor(_READERS) as pool:
-        waiting: deque[Future[None]] = deque()
-        try:
-            for item in items:
-                waiting.append(pool.submit(work, item))
-                if len(waiting) > 2 * _READERS:
-                    waiting.popleft().result()
-            while waiting:
-                waiting.popleft().result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
 
 
 def _merge_shapes(files: Sequence[IndexedFile]) -> dict[str, tuple[int, ...]]:

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from rdm_scale.checkpoint import index, tensors
+from rdm_scale.checkpoint import index, reads, tensors
 from rdm_scale.checkpoint.rectangles import Piece, Rectangle, rectangles_of_range
 from rdm_scale.checkpoint.tensors import FileRecord, TensorReader, digest, write_tensors
 from rdm_scale.data.storage import Location
@@ -99,9 +99,9 @@ def write(folder: Location, ranks: list[list[Piece]]) -> list[FileRecord]:
 def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small blocks make small files consist of many, and of several range reads."""
     if request.param == "many small blocks":
-        monkeypatch.setattr(index, "BLOCK_BYTES", 64)
-        monkeypatch.setattr(tensors, "BLOCK_BYTES", 64)
-        monkeypatch.setattr(tensors, "_NEAR_BYTES", 128)
+        for module in (index, reads, tensors):
+            monkeypatch.setattr(module, "BLOCK_BYTES", 64)
+        monkeypatch.setattr(reads, "_FAR_BYTES", 128)
 
 
 @pytest.mark.usefixtures("blocks")
@@ -188,7 +188,8 @@ def test_every_flipped_byte_is_found_and_named(tmp_path: Path) -> None:
 
 def test_a_flipped_byte_is_located_to_its_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index, "BLOCK_BYTES", 64)
-    monkeypatch.setattr(tensors, "BLOCK_BYTES", 64)
+    for module in (reads, tensors):
+        monkeypatch.setattr(module, "BLOCK_BYTES", 64)
     records = write(Location(tmp_path), LAYOUTS["1"])
     content = bytearray((tmp_path / records[0].name).read_bytes())
     content[-100] ^= 1
