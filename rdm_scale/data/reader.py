@@ -24,6 +24,7 @@ from rdm_scale.data.storage import Location, Stat
 from rdm_scale.errors import DataError
 
 _MEMORY_BYTES = 2**28  # of runs kept, at least: a small set is read once
+_LARGE_BYTES = 2**16  # of a sample: to make a tensor of it costs nothing beside its copy
 
 
 class OpenSet(NamedTuple):
@@ -260,11 +261,18 @@ def stack(found: Sequence[tuple[Samples, int]], shape: Sequence[int], dtype: tor
     return raw.view(dtype).view(len(found), *shape)
 
 
-def as_float(raw: Tensor) -> Tensor:
-    """The same in float32."""
-    if raw.dtype == torch.float32:
-        return raw
-    return MEMORY.take(4 * raw.numel()).view(torch.float32).view(raw.shape).copy_(raw)
+def stack_as_float(found: Sequence[tuple[Samples, int]], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """`stack` in float32. Large samples are converted where they lie, since to gather them first is another pass."""
+    size = found[0][0].size
+    if dtype == torch.float32:
+        return stack(found, shape, dtype)
+    target = MEMORY.take(len(found) * math.prod(shape) * 4).view(torch.float32).view(len(found), *shape)
+    if size < _LARGE_BYTES:
+        return target.copy_(stack(found, shape, dtype))
+    for place, (run, index) in zip(target.unbind(0), found, strict=True):
+        raw = torch.frombuffer(run.content, dtype=torch.uint8, count=size, offset=run.starts[index])
+        place.copy_(raw.view(dtype).view(place.shape))
+    return target
 
 
 class _Tensors(NamedTuple):

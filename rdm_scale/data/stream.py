@@ -24,10 +24,9 @@ from rdm_scale.data.reader import (
     RunReader,
     Samples,
     UnreadableError,
-    as_float,
     open_cache,
     open_set,
-    stack,
+    stack_as_float,
 )
 from rdm_scale.data.shards import DTYPES
 from rdm_scale.errors import ConfigError
@@ -296,7 +295,7 @@ def _batch(
     """
     shape = manifest.stored_shape(manifest.shape_of(manifest.shards[first.shard]))
     found = list(zip(members, samples, strict=True))
-    raw = as_float(stack(found, shape, DTYPES[manifest.dtype]))
+    raw = stack_as_float(found, shape, DTYPES[manifest.dtype])
     if manifest.kind == "moments":
         noise_shape = (shape[0] // 2, *shape[1:])
         noise = [torch.randn(noise_shape, generator=rng.generator(seed, purpose, position)) for position in positions]
