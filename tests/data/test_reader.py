@@ -1,11 +1,13 @@
 """Members in memory: read once while in use, ahead of it, and let go of afterwards."""
 
 import pytest
+import torch
 from latent_sets import LatentSet, WriteSet
 
 from rdm_scale.config import DataSource
 from rdm_scale.data.order import Run
-from rdm_scale.data.reader import RunReader, open_set, stack
+from rdm_scale.data.reader import RunReader, open_set, stack, stack_as_float
+from rdm_scale.data.shards import DTYPES
 from rdm_scale.data.storage import Location
 from rdm_scale.errors import DataError
 
@@ -38,6 +40,18 @@ def test_members_hold_what_was_written(write_set: WriteSet) -> None:
     assert [label for member in found for label in member.labels] == latents.labels.tolist()
     samples = [(member, index) for member in found for index in range(len(member.ids))]
     assert stack(samples, latents.latents.shape[1:], latents.latents.dtype).equal(latents.latents)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("shape", [(2, 1, 3, 3), (4, 8, 32, 40)], ids=["small", "large"])
+def test_samples_become_float_as_they_are_asked_for(
+    write_set: WriteSet, shape: tuple[int, int, int, int], dtype: str
+) -> None:
+    latents = write_set(9, shape=shape, dtype=dtype)
+    (first, second) = reader_of(latents).get(keys(latents)[:2])  # of 4 samples each
+    found = stack_as_float([(second, 3), (first, 0), (second, 1)], shape, DTYPES[dtype])
+    assert found.dtype == torch.float32
+    assert torch.equal(found, latents.latents[[7, 0, 5]].float())
 
 
 def test_those_used_last_are_kept(write_set: WriteSet, monkeypatch: pytest.MonkeyPatch, reads: list[int]) -> None:
