@@ -84,7 +84,7 @@ def zero_step(config: RunConfig, mesh: Mesh) -> Step:
 
     def step(latents: Tensor, timesteps: Tensor, labels: Tensor, target: Tensor) -> None:
         with model.zero.accumulating():
-            prediction = model.zero(0, (1, *latents.shape[2:]), latents[:, :, None], timesteps, labels)
+            prediction = model.zero(0, (1, *latents.shape[2:]), labels, latents[:, :, None], timesteps)
             model.zero.backward((loss_of(prediction.squeeze(2), target),), (None,))
         model.step(config.optimizer.lr)
 
