@@ -1,0 +1,119 @@
+"""1,000 blocks in training: Neural-RDM's gates and plain residuals, each beside its sibling of 100 blocks.
+
+Real runs on the quickstart's data (`make quickstart-data` first) with its objective, a narrow model and small batches:
+all arms take the same samples, noise and learning rates for the same number of steps, one process each, and then the
+deep Neural-RDM a few of those steps once more on four ranks, two pipeline stages x two ranks under ZeRO-3, whose losses
+are compared with those of the one process.
+
+Draws docs/images/thousand.png, prints Markdown and writes benchmarks/results/thousand.json. What is found in --work is
+used again, so that an interrupted call goes on.
+
+    OMP_NUM_THREADS=1 python benchmarks/thousand.py --steps 100
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS, PICTURE = ROOT / "benchmarks/results/thousand.json", ROOT / "docs/images/thousand.png"
+DEEP, SHALLOW = 1000, 100
+ARMS = [(residual, depth) for depth in (DEEP, SHALLOW) for residual in ("neural_rdm", "plain")]
+VALIDATIONS = 5
+SETTINGS = {
+    "model.hidden_size": 32,
+    "model.num_heads": 2,
+    "optimizer.lr": 1e-3,
+    "optimizer.warmup_steps": 10,
+    "train.global_batch_size": 16,
+    "checkpoint.every": 0,
+    "monitor.sample_every": 0,
+    "monitor.tensorboard": "false",
+    "monitor.log_every": 5,
+}
+PARALLEL = {"parallel.pipeline": 2, "parallel.zero_stage": 3, "train.micro_batch_size": 4}  # on four ranks
+PARALLEL_STEPS = 3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--work", type=Path, default=Path("runs/thousand"), help="directory of the runs")
+    options = parser.parse_args()
+    arms = {}
+    for residual, depth in ARMS:
+        folder = options.work / f"{residual}-{depth}"
+        run(folder, residual, depth, options.steps, 1, {"parallel.zero_stage": 0, "train.steps": options.steps})
+        arms[f"{residual}, {depth} blocks"] = curves(folder)
+    folder = options.work / "four-ranks"
+    run(folder, "neural_rdm", DEEP, options.steps, 4, PARALLEL | {"train.steps": PARALLEL_STEPS})
+    pairs = zip(arms[f"neural_rdm, {DEEP} blocks"]["loss"], curves(folder)["loss"], strict=False)
+    distances = [abs(four / one - 1) for one, four in pairs]
+    result = {"steps": options.steps, "settings": SETTINGS, "arms": arms, "four_ranks_relative_distance": distances}
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    plot(arms)
+    report(arms, distances)
+
+
+def run(folder: Path, residual: str, depth: int, schedule: int, ranks: int, settings: dict[str, Any]) -> None:
+    """Trains, as a user would start it, unless that is done."""
+    if any(folder.glob("checkpoints/*/commit.json")):
+        return
+    settings = SETTINGS | settings | {"model.residual": residual, "model.depth": depth, "run.dir": folder}
+    settings |= {"optimizer.schedule_steps": schedule, "monitor.depth_every": schedule // VALIDATIONS}
+    settings |= {"monitor.validate_every": schedule // VALIDATIONS}
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
+    overrides = [f"{key}={value}" for key, value in settings.items()]
+    command = [sys.executable, *launcher, "-m", "rdm_scale.train", "configs/quickstart.yaml", *overrides]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+
+
+def curves(folder: Path) -> dict[str, Any]:
+    """Training loss and gradient norm of each step, and the validation losses by step."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    validations = {r["step"]: r["validation_loss"] for r in records if "validation_loss" in r}
+    return {
+        "loss": [r["loss"] for r in records],
+        "grad_norm": [r["grad_norm"] for r in records],
+        "validation_loss": validations,
+        "largest_rise": max((b - a for a, b in pairwise(validations.values())), default=0.0),
+        "step_s": sorted(r["step_s"] for r in records)[len(records) // 2],
+    }
+
+
+def plot(arms: dict[str, dict[str, Any]]) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.2), dpi=110, layout="constrained")
+    losses, norms = figure.subplots(1, 2)
+    for color, (name, arm) in enumerate(arms.items()):
+        smooth = [sum(arm["loss"][max(0, i - 4) : i + 1]) / min(5, i + 1) for i in range(len(arm["loss"]))]
+        losses.plot(range(1, len(smooth) + 1), smooth, color=f"C{color}", alpha=0.4)
+        losses.plot(*zip(*arm["validation_loss"].items(), strict=True), color=f"C{color}", marker="o", label=name)
+        norms.semilogy(range(1, len(smooth) + 1), arm["grad_norm"], color=f"C{color}", label=name)
+    losses.set(xlabel="step", title="validation loss (dots); training loss, mean of 5 steps", ylim=(0.4, 2.2))
+    norms.set(xlabel="step", title="gradient norm before clipping")
+    for axes in (losses, norms):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(PICTURE)
+
+
+def report(arms: dict[str, dict[str, Any]], distances: list[float]) -> None:
+    steps = list(next(iter(arms.values()))["validation_loss"])
+    print(f"\n| validation loss after steps | {' | '.join(map(str, steps))} | largest gradient norm | s a step |")
+    print("|---" * (len(steps) + 3) + "|")
+    for name, arm in arms.items():
+        shown = " | ".join(f"{loss:.4f}" for loss in arm["validation_loss"].values())
+        print(f"| {name} | {shown} | {max(arm['grad_norm']):.3g} | {arm['step_s']:.2f} |")
+    print("\nfour ranks, relative distance of the loss at each step:", ", ".join(f"{d:.1e}" for d in distances))
+
+
+if __name__ == "__main__":
+    main()
