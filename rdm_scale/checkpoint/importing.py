@@ -169,16 +169,7 @@ def _unpickled(file: Location) -> dict[str, Tensor]:
             found: Any = torch.load(content, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"there is no file {file}") from None
-    except (
-        zipfile.BadZipFile,
-        pickle.UnpicklingError,
-        RuntimeError,
-        ValueError,
-        EOFError,
-        KeyError,
-        TypeError,
-        OSError,
-    ) as error:
+    except _UNREADABLE as error:
         first = str(error).strip().splitlines()[:1]
         raise CheckpointError(
             f"{file} is not a plain file of tensors, and nothing else in it is run or loaded: {' '.join(first)}"

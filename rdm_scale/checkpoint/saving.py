@@ -127,6 +127,8 @@ class Saver:
             return
         if save.committing:
             self._save, self._saved = None, save.step
+            for warning in filter(None, results):
+                self.say(warning)
             took_s = time.perf_counter() - save.began
             self.say(
                 f"saved {self.directory.folder(save.step)} (in {took_s:.1f} s, of which training waited "
@@ -171,10 +173,15 @@ class Saver:
         if self.mesh.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def _commit(self, save: _Save, files: list[FileRecord]) -> None:
+    def _commit(self, save: _Save, files: list[FileRecord]) -> str | None:
+        """Makes the checkpoint complete, and then room; that there is none is no fault of the checkpoint."""
         if self.mesh.is_first:
             self.directory.commit(save.step, save.state, files)
-            self.directory.prune(self.config.keep, self.config.keep_every)
+            try:
+                self.directory.prune(self.config.keep, self.config.keep_every)
+            except CheckpointError as error:
+                return f"warning: checkpoints older than checkpoint.keep stay for now: {error}"
+        return None
 
     def _failed(self, step: int, error: CheckpointError) -> None:
         self.failures += 1

@@ -1,5 +1,6 @@
 """The directory of a run: what is in it, and whether a run may start, go on, or must be refused."""
 
+import errno
 import fcntl
 import json
 import os
@@ -14,6 +15,7 @@ from rdm_scale.data.storage import Location
 from rdm_scale.errors import CheckpointError, ConfigError
 from rdm_scale.training.profiles import DEPTH
 
+_CANNOT_LOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # file systems without locks, as Lustre may be
 CONFIG, METRICS, LOCK = "config.yaml", "metrics.jsonl", ".lock"
 
 
@@ -113,6 +115,9 @@ def _locked(run_dir: Path) -> IO[str]:
             f"run.dir={run_dir} is in use by a run that is alive ({lock.read().strip()}): end that one, or set run.dir "
             "elsewhere"
         ) from None
+    except OSError as error:
+        if error.errno not in _CANNOT_LOCK:
+            raise
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     lock.flush()

@@ -128,6 +128,21 @@ def test_what_resume_skips_is_said(ranks: RankPool, data: str, tmp_path: Path) -
     assert steps_saved(config) == [2, 4]
 
 
+def write_where_nothing_can_be_removed(config: RunConfig, folder: Location, rank: int, *more: Any) -> Any:
+    def refuse(self: CheckpointDirectory, *_: int) -> None:
+        raise CheckpointError("cannot remove step_00000002: Operation not permitted")
+
+    CheckpointDirectory.prune = refuse  # type: ignore[method-assign]
+    return WRITE(folder, rank, *more)
+
+
+def test_a_checkpoint_stays_when_older_ones_cannot_be_removed(ranks: RankPool, data: str, tmp_path: Path) -> None:
+    config = run_config(tmp_path, data, train__steps=4, checkpoint__every=2, checkpoint__keep=1)
+    said, _ = ranks.run(2, train_with, write_where_nothing_can_be_removed, config)
+    assert steps_saved(config) == [2, 4]
+    assert "warning: checkpoints older than checkpoint.keep stay for now: cannot remove step_00000002" in said
+
+
 def test_checkpoints_of_some_steps_stay(ranks: RankPool, data: str, tmp_path: Path) -> None:
     changes = {"checkpoint__every": 2, "checkpoint__keep": 1, "checkpoint__keep_every": 4}
     config = run_config(tmp_path, data, train__steps=7, **changes)

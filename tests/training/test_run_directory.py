@@ -1,5 +1,7 @@
 """Where a run may start; what it would overwrite it refuses. (Going on from checkpoints: tests/distributed.)"""
 
+import errno
+import fcntl
 import json
 from pathlib import Path
 
@@ -75,6 +77,15 @@ def test_places_that_cannot_be_written_are_found_before_training(tmp_path: Path)
         prepare(config_in(tmp_path, run={"dir": "/proc/x"}), Start())
     with pytest.raises(ConfigError, match="cannot write checkpoints to /proc/x"):
         prepare(config_in(tmp_path, checkpoint={"dir": "/proc/x"}), Start())
+
+
+def test_a_file_system_without_locks_does_not_stop_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def not_implemented(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", not_implemented)
+    prepare(config_in(tmp_path), Start()).close()
+    assert (tmp_path / "run" / "config.yaml").exists()
 
 
 def test_two_runs_do_not_share_a_directory(tmp_path: Path) -> None:

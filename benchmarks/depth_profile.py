@@ -1,0 +1,36 @@
+"""What a profile along depth costs: steps that are watched against their neighbours that are not, in one run.
+
+OMP_NUM_THREADS=1 python benchmarks/depth_profile.py
+"""
+
+import json
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "distributed"))
+from rank_pool import RankPool
+from small_runs import run_config, train, write_latents
+
+EVERY, WARM_UP = 4, 10
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        data = write_latents(folder / "latents", samples=640)
+        changes = {"train__steps": 120, "train__global_batch_size": 32, "model__depth": 12, "model__hidden_size": 128}
+        config = run_config(folder, data, **changes, monitor__depth_every=EVERY)
+        RankPool().run(1, train, config)
+        lines = (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()[WARM_UP:]
+    records = [json.loads(line) for line in lines]
+    watched, others = (
+        statistics.median(r["step_s"] for r in records if (r["step"] % EVERY == 0) == is_watched)
+        for is_watched in (True, False)
+    )
+    print(f"a watched step {watched:.3f} s, another {others:.3f} s: {watched / others - 1:.1%} more")
+
+
+if __name__ == "__main__":
+    main()
