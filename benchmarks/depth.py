@@ -98,7 +98,7 @@ def start(configure: Callable[[int], RunConfig], mesh: Mesh) -> tuple[dict[int, 
 
 
 def parallel_model(config: RunConfig, mesh: Mesh) -> ParallelModel:
-    return parallelize(config, mesh, plan(config, 1, None), partial(build_optimizer, config.optimizer))
+    return parallelize(config, mesh, plan(config, 1, None), partial(build_optimizer, config.optimizer, config.model))
 
 
 def ours(model: ParallelModel) -> Step:
@@ -113,7 +113,7 @@ def ours(model: ParallelModel) -> Step:
 
 def plain(config: RunConfig) -> Step:
     model, batch = build_model(config.model), random_batch(config)
-    optimizer = build_optimizer(config.optimizer, model)
+    optimizer = build_optimizer(config.optimizer, config.model, model)
 
     def step() -> None:
         of_deepspeed, functional.linear = functional.linear, LINEAR

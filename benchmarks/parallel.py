@@ -167,7 +167,7 @@ def measure(config: RunConfig, steps: int) -> dict[str, Any]:
     mesh = build_mesh(config.parallel)
     layout = plan(config, mesh.world_size, None)
     began = time.perf_counter()
-    model = parallelize(config, mesh, layout, partial(build_optimizer, config.optimizer))
+    model = parallelize(config, mesh, layout, partial(build_optimizer, config.optimizer, config.model))
     ema = Ema(model.zero.masters, config.optimizer.ema_decay)
     start_s, start_peak = time.perf_counter() - began, peak_since(before)
     batches = random_batch(config, layout, mesh.data_rank).split(layout.micro_batch)

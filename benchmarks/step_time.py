@@ -56,7 +56,7 @@ def main() -> None:
 def make_steps(batch_size: int) -> tuple[dict[str, Step], dict[str, int]]:
     overrides = [f"train.global_batch_size={batch_size}", "train.precision=fp32", "optimizer.grad_clip=0"]
     config = load_config("configs/dit_s.yaml", overrides)
-    model_config, make_optimizer = config.model, partial(build_optimizer, config.optimizer)
+    model_config, make_optimizer = config.model, partial(build_optimizer, config.optimizer, config.model)
     ours = build_model(model_config)
     theirs = DiTTransformer2DModel(
         num_attention_heads=model_config.num_heads,
@@ -80,7 +80,8 @@ def make_steps(batch_size: int) -> tuple[dict[str, Step], dict[str, int]]:
 
 
 def zero_step(config: RunConfig, mesh: Mesh) -> Step:
-    model = parallelize(config, mesh, plan(config, mesh.world_size, None), partial(build_optimizer, config.optimizer))
+    make_optimizer = partial(build_optimizer, config.optimizer, config.model)
+    model = parallelize(config, mesh, plan(config, mesh.world_size, None), make_optimizer)
 
     def step(latents: Tensor, timesteps: Tensor, labels: Tensor, target: Tensor) -> None:
         with model.zero.accumulating():

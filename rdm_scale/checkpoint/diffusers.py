@@ -19,6 +19,7 @@ from rdm_scale.checkpoint.safetensors_files import Shape
 from rdm_scale.checkpoint.weights import parameter_shapes
 from rdm_scale.config import InputConfig, ModelConfig
 from rdm_scale.errors import CheckpointError
+from rdm_scale.models.parameterisation import depth_ratio
 
 Transform = Callable[[Tensor], Tensor]
 
@@ -147,6 +148,7 @@ def refuse_inexpressible(config: ModelConfig) -> None:
         f"model.input.frames={size.frames}: it takes images only": size.frames != 1 or t != 1,
         f"model.input {size.height} x {size.width} with patches {h} x {w} is not square": (size.height, h)
         != (size.width, w),
+        f"model.base_depth={config.base_depth}: it has no multiplier of its branches": depth_ratio(config) != 1,
         f"model.mlp_ratio={config.mlp_ratio}: it always has 4": config.mlp_ratio != 4,
         f"model.timestep_spacing={config.timestep_spacing}: it spaces timestep frequencies with i/127 (diffusers), so "
         "its outputs would differ; train with model.timestep_spacing=diffusers to export": config.timestep_spacing

@@ -35,6 +35,18 @@ class ModelConfig(Section):
     patch_size: tuple[int, int, int] = Field((1, 2, 2), description="patch of [t, h, w] latents per token")
     hidden_size: int = Field(384, ge=8, description="width D of the residual stream")
     depth: int = Field(12, ge=1, description="number of blocks (attention + MLP each; factorized: of both kinds)")
+    base_depth: int | None = Field(
+        None,
+        ge=1,
+        description="depth at which optimizer.* was tuned, for which branches and epsilon are then scaled; "
+        "null: this depth",
+    )
+    base_width: int | None = Field(
+        None,
+        ge=8,
+        description="hidden_size at which optimizer.* was tuned, for which rates, decay and initial values "
+        "are then scaled; null: this hidden_size",
+    )
     num_heads: int = Field(6, ge=1, description="attention heads; must divide hidden_size")
     mlp_ratio: float = Field(4.0, gt=0, description="MLP width over hidden_size")
     residual: Literal["plain", "rezero", "layerscale", "adaln_zero", "neural_rdm"] = Field(
@@ -130,6 +142,11 @@ class ModelConfig(Section):
         return (3 if self.condition == "text" else 2) * self.depth + sum(
             self.starts_skip(block) for block in range(self.depth)
         )
+
+    @property
+    def base_branches(self) -> int:
+        """Number of residual branches at `base_depth`."""
+        return self.model_copy(update={"depth": self.base_depth or self.depth}).branches
 
     @property
     def mlp_size(self) -> int:

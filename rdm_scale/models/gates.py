@@ -1,27 +1,32 @@
 """Residual structures: the ways in which a branch F(z; c) joins the residual stream z.
 
-All are one formula, z + alpha * F + beta with alpha = m * a + g(c) and beta = m * b, and differ in which parts exist:
+All are one formula, z + alpha * F + beta with alpha = r (m * a + g(c)) and beta = r * m * b, and differ in which parts
+exist:
 
-    plain       alpha = 1
-    rezero      alpha = a        a scalar per branch, starting at 0 (arXiv 2003.04887)
-    layerscale  alpha = a        a per channel, starting small (CaiT, arXiv 2103.17239)
-    adaln_zero  alpha = g(c)     starting at 0 (DiT, arXiv 2212.09748)
-    neural_rdm  alpha = m a + g(c), beta = m b    (Neural-RDM, arXiv 2406.13215, the mrs-unit)
+    plain       alpha = r
+    rezero      alpha = r a        a scalar per branch, starting at 0 (arXiv 2003.04887)
+    layerscale  alpha = r a        a per channel, starting small (CaiT, arXiv 2103.17239)
+    adaln_zero  alpha = r g(c)     starting at 0 (DiT, arXiv 2212.09748)
+    neural_rdm  alpha = r (m a + g(c)), beta = r m b    (Neural-RDM, arXiv 2406.13215, the mrs-unit)
 
-a and b of neural_rdm start at 1 and 0; m = m0 * L^-p is a fixed function of the number L of residual branches.
-The paper's alpha is m * a and its beta m * b. Storing the product itself would break depth: Adam moves every stored
-number by about the learning rate, whatever its size, and a gate of size 1/L would be thrown about.
+a and b of neural_rdm start at 1 and 0; m = m0 * L^-p is a fixed function of the number L of residual branches. r is 1,
+unless the configuration names a base depth: then L in m is the base's and r is L over this model's number
+(models/parameterisation.py). The paper's alpha is r * m * a and its beta r * m * b. Storing the product itself would
+break depth: Adam moves every stored number by about the learning rate, whatever its size, and a gate of size 1/L would
+be thrown about.
 """
 
 import torch
 from torch import Tensor, nn
 
 from rdm_scale.config import ModelConfig
+from rdm_scale.models.parameterisation import depth_ratio
 
 
 def branch_multiplier(config: ModelConfig) -> float:
-    """m(L) = m0 * L^-p, with L residual branches: attention and MLP of each block, and what else it has."""
-    return config.gate.multiplier * config.branches**-config.gate.exponent
+    """m(L) = m0 * L^-p, with the L residual branches of the base: attention and MLP of each block, and what else it
+    has."""
+    return config.gate.multiplier * config.base_branches**-config.gate.exponent
 
 
 def _layerscale_start(depth: int) -> float:
@@ -30,7 +35,10 @@ def _layerscale_start(depth: int) -> float:
 
 
 class ResidualGate(nn.Module):
-    """alpha and beta of z + alpha * F + beta; see the module's table. `a` and `b` take no weight decay."""
+    """alpha and beta of z + alpha * F + beta; see the module's table. `a` and `b` take no weight decay.
+
+    `multiplier` is r * m, what a and b are multiplied by, and `ratio` is r, what g(c) is.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -43,7 +51,8 @@ class ResidualGate(nn.Module):
             "adaln_zero": (0, 0.0, 1.0, False, True),
             "neural_rdm": (gates_rdm, 1.0, branch_multiplier(config), True, config.gate.conditional),
         }[kind]
-        self.multiplier, self.start = multiplier, start
+        self.ratio, self.start = depth_ratio(config), start
+        self.multiplier = self.ratio * multiplier
         self.a = nn.Parameter(torch.empty(size)) if size else None
         self.b = nn.Parameter(torch.empty(size)) if has_b else None
 
@@ -61,6 +70,9 @@ class ResidualGate(nn.Module):
         alpha = None if self.a is None else self.multiplier * self.a.to(dtype)
         if condition_gate_BD is not None:
             g = condition_gate_BD.to(dtype)
+            g = g if self.ratio == 1 else self.ratio * g
             alpha = g if alpha is None else alpha + g
+        elif alpha is None and self.ratio != 1:
+            alpha = torch.full_like(bias_D, self.ratio, dtype=dtype)
         beta = bias_D.to(dtype) if alpha is None else alpha * bias_D.to(dtype)
         return alpha, beta if self.b is None else beta + self.multiplier * self.b.to(dtype)

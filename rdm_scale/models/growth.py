@@ -6,7 +6,8 @@ the gradient of a gate is its branch's output, whatever the gate. A plain residu
 
 The multiplier m(L) = m0 L^-p is another one at the new depth, so the old a and b are multiplied by r = m(old) / m(new):
 the products m a and m b, which is what the network computes with, stay. A loss that is the same function of m a has a
-gradient 1/r as large in the new a, so that Adam's first moment is multiplied by 1/r and its second by 1/r^2.
+gradient 1/r as large in the new a, so that Adam's first moment is multiplied by 1/r and its second by 1/r^2. The same
+holds for the rows that make g(c), where the model has a base depth.
 """
 
 from collections.abc import Callable
@@ -122,6 +123,7 @@ class Growth:
         with torch.device("meta"):
             before, after = ResidualGate(self.old), ResidualGate(self.new)
         self._ratio, self._conditional = before.multiplier / after.multiplier, after.conditional
+        self._conditional_ratio = before.ratio / after.ratio  # of what g(c) is multiplied by
 
     def source(self, name: str) -> str | None:
         """The old tensor that the grown model's tensor `name` is made of; None where it is drawn afresh."""
@@ -138,7 +140,7 @@ class Growth:
     def carried(self, name: str, field: str, value: Tensor) -> Tensor:
         """The tensor `name` of the grown model in one field of a checkpoint, given the same field of its source."""
         if not self.is_new(name):
-            return value * self._ratio ** _POWERS[field] if name.endswith(_GATES) else value
+            return self._rescaled(name, field, value)
         return self._closed(name, value) if field in ("weights", "ema") else torch.zeros_like(value)
 
     def fresh(self, name: str, field: str, shape: torch.Size, seed: int) -> Tensor:
@@ -149,7 +151,7 @@ class Growth:
         """
         if field in ("exp_avg", "exp_avg_sq") or name.endswith(_GATES):
             return torch.zeros(shape)
-        return initial_value(f"depth {self.new.depth}: {name}", shape, seed)
+        return initial_value(f"depth {self.new.depth}: {name}", shape, seed, self.new)
 
     def _locate(self, name: str) -> tuple[Origin | None, str]:
         """Origin of the block that the tensor is in (None outside of blocks), and its name within."""
@@ -158,10 +160,23 @@ class Growth:
         _, number, rest = name.split(".", 2)
         return self.blocks[int(number)], rest
 
+    def _rescaled(self, name: str, field: str, value: Tensor) -> Tensor:
+        """Of an old block, so that its alpha and beta stay."""
+        if name.endswith(_GATES):
+            return value * self._ratio ** _POWERS[field]
+        if name.startswith("blocks.") and ".modulation." in name and self._conditional and self._conditional_ratio != 1:
+            value = value.clone()
+            self._gate_rows(value).mul_(self._conditional_ratio ** _POWERS[field])
+        return value
+
+    def _gate_rows(self, modulation: Tensor) -> Tensor:
+        """The rows that make g(c): by branch there are shift, scale and g, a width of each (models/blocks.py)."""
+        return modulation.unflatten(0, (-1, 3, self.new.hidden_size))[:, 2]
+
     def _closed(self, name: str, value: Tensor) -> Tensor:
         if name.endswith(_GATES):
             return torch.zeros_like(value)
         if ".modulation." in name and self._conditional:
-            value = value.clone()  # rows by branch: shift, scale and g, a width of each (models/blocks.py)
-            value.unflatten(0, (-1, 3, self.new.hidden_size))[:, 2] = 0
+            value = value.clone()
+            self._gate_rows(value).zero_()
         return value

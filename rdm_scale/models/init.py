@@ -9,6 +9,10 @@ against a variance of 0.5 of the position table alone. Hence the variance from f
 count the gain of a cotangent pulled back through the blocks, stay within a factor of 2 at every depth
 (tests/models/test_init.py).
 
+With a base width (models/parameterisation.py) what embeddings put into each channel does not depend on the width:
+weights on patches and captions, whose sizes do not grow, are drawn as at that width, and the second layers of the
+condition's embeddings, whose inputs do, smaller by the root of the ratio.
+
 Every tensor is drawn by a generator keyed by its name: neither the order of construction, nor the number of ranks
 that share a tensor, nor the presence of other parameters can change a value.
 """
@@ -19,25 +23,27 @@ import torch
 from torch import Tensor, nn
 
 from rdm_scale import rng
+from rdm_scale.config import ModelConfig
 from rdm_scale.models.gates import ResidualGate
 from rdm_scale.models.layers import slice_of
+from rdm_scale.models.parameterisation import inputs_grow, width_ratio
 
 
-def initial_value(name: str, shape: torch.Size, seed: int) -> Tensor:
+def initial_value(name: str, shape: torch.Size, seed: int, config: ModelConfig) -> Tensor:
     """The initial value of the parameter with this logical name and whole shape (gates apart), fp32 on the CPU."""
     if name.endswith("bias") or "modulation." in name or name.startswith("head."):
         return torch.zeros(shape)
     if name.endswith("_scale"):
         return torch.ones(shape)
-    generator = rng.generator(seed, "init", name)
+    generator, w = rng.generator(seed, "init", name), width_ratio(config)
     if name.startswith(("timestep_embed.", "class_embed.", "text_embed.")):
-        return torch.randn(shape, generator=generator) * 0.02
-    bound = math.sqrt(6 / (shape[0] + shape[1]))
+        return torch.randn(shape, generator=generator) * (0.02 / math.sqrt(w) if inputs_grow(name) else 0.02)
+    bound = math.sqrt(6 / (shape[1] + (shape[0] if inputs_grow(name) else shape[0] / w)))
     return torch.rand(shape, generator=generator) * (2 * bound) - bound
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, seed: int, prefix: str = "") -> None:
+def initialise(model: nn.Module, seed: int, config: ModelConfig, prefix: str = "") -> None:
     """Fills every parameter of a model, or of its part called `prefix`, that is on a real device."""
     gates = {prefix + name: module for name, module in model.named_modules() if isinstance(module, ResidualGate)}
     for name, parameter in model.named_parameters(prefix=prefix.rstrip(".")):
@@ -46,4 +52,5 @@ def initialise(model: nn.Module, seed: int, prefix: str = "") -> None:
             parameter.fill_(gates[owner].start if leaf == "a" else 0.0)
         else:
             part = slice_of(parameter)
-            parameter.copy_(part.of(initial_value(name, torch.Size(part.whole(parameter.shape)), seed)))
+            whole = torch.Size(part.whole(parameter.shape))
+            parameter.copy_(part.of(initial_value(name, whole, seed, config)))

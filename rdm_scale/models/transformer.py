@@ -195,5 +195,5 @@ def build_model(
     """The model of a configuration, or a part of it, initialised from `seed`; on the meta device it has shapes only."""
     model = DiffusionTransformer(config, layers or LayerFactory(), part)
     if not next(model.parameters()).is_meta:
-        initialise(model, seed)
+        initialise(model, seed, config)
     return model

@@ -145,7 +145,7 @@ def parallelize(
         layers = TensorParallelLayers(mesh, config.parallel.sequence)
     stage = build_stage(config, mesh, layout, layers)
     recompute_blocks(stage.blocks.values(), config.parallel.recompute)
-    real = materialise(stage, config.train.seed, mesh.device)
+    real = materialise(stage, config, mesh.device)
     arguments = (stage, real, config, mesh, build_optimizer, [Block])
     if config.parallel.zero_stage == 3:
         return ParallelModel(config, mesh, layout, Zero3(*arguments, keep_gathered=layout.keep_gathered))

@@ -71,7 +71,7 @@ def build_stage(config: RunConfig, mesh: Mesh, layout: Layout, layers: LayerFact
     return stage
 
 
-def materialise(stage: Stage, seed: int, device: torch.device) -> Iterator[nn.Module]:
+def materialise(stage: Stage, config: RunConfig, device: torch.device) -> Iterator[nn.Module]:
     """Gives the parameters their initial values, a block at a time, and yields each module that has become real; who
     shards it before the next one keeps no more than one block whole."""
     stage.set_positions(device)
@@ -82,7 +82,7 @@ def materialise(stage: Stage, seed: int, device: torch.device) -> Iterator[nn.Mo
                     real = nn.Parameter(torch.empty_like(parameter, device=device))
                     real.__dict__.update(parameter.__dict__)  # what it is a slice of
                     owner._parameters[leaf] = real
-        initialise(module, seed, prefix=f"{name}.")
+        initialise(module, config.train.seed, config.model, prefix=f"{name}.")
         yield module
 
 

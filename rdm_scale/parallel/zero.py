@@ -87,12 +87,13 @@ class ZeroEngine(ABC):
         torch.autograd.backward(outputs, gradients)
 
     def step(self, lr: float) -> float:
-        """Clips, updates the weights and returns the global gradient norm before clipping.
+        """Clips, updates the weights, each group at `lr` times its own factor, and returns the global gradient norm
+        before clipping.
 
         With a gradient that is not finite nothing is updated, and the norm returned is inf.
         """
         for group in self.optimizer.plain.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         return self.optimizer.step()
 
     def moments(self, step: int | None = None) -> dict[str, list[Tensor]]:

@@ -2,11 +2,13 @@
 
 import importlib.util
 import math
+from collections import defaultdict
 
 import torch
 from torch import nn
 
-from rdm_scale.config import OptimizerConfig
+from rdm_scale.config import ModelConfig, OptimizerConfig
+from rdm_scale.models.parameterisation import Rates, rates
 
 
 def learning_rate(config: OptimizerConfig, step: int) -> float:
@@ -29,12 +31,26 @@ def takes_decay(name: str) -> bool:
     return name.endswith(".weight") and not name.startswith("class_embed.")
 
 
-def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """NVIDIA apex's FusedAdam on GPUs where it is installed, PyTorch's fused AdamW otherwise."""
-    decayed = [p for name, p in model.named_parameters() if takes_decay(name)]
-    others = [p for name, p in model.named_parameters() if not takes_decay(name)]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    if decayed[0].is_cuda and importlib.util.find_spec("apex.optimizers"):
+def build_optimizer(config: OptimizerConfig, model_config: ModelConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """NVIDIA apex's FusedAdam on GPUs where it is installed, PyTorch's fused AdamW otherwise.
+
+    A group for each set of rates that parameters of this model, or part of one, have; its `lr_scale` is the factor by
+    which its learning rate differs from the scheduled one.
+    """
+    members: dict[tuple[Rates, bool], list[nn.Parameter]] = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        members[rates(name, model_config), takes_decay(name)].append(parameter)
+    groups = [
+        {
+            "params": parameters,
+            "lr": config.lr * scale.lr,
+            "lr_scale": scale.lr,
+            "eps": config.eps * scale.eps,
+            "weight_decay": config.weight_decay * scale.decay if decays else 0.0,
+        }
+        for (scale, decays), parameters in members.items()
+    ]
+    if next(model.parameters()).is_cuda and importlib.util.find_spec("apex.optimizers"):
         from apex.optimizers import FusedAdam
 
         return FusedAdam(groups, lr=config.lr, betas=config.betas, eps=config.eps, adam_w_mode=True)

@@ -47,7 +47,7 @@ class Trainer:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to repeat itself
             torch.use_deterministic_algorithms(True)
         self.objective = build_objective(config.diffusion, config.model.learned_variance)
-        self.model = parallelize(config, mesh, layout, partial(build_optimizer, config.optimizer))
+        self.model = parallelize(config, mesh, layout, partial(build_optimizer, config.optimizer, config.model))
         self.zero = self.model.zero
         self.ema = Ema(self.zero.masters, config.optimizer.ema_decay)
         if start.checkpoint is not None:

@@ -32,7 +32,7 @@ def parallel_model(config: RunConfig) -> Any:
 
     mesh = build_mesh(config.parallel)
     layout = plan(config, mesh.world_size, None)
-    return parallelize(config, mesh, layout, partial(build_optimizer, config.optimizer))
+    return parallelize(config, mesh, layout, partial(build_optimizer, config.optimizer, config.model))
 
 
 def tensor_bytes() -> int:

@@ -25,8 +25,9 @@ def test_schedules_end_at_their_own_length(schedule: str, expected: dict[int, fl
 
 
 def test_only_weight_matrices_decay() -> None:
-    model = build_model(ModelConfig(input=InputConfig(height=8, width=8), hidden_size=32, num_heads=4, depth=2))
-    optimizer = build_optimizer(OptimizerConfig(weight_decay=0.1), model)
+    config = ModelConfig(input=InputConfig(height=8, width=8), hidden_size=32, num_heads=4, depth=2)
+    model = build_model(config)
+    optimizer = build_optimizer(OptimizerConfig(weight_decay=0.1), config, model)
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     named = {name: decay[id(p)] for name, p in model.named_parameters()}
     assert len(named) == len(decay) == len(list(model.parameters()))

@@ -1,0 +1,204 @@
+"""Whether the best learning rate of a small model is the best of a deep and of a wide one (CompleteP, muP).
+
+Sweeps over depth at one width and over width at one depth, each with the base size of models/parameterisation.py named
+and without, on the quickstart's data (`make quickstart-data` first) with its objective: a plain loop over the project's
+model, optimizer, schedule, data order and noise, one process a run. Learning rates go in factors of 2; where the best
+of a size is at the end of its row, the row is prolonged. What is compared is the validation loss at the end, the mean
+over seeds.
+
+Draws docs/images/transfer.png, prints Markdown and writes benchmarks/results/transfer.json. What is found in --work is
+used again, so that an interrupted call goes on.
+
+    OMP_NUM_THREADS=1 python benchmarks/transfer.py --steps 160 --seeds 3
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import statistics
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from rdm_scale.config import RunConfig, load_config
+from rdm_scale.data.prefetch import TrainingBatch, draw
+from rdm_scale.data.stream import HeldOut, LatentStream
+from rdm_scale.diffusion import build_objective
+from rdm_scale.models import build_model
+from rdm_scale.training.optimizer import build_optimizer, learning_rate
+
+ROOT = Path(__file__).parents[1]
+RESULTS, PICTURE = ROOT / "benchmarks/results/transfer.json", ROOT / "docs/images/transfer.png"
+SIZES = {"depth": (4, 16, 64), "width": (32, 128, 256)}
+WIDTH, DEPTH, HEAD = 32, 4, 16  # what does not vary
+EXPONENTS = range(-10, -5)  # learning rates to begin with, as powers of 2
+PROLONGED = 4  # times, at most
+
+
+class Job(NamedTuple):
+    """One training run."""
+
+    along: str  # depth or width
+    size: int
+    based: bool  # with the smallest size as base
+    exponent: int
+    seed: int
+    steps: int
+
+    @property
+    def row(self) -> tuple[str, int, bool]:
+        return self.along, self.size, self.based
+
+    def config(self) -> RunConfig:
+        depth, width = (self.size, WIDTH) if self.along == "depth" else (DEPTH, self.size)
+        base = [f"model.base_{self.along}={SIZES[self.along][0]}"] if self.based else []
+        settings = {
+            "model.depth": depth,
+            "model.hidden_size": width,
+            "model.num_heads": width // HEAD,
+            "optimizer.lr": 2.0**self.exponent,
+            "optimizer.warmup_steps": self.steps // 10,
+            "optimizer.schedule_steps": self.steps,
+            "train.global_batch_size": 16,
+            "train.seed": self.seed,
+        }
+        return load_config(ROOT / "configs/quickstart.yaml", [*(f"{k}={v}" for k, v in settings.items()), *base])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=2, help="runs at the same time")
+    parser.add_argument("--work", type=Path, default=Path("runs/transfer"), help="directory of what is done")
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    rows = {(along, size, based) for along, sizes in SIZES.items() for size in sizes for based in (True, False)}
+    wanted = {row: list(EXPONENTS) for row in rows}
+    losses: dict[Job, float] = {}
+    for _ in range(PROLONGED + 1):
+        jobs = [
+            Job(*row, exponent, seed, options.steps)
+            for row, exponents in wanted.items()
+            for exponent in exponents
+            for seed in range(options.seeds)
+        ]
+        losses |= run_all([job for job in jobs if job not in losses], options.work, options.workers)
+        for row, exponents in wanted.items():
+            best = min(means(losses, row).items(), key=lambda item: item[1])[0]
+            exponents += [best - 1] * (best == min(exponents)) + [best + 1] * (best == max(exponents))
+    table = {row: means(losses, row) for row in sorted(rows)}
+    result = {
+        "steps": options.steps,
+        "seeds": options.seeds,
+        "losses": [job._asdict() | {"validation_loss": loss} for job, loss in sorted(losses.items())],
+    }
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    plot(table)
+    report(table)
+
+
+def run_all(jobs: list[Job], work: Path, workers: int) -> dict[Job, float]:
+    """The largest first, so that none is left to itself at the end."""
+    jobs = sorted(jobs, key=lambda job: -job.size if job.along == "depth" else -job.size // 4)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
+        found = pool.map(run, jobs, [work] * len(jobs))
+        return dict(zip(jobs, tqdm(found, total=len(jobs), unit="run"), strict=True))
+
+
+def run(job: Job, work: Path) -> float:
+    """The validation loss at the end; infinite where training diverged."""
+    path = work / ("-".join(map(str, job)) + ".json")
+    if not path.exists():
+        path.write_text(json.dumps(train(job.config())))
+    return float(json.loads(path.read_text()))
+
+
+def train(config: RunConfig) -> float:
+    options, data = config.optimizer, config.data
+    model = build_model(config.model, config.train.seed)
+    optimizer = build_optimizer(options, config.model, model)
+    objective = build_objective(config.diffusion, config.model.learned_variance)
+    batch_size, classes = config.train.global_batch_size, config.model.num_classes
+
+    def loss_of(batch: TrainingBatch) -> torch.Tensor:
+        x_t = objective.noised(batch.latents, batch.noise, batch.t)
+        prediction = model(x_t, objective.model_timesteps(batch.t), batch.model_condition)
+        return objective.loss(prediction, batch.latents, batch.noise, batch.t, x_t)
+
+    stream = iter(LatentStream(data.train, global_batch_size=batch_size, seed=config.train.seed, config=data))
+    how: dict[str, Any] = {"objective": objective, "num_classes": classes}
+    for step in range(1, options.schedule_steps + 1 if options.schedule_steps else 1):
+        dropout = config.diffusion.condition_dropout
+        loss = loss_of(draw(next(stream), seed=config.train.seed, condition_dropout=dropout, **how)).mean()
+        if not loss.isfinite():
+            return math.inf
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), options.grad_clip)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(options, step) * group["lr_scale"]
+        optimizer.step()
+    total = torch.zeros(2, dtype=torch.float64)  # of the losses, and of the samples
+    with torch.no_grad():
+        for latents, weight_B in HeldOut(data.validation, 1024, batch_size=64, dp_rank=0, dp_size=1, config=data):
+            loss_B = loss_of(draw(latents, seed=0, condition_dropout=0.0, purpose="validation", **how))
+            total += torch.stack([(loss_B.double() * weight_B).sum(), weight_B.sum()])
+    return (total[0] / total[1]).item()
+
+
+def means(losses: dict[Job, float], row: tuple[str, int, bool]) -> dict[int, float]:
+    """Of a row: mean loss over seeds by exponent of the learning rate."""
+    by_exponent: dict[int, list[float]] = {}
+    for job, loss in losses.items():
+        if job.row == row:
+            by_exponent.setdefault(job.exponent, []).append(loss)
+    return {exponent: statistics.mean(found) for exponent, found in sorted(by_exponent.items())}
+
+
+Table = dict[tuple[str, int, bool], dict[int, float]]
+
+
+def plot(table: Table) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 7.5), dpi=110, layout="constrained")
+    for axes, (along, based) in zip(figure.subplots(2, 2).flat, panels(), strict=True):
+        for color, size in enumerate(SIZES[along]):
+            curve = table[along, size, based]
+            axes.plot([2.0**e for e in curve], list(curve.values()), f"C{color}o-", label=f"{along} {size}")
+            best = min(curve, key=lambda e: curve[e])
+            axes.plot(2.0**best, curve[best], f"C{color}*", markersize=16)
+        base = f"base_{along} = {SIZES[along][0]}" if based else "no base"
+        axes.set(xscale="log", xlabel="learning rate", ylabel="validation loss", title=f"{along}, {base}")
+        lowest = min(loss for row, curve in table.items() if row[0] == along for loss in curve.values())
+        axes.set_ylim(lowest - 0.03, lowest + 0.7)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(PICTURE)
+
+
+def panels() -> Iterable[tuple[str, bool]]:
+    return [(along, based) for along in SIZES for based in (True, False)]
+
+
+def report(table: Table) -> None:
+    exponents = sorted({exponent for curve in table.values() for exponent in curve})
+    print(f"\n| validation loss at learning rate | {' | '.join(f'2^{e}' for e in exponents)} | best |")
+    print("|---" * (len(exponents) + 2) + "|")
+    for along, based in panels():
+        for size in SIZES[along]:
+            curve = table[along, size, based]
+            best = min(curve, key=lambda e: curve[e])
+            cells = [f"{curve[e]:.4f}" if e in curve else "" for e in exponents]
+            print(f"| {along} {size}{', base' if based else ''} | {' | '.join(cells)} | 2^{best} |")
+
+
+if __name__ == "__main__":
+    main()
