@@ -1,7 +1,11 @@
 """1,000 blocks in training: Neural-RDM's gates and plain residuals, each beside its sibling of 100 blocks.
 
+The arms called `base 4` take their rates from benchmarks/transfer.py: the learning rate that it found best at 4 blocks,
+with model.base_depth=4. The others have the same learning rate and no base.
+
 Real runs on the quickstart's data (`make quickstart-data` first) with its objective, a narrow model and small batches:
-all arms take the same samples, noise and learning rates for the same number of steps, one process each, and then the
+all arms take the same samples, noise and learning rates for the same number of steps, one process each, two at a time,
+and then the
 deep Neural-RDM a few of those steps once more on four ranks, two pipeline stages x two ranks under ZeRO-3, whose losses
 are compared with those of the one process.
 
@@ -16,6 +20,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,12 +28,16 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULTS, PICTURE = ROOT / "benchmarks/results/thousand.json", ROOT / "docs/images/thousand.png"
 DEEP, SHALLOW = 1000, 100
-ARMS = [(residual, depth) for depth in (DEEP, SHALLOW) for residual in ("neural_rdm", "plain")]
+KINDS: dict[str, dict[str, Any]] = {
+    "neural_rdm, base 4": {"model.base_depth": 4},
+    "neural_rdm": {},
+    "plain": {"model.residual": "plain"},
+}
 VALIDATIONS = 5
 SETTINGS = {
     "model.hidden_size": 32,
     "model.num_heads": 2,
-    "optimizer.lr": 1e-3,
+    "optimizer.lr": 2.0**-7,
     "optimizer.warmup_steps": 10,
     "train.global_batch_size": 16,
     "checkpoint.every": 0,
@@ -46,13 +55,19 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/thousand"), help="directory of the runs")
     options = parser.parse_args()
     arms = {}
-    for residual, depth in ARMS:
-        folder = options.work / f"{residual}-{depth}"
-        run(folder, residual, depth, options.steps, 1, {"parallel.zero_stage": 0, "train.steps": options.steps})
-        arms[f"{residual}, {depth} blocks"] = curves(folder)
-    folder = options.work / "four-ranks"
-    run(folder, "neural_rdm", DEEP, options.steps, 4, PARALLEL | {"train.steps": PARALLEL_STEPS})
-    pairs = zip(arms[f"neural_rdm, {DEEP} blocks"]["loss"], curves(folder)["loss"], strict=False)
+    alone = {"parallel.zero_stage": 0, "train.steps": options.steps}
+    names = {(kind, depth): f"{kind}, {depth} blocks" for depth in (DEEP, SHALLOW) for kind in KINDS}
+    with ThreadPoolExecutor(2) as pool:
+        started = [
+            pool.submit(run, options.work / name.replace(", ", "-"), depth, options.steps, 1, KINDS[kind] | alone)
+            for (kind, depth), name in names.items()
+        ]
+        for name, future in zip(names.values(), started, strict=True):
+            future.result()
+            arms[name] = curves(options.work / name.replace(", ", "-"))
+    first, folder = next(iter(KINDS)), options.work / "four-ranks"
+    run(folder, DEEP, options.steps, 4, KINDS[first] | PARALLEL | {"train.steps": PARALLEL_STEPS})
+    pairs = zip(arms[names[first, DEEP]]["loss"], curves(folder)["loss"], strict=False)
     distances = [abs(four / one - 1) for one, four in pairs]
     result = {"steps": options.steps, "settings": SETTINGS, "arms": arms, "four_ranks_relative_distance": distances}
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
@@ -60,11 +75,11 @@ def main() -> None:
     report(arms, distances)
 
 
-def run(folder: Path, residual: str, depth: int, schedule: int, ranks: int, settings: dict[str, Any]) -> None:
+def run(folder: Path, depth: int, schedule: int, ranks: int, settings: dict[str, Any]) -> None:
     """Trains, as a user would start it, unless that is done."""
     if any(folder.glob("checkpoints/*/commit.json")):
         return
-    settings = SETTINGS | settings | {"model.residual": residual, "model.depth": depth, "run.dir": folder}
+    settings = SETTINGS | settings | {"model.depth": depth, "run.dir": folder}
     settings |= {"optimizer.schedule_steps": schedule, "monitor.depth_every": schedule // VALIDATIONS}
     settings |= {"monitor.validate_every": schedule // VALIDATIONS}
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []

@@ -49,6 +49,7 @@ class Job(NamedTuple):
     exponent: int
     seed: int
     steps: int
+    overrides: tuple[str, ...] = ()
 
     @property
     def row(self) -> tuple[str, int, bool]:
@@ -67,7 +68,12 @@ class Job(NamedTuple):
             "train.global_batch_size": 16,
             "train.seed": self.seed,
         }
-        return load_config(ROOT / "configs/quickstart.yaml", [*(f"{k}={v}" for k, v in settings.items()), *base])
+        overrides = [*(f"{k}={v}" for k, v in settings.items()), *base, *self.overrides]
+        return load_config(ROOT / "configs/quickstart.yaml", overrides)
+
+    @property
+    def file(self) -> str:
+        return "-".join(map(str, [*self[:-1], *self.overrides])) + ".json"
 
 
 def main() -> None:
@@ -96,7 +102,7 @@ def main() -> None:
     result = {
         "steps": options.steps,
         "seeds": options.seeds,
-        "losses": [job._asdict() | {"validation_loss": loss} for job, loss in sorted(losses.items())],
+        "losses": {job.file: loss for job, loss in sorted(losses.items())},
     }
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
     plot(table)
@@ -114,9 +120,13 @@ def run_all(jobs: list[Job], work: Path, workers: int) -> dict[Job, float]:
 
 def run(job: Job, work: Path) -> float:
     """The validation loss at the end; infinite where training diverged."""
-    path = work / ("-".join(map(str, job)) + ".json")
+    return once(job.config(), work / job.file)
+
+
+def once(config: RunConfig, path: Path) -> float:
+    """Trains, unless the file says what came out."""
     if not path.exists():
-        path.write_text(json.dumps(train(job.config())))
+        path.write_text(json.dumps(train(config)))
     return float(json.loads(path.read_text()))
 
 
