@@ -1,4 +1,4 @@
-"""Residual structures side by side, at depths 4, 16 and 64 with the base of benchmarks/transfer.py and in the quickstart.
+"""Residual structures compared: at 4, 16 and 64 blocks, with the base of benchmarks/transfer.py, and in the quickstart.
 
 The first part trains as that benchmark does, each structure at some learning rates, and compares the best of each. The
 second trains the quickstart's whole configuration (its model, batches and 1,200 steps) with each structure that has a

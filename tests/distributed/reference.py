@@ -2,7 +2,7 @@
 
 import copy
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from small_runs import metrics
@@ -32,10 +32,9 @@ def plain_training(config: RunConfig) -> Reference:
     options = config.optimizer
     model = build_model(config.model, config.train.seed)
     average = copy.deepcopy(model)
-    decayed = [p for n, p in model.named_parameters() if n.endswith("weight") and "class_embed" not in n]
-    others = [p for n, p in model.named_parameters() if not (n.endswith("weight") and "class_embed" not in n)]
-    groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    adamw = torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps, foreach=False)
+    groups = [complete_p(config, name, p) for name, p in model.named_parameters()]
+    adamw = torch.optim.AdamW(groups, betas=options.betas, foreach=False)
+    peaks = [group["lr"] for group in groups]
     how = read_manifest(config.data.train[0].path)[0].text
     batches = iter(
         LatentStream(
@@ -61,8 +60,8 @@ def plain_training(config: RunConfig) -> Reference:
         adamw.zero_grad()
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), options.grad_clip)))
-        for group in adamw.param_groups:
-            group["lr"] = options.lr * min(1.0, step / options.warmup_steps)
+        for group, peak in zip(adamw.param_groups, peaks, strict=True):
+            group["lr"] = peak * min(1.0, step / options.warmup_steps)
         adamw.step()
         decay = min(options.ema_decay, (1 + step) / (10 + step))
         with torch.no_grad():
@@ -70,6 +69,22 @@ def plain_training(config: RunConfig) -> Reference:
                 mean.mul_(decay).add_(weight, alpha=1 - decay)
         losses.append(loss.item())
     return Reference(losses, norms, dict(model.named_parameters()), dict(average.named_parameters()))
+
+
+def complete_p(config: RunConfig, name: str, parameter: Tensor) -> dict[str, Any]:
+    """A group of one parameter, with the rates of CompleteP's table for what it is by its name and shape; those of the
+    configuration where that has no base. Class embeddings, gates and biases do not decay."""
+    options, model = config.optimizer, config.model
+    w, r = model.hidden_size / (model.base_width or model.hidden_size), (model.base_depth or model.depth) / model.depth
+    decays = parameter.dim() == 2 and not name.startswith("class_embed")
+    hidden = decays and parameter.shape[1] % model.hidden_size == 0
+    last, in_block = name == "head.out.weight", name.startswith("blocks")
+    return {
+        "params": [parameter],
+        "lr": options.lr / (w if hidden else 1),
+        "weight_decay": (options.weight_decay if decays else 0.0) * (w if hidden else 1),
+        "eps": options.eps / (1 if last else w) * (r if in_block else 1),
+    }
 
 
 class Deviation(NamedTuple):

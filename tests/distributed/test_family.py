@@ -33,6 +33,16 @@ FAMILY = {
             Case(4, 1, 1, "2", "1f1b", "every_2", True),
         ],
     ),
+    "base of another size": Member(
+        {"model__base_depth": 2, "model__base_width": 8, "model__depth": 5},
+        [(1, 8, 8)],
+        [
+            Case(2, 2, 2, "3 kept", "v_1f1b", "none", True),
+            Case(1, 5, 1, "1", "1f1b", "none", False),  # stages have fewer kinds of parameters than the whole
+            Case(4, 1, 2, "2", "1f1b", "full", False),
+            Case(2, 1, 2, "3 by block", "1f1b", "selective", False),
+        ],
+    ),
     "text": Member(
         {"model__condition": "text", "model__text": {"width": 6, "pooled_width": 5}, "model__depth": 5}
         | {"model__stacking": "u", "model__qk_norm": True},

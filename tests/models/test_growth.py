@@ -15,6 +15,8 @@ CAN_GROW = {
     "adaln_zero": {"residual": "adaln_zero"},
     "neural_rdm": {},
     "neural_rdm, unconditional": {"gate": GateConfig(conditional=False)},
+    "adaln_zero, base of two blocks": {"residual": "adaln_zero", "base_depth": 2},
+    "neural_rdm, base of three blocks": {"base_depth": 3},
     "neural_rdm, scalar gates, p = 1": {"gate": GateConfig(per_channel=False, exponent=1.0, multiplier=3.0)},
 }
 BETAS, LR = (0.9, 0.95), 1e-2
