@@ -5,7 +5,7 @@ second trains the quickstart's whole configuration (its model, batches and 1,200
 gate of the condition. Validation losses at the end, means and ranges over seeds.
 
 Draws docs/images/structures.png, prints Markdown and writes benchmarks/results/structures.json. What is found in
---work is used again: after benchmarks/transfer.py with the same steps, half of the first part is there.
+--work is used again: after benchmarks/transfer.py with the same steps, a third of the first part is there.
 
     OMP_NUM_THREADS=1 python benchmarks/structures.py --steps 160 --seeds 3
 """
@@ -29,10 +29,9 @@ STRUCTURES: dict[str, tuple[str, ...]] = {
     "neural_rdm": (),
     "neural_rdm, unconditional": ("model.gate.conditional=false",),
     "adaln_zero": ("model.residual=adaln_zero",),
-    "plain": ("model.residual=plain",),
 }
 IN_QUICKSTART = ("neural_rdm", "adaln_zero")
-EXPONENTS = (-8, -7, -6)
+EXPONENTS = (-7, -6, -5)
 
 Losses = dict[str, list[float]]  # by seed
 

@@ -37,7 +37,7 @@ VALIDATIONS = 5
 SETTINGS = {
     "model.hidden_size": 32,
     "model.num_heads": 2,
-    "optimizer.lr": 2.0**-7,
+    "optimizer.lr": 2.0**-6,
     "optimizer.warmup_steps": 10,
     "train.global_batch_size": 16,
     "checkpoint.every": 0,

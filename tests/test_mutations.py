@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYOUTS = "tests/distributed/test_layouts.py::test_layout"
+FAMILY = "tests/distributed/test_family.py::test_every_layout_trains_the_same_model"
 
 
 class Mutation(NamedTuple):
@@ -118,6 +119,27 @@ MUTATIONS = [
         "rectangle.shifted(offset)",
         "rectangle",
         f"{LAYOUTS}[tp4 pp1 dp2, ZeRO 2, 1f1b, recompute full]",
+    ),
+    Mutation(
+        "every parameter has the scheduled learning rate, whatever the width",
+        "parallel/zero.py",
+        'group["lr"] = lr * group["lr_scale"]',
+        'group["lr"] = lr',
+        f"{FAMILY}[base of another size]",
+    ),
+    Mutation(
+        "gradients of the scales of queries and keys are not summed over the heads of all ranks",
+        "parallel/tensor.py",
+        "return list(_SumOfGradients.apply(self.mesh.tensor_group, *vectors))\n",
+        "return vectors\n",
+        f"{FAMILY}[rotary]",
+    ),
+    Mutation(
+        "a long skip's gradient ends at a stage's boundary",
+        "parallel/stage.py",
+        "*(skip for _, skip in sorted(skips.items()))",
+        "*(skip.detach() + 0 * skip for _, skip in sorted(skips.items()))",
+        f"{FAMILY}[u]",
     ),
 ]
 

@@ -6,11 +6,13 @@ for at import and at start-up, so that another version fails with one line and n
 
 import logging
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
+from deepspeed.runtime.utils import combine_grad_norm_groups
 from deepspeed.runtime.zero import partitioned_param_coordinator
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
@@ -29,10 +31,18 @@ _METHODS: dict[type, tuple[str, ...]] = {
         "get_param_id",
         "independent_gradient_partition_epilogue",
         "_partition_all_parameters",
+        "_get_norm_groups",
+        "_model_parallel_all_reduce",
         "_prepare_fp32_grad_for_sub_group",
         "_reassign_or_swap_out_partitioned_parameters",
     ),
-    DeepSpeedZeroOptimizer: ("clear_backward_seen_flag", "get_gradient_for_reduction", "update_lp_params"),
+    DeepSpeedZeroOptimizer: (
+        "clear_backward_seen_flag",
+        "get_gradient_for_reduction",
+        "scaled_global_norm",
+        "update_lp_params",
+        "_model_parallel_all_reduce",
+    ),
     DeepSpeedZeRoOffload: ("_remove_module_hooks",),
 }
 _ATTRIBUTES: dict[type, tuple[str, ...]] = {
@@ -129,6 +139,21 @@ class Optimizer:
         self.engine.step()
         return float("inf") if self.raw.overflow else float(self.raw._global_grad_norm)
 
+    def _norm_of_all_parts(self, norm_of_groups: Callable[[], Tensor]) -> Tensor:
+        """The gradient norm over the model-parallel group, `norm_of_groups` being DeepSpeed's for this rank's groups.
+
+        DeepSpeed would sum every parameter group on its own over the model-parallel ranks, and wait for ever where
+        pipeline stages have groups of different kinds.
+        """
+        sum_over_parts = self.raw._model_parallel_all_reduce
+        self.raw._model_parallel_all_reduce = lambda tensor, op: None
+        try:
+            square = norm_of_groups().square()
+        finally:
+            self.raw._model_parallel_all_reduce = sum_over_parts
+        sum_over_parts(tensor=square, op=dist.ReduceOp.SUM)
+        return square.sqrt()
+
 
 class Stage3Optimizer(Optimizer):
     """Parameters, gradients and optimizer states sharded. `gradients` is this rank's share of all gradients, from which
@@ -146,6 +171,8 @@ class Stage3Optimizer(Optimizer):
             self.masters[group].grad = parts[group]
 
         self.raw._prepare_fp32_grad_for_sub_group = hand_over
+        norms = self.raw._get_norm_groups
+        self.raw._get_norm_groups = lambda: [self._norm_of_all_parts(lambda: combine_grad_norm_groups(norms()))]
 
     def remove_hooks(self) -> None:
         """From here on modules neither gather nor release parameters, nor do backwards reduce gradients."""
@@ -197,6 +224,8 @@ class Stage12Optimizer(Optimizer):
         self.groups: list[tuple[list[Any], int]] = list(
             zip(self.raw.bit16_groups, self.raw.partition_size, strict=True)
         )
+        norm = self.raw.scaled_global_norm
+        self.raw.scaled_global_norm = lambda: self._norm_of_all_parts(norm)
 
     def gradients_of(self, parameters: Iterable[Any]) -> list[Tensor]:
         """What the backwards of this step have added up, before it is reduced."""

@@ -77,7 +77,7 @@ def complete_p(config: RunConfig, name: str, parameter: Tensor) -> dict[str, Any
     options, model = config.optimizer, config.model
     w, r = model.hidden_size / (model.base_width or model.hidden_size), (model.base_depth or model.depth) / model.depth
     decays = parameter.dim() == 2 and not name.startswith("class_embed")
-    hidden = decays and parameter.shape[1] % model.hidden_size == 0
+    hidden = decays and parameter.shape[1] in (model.hidden_size, 2 * model.hidden_size, model.mlp_size)
     last, in_block = name == "head.out.weight", name.startswith("blocks")
     return {
         "params": [parameter],

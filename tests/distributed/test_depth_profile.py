@@ -3,6 +3,7 @@
 import itertools
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from layouts import Case
@@ -26,6 +27,12 @@ CASES = [
     Case(2, 2, 2, "3 kept", "v_1f1b", "full", True),
     Case(4, 1, 2, "2", "1f1b", "every_2", False),
     Case(2, 2, 1, "1", "interleaved_1f1b", "none", False),
+]
+U = {"model__stacking": "u", "model__depth": 5, "model__base_depth": 3}
+U_CASES = [
+    Case(2, 2, 2, "3 kept", "v_1f1b", "none", True),
+    Case(1, 2, 1, "1", "v_1f1b", "full", False),
+    Case(2, 1, 2, "3 by block", "1f1b", "none", False),
 ]
 
 
@@ -53,7 +60,9 @@ def plain_profile(config: RunConfig) -> Profile:
         condition_dropout=config.diffusion.condition_dropout,
     )
     seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
-    units = [unit for block in model.blocks.values() for unit in (block, block.attention, block.mlp)]
+    names = ("skip", "attention", "mlp")
+    blocks = list(model.blocks.values())
+    units = [unit for block in blocks for unit in (block, *(getattr(block, name) for name in names)) if unit]
     for unit in units:
         unit.register_forward_hook(lambda unit, inputs, z: z.retain_grad() or seen.__setitem__(unit, (inputs[0], z)))
     gates: dict[nn.Module, Tensor] = {}
@@ -65,28 +74,44 @@ def plain_profile(config: RunConfig) -> Profile:
     ((prediction - (batch.noise - batch.latents)) ** 2).mean().backward()
 
     found: Profile = {}
-    blocks = list(model.blocks.values())
     found["stream"] = [seen[b][1].square().mean().sqrt().item() for b in blocks]
     found["sensitivity"] = [seen[b][1].grad.norm().item() for b in blocks]
     found["gradient"] = [math.sqrt(sum(p.grad.square().sum().item() for p in b.parameters())) for b in blocks]
-    for name in ("attention", "mlp"):
-        parts = [getattr(b, name) for b in blocks]
-        found[f"{name}.gain"] = [((z - x).norm() / x.norm()).item() for x, z in (seen[part] for part in parts)]
-        found[f"{name}.alpha"] = [gates[part.gate].mean().item() for part in parts]
-        found[f"{name}.alpha_std"] = [gates[part.gate].std(unbiased=False).item() for part in parts]
-        found[f"{name}.beta"] = [part.gate.multiplier * part.gate.b.square().mean().sqrt().item() for part in parts]
+    for name in (name for name in names if any(getattr(b, name) for b in blocks)):
+        values = [_of_unit(unit, seen, gates) if (unit := getattr(b, name)) else [None] * 4 for b in blocks]
+        kinds = ("gain", "alpha", "alpha_std", "beta")
+        found |= {f"{name}.{kind}": list(row) for kind, row in zip(kinds, zip(*values, strict=True), strict=True)}
     return found
+
+
+def _of_unit(unit: Any, seen: dict[nn.Module, tuple[Tensor, Tensor]], gates: dict[nn.Module, Tensor]) -> list[float]:
+    (x, z), alpha = seen[unit], gates[unit.gate]
+    gain, beta = (z - x).norm() / x.norm(), unit.gate.multiplier * unit.gate.b.square().mean().sqrt()
+    return [gain.item(), alpha.mean().item(), alpha.std(unbiased=False).item(), beta.item()]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_profile_of_a_layout(case: Case, expected: Profile, ranks: RankPool, data: str, tmp_path: Path) -> None:
-    config = run_config(tmp_path, data, **(case.changes() | CHANGES))
+    check(run_config(tmp_path, data, **(case.changes() | CHANGES)), case, expected, ranks)
+
+
+def test_profile_of_a_u_stack(ranks: RankPool, data: str, tmp_path: Path) -> None:
+    """Long skips have gains and gates of their own, in the blocks that end them."""
+    changes = CHANGES | U
+    expected = plain_profile(run_config(tmp_path / "plain", data, **(U_CASES[0].changes() | changes)))
+    assert [value is None for value in expected["skip.gain"]] == [True, True, True, False, False]
+    for i, case in enumerate(U_CASES):
+        check(run_config(tmp_path / str(i), data, **(case.changes() | changes)), case, expected, ranks)
+
+
+def check(config: RunConfig, case: Case, expected: Profile, ranks: RankPool) -> None:
     ranks.run(case.world, train, config)
     steps, (first, profile) = read_profiles(Path(config.run.dir) / "depth.jsonl")
     assert steps == [1, STEP]
     assert set(profile) == set(expected) == set(first)
     for name, values in expected.items():
-        assert profile[name] == pytest.approx(values, rel=2e-4, abs=1e-7), name
+        for one, other in zip(profile[name], values, strict=True):
+            assert one == (None if other is None else pytest.approx(other, rel=2e-4, abs=1e-6)), name
     assert max(first["sensitivity"]) == 0 < min(profile["sensitivity"])
 
 
