@@ -75,7 +75,9 @@ def complete_p(config: RunConfig, name: str, parameter: Tensor) -> dict[str, Any
     """A group of one parameter, with the rates of CompleteP's table for what it is by its name and shape; those of the
     configuration where that has no base. Class embeddings, gates and biases do not decay."""
     options, model = config.optimizer, config.model
-    w, r = model.hidden_size / (model.base_width or model.hidden_size), (model.base_depth or model.depth) / model.depth
+    skips = model.stacking == "u"  # one for every two blocks
+    base, branches = (2 * n + n // 2 * skips for n in (model.base_depth or model.depth, model.depth))
+    w, r = model.hidden_size / (model.base_width or model.hidden_size), base / branches
     decays = parameter.dim() == 2 and not name.startswith("class_embed")
     hidden = decays and parameter.shape[1] in (model.hidden_size, 2 * model.hidden_size, model.mlp_size)
     last, in_block = name == "head.out.weight", name.startswith("blocks")

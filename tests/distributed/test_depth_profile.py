@@ -111,7 +111,7 @@ def check(config: RunConfig, case: Case, expected: Profile, ranks: RankPool) -> 
     assert set(profile) == set(expected) == set(first)
     for name, values in expected.items():
         for one, other in zip(profile[name], values, strict=True):
-            assert one == (None if other is None else pytest.approx(other, rel=2e-4, abs=1e-6)), name
+            assert one == (None if other is None else pytest.approx(other, rel=2e-4, abs=1e-7)), name
     assert max(first["sensitivity"]) == 0 < min(profile["sensitivity"])
 
 
