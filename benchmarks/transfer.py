@@ -102,7 +102,7 @@ def main() -> None:
     result = {
         "steps": options.steps,
         "seeds": options.seeds,
-        "losses": {job.file: loss for job, loss in sorted(losses.items())},
+        "losses": {job.file.removesuffix(".json"): loss for job, loss in sorted(losses.items())},
     }
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
     plot(table)
