@@ -42,8 +42,12 @@ def test_recomputed_activations_change_nothing_under_zero(
         assert (record["loss"], record["grad_norm"]) == pytest.approx((loss, norm), rel=1e-5)
 
 
-def test_bf16_stays_close_to_fp32(ranks: RankPool, reference: Reference, data: str, tmp_path: Path) -> None:
-    config = run_config(tmp_path, data, optimizer__grad_clip=1.0, train__precision="bf16")
-    ranks.run(2, train, config)
+@pytest.mark.parametrize(("world", "keep_gathered"), [(1, "always"), (2, "always"), (2, "never")])
+def test_bf16_stays_close_to_fp32(
+    ranks: RankPool, reference: Reference, data: str, tmp_path: Path, world: int, keep_gathered: str
+) -> None:
+    changes = {"train__precision": "bf16", "parallel__keep_gathered": keep_gathered, "train__micro_batch_size": 2}
+    config = run_config(tmp_path, data, optimizer__grad_clip=1.0, **changes)
+    ranks.run(world, train, config)
     for record, loss in zip(metrics(config.run.dir), reference.losses, strict=True):
         assert record["loss"] == pytest.approx(loss, rel=0.02)
