@@ -28,12 +28,13 @@ from typing import Any
 import torch
 from checkpoint_storage import FIELDS, shapes_of
 from memory import forget_peak, peak_since, rss
+from plain_file import load_plain, save_plain
 from torch import Tensor
 
 from rdm_scale.checkpoint.directory import CheckpointDirectory, open_checkpoint
 from rdm_scale.checkpoint.engine import pieces_of
-from rdm_scale.checkpoint.index import DATA, INDEX, FileRecord, digest, index_of
-from rdm_scale.checkpoint.rectangles import Piece
+from rdm_scale.checkpoint.index import DATA, INDEX, FileRecord, blocks_in, digest, encode_index
+from rdm_scale.checkpoint.pieces import Pieces
 from rdm_scale.checkpoint.saving import Saver
 from rdm_scale.checkpoint.spans import spans_of
 from rdm_scale.checkpoint.tensors import write_tensors
@@ -64,28 +65,12 @@ def forget_pages(folder: Path) -> None:
             os.close(descriptor)
 
 
-def save_plain(folder: Path, flats: dict[str, Tensor]) -> None:
-    with (folder / "raw").open("wb") as file:
-        for flat in flats.values():
-            file.write(flat.numpy().data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def load_plain(folder: Path, flats: dict[str, Tensor]) -> None:
-    with (folder / "raw").open("rb", buffering=0) as file:
-        for flat in flats.values():
-            view = memoryview(flat.numpy()).cast("B")
-            while view:
-                view = view[file.readinto(view) :]
-
-
-def save_ours(folder: Path, flats: dict[str, Tensor], pieces: list[Piece]) -> None:
+def save_ours(folder: Path, flats: dict[str, Tensor], pieces: Pieces) -> None:
     directory = CheckpointDirectory(Location(folder))
     directory.commit(1, {"step": 1}, write_tensors(directory.begin(1), 0, pieces, flats))
 
 
-def load_ours(folder: Path, flats: dict[str, Tensor], pieces: list[Piece]) -> None:
+def load_ours(folder: Path, flats: dict[str, Tensor], pieces: Pieces) -> None:
     _, reader = open_checkpoint(CheckpointDirectory(Location(folder)).folder(1), pieces)
     for field, flat in flats.items():
         reader.fill(pieces, field, flat)
@@ -209,13 +194,12 @@ def write_index(arguments: tuple[str, tuple[int, int, int], int]) -> list[FileRe
     """Index of a rank whose data are not there; the data file is sparse."""
     folder, layout, rank = arguments
     pieces = pieces_of(rank_shards(*layout, rank))
-    elements = sum(piece.rectangle.numel for piece in pieces)
+    elements = int(pieces.boxes.numel.sum())
     size = 512 + 16 * elements
     stem = Path(folder) / f"rank_{rank:05d}"
-    blocks = ["0" * 16] * math.ceil(size / 2**22)
-    content = index_of(pieces, list(FIELDS), 512, elements, blocks).model_dump_json().encode()
-    stem.with_suffix(INDEX).write_bytes(content)
-    with stem.with_suffix(DATA).open("wb") as file:
+    content = encode_index(pieces, list(FIELDS), 512, [0] * (1 + len(FIELDS) * blocks_in(elements)))
+    Path(f"{stem}{INDEX}").write_bytes(content)
+    with Path(f"{stem}{DATA}").open("wb") as file:
         file.truncate(size)
     return [
         FileRecord(name=stem.name + DATA, bytes=size),

@@ -10,7 +10,6 @@ tensors that exist already, and files are in the page cache, so that what differ
 import argparse
 import json
 import math
-import os
 import shutil
 import statistics
 import tempfile
@@ -22,11 +21,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from plain_file import load_plain, save_plain
 from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from rdm_scale.checkpoint.directory import CheckpointDirectory
-from rdm_scale.checkpoint.rectangles import Piece, rectangles_of_range
+from rdm_scale.checkpoint.pieces import Pieces
+from rdm_scale.checkpoint.rectangles import padded
 from rdm_scale.checkpoint.tensors import write_tensors
 from rdm_scale.data.storage import Location
 
@@ -60,6 +61,7 @@ class Storage:
 
 def storages(shapes: dict[str, tuple[int, ...]]) -> list[Storage]:
     """The four to compare; each takes {field: flat tensor of all parameters}."""
+    pieces = Pieces.whole(list(shapes), padded(list(shapes.values()), 2))
 
     def by_name(flats: dict[str, Tensor]) -> dict[str, Tensor]:
         sizes = [math.prod(shape) for shape in shapes.values()]
@@ -69,36 +71,15 @@ def storages(shapes: dict[str, tuple[int, ...]]) -> list[Storage]:
             for (name, shape), part in zip(shapes.items(), flat.split(sizes), strict=True)
         }
 
-    def pieces() -> list[Piece]:
-        found, start = [], 0
-        for name, shape in shapes.items():
-            for rectangle in rectangles_of_range(shape, 0, math.prod(shape)):
-                found.append(Piece(name, shape, rectangle, start))
-                start += rectangle.numel
-        return found
-
-    def save_plain(folder: Path, flats: dict[str, Tensor]) -> None:
-        with (folder / "raw").open("wb") as file:
-            for flat in flats.values():
-                file.write(flat.numpy().data)
-            file.flush()
-            os.fsync(file.fileno())
-
-    def load_plain(folder: Path, flats: dict[str, Tensor]) -> None:
-        with (folder / "raw").open("rb") as file:
-            for flat in flats.values():
-                file.readinto(flat.numpy().data)
-
     def save_ours(folder: Path, flats: dict[str, Tensor]) -> None:
         directory = CheckpointDirectory(Location(folder))
-        records = write_tensors(directory.begin(1), 0, pieces(), flats)
+        records = write_tensors(directory.begin(1), 0, pieces, flats)
         directory.commit(1, {"step": 1}, records)
 
     def load_ours(folder: Path, flats: dict[str, Tensor]) -> None:
         _, reader = CheckpointDirectory(Location(folder)).open(1)
-        layout = pieces()
         for field, flat in flats.items():
-            reader.fill(layout, field, flat)
+            reader.fill(pieces, field, flat)
 
     return [
         Storage("plain file", save_plain, load_plain),

@@ -15,13 +15,14 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rdm_scale.checkpoint.index import FileRecord, digest
-from rdm_scale.checkpoint.rectangles import Piece
+from rdm_scale.checkpoint.pieces import Pieces
 from rdm_scale.checkpoint.tensors import TensorReader
 from rdm_scale.data.storage import Location
 from rdm_scale.errors import CheckpointError, IncompleteError
 
 COMMIT, STATE = "commit.json", "state.json"
 _MAX_JSON_BYTES = 2**28  # files from elsewhere are untrusted; a commit of 10,000 ranks takes 2 MB
+_VERSION: Literal[2] = 2  # 1 had its indices in JSON
 _STEP = re.compile(r"step_(\d{8}|[1-9]\d{8,17})")
 
 
@@ -29,7 +30,7 @@ class _Commit(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: Literal["rdm_scale.checkpoint"] = "rdm_scale.checkpoint"
-    version: Literal[1] = 1
+    version: Literal[2] = _VERSION
     files: tuple[FileRecord, ...]
     xxh3: str
 
@@ -152,7 +153,7 @@ def read_state(folder: Location) -> dict[str, Any]:
     return _read_state(folder, _read_commit(folder))
 
 
-def open_checkpoint(folder: Location, pieces: Sequence[Piece] | None = None) -> tuple[dict[str, Any], TensorReader]:
+def open_checkpoint(folder: Location, pieces: Pieces | None = None) -> tuple[dict[str, Any], TensorReader]:
     """State and tensors of the checkpoint in `folder`, after the sizes of all its files have been verified.
 
     Args:
@@ -193,6 +194,12 @@ def _read_commit(folder: Location) -> _Commit:
             f"{folder} has no {COMMIT}: it is no checkpoint, or saving it was interrupted; use another one"
         ) from None
     except ValidationError as error:
+        other = next((e["input"] for e in error.errors() if e["loc"] == ("version",)), None)
+        if other is not None:
+            raise CheckpointError(
+                f"{where} has version {other!r} of the format, and only version {_VERSION} is read: use the release "
+                "that wrote it, or another checkpoint"
+            ) from None
         raise IncompleteError(f"{where} is damaged: {error.errors()[0]['msg']}; use another checkpoint") from None
     if commit != _Commit.of(commit.files):
         raise IncompleteError(f"{where} is damaged: its checksum differs; use another checkpoint")

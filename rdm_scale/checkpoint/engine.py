@@ -1,12 +1,15 @@
 """Between a parallel model and a checkpoint: every rank has its own ranges of it, nothing is gathered."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rdm_scale.checkpoint.directory import open_checkpoint
-from rdm_scale.checkpoint.rectangles import Piece, rectangles_of_range
+from rdm_scale.checkpoint.pieces import Pieces, most_dimensions
+from rdm_scale.checkpoint.rectangles import boxes_of_ranges, padded
 from rdm_scale.data.storage import Location
 
 if TYPE_CHECKING:
@@ -33,12 +36,17 @@ def load(url: str, engine: "ZeroEngine", ema: list[Tensor]) -> None:
     engine.set_masters(engine.masters)
 
 
-def pieces_of(shards: "list[Shard]") -> list[Piece]:
+def pieces_of(shards: "list[Shard]") -> Pieces:
     """A rank's ranges as rectangles of the logical tensors."""
-    pieces = []
-    for shard in shards:
-        start, whole, offset = shard.start, shard.part.whole(shard.shape), shard.part.offset(shard.shape)
-        for rectangle in rectangles_of_range(shard.shape, shard.first, shard.count):
-            pieces.append(Piece(shard.name, whole, rectangle.shifted(offset), start))
-            start += rectangle.numel
-    return pieces
+    held = [shard for shard in shards if shard.count]
+    rows = [shard.shape for shard in held]
+    dimensions = most_dimensions(rows)
+    shapes = padded(rows, dimensions)
+    first, count, start = np.array([(s.first, s.count, s.start) for s in held], np.int64).reshape(-1, 3).T
+    boxes = boxes_of_ranges(np.maximum(shapes, 1), first, count, start)
+    cut = {i: shard.part for i, shard in enumerate(held) if shard.part.count > 1}
+    offset = np.zeros_like(shapes)
+    for i, part in cut.items():
+        offset[part.dim, i] = shapes[part.dim, i] * part.index
+        shapes[part.dim, i] *= part.count
+    return Pieces([shard.name for shard in held], shapes, replace(boxes, offset=boxes.offset + offset[:, boxes.tensor]))

@@ -1,6 +1,5 @@
 """What is in a checkpoint, and whether all of it still is what was written."""
 
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ import torch
 
 from rdm_scale.checkpoint.directory import open_checkpoint
 from rdm_scale.checkpoint.index import BLOCK_BYTES, IndexedFile
-from rdm_scale.checkpoint.reads import fetch_blocks
+from rdm_scale.checkpoint.reads import Scratch, fetch_blocks
 from rdm_scale.checkpoint.safetensors_files import Shape
 from rdm_scale.checkpoint.tensors import TensorReader
 from rdm_scale.checkpoint.weights import ModelSource, parameter_shapes
@@ -82,12 +81,13 @@ def verify(folder: Location, progress: Callable[[int], object] = lambda size: No
             missing or cut off, or an index or `state.json` is damaged. It names the file.
     """
     _, reader = open_checkpoint(folder)
-    memory = threading.local()
+    scratch = Scratch()
 
     def damage(block: tuple[IndexedFile, int]) -> str | None:
         file, number = block
+        begin, end = file.block_range(number)
         try:
-            fetch_blocks(file, number, number, memory)
+            fetch_blocks(file, range(number, number + 1), scratch.take(end - begin))
         except CheckpointError as error:
             return str(error)
         return None

@@ -1,11 +1,14 @@
-"""Which part of a logical tensor lies where: rectangles, one by one and in bulk.
+"""Which part of a logical tensor lies where: rectangles in bulk.
 
 A ZeRO-3 rank holds a contiguous range of each flattened tensor. In terms of the logical tensor such a range is a few
 rectangles, and rectangles of any two layouts intersect in rectangles: all that loading under another layout needs.
+A model has thousands of tensors, and a rank plans in milliseconds: hence arrays, never an object a tensor. They are
+[N, P], a row a dimension, so that arithmetic runs along memory (and `take` is much faster on them than an index).
 """
 
+import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,30 +29,45 @@ class Rectangle(NamedTuple):
     def numel(self) -> int:
         return math.prod(self.extent)
 
-    def overlap(self, other: "Rectangle") -> "Rectangle | None":
-        """What both hold, or None."""
-        low = tuple(map(max, self.offset, other.offset))
-        high = tuple(map(min, self._end, other._end))
-        extent = tuple(end - begin for begin, end in zip(low, high, strict=True))
-        return Rectangle(low, extent) if all(n > 0 for n in extent) else None
+
+@dataclass(frozen=True)
+class Boxes:
+    """P rectangles of numbered tensors. Tensors with fewer than N dimensions are padded with trailing ones, which
+    changes neither their order of elements nor their number."""
+
+    tensor: Ints  # [P]
+    offset: Ints  # [N, P]
+    extent: Ints  # [N, P]
+    start: Ints  # [P], of the first element in a flat buffer, in which it lies row by row
 
     @property
-    def _end(self) -> tuple[int, ...]:
-        return tuple(o + n for o, n in zip(self.offset, self.extent, strict=True))
+    def numel(self) -> Ints:
+        return self.extent.prod(axis=0)
 
-    def shifted(self, offset: Sequence[int]) -> "Rectangle":
-        """The same rectangle seen from the logical tensor in which this one's tensor is the slice at `offset`."""
-        return Rectangle(tuple(a + b for a, b in zip(self.offset, offset, strict=True)), self.extent)
+    def take(self, which: NDArray) -> "Boxes":
+        return Boxes(self.tensor[which], self.offset.take(which, 1), self.extent.take(which, 1), self.start[which])
 
 
-class Piece(NamedTuple):
-    """A rectangle of the logical tensor `name` of the whole `shape`, lying row by row from element `start` of a flat
-    buffer."""
+def padded(rows: Sequence[Sequence[int]], dimensions: int, fill: int = 0) -> Ints:
+    """[N, T] out of T rows of up to N numbers. Of shapes, filled with 0 (which no dimension can be) or 1."""
+    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+    table = np.full((len(rows), dimensions), fill, np.int64)
+    table[np.arange(dimensions) < lengths[:, None]] = np.fromiter(itertools.chain.from_iterable(rows), np.int64)
+    return np.ascontiguousarray(table.T)
 
-    name: str
-    shape: tuple[int, ...]
-    rectangle: Rectangle
-    start: int
+
+def deepened(columns: Ints, dimensions: int, fill: int = 0) -> Ints:
+    """[N, P] out of columns of fewer dimensions."""
+    missing = np.full((dimensions - len(columns), columns.shape[1]), fill, np.int64)
+    return np.concatenate([columns, missing])
+
+
+def strides_of(extent: Ints) -> Ints:
+    """[N, P] row-major strides of the extents [N, P]."""
+    strides = np.ones_like(extent)
+    for d in range(len(extent) - 2, -1, -1):
+        np.multiply(strides[d + 1], extent[d + 1], out=strides[d])
+    return strides
 
 
 def rectangles_of_range(shape: Sequence[int], first: int, count: int) -> list[Rectangle]:
@@ -57,79 +75,43 @@ def rectangles_of_range(shape: Sequence[int], first: int, count: int) -> list[Re
 
     There are at most 2 n - 1 of them for n dimensions: the ends of rows that the range cuts, and whole rows between.
     """
-    total = math.prod(shape)
-    if first < 0 or count < 0 or first + count > total:
-        raise ValueError(f"elements {first} to {first + count} are not all in a tensor of shape {tuple(shape)}")
-    if count == total > 0:
-        return [Rectangle((0,) * len(shape), tuple(shape))]
-    return _split(tuple(shape), first, count)
+    n = len(shape)
+    boxes = boxes_of_ranges(padded([shape], max(n, 1), 1), *(np.array([i], np.int64) for i in (first, count, 0)))
+    sides = (side[:n].T.tolist() for side in (boxes.offset, boxes.extent))
+    return [Rectangle(tuple(offset), tuple(extent)) for offset, extent in zip(*sides, strict=True)]
 
 
-def _split(shape: tuple[int, ...], first: int, count: int) -> list[Rectangle]:
-    if count == 0:
-        return []
-    if len(shape) < 2:
-        return [Rectangle((first,), (count,))] if shape else [Rectangle((), ())]
-    inner = shape[1:]
-    row_size = math.prod(inner)
-    row, column = divmod(first, row_size)
-    found: list[Rectangle] = []
-    if column:
-        head = min(count, row_size - column)
-        found += [_in_row(row, part) for part in _split(inner, column, head)]
-        row, count = row + 1, count - head
-    rows, tail = divmod(count, row_size)
-    if rows:
-        found.append(Rectangle((row, *(0 for _ in inner)), (rows, *inner)))
-    return found + [_in_row(row + rows, part) for part in _split(inner, 0, tail)]
+def boxes_of_ranges(shapes: Ints, first: Ints, count: Ints, start: Ints) -> Boxes:
+    """One range of each of T flattened tensors, as `rectangles_of_range` says.
 
-
-def _in_row(row: int, part: Rectangle) -> Rectangle:
-    return Rectangle((row, *part.offset), (1, *part.extent))
-
-
-@dataclass(frozen=True)
-class Boxes:
-    """P rectangles of numbered tensors as arrays. Shapes with fewer than N dimensions are padded with trailing ones,
-    which changes neither their order of elements nor their number."""
-
-    tensor: Ints  # [P]
-    offset: Ints  # [P, N]
-    extent: Ints  # [P, N]
-    start: Ints  # [P], of the first element in a flat buffer
-
-    @staticmethod
-    def of(pieces: Sequence[Piece], numbers: Mapping[str, int], dimensions: int) -> "Boxes":
-        rows, ones, zeros = [], [(1,) * n for n in range(dimensions + 1)], [(0,) * n for n in range(dimensions + 1)]
-        for piece in pieces:
-            box, missing = piece.rectangle, dimensions - len(piece.shape)
-            rows.append((numbers[piece.name], piece.start, *box.offset, *zeros[missing], *box.extent, *ones[missing]))
-        table = np.array(rows, np.int64).reshape(len(rows), 2 + 2 * dimensions)
-        return Boxes(table[:, 0], table[:, 2 : 2 + dimensions], table[:, 2 + dimensions :], table[:, 1])
-
-    @property
-    def numel(self) -> Ints:
-        return self.extent.prod(axis=1)
-
-    @property
-    def strides(self) -> Ints:
-        """[P, N]: elements between neighbours along each dimension, within a rectangle's own buffer."""
-        return strides_of(self.extent)
-
-    def overlap(self, other: "Boxes") -> Ints:
-        """[P, N]: the extents of what row i of both holds."""
-        ends = np.minimum(self.offset + self.extent, other.offset + other.extent)
-        return ends - np.maximum(self.offset, other.offset)
-
-    def take(self, which: NDArray) -> "Boxes":
-        return Boxes(self.tensor[which], self.offset[which], self.extent[which], self.start[which])
-
-
-def strides_of(extent: Ints) -> Ints:
-    """[P, N] row-major strides of the extents [P, N]."""
-    inner = np.ones_like(extent)
-    inner[:, :-1] = np.cumprod(extent[:, :0:-1], axis=1)[:, ::-1]
-    return inner
+    Args:
+        shapes: [N, T], padded with 1.
+        first, count: [T] elements of the flattened tensors.
+        start: [T] places of the ranges in a flat buffer.
+    """
+    strides = strides_of(shapes)
+    wholes = strides * shapes  # of a dimension: the elements of all it spans
+    begin, end = first, first + count
+    outside = np.flatnonzero((first < 0) | (count < 0) | (end > wholes[0]))
+    for i in outside.tolist():
+        raise ValueError(f"elements {begin[i]} to {end[i]} are not all in a tensor of shape {shapes[:, i].tolist()}")
+    dimensions = len(shapes)
+    parts = []
+    heads = [(d, True) for d in range(dimensions - 1, 0, -1)]  # what completes cut rows, from the innermost outwards
+    for d, is_head in (*heads, *((d, False) for d in range(dimensions))):  # then whole rows, and inwards what is left
+        until = end // strides[d] * strides[d]
+        if is_head:
+            until = np.minimum(until, -(-begin // wholes[d]) * wholes[d])
+        which = np.flatnonzero(until > begin)
+        parts.append((which, begin[which], until[which], np.full(len(which), d)))
+        begin = np.maximum(begin, until)
+    tensor, begin, until, cut = (np.concatenate(side) for side in zip(*parts, strict=True))
+    order = np.lexsort((begin, tensor))
+    tensor, begin, until, cut = (side[order] for side in (tensor, begin, until, cut))
+    size, stride = shapes.take(tensor, 1), strides.take(tensor, 1)
+    level = np.arange(dimensions)[:, None]
+    extent = np.where(level < cut, 1, np.where(level == cut, (until - begin) // stride, size))
+    return Boxes(tensor, begin // stride % size, extent, start[tensor] + begin - first[tensor])
 
 
 class Atlas:
@@ -140,21 +122,26 @@ class Atlas:
 
     Args:
         boxes: P rectangles.
-        shapes: [T, N], padded shapes of the tensors that they are of; all elements together below 2^62.
+        shapes: [N, T] of the tensors that they are of, padded with 1; all elements together below 2^62.
     """
 
     def __init__(self, boxes: Boxes, shapes: Ints) -> None:
         self._strides = strides_of(shapes)
-        self._base = np.concatenate([[0], np.cumsum(shapes.prod(axis=1))])
-        self._order = np.argsort(self._spans(boxes)[0], kind="stable")
+        self._base = np.concatenate([[0], np.cumsum(shapes.prod(axis=0))])
+        begins, ends = self._spans(boxes)
+        self._order = np.argsort(begins, kind="stable")
         self._boxes = boxes.take(self._order)
-        self._begins, ends = self._spans(self._boxes)
-        self._ends = np.maximum.accumulate(ends) if len(ends) else ends
+        self._begins, self._ends = begins[self._order], np.maximum.accumulate(ends[self._order])
 
     def _spans(self, boxes: Boxes) -> tuple[Ints, Ints]:
-        strides = self._strides[boxes.tensor]
-        begins = self._base[boxes.tensor] + (boxes.offset * strides).sum(axis=1)
-        return begins, begins + ((boxes.extent - 1) * strides).sum(axis=1) + 1
+        strides = self._strides.take(boxes.tensor, 1)
+        begins = self._base[boxes.tensor] + (boxes.offset * strides).sum(axis=0)
+        return begins, begins + ((boxes.extent - 1) * strides).sum(axis=0) + 1
+
+    @property
+    def is_disjoint(self) -> bool:
+        """Whether not even the spans overlap; if some do, `meeting` with itself says which rectangles do."""
+        return bool((self._begins[1:] >= self._ends[:-1]).all())
 
     def meeting(self, others: Boxes) -> Iterator[tuple[Ints, Ints]]:
         """Index pairs (into `others`, into the boxes of this atlas) of all rectangles that overlap, part by part."""
@@ -171,9 +158,14 @@ class Atlas:
             theirs = np.repeat(np.arange(part.start, part.start + len(n)), n)
             mine = np.arange(n.sum()) + np.repeat(first[part] - (np.cumsum(n) - n), n)
             a, b = others.take(theirs), self._boxes.take(mine)
-            low, high = np.maximum(a.offset, b.offset), np.minimum(a.offset + a.extent, b.offset + b.extent)
-            meet = (a.tensor == b.tensor) & (low < high).all(axis=1)
+            meet = (a.tensor == b.tensor) & (overlap(a, b)[1] > 0).all(axis=0)
             yield theirs[meet], self._order[mine[meet]]
+
+
+def overlap(a: Boxes, b: Boxes) -> tuple[Ints, Ints]:
+    """Offset and extent [N, P] of what box i of both holds; an extent of 0 or less says nothing."""
+    low = np.maximum(a.offset, b.offset)
+    return low, np.minimum(a.offset + a.extent, b.offset + b.extent) - low
 
 
 @dataclass(frozen=True)
@@ -184,21 +176,20 @@ class Copies:
     span: Ints  # [K], from the first to the last element in the source
     target: Ints  # [K]
     contiguous: NDArray[np.bool_]  # [K]: one run on both sides; otherwise strided as follows
-    extent: Ints  # [K, N]
-    source_strides: Ints  # [K, N]
-    target_strides: Ints  # [K, N]
-    reach: int  # elements of the target up to the last that is filled
+    extent: Ints  # [N, K]
+    source_strides: Ints  # [N, K]
+    target_strides: Ints  # [N, K]
 
 
 def copies_between(source: Boxes, target: Boxes) -> Copies:
-    """What overlap of which two rectangles (row i of `source` and of `target`) goes where; neighbours are joined."""
-    low = np.maximum(source.offset, target.offset)
-    extent = source.overlap(target)
-    begin = source.start + ((low - source.offset) * source.strides).sum(axis=1)
-    goal = target.start + ((low - target.offset) * target.strides).sum(axis=1)
-    span = ((extent - 1) * source.strides).sum(axis=1) + 1
-    goal_span = ((extent - 1) * target.strides).sum(axis=1) + 1
-    numel = extent.prod(axis=1)
+    """What overlap of which two rectangles (box i of `source` and of `target`) goes where; neighbours are joined."""
+    low, extent = overlap(source, target)
+    strides, target_strides = strides_of(source.extent), strides_of(target.extent)
+    begin = source.start + ((low - source.offset) * strides).sum(axis=0)
+    goal = target.start + ((low - target.offset) * target_strides).sum(axis=0)
+    span = ((extent - 1) * strides).sum(axis=0) + 1
+    goal_span = ((extent - 1) * target_strides).sum(axis=0) + 1
+    numel = extent.prod(axis=0)
     contiguous = (span == numel) & (goal_span == numel)
 
     order = np.argsort(begin, kind="stable")
@@ -207,9 +198,8 @@ def copies_between(source: Boxes, target: Boxes) -> Copies:
     joined &= (begin[1:] == (begin + span)[:-1]) & (goal[1:] == (goal + span)[:-1])
     firsts = np.flatnonzero(np.concatenate([[True], ~joined])[: len(begin)])
     total = np.add.reduceat(span, firsts) if len(firsts) else span
-    rows = order[firsts]
+    which = order[firsts]
     return Copies(
         begin[firsts], total, goal[firsts], contiguous[firsts],
-        extent[rows], source.strides[rows], target.strides[rows],
-        int((target.start + target.numel).max(initial=0)),
+        extent.take(which, 1), strides.take(which, 1), target_strides.take(which, 1),
     )  # fmt: skip

@@ -6,19 +6,21 @@ thousands of ranks a reader then opens the indices of some dozens of files inste
 for those indices to say. A span may claim more than is there, never less.
 """
 
-import math
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Annotated, Any
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from rdm_scale.checkpoint.rectangles import Piece
+from rdm_scale.checkpoint.pieces import Pieces
+from rdm_scale.checkpoint.rectangles import Ints, strides_of
 
 _STEPS = 64  # tensors of a file are bounded together where they lie in the same steps of the way through
+Fractions = NDArray[np.float64]
 _Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -39,26 +41,29 @@ def name_order(name: str) -> tuple[Any, ...]:
     return tuple((0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"(\d+)", name))
 
 
-def spans_of(pieces: Sequence[Piece]) -> tuple[Span, ...]:
+def spans_of(pieces: Pieces) -> tuple[Span, ...]:
     """The spans of a file that holds these pieces."""
-    grouped: dict[tuple[int, int], list[tuple[str, float, float]]] = {}
-    for name, (low, high) in _reach(pieces).items():
-        grouped.setdefault((int(low * _STEPS), math.ceil(high * _STEPS)), []).append((name, low, high))
+    held, low, high = _reach(pieces)
+    steps = np.floor(low * _STEPS) * (_STEPS + 1) + np.ceil(high * _STEPS)
+    _, group = np.unique(steps, return_inverse=True)
     found = []
-    for group in grouped.values():
-        names, lows, highs = zip(*group, strict=True)
+    for i in range(group.max(initial=-1) + 1):
+        members = np.flatnonzero(group == i)
+        names = [pieces.names[tensor] for tensor in held[members].tolist()]
         first, last = min(names, key=name_order), max(names, key=name_order)
-        found.append(Span(first=first, last=last, low=min(lows), high=max(highs)))
+        found.append(Span(first=first, last=last, low=low[members].min(), high=high[members].max()))
     return tuple(found)
 
 
 class Wanted:
     """Pieces made ready to be asked which spans may meet them."""
 
-    def __init__(self, pieces: Sequence[Piece]) -> None:
-        reach = sorted((name_order(name), bounds) for name, bounds in _reach(pieces).items())
-        self._order = [order for order, _ in reach]
-        self._low, self._high = np.array([bounds for _, bounds in reach]).reshape(-1, 2).T
+    def __init__(self, pieces: Pieces) -> None:
+        held, low, high = _reach(pieces)
+        orders = [name_order(pieces.names[tensor]) for tensor in held.tolist()]
+        ranks = sorted(range(len(orders)), key=orders.__getitem__)
+        self._order = [orders[i] for i in ranks]
+        self._low, self._high = low[ranks], high[ranks]
 
     def meets(self, spans: Iterable[Span]) -> bool:
         return any(self._meets(span) for span in spans)
@@ -70,13 +75,16 @@ class Wanted:
         return bool(((self._low[first:last] <= span.high) & (self._high[first:last] >= span.low)).any())
 
 
-def _reach(pieces: Sequence[Piece]) -> dict[str, tuple[float, float]]:
-    """How far each tensor's pieces reach, from their first to their last element, as fractions of the tensor."""
-    reach: dict[str, tuple[float, float]] = {}
-    for piece in pieces:
-        begin, last, total = 0, 0, 1
-        for size, offset, extent in zip(piece.shape, piece.rectangle.offset, piece.rectangle.extent, strict=True):
-            begin, last, total = begin * size + offset, last * size + offset + extent - 1, total * size
-        low, high = reach.get(piece.name, (1.0, 0.0))
-        reach[piece.name] = min(low, begin / total), max(high, (last + 1) / total)
-    return reach
+def _reach(pieces: Pieces) -> tuple[Ints, Fractions, Fractions]:
+    """The tensors that there are pieces of, and how far these reach, from the first to the last element, as fractions
+    of each tensor."""
+    boxes, shapes = pieces.boxes, np.maximum(pieces.shapes, 1)
+    strides = strides_of(shapes)[:, boxes.tensor]
+    begin = (boxes.offset * strides).sum(axis=0)
+    end = begin + ((boxes.extent - 1) * strides).sum(axis=0) + 1
+    total = shapes.prod(axis=0)
+    low, high = total.copy(), np.zeros_like(total)
+    np.minimum.at(low, boxes.tensor, begin)
+    np.maximum.at(high, boxes.tensor, end)
+    held = np.flatnonzero(high)
+    return held, low[held] / total[held], high[held] / total[held]

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from rdm_scale.checkpoint.directory import CheckpointDirectory
 from rdm_scale.checkpoint.index import FileRecord
-from rdm_scale.checkpoint.rectangles import Piece, rectangles_of_range
+from rdm_scale.checkpoint.pieces import Piece, Pieces
+from rdm_scale.checkpoint.rectangles import rectangles_of_range
 from rdm_scale.checkpoint.tensors import write_tensors
 from rdm_scale.data.storage import Location
 
@@ -54,7 +55,7 @@ def write_checkpoint(
     return folder
 
 
-def _filled(tensors: Iterable[Named], capacity: int) -> Iterator[tuple[list[Piece], dict[str, Tensor]]]:
+def _filled(tensors: Iterable[Named], capacity: int) -> Iterator[tuple[Pieces, dict[str, Tensor]]]:
     """The tensors one after the other in flat buffers, which are handed out as often as they are full."""
     seen: set[str] = set()
     buffers: dict[str, Tensor] = {}
@@ -77,10 +78,10 @@ def _filled(tensors: Iterable[Named], capacity: int) -> Iterator[tuple[list[Piec
                 pieces.append(Piece(name, shape, box, start))
                 start += box.numel
             if start == capacity:
-                yield pieces, buffers
+                yield Pieces.of(pieces), buffers
                 pieces, start = [], 0
     if pieces:
-        yield pieces, buffers
+        yield Pieces.of(pieces), buffers
 
 
 def _ranges(elements: int, capacity: int, start: int) -> Iterator[tuple[int, int]]:

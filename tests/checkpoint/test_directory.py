@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from rdm_scale.checkpoint.directory import CheckpointDirectory, is_checkpoint, open_checkpoint, read_state
-from rdm_scale.checkpoint.rectangles import Piece, Rectangle
+from rdm_scale.checkpoint.pieces import Piece, Pieces
+from rdm_scale.checkpoint.rectangles import Rectangle
 from rdm_scale.checkpoint.tensors import FileRecord, write_tensors
 from rdm_scale.data.storage import Location
-from rdm_scale.errors import CheckpointError
+from rdm_scale.errors import CheckpointError, IncompleteError
 
 SHAPE = (6, 4)
 
@@ -25,7 +26,7 @@ def write(directory: CheckpointDirectory, step: int, elements: int = 0) -> list[
     for rank in range(2):
         half = Rectangle((rank * shape[0] // 2, 0), (shape[0] // 2, shape[1]))
         values = torch.full((half.numel,), float(step))
-        records += write_tensors(directory.folder(step), rank, [Piece("w", shape, half, 0)], {"ema": values})
+        records += write_tensors(directory.folder(step), rank, Pieces.of([Piece("w", shape, half, 0)]), {"ema": values})
     return records
 
 
@@ -75,6 +76,24 @@ def test_what_is_no_checkpoint_is_told_apart(directory: CheckpointDirectory) -> 
         directory.open(8)
 
 
+@pytest.mark.parametrize("version", [1, 3])
+def test_another_version_is_said_and_left_alone(local: CheckpointDirectory, version: int) -> None:
+    for step in (1, 2, 3):
+        save(local, step)
+    commit = Path((local.folder(2) / "commit.json").path)
+    commit.write_text(commit.read_text().replace('"version":2', f'"version":{version}'))
+    message = rf"commit.json has version {version} of the format, and only version 2 is read"
+    for refused in (lambda: local.open(2), lambda: is_checkpoint(local.folder(2)), local.steps, lambda: local.prune(1)):
+        with pytest.raises(CheckpointError, match=message) as raised:
+            refused()
+        assert not isinstance(raised.value, IncompleteError)  # a run must not begin anew beside it
+    assert local.newest() == (3, [])
+    local.abandon(3)
+    with pytest.raises(CheckpointError, match=message):
+        local.newest()
+    assert local.folder(1).exists() and commit.exists()
+
+
 def test_a_killed_save_leaves_the_one_before(local: CheckpointDirectory) -> None:
     save(local, 1)
     child = os.fork()
@@ -83,7 +102,7 @@ def test_a_killed_save_leaves_the_one_before(local: CheckpointDirectory) -> None
         write(local, 2)
         os.kill(os.getpid(), signal.SIGKILL)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
-    assert (local.folder(2) / "rank_00001.json").exists()
+    assert (local.folder(2) / "rank_00001.index.safetensors").exists()
     assert (local.steps(), local.latest()) == ([1], 1)
     assert_intact(local, 1)
     local.begin(2)
@@ -114,7 +133,7 @@ def test_a_place_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
         CheckpointDirectory(Location(tmp_path / "file")).begin(1)
 
 
-@pytest.mark.parametrize("name", ["rank_00000.safetensors", "rank_00001.json", "state.json"])
+@pytest.mark.parametrize("name", ["rank_00000.safetensors", "rank_00001.index.safetensors", "state.json"])
 def test_lost_bytes_are_found_on_opening(local: CheckpointDirectory, name: str) -> None:
     save(local, 1)
     path = Path((local.folder(1) / name).path)
@@ -204,7 +223,7 @@ def test_an_interrupted_removal_is_no_checkpoint(local: CheckpointDirectory, mon
     monkeypatch.setattr(Location, "remove", stop_at_folder)
     with pytest.raises(CheckpointError, match=r"cannot remove .*step_00000001: Input/output error"):
         local.prune(1)
-    assert (local.folder(1) / "rank_00000.json").exists()
+    assert (local.folder(1) / "rank_00000.index.safetensors").exists()
     assert local.steps() == [2]
 
 

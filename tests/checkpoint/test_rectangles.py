@@ -6,7 +6,16 @@ import random
 import numpy as np
 import pytest
 
-from rdm_scale.checkpoint.rectangles import Atlas, Boxes, Piece, Rectangle, copies_between, rectangles_of_range
+from rdm_scale.checkpoint.pieces import Piece
+from rdm_scale.checkpoint.rectangles import (
+    Atlas,
+    Boxes,
+    Rectangle,
+    boxes_of_ranges,
+    copies_between,
+    padded,
+    rectangles_of_range,
+)
 
 
 def indices(shape: tuple[int, ...], box: Rectangle) -> np.ndarray:
@@ -59,19 +68,37 @@ def test_a_range_outside_of_the_tensor_is_refused(first: int, count: int) -> Non
         rectangles_of_range((5, 4), first, count)
 
 
-def test_a_slice_seen_from_the_whole() -> None:
-    assert Rectangle((1, 0), (2, 4)).shifted((10, 8)) == Rectangle((11, 8), (2, 4))
+def test_many_ranges_at_once_are_those_of_each() -> None:
+    """Also where the shapes are of unlike dimensions, some ranges are empty, and places in the buffer are apart."""
+    rng = random.Random(5)
+    shapes = [random_shape(rng, rng.randint(0, 4)) for _ in range(200)]
+    first = [rng.randint(0, math.prod(shape)) for shape in shapes]
+    count = [rng.randint(0, math.prod(shape) - begin) for shape, begin in zip(shapes, first, strict=True)]
+    start = [rng.randint(0, 1000) for _ in shapes]
+    found = boxes_of_ranges(padded(shapes, 4, 1), *(np.array(column) for column in (first, count, start)))
+    expected = []
+    for i, shape in enumerate(shapes):
+        position = start[i]
+        for box in rectangles_of_range(shape, first[i], count[i]):
+            missing = 4 - len(shape)
+            expected.append((i, (*box.offset, *(0,) * missing), (*box.extent, *(1,) * missing), position))
+            position += box.numel
+    columns = zip(found.tensor, found.offset.T, found.extent.T, found.start, strict=True)
+    assert [(i, tuple(offset), tuple(extent), place) for i, offset, extent, place in columns] == expected
 
 
-@pytest.mark.parametrize("dimensions", [0, 1, 2, 3, 4])
-def test_overlap(dimensions: int) -> None:
-    rng = random.Random(dimensions)
-    for _ in range(300):
-        shape = random_shape(rng, dimensions)
-        a, b = random_box(rng, shape), random_box(rng, shape)
-        common = set(indices(shape, a)) & set(indices(shape, b))
-        overlap = a.overlap(b)
-        assert (set(indices(shape, overlap)) if overlap else set()) == common
+def meets(shape: tuple[int, ...], a: Rectangle, b: Rectangle) -> bool:
+    return bool(set(indices(shape, a)) & set(indices(shape, b)))
+
+
+def boxes_of(pieces: list[Piece], numbers: dict[str, int], dimensions: int) -> Boxes:
+    boxes = [piece.rectangle for piece in pieces]
+    return Boxes(
+        np.array([numbers[piece.name] for piece in pieces], np.int64),
+        padded([box.offset for box in boxes], dimensions),
+        padded([box.extent for box in boxes], dimensions, 1),
+        np.array([piece.start for piece in pieces], np.int64),
+    )
 
 
 def random_world(rng: random.Random, count: int, shapes: dict[str, tuple[int, ...]]) -> list[Piece]:
@@ -90,18 +117,28 @@ def test_bulk_search_finds_what_pairwise_overlap_finds(monkeypatch: pytest.Monke
     for _ in range(20):
         shapes = {name: random_shape(rng, rng.randint(0, 4)) for name in "abcde"}
         numbers = {name: i for i, name in enumerate(shapes)}
-        padded = np.array([(*shape, *(1,) * (4 - len(shape))) for shape in shapes.values()])
         ours, theirs = random_world(rng, 30, shapes), random_world(rng, 40, shapes)
-        atlas = Atlas(Boxes.of(ours, numbers, 4), padded)
-        found = [pair for a, b in atlas.meeting(Boxes.of(theirs, numbers, 4)) for pair in zip(a, b, strict=True)]
+        atlas = Atlas(boxes_of(ours, numbers, 4), padded(list(shapes.values()), 4, 1))
+        found = [pair for a, b in atlas.meeting(boxes_of(theirs, numbers, 4)) for pair in zip(a, b, strict=True)]
         expected = {
             (i, j)
             for i, p in enumerate(theirs)
             for j, q in enumerate(ours)
-            if p.name == q.name and p.rectangle.overlap(q.rectangle)
+            if p.name == q.name and meets(shapes[p.name], p.rectangle, q.rectangle)
         }
         assert len(found) == len(expected)
         assert set(found) == expected
+        among = {pair for a, b in atlas.meeting(boxes_of(ours, numbers, 4)) for pair in zip(a, b, strict=True)}
+        assert not atlas.is_disjoint or all(i == j for i, j in among)
+
+
+def test_spans_that_touch_are_disjoint() -> None:
+    def is_disjoint(second: int) -> bool:
+        boxes = [Piece("t", (9,), Rectangle((second,), (4,)), 0), Piece("t", (9,), Rectangle((0,), (5,)), 4)]
+        return Atlas(boxes_of(boxes, {"t": 0}, 1), np.array([[9]])).is_disjoint
+
+    assert is_disjoint(5) and not is_disjoint(4) and not is_disjoint(0)
+    assert Atlas(boxes_of([], {}, 1), np.empty((1, 0), np.int64)).is_disjoint
 
 
 def test_copies_say_where_each_element_goes() -> None:
@@ -110,16 +147,16 @@ def test_copies_say_where_each_element_goes() -> None:
     for _ in range(200):
         shape = random_shape(rng, 3)
         a, b = random_box(rng, shape), random_box(rng, shape)
-        if not a.overlap(b):
+        if not meets(shape, a, b):
             continue
-        pair = [Boxes.of([Piece("t", shape, box, start)], {"t": 0}, 3) for box, start in ((a, 2), (b, 5))]
+        pair = [boxes_of([Piece("t", shape, box, start)], {"t": 0}, 3) for box, start in ((a, 2), (b, 5))]
         plan = copies_between(*pair)
         source, target = np.full(130, -1), np.full(130, -1)
         source[2 : 2 + a.numel] = indices(shape, a)
         for i in range(len(plan.source)):
             view = np.lib.stride_tricks.as_strided
-            out = view(target[plan.target[i] :], plan.extent[i], 8 * plan.target_strides[i])
-            out[...] = view(source[plan.source[i] :], plan.extent[i], 8 * plan.source_strides[i])
+            out = view(target[plan.target[i] :], plan.extent[:, i], 8 * plan.target_strides[:, i])
+            out[...] = view(source[plan.source[i] :], plan.extent[:, i], 8 * plan.source_strides[:, i])
         expected = np.full(130, -1)
         wanted = indices(shape, b)
         expected[5 : 5 + b.numel] = np.where(np.isin(wanted, indices(shape, a)), wanted, -1)
@@ -132,7 +169,7 @@ def test_equal_layouts_need_one_copy() -> None:
         for box in rectangles_of_range((6, 5), 7, 20):
             pieces.append(Piece(str(i), (6, 5), box, start))
             start += box.numel
-    boxes = Boxes.of(pieces, {str(i): i for i in range(100)}, 2)
+    boxes = boxes_of(pieces, {str(i): i for i in range(100)}, 2)
     plan = copies_between(boxes, boxes)
     assert (plan.source.tolist(), plan.target.tolist(), plan.span.tolist()) == ([0], [0], [2000])
     assert plan.contiguous.all()

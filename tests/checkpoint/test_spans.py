@@ -6,7 +6,8 @@ import torch
 from rdm_scale.checkpoint import tensors
 from rdm_scale.checkpoint.directory import CheckpointDirectory, open_checkpoint
 from rdm_scale.checkpoint.index import INDEX
-from rdm_scale.checkpoint.rectangles import Piece, Rectangle, rectangles_of_range
+from rdm_scale.checkpoint.pieces import Piece, Pieces
+from rdm_scale.checkpoint.rectangles import Rectangle, rectangles_of_range
 from rdm_scale.checkpoint.spans import Span, Wanted, name_order, spans_of
 from rdm_scale.checkpoint.tensors import write_tensors
 from rdm_scale.data.storage import Location
@@ -47,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Location:
         for index in range(SHARES):
             pieces = share(range(3 * stage, 3 * stage + 3), index, SHARES)
             values = torch.cat([torch.empty(0), *(whole(p.shape)[slices(p.rectangle)].flatten() for p in pieces)])
-            files += write_tensors(directory.folder(1), stage * SHARES + index, pieces, {"weights": values})
+            files += write_tensors(directory.folder(1), stage * SHARES + index, Pieces.of(pieces), {"weights": values})
     directory.commit(1, {"step": 1}, files)
     return directory.folder(1)
 
@@ -71,10 +72,11 @@ def test_any_share_is_read_whole_and_from_few_files(
     for index in range(count):
         pieces = share(range(2, 5), index, count)  # of two stages
         opened.clear()
-        _, reader = open_checkpoint(folder, pieces)
+        wanted = Pieces.of(pieces)
+        _, reader = open_checkpoint(folder, wanted)
         indices = {name for name in opened if name.startswith("rank_") and name.endswith(INDEX)}
         size = sum(piece.rectangle.numel for piece in pieces)
-        found = reader.fill(pieces, "weights", torch.full((size,), -1.0))
+        found = reader.fill(wanted, "weights", torch.full((size,), -1.0))
         for piece in pieces:
             box = piece.rectangle
             expected = whole(piece.shape)[slices(box)].flatten()
@@ -88,18 +90,22 @@ def test_spans_bound_their_pieces() -> None:
         *range_of("blocks.10.w", (8, 10), 20, 40, 40),
         Piece("blocks.10.scalar", (), Rectangle((), ()), 80),
     ]
-    spans = spans_of(pieces)
+    spans = spans_of(Pieces.of(pieces))
     assert spans == (
-        Span(first="blocks.9.w", last="blocks.10.w", low=0.25, high=0.75),
         Span(first="blocks.10.scalar", last="blocks.10.scalar", low=0, high=1),
+        Span(first="blocks.9.w", last="blocks.10.w", low=0.25, high=0.75),
     )
-    assert Wanted(range_of("blocks.9.w", (8, 10), 59, 1, 0)).meets(spans)
-    assert not Wanted(range_of("blocks.9.w", (8, 10), 61, 19, 0)).meets(spans)
-    assert not Wanted(range_of("blocks.8.w", (8, 10), 0, 80, 0)).meets(spans)
-    assert not Wanted(range_of("blocks.11.w", (8, 10), 0, 80, 0)).meets(spans)
-    assert not Wanted([]).meets(spans) and not Wanted(pieces).meets(())
+
+    def meets(pieces: list[Piece]) -> bool:
+        return Wanted(Pieces.of(pieces)).meets(spans)
+
+    assert meets(range_of("blocks.9.w", (8, 10), 59, 1, 0))
+    assert not meets(range_of("blocks.9.w", (8, 10), 61, 19, 0))
+    assert not meets(range_of("blocks.8.w", (8, 10), 0, 80, 0))
+    assert not meets(range_of("blocks.11.w", (8, 10), 0, 80, 0))
+    assert not meets([]) and not Wanted(Pieces.of(pieces)).meets(())
     columns = Piece("blocks.9.w", (8, 10), Rectangle((0, 8), (2, 1)), 0)  # of rows 0 and 1: up to element 18
-    assert not Wanted([columns]).meets(spans)
+    assert not meets([columns])
 
 
 def test_numbers_in_names_count() -> None:
@@ -109,7 +115,7 @@ def test_numbers_in_names_count() -> None:
 
 def test_a_tensor_that_no_file_claims_is_missing(folder: Location) -> None:
     with pytest.raises(CheckpointError, match=r"has no tensor blocks\.12\.w"):
-        piece = range_of("blocks.12.w", (2, 2), 0, 4, 0)
+        piece = Pieces.of(range_of("blocks.12.w", (2, 2), 0, 4, 0))
         open_checkpoint(folder, piece)[1].fill(piece, "weights", torch.zeros(4))
 
 

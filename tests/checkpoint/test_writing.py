@@ -9,6 +9,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from rdm_scale.checkpoint.directory import CheckpointDirectory
+from rdm_scale.checkpoint.index import INDEX
 from rdm_scale.checkpoint.writing import write_checkpoint
 from rdm_scale.data.storage import Location
 from rdm_scale.errors import CheckpointError
@@ -36,7 +37,7 @@ def directory(tmp_path: Path) -> CheckpointDirectory:
 def test_what_was_written_is_read(directory: CheckpointDirectory, capacity: int, files: int) -> None:
     folder = write_checkpoint(directory, STATE, stream(), capacity)
     assert folder.path == directory.folder(7).path
-    assert len([name for name in folder.names() if name.endswith(".safetensors")]) == files
+    assert len([name for name in folder.names() if name.endswith(INDEX)]) == files
     state, reader = directory.open(7)
     assert (state, reader.fields()) == (STATE, ["weights", "exp_avg", "ema"])
     for name, tensor in TENSORS.items():

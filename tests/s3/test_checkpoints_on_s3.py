@@ -12,7 +12,8 @@ from s3_server import S3Server
 from small_runs import metrics, run_config, train, write_latents
 
 from rdm_scale.checkpoint.directory import CheckpointDirectory
-from rdm_scale.checkpoint.rectangles import Piece, Rectangle
+from rdm_scale.checkpoint.pieces import Piece, Pieces
+from rdm_scale.checkpoint.rectangles import Rectangle
 from rdm_scale.checkpoint.tensors import write_tensors
 from rdm_scale.config import RunConfig
 from rdm_scale.data.retry import Retry, retrying
@@ -33,7 +34,7 @@ def writes(request: Request) -> bool:
 def save(directory: CheckpointDirectory, step: int, elements: int) -> None:
     piece = Piece("w", (elements,), Rectangle((0,), (elements,)), 0)
     folder = directory.begin(step)
-    records = write_tensors(folder, 0, [piece], {"ema": torch.arange(elements, dtype=torch.float32) + step})
+    records = write_tensors(folder, 0, Pieces.of([piece]), {"ema": torch.arange(elements, dtype=torch.float32) + step})
     directory.commit(step, {"step": step}, records)
 
 
