@@ -89,9 +89,14 @@ def elements(sources: Sequence[ModelSource]) -> int:
 
 def refuse_taken(out: Location) -> None:
     """Raises CheckpointError unless `out` is free to be written to."""
-    if out.names():
-        raise CheckpointError(f"{out} is not empty (it holds {out.names()[0]}): choose another folder")
-    if out.exists() and not out.is_dir():
+    try:
+        names = out.names()
+        is_file = not names and out.exists() and not out.is_dir()
+    except OSError as error:
+        raise CheckpointError(f"cannot write to {out}: {error.strerror or error}") from error
+    if names:
+        raise CheckpointError(f"{out} is not empty (it holds {names[0]}): choose another folder")
+    if is_file:
         raise CheckpointError(f"{out} is a file: choose another place")
 
 
