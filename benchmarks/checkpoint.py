@@ -70,6 +70,12 @@ def save_ours(folder: Path, flats: dict[str, Tensor], pieces: Pieces) -> None:
     directory.commit(1, {"step": 1}, write_tensors(directory.begin(1), 0, pieces, flats))
 
 
+def plan_ours(folder: Path, pieces: Pieces) -> None:
+    """What loading does before it reads the first tensor."""
+    _, reader = open_checkpoint(CheckpointDirectory(Location(folder)).folder(1), pieces)
+    reader.plan(pieces)
+
+
 def load_ours(folder: Path, flats: dict[str, Tensor], pieces: Pieces) -> None:
     _, reader = open_checkpoint(CheckpointDirectory(Location(folder)).folder(1), pieces)
     for field, flat in flats.items():
@@ -84,6 +90,7 @@ def bandwidth(name: str, rounds: int, where: str | None) -> dict[str, Any]:
     size = 4 * elements * len(FIELDS)
     ways = {"plain": (save_plain, load_plain, ()), "ours": (save_ours, load_ours, (pieces_of(shards),))}
     rates: dict[str, list[float]] = {}
+    plans: list[float] = []
     for _ in range(rounds):
         for way, (save, load, more) in ways.items():
             with tempfile.TemporaryDirectory(dir=where) as temporary:
@@ -97,6 +104,8 @@ def bandwidth(name: str, rounds: int, where: str | None) -> dict[str, Any]:
                         raise SystemExit(f"{way} did not give back what was saved")
                     for flat in loaded.values():
                         flat.zero_()
+                if way == "ours":
+                    plans.append(timed(plan_ours, folder, *more))
                 on_disk = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"\n{name}, {size / 1e6:,.0f} MB, on disk {on_disk / size:.4f} of that\n")
     print("| | plain file (MB/s) | ours (MB/s) | ours / plain, median of rounds |\n|---|---|---|---|")
@@ -106,7 +115,9 @@ def bandwidth(name: str, rounds: int, where: str | None) -> dict[str, Any]:
         shares[what] = statistics.median(mine / plain for mine, plain in pairs)
         plain, ours = (statistics.median(rates[f"{way} {what}"]) / 1e6 for way in ways)
         print(f"| {what} | {plain:,.0f} | {ours:,.0f} | {shares[what]:.2f} |")
-    return {"bytes": size, "on_disk": on_disk, "rates": rates, "shares": shares}
+    plan_s = statistics.median(plans)
+    print(f"\nopening and planning: {plan_s * 1e3:.1f} ms of a load, {plan_s / len(shards) * 1e6:.2f} us a parameter")
+    return {"bytes": size, "on_disk": on_disk, "rates": rates, "shares": shares, "plan_s": plans}
 
 
 def timed(work: Any, *arguments: Any) -> float:

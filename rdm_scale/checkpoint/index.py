@@ -143,7 +143,7 @@ def _decode(content: bytes, data: Location, size: int) -> IndexedFile:
     """Raises SafetensorError, ValueError (a ValidationError is one): says what is impossible about an index whose data
     file has `size` bytes."""
     arrays = _arrays(content)
-    metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__", {})
+    metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__") or {}
     header = _Header.model_validate_json(metadata.get(_METADATA, ""))
     shapes, table, digests = arrays["shapes"], arrays["pieces"], arrays["blocks"]
     text = arrays["names"].tobytes().decode()

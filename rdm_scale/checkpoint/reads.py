@@ -3,7 +3,7 @@
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,7 +58,8 @@ class Sweeper:
                 deque(reads, maxlen=0)  # the others begin no more
                 raise
 
-        for thread in [self._threads.submit(work) for _ in range(_READERS)]:
+        threads, _ = wait([self._threads.submit(work) for _ in range(_READERS)])
+        for thread in threads:
             thread.result()
 
     def _do(self, read: "_Read", first_block: int, copies: Copies, target: NDArray[np.float32]) -> None:

@@ -351,6 +351,16 @@ def test_an_index_that_is_no_safetensors_is_refused(tmp_path: Path, position: in
         TensorReader(Location(tmp_path), [data, put_index(tmp_path, bytes(content))])
 
 
+def test_an_index_whose_metadata_are_null_is_refused(tmp_path: Path) -> None:
+    data, entry = write(Location(tmp_path), LAYOUTS["1"])
+    content = (tmp_path / entry.name).read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    text = json.dumps(json.loads(content[8 : 8 + size]) | {"__metadata__": None}).encode().ljust(size)
+    assert len(text) == size
+    with pytest.raises(CheckpointError, match=r"rank_00000.index.safetensors is not a valid index"):
+        TensorReader(Location(tmp_path), [data, put_index(tmp_path, content[:8] + text + content[8 + size :])])
+
+
 def index_contents(folder: Path) -> Contents:
     path = folder / "rank_00000.index.safetensors"
     with safe_open(path, "np") as file:
