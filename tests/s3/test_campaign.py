@@ -15,6 +15,7 @@ from s3_server import S3Server
 from small_runs import metrics, run_config, train, write_latents
 
 from rdm_scale.config import RunConfig
+from rdm_scale.data import reader
 from rdm_scale.data.storage import Location
 from rdm_scale.errors import DataError
 
@@ -31,7 +32,10 @@ KINDS = [
 
 
 def train_on_s3(config: RunConfig, environment: dict[str, str]) -> list[list[int]]:
-    """Trains; returns the ids of the samples of each step of this rank."""
+    """Trains; returns the ids of the samples of each step of this rank.
+
+    Every epoch reads the set again, as if it were larger than the memory that small sets are kept in.
+    """
     from rdm_scale.training.trainer import Trainer
 
     os.environ |= environment
@@ -46,6 +50,7 @@ def train_on_s3(config: RunConfig, environment: dict[str, str]) -> list[list[int
         return step(self, noted())
 
     Trainer.train_step = watched  # type: ignore[method-assign]
+    reader._MEMORY_BYTES = 1
     train(config)
     return ids
 
