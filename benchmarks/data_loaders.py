@@ -57,8 +57,7 @@ def ours(spec: Spec, raw: bool) -> Iterator[Iterator[Tensor]]:
 
     class RawStream(LatentStream):
         def _read(self, planned: Any) -> Any:
-            _, runs, samples = self._found(planned)
-            found = list(zip(runs, samples, strict=True))
+            found = list(zip(self._found(planned), planned.nth, strict=True))
             return types.SimpleNamespace(latents=stack(found, spec.shape, torch.float16))
 
     kind = RawStream if raw else LatentStream

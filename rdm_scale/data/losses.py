@@ -66,10 +66,10 @@ class LostShards:
         untold, self._untold = self._untold, []
         return untold
 
-    def stand_in(self, run: Run, sample: int) -> tuple[Run, int]:
-        """The sample of a run itself where its shard is whole, another where it is lost."""
+    def stand_in(self, run: Run) -> Run:
+        """The run itself where its shard is whole, one of another shard, with fewer samples perhaps, where it is lost."""
         if (run.set, run.shard) not in self._lost:
-            return run, sample
+            return run
         manifest = self._manifests[run.set]
         shape = manifest.shape_of(manifest.shards[run.shard])
         whole = [index for index in manifest.buckets[shape] if (run.set, index) not in self._lost]
@@ -78,8 +78,7 @@ class LostShards:
         shard = whole[rng.key(self._seed, "stand-in", run.shard) % len(whole)]
         members = manifest.shards[shard].members
         first = run.first % len(members)
-        taken = members[first : first + run.end - run.first]
-        return Run(run.set, shard, first, first + len(taken)), sample % sum(member.samples for member in taken)
+        return Run(run.set, shard, first, min(first + run.end - run.first, len(members)))
 
     def _check_budget(self, reason: DataError) -> None:
         if len(self._lost) > self._budget:

@@ -16,8 +16,9 @@ to begin at any step.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain, repeat
+from itertools import chain
 from tarfile import BLOCKSIZE
 from typing import Any, NamedTuple, cast
 
@@ -49,6 +50,17 @@ class Place(NamedTuple):
     shard: int
     member: int
     sample: int
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Piece:
+    """What a stream takes from one run: numbers among the samples of the run, in the order in which they are read.
+
+    Told apart by identity, which is quick: a batch of small samples has one for each of them.
+    """
+
+    run: Run
+    samples: list[int]
 
 
 class GlobalOrder:
@@ -88,9 +100,11 @@ class GlobalOrder:
         ranges = zip(self._first_members[:-1], self._first_members[1:], strict=True)
         self._runs = np.concatenate([np.arange(first, end, together) for first, end in ranges])  # their first members
         self._counts = np.diff(self._before[self._runs], append=self.samples)  # samples of each run
+        length, longer = divmod(self.samples, streams)  # the first `longer` parts have one sample more
+        self._parts = np.arange(streams + 1) * length + np.minimum(np.arange(streams + 1), longer)  # as `_before`
         # An epoch's tables are as long as the manifest; around the end of an epoch two of them are in use.
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
-        self._piece = lru_cache(maxsize=4 * streams)(self._make_piece)
+        self._piece = lru_cache(maxsize=4 * streams)(self._make_piece)  # that a stream is at, in several steps planned
 
     def positions(self, step: int, dp_rank: int = 0, dp_size: int = 1) -> range:
         """The positions of a step (from 1) that a rank reads: those of its contiguous share of the streams."""
@@ -100,34 +114,29 @@ class GlobalOrder:
 
     def places(self, positions: range) -> list[Place]:
         """Where the samples at these global positions lie."""
-        return [self._place(run, sample) for run, sample in zip(*self.columns(positions), strict=True)]
+        return [self._place(piece.run, piece.samples[n]) for piece, n in zip(*self.pieces(positions), strict=True)]
 
-    def columns(self, positions: range) -> tuple[list[Run], list[int]]:
-        """What is read for the samples at these positions, and their numbers among the samples of it."""
+    def pieces(self, positions: range) -> tuple[list[Piece], list[int]]:
+        """Of each position the piece that holds its sample, and how many samples of the piece come before it.
+
+        As long as a piece is in use it is one and the same object.
+        """
         epochs, places = np.divmod(np.arange(positions.start, positions.stop), self.samples)
-        parts = [self._columns(int(epoch), places[epochs == epoch]) for epoch in range(epochs[0], epochs[-1] + 1)]
-        runs, samples = (list(chain.from_iterable(column)) for column in zip(*parts, strict=True))
-        return runs, samples
+        parts = [self._walk(int(epoch), places[epochs == epoch]) for epoch in range(epochs[0], epochs[-1] + 1)]
+        begins, nth = (list(chain.from_iterable(column)) for column in zip(*parts, strict=True))
+        return list(map(self._piece, begins)), nth
 
-    def _columns(self, epoch: int, i: Indices) -> tuple[list[Run], list[int]]:
-        order, ends = self._epoch(epoch)
-        index, part, part_end = self._parts(i)
-        slots = np.searchsorted(ends, index, side="right")
-        runs = order[slots]
-        starts = ends[slots] - self._counts[runs]
-        first = np.maximum(part, starts)
-        bounds = (runs, first - starts, np.minimum(part_end, ends[slots]) - starts)
-        pieces = list(map(self._piece, repeat(epoch), *(column.tolist() for column in bounds)))
-        nth = (index - first).tolist()
-        return [run for run, _ in pieces], [samples[n] for (_, samples), n in zip(pieces, nth, strict=True)]
+    def _walk(self, epoch: int, i: Indices) -> tuple[list[int], list[int]]:
+        """Where the pieces of what is read i-th begin in the walk through all epochs, and how far into them it is.
 
-    def _parts(self, i: Indices) -> tuple[Indices, Indices, Indices]:
-        """Index, in the epoch's order of samples, of what is read i-th, and where the part of its stream begins and
-        ends: part i mod C, at its (i div C)-th sample."""
-        length, longer = divmod(self.samples, self.streams)  # the first `longer` parts have one sample more
+        Stream i mod C walks through the part of that number, of which it is the (i div C)-th sample.
+        """
         nth, part = np.divmod(i, self.streams)
-        begin = part * length + np.minimum(part, longer)
-        return begin + nth, begin, begin + length + (part < longer)
+        index = self._parts[part] + nth
+        _, bounds = self._epoch(epoch)
+        run = np.searchsorted(bounds, index, side="right") - 1
+        first = np.maximum(self._parts[part], bounds[run])
+        return (epoch * self.samples + first).tolist(), (index - first).tolist()
 
     def _place(self, run: Run, sample: int) -> Place:
         base = self._first_members[np.searchsorted(self._shards, run.shard)]
@@ -136,20 +145,25 @@ class GlobalOrder:
         return Place(run.shard, int(member - base), int(index - self._before[member]))
 
     def _make_epoch(self, epoch: int) -> tuple[Indices, Indices]:
-        """The runs in the order of an epoch, and where each of them ends in its order of samples."""
+        """The runs in the order of an epoch, and where each begins in its order of samples, and the last ends."""
         runs = permutation(rng.key(self.seed, "order of runs", epoch), len(self._counts))
-        return runs, np.cumsum(self._counts[runs])
+        return runs, np.cumsum(np.append(0, self._counts[runs]))
 
-    def _make_piece(self, epoch: int, run: int, begin: int, end: int) -> tuple[Run, list[int]]:
-        """The members that hold samples `begin` .. `end` - 1 of a run, and these samples in the order of an epoch."""
-        base = self._before[self._runs[run]]
-        first = int(np.searchsorted(self._before, base + begin, side="right")) - 1
-        last = int(np.searchsorted(self._before, base + end, side="left"))
-        shard = int(np.searchsorted(self._first_members, first, side="right")) - 1
+    def _make_piece(self, begin: int) -> Piece:
+        """The piece that begins there in the walk through all epochs: it ends with its run, or the part of its stream."""
+        epoch, first = divmod(begin, self.samples)
+        runs, bounds = self._epoch(epoch)
+        nth = int(np.searchsorted(bounds, first, side="right")) - 1
+        end = min(bounds[nth + 1], self._parts[np.searchsorted(self._parts, first, side="right")])
+        run, skipped = int(runs[nth]), int(first - bounds[nth])
+        base = self._before[self._runs[run]] + skipped
+        member = int(np.searchsorted(self._before, base, side="right")) - 1
+        last = int(np.searchsorted(self._before, base + end - first, side="left"))
+        shard = int(np.searchsorted(self._first_members, member, side="right")) - 1
         offset = self._first_members[shard]
-        members = Run(self.number, int(self._shards[shard]), int(first - offset), int(last - offset))
-        order = permutation(rng.key(self.seed, "order of samples", epoch, run, begin), end - begin)
-        return members, (order + (base + begin - self._before[first])).tolist()
+        members = Run(self.number, int(self._shards[shard]), int(member - offset), int(last - offset))
+        order = permutation(rng.key(self.seed, "order of samples", epoch, run, skipped), int(end - first))
+        return Piece(members, (order + (base - self._before[member])).tolist())
 
 
 def permutation(key: int, size: int) -> Indices:

@@ -16,7 +16,8 @@ from torch import Tensor
 from rdm_scale.config import DataConfig, DataSource
 from rdm_scale.data.cache import MemberCache
 from rdm_scale.data.captions import unpack_text
-from rdm_scale.data.manifest import Manifest, Tar, read_manifest
+from rdm_scale.data.codecs.codec import normalise_
+from rdm_scale.data.manifest import Codec, Manifest, Tar, read_manifest
 from rdm_scale.data.memory import MEMORY, as_bytes
 from rdm_scale.data.order import Run
 from rdm_scale.data.shards import DTYPES, pack_samples, read_run, span, unpack_samples
@@ -24,7 +25,7 @@ from rdm_scale.data.storage import Location, Stat
 from rdm_scale.errors import DataError
 
 _MEMORY_BYTES = 2**28  # of runs kept, at least: a small set is read once
-_LARGE_BYTES = 2**16  # of a sample: to make a tensor of it costs nothing beside its copy
+_BLOCK_BYTES = 2**18  # as float32 twice that, which is in a processor's cache of its own
 
 
 class OpenSet(NamedTuple):
@@ -49,6 +50,13 @@ class Samples(NamedTuple):
     ids: list[int]
     labels: list[int]
     captions: list[Caption]  # where they are read
+
+    def take(self, order: Sequence[int]) -> "Samples":
+        """These of them, modulo their number, in this order."""
+        indices = [index % len(self.ids) for index in order]
+        columns = (self.starts, self.ids, self.labels, self.captions)
+        starts, ids, labels, captions = ([column[i] for i in indices] if column else [] for column in columns)
+        return Samples(self.content, starts, self.size, ids, labels, captions)
 
 
 class UnreadableError(DataError):
@@ -261,18 +269,30 @@ def stack(found: Sequence[tuple[Samples, int]], shape: Sequence[int], dtype: tor
     return raw.view(dtype).view(len(found), *shape)
 
 
-def stack_as_float(found: Sequence[tuple[Samples, int]], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """`stack` in float32. Large samples are converted where they lie, since to gather them first is another pass."""
+def stack_as_float(
+    found: Sequence[tuple[Samples, int]], shape: Sequence[int], dtype: torch.dtype, codec: Codec | None = None
+) -> Tensor:
+    """`stack` in float32 and, with a codec, brought to unit scale.
+
+    By blocks that stay in the processor's cache from one pass to the next: memory is what takes the time here.
+    """
     size = found[0][0].size
-    if dtype == torch.float32:
-        return stack(found, shape, dtype)
     target = MEMORY.take(len(found) * math.prod(shape) * 4).view(torch.float32).view(len(found), *shape)
-    if size < _LARGE_BYTES:
-        return target.copy_(stack(found, shape, dtype))
-    for place, (run, index) in zip(target.unbind(0), found, strict=True):
-        raw = torch.frombuffer(run.content, dtype=torch.uint8, count=size, offset=run.starts[index])
-        place.copy_(raw.view(dtype).view(place.shape))
+    samples = max(1, _BLOCK_BYTES // size)
+    for first, block in zip(range(0, len(found), samples), target.split(samples), strict=True):
+        block.copy_(_stored(found[first : first + samples], shape, dtype))
+        if codec is not None:
+            normalise_(block, codec)
     return target
+
+
+def _stored(found: Sequence[tuple[Samples, int]], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """`stack`, but of a single sample where it lies."""
+    if len(found) > 1:
+        return stack(found, shape, dtype)
+    ((run, index),) = found
+    raw = torch.frombuffer(run.content, dtype=torch.uint8, count=run.size, offset=run.starts[index])
+    return raw.view(dtype).view(1, *shape)
 
 
 class _Tensors(NamedTuple):

@@ -17,8 +17,8 @@ from rdm_scale.config import DataConfig, DataSource
 from rdm_scale.data import mixing
 from rdm_scale.data.codecs.codec import normalise_
 from rdm_scale.data.losses import LostShards
-from rdm_scale.data.manifest import Manifest
-from rdm_scale.data.order import RUN_BYTES, GlobalOrder, Run
+from rdm_scale.data.manifest import Manifest, Shape
+from rdm_scale.data.order import RUN_BYTES, GlobalOrder, Piece, Run
 from rdm_scale.data.reader import (
     OpenSet,
     RunReader,
@@ -55,8 +55,8 @@ class _Planned(NamedTuple):
     step: int
     positions: range
     lane: tuple[int, int]  # set, and which of its shapes
-    runs: list[Run]  # that the samples are in
-    samples: list[int]  # their indices in these runs
+    pieces: list[Piece]  # that the samples are in
+    nth: list[int]  # sample of the piece
 
 
 class LatentStream:
@@ -136,7 +136,8 @@ class LatentStream:
             cache=open_cache(config),
             captions=captions,
         )
-        self._in_use: dict[tuple[int, int], set[Run]] = {}  # of each lane, by the step of it that was read last
+        self._in_use: dict[tuple[int, int], dict[Piece, Samples]] = {}  # of each lane, by its step that was read last
+        self._losses = len(self.lost)  # when these were read
 
     def __iter__(self) -> Iterator[LatentBatch]:
         """Reads ahead; what is read ahead of its use does not depend on what was asked for before."""
@@ -160,35 +161,44 @@ class LatentStream:
         bucket, nth = self._turns_within[which].of(turn)
         order = self._lanes[which][bucket]
         positions = order.positions(step, self.dp_rank, self.dp_size)  # unique in the run, for its randomness
-        runs, samples = order.columns(order.positions(nth + 1, self.dp_rank, self.dp_size))
-        return _Planned(step, positions, (which, bucket), runs, samples)
-
-    def _wanted(self, planned: _Planned) -> tuple[list[Run], list[int]]:
-        """What is read, as far as losses are known: runs, and the samples in them."""
-        if not len(self.lost):
-            return planned.runs, planned.samples
-        found = [self.lost.stand_in(run, n) for run, n in zip(planned.runs, planned.samples, strict=True)]
-        return [run for run, _ in found], [sample for _, sample in found]
+        pieces, nth = order.pieces(order.positions(nth + 1, self.dp_rank, self.dp_size))
+        return _Planned(step, positions, (which, bucket), pieces, nth)
 
     def _expect(self, planned: _Planned) -> None:
-        self._reader.expect(dict.fromkeys(self._wanted(planned)[0]))
+        in_use = self._in_use.get(planned.lane, {})
+        ahead = [piece for piece in planned.pieces if piece not in in_use]
+        self._reader.expect(self.lost.stand_in(piece.run) for piece in ahead)
 
     def _read(self, planned: _Planned) -> LatentBatch:
-        runs, found, samples = self._found(planned)
-        manifest = self.sets[planned.lane[0]].manifest
-        return _batch(planned.step, planned.positions, runs[0], found, samples, manifest, self.seed, "posterior")
+        found = list(zip(self._found(planned), planned.nth, strict=True))
+        which, bucket = planned.lane
+        manifest = self.sets[which].manifest
+        shape = tuple(manifest.buckets)[bucket]
+        return _batch(planned.step, planned.positions, found, shape, manifest, self.seed, "posterior")
 
-    def _found(self, planned: _Planned) -> tuple[list[Run], list[Samples], list[int]]:
-        """Of each sample its run, what was read of it, and the sample's index in it."""
+    def _found(self, planned: _Planned) -> list[Samples]:
+        """Of each sample what was read of its piece."""
         while True:
-            runs, samples = self._wanted(planned)
-            now = set(runs)
-            self._reader.release(self._in_use.get(planned.lane, now) - now)
-            self._in_use[planned.lane] = now
+            if len(self.lost) != self._losses:  # all ranks take what stands in from the same step on
+                self._in_use.clear()
+                self._losses = len(self.lost)
             try:
-                return runs, self._reader.get(runs), samples
+                found = self._in_use[planned.lane] = self._opened(planned)
+                return [found[piece] for piece in planned.pieces]
             except UnreadableError as failed:
                 self.lost.lose(failed.set, failed.shard, failed.reason)
+
+    def _opened(self, planned: _Planned) -> dict[Piece, Samples]:
+        """The pieces of a step: most of them were in use before, others are read."""
+        before = self._in_use.get(planned.lane, {})
+        now = dict.fromkeys(planned.pieces)
+        if len(now) == len(before) and now.keys() == before.keys():
+            return before
+        self._reader.release(self.lost.stand_in(piece.run) for piece in before if piece not in now)
+        added = [piece for piece in now if piece not in before]
+        read = self._reader.get([self.lost.stand_in(piece.run) for piece in added])
+        opened = {piece: samples.take(piece.samples) for piece, samples in zip(added, read, strict=True)}
+        return {piece: before.get(piece) or opened[piece] for piece in now}
 
 
 class HeldOut:
@@ -251,7 +261,8 @@ class HeldOut:
                 except UnreadableError as failed:
                     raise failed.reason from None
                 positions, manifest = [first_position + index for index in present], self.sets[which].manifest
-                batch = _batch(next(numbers), positions, runs[0], members, samples, manifest, 0, "held-out posterior")
+                found, shape = list(zip(members, samples, strict=True)), manifest.shape_of(manifest.shards[runs[0].shard])
+                batch = _batch(next(numbers), positions, found, shape, manifest, 0, "held-out posterior")
                 yield batch, torch.tensor([float(index < len(places)) for index in indices], dtype=torch.float64)
             first_position += len(places)
 
@@ -282,30 +293,28 @@ def _open(sources: Sources, config: DataConfig | None) -> tuple[list[OpenSet], D
 def _batch(
     step: int,
     positions: Sequence[int],
-    first: Run,
-    members: Sequence[Samples],
-    samples: Sequence[int],
+    found: Sequence[tuple[Samples, int]],
+    shape: Shape,
     manifest: Manifest,
     seed: int,
     purpose: str,
 ) -> LatentBatch:
     """
     Args:
-        first: a run of the batch, all of whose samples have one shape.
+        found: of each sample what was read, and its index there.
     """
-    shape = manifest.stored_shape(manifest.shape_of(manifest.shards[first.shard]))
-    found = list(zip(members, samples, strict=True))
-    raw = stack_as_float(found, shape, DTYPES[manifest.dtype])
     if manifest.kind == "moments":
-        noise_shape = (shape[0] // 2, *shape[1:])
-        noise = [torch.randn(noise_shape, generator=rng.generator(seed, purpose, position)) for position in positions]
-        raw = posterior_sample(raw, torch.stack(noise))
+        noise = [torch.randn(shape, generator=rng.generator(seed, purpose, position)) for position in positions]
+        moments = stack_as_float(found, manifest.stored_shape(shape), DTYPES[manifest.dtype])
+        latents = normalise_(posterior_sample(moments, torch.stack(noise)), manifest.codec)
+    else:
+        latents = stack_as_float(found, shape, DTYPES[manifest.dtype], manifest.codec)
     return LatentBatch(
         step=step,
         positions=_integers(positions),
-        ids=_integers([member.ids[index] for member, index in found]),
-        labels=_integers([member.labels[index] for member, index in found]),
-        latents=normalise_(raw, manifest.codec),
+        ids=_integers([samples.ids[index] for samples, index in found]),
+        labels=_integers([samples.labels[index] for samples, index in found]),
+        latents=latents,
         text=TextCondition.of([run.captions[i] for run, i in found]) if found[0][0].captions else None,
     )
 

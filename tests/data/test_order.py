@@ -123,9 +123,9 @@ def test_what_is_read_together_are_neighbours_in_one_part() -> None:
     order = GlobalOrder(manifest_of(counts), seed=3, streams=streams)
     walked: dict[int, list[Run]] = {stream: [] for stream in range(streams)}
     for step in range(1, 820 // streams):
-        runs, samples = order.columns(order.positions(step))
-        for stream, (run, sample) in enumerate(zip(runs, samples, strict=True)):
-            assert 0 <= sample < sum(counts[run.shard][run.first : run.end])
+        for stream, (piece, n) in enumerate(zip(*order.pieces(order.positions(step)), strict=True)):
+            run = piece.run
+            assert 0 <= piece.samples[n] < sum(counts[run.shard][run.first : run.end])
             walked[stream] = walked[stream] if walked[stream][-1:] == [run] else [*walked[stream], run]
     for runs in walked.values():
         assert len(set(runs)) == len(runs)  # a stream is through with a run before it goes on
@@ -137,7 +137,7 @@ def test_runs_are_as_large_as_is_asked_for() -> None:
     counts = [[2] * 1000]  # members of 512 bytes
     for run_bytes, members in ((1, 1), (512, 1), (2048, 4), (5000, 10), (2**22, 15)):  # not fewer than 64 runs
         order = GlobalOrder(manifest_of(counts), seed=0, streams=1, run_bytes=run_bytes)
-        runs = {run for step in range(1, 2001) for run in order.columns(order.positions(step))[0]}
+        runs = {piece.run for step in range(1, 2001) for piece in order.pieces(order.positions(step))[0]}
         assert max(end - first for _, _, first, end in runs) == members and len(runs) == -(-1000 // members)
         assert order.largest_run >= members * 1024 - 512
 

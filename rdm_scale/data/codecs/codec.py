@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -33,7 +34,12 @@ def denormalise(latents: Tensor, record: Codec) -> Tensor:
 
 
 def _per_channel(values: tuple[float, ...], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=like.dtype, device=like.device).view(-1, 1, 1, 1)
+    return _column(values, like.dtype, like.device)
+
+
+@lru_cache(maxsize=64)
+def _column(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device=device).view(-1, 1, 1, 1)
 
 
 @dataclass(frozen=True)
