@@ -67,7 +67,7 @@ class LostShards:
         return untold
 
     def stand_in(self, run: Run) -> Run:
-        """The run itself where its shard is whole, one of another shard, with fewer samples perhaps, where it is lost."""
+        """The run itself where its shard is whole; where it is lost, one of another shard, perhaps of other size."""
         if (run.set, run.shard) not in self._lost:
             return run
         manifest = self._manifests[run.set]

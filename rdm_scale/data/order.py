@@ -18,7 +18,6 @@ to begin at any step.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain
 from tarfile import BLOCKSIZE
 from typing import Any, NamedTuple, cast
 
@@ -121,22 +120,26 @@ class GlobalOrder:
 
         As long as a piece is in use it is one and the same object.
         """
-        epochs, places = np.divmod(np.arange(positions.start, positions.stop), self.samples)
-        parts = [self._walk(int(epoch), places[epochs == epoch]) for epoch in range(epochs[0], epochs[-1] + 1)]
-        begins, nth = (list(chain.from_iterable(column)) for column in zip(*parts, strict=True))
+        begins: list[int] = []
+        nth: list[int] = []
+        while len(nth) < len(positions):
+            epoch, first = divmod(positions.start + len(nth), self.samples)
+            count = min(len(positions) - len(nth), self.samples - first)
+            for column, more in zip((begins, nth), self._walk(epoch, np.arange(first, first + count)), strict=True):
+                column += more.tolist()
         return list(map(self._piece, begins)), nth
 
-    def _walk(self, epoch: int, i: Indices) -> tuple[list[int], list[int]]:
+    def _walk(self, epoch: int, i: Indices) -> tuple[Indices, Indices]:
         """Where the pieces of what is read i-th begin in the walk through all epochs, and how far into them it is.
 
         Stream i mod C walks through the part of that number, of which it is the (i div C)-th sample.
         """
         nth, part = np.divmod(i, self.streams)
-        index = self._parts[part] + nth
+        begin = self._parts[part]
+        index = begin + nth
         _, bounds = self._epoch(epoch)
-        run = np.searchsorted(bounds, index, side="right") - 1
-        first = np.maximum(self._parts[part], bounds[run])
-        return (epoch * self.samples + first).tolist(), (index - first).tolist()
+        first = np.maximum(begin, bounds[bounds.searchsorted(index, side="right") - 1])
+        return epoch * self.samples + first, index - first
 
     def _place(self, run: Run, sample: int) -> Place:
         base = self._first_members[np.searchsorted(self._shards, run.shard)]
@@ -150,20 +153,20 @@ class GlobalOrder:
         return runs, np.cumsum(np.append(0, self._counts[runs]))
 
     def _make_piece(self, begin: int) -> Piece:
-        """The piece that begins there in the walk through all epochs: it ends with its run, or the part of its stream."""
+        """The piece that begins there in the walk through all epochs; it ends with its run or its stream's part."""
         epoch, first = divmod(begin, self.samples)
         runs, bounds = self._epoch(epoch)
-        nth = int(np.searchsorted(bounds, first, side="right")) - 1
-        end = min(bounds[nth + 1], self._parts[np.searchsorted(self._parts, first, side="right")])
-        run, skipped = int(runs[nth]), int(first - bounds[nth])
-        base = self._before[self._runs[run]] + skipped
-        member = int(np.searchsorted(self._before, base, side="right")) - 1
-        last = int(np.searchsorted(self._before, base + end - first, side="left"))
-        shard = int(np.searchsorted(self._first_members, member, side="right")) - 1
-        offset = self._first_members[shard]
-        members = Run(self.number, int(self._shards[shard]), int(member - offset), int(last - offset))
-        order = permutation(rng.key(self.seed, "order of samples", epoch, run, skipped), int(end - first))
-        return Piece(members, (order + (base - self._before[member])).tolist())
+        nth = int(bounds.searchsorted(first, side="right")) - 1
+        run, skipped = int(runs[nth]), first - int(bounds[nth])
+        size = min(int(bounds[nth + 1]), int(self._parts[self._parts.searchsorted(first, side="right")])) - first
+        base = int(self._before[self._runs[run]]) + skipped
+        member = int(self._before.searchsorted(base, side="right")) - 1
+        end = int(self._before.searchsorted(base + size, side="left"))
+        shard = int(self._first_members.searchsorted(member, side="right")) - 1
+        offset = int(self._first_members[shard])
+        members = Run(self.number, int(self._shards[shard]), member - offset, end - offset)
+        order = permutation(rng.key(self.seed, "order of samples", epoch, run, skipped), size)
+        return Piece(members, (order + (base - int(self._before[member]))).tolist())
 
 
 def permutation(key: int, size: int) -> Indices:

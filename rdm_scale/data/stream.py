@@ -158,10 +158,10 @@ class LatentStream:
 
     def _plan(self, step: int) -> _Planned:
         which, turn = self._turns.of(step - 1)
-        bucket, nth = self._turns_within[which].of(turn)
+        bucket, turn = self._turns_within[which].of(turn)
         order = self._lanes[which][bucket]
         positions = order.positions(step, self.dp_rank, self.dp_size)  # unique in the run, for its randomness
-        pieces, nth = order.pieces(order.positions(nth + 1, self.dp_rank, self.dp_size))
+        pieces, nth = order.pieces(order.positions(turn + 1, self.dp_rank, self.dp_size))
         return _Planned(step, positions, (which, bucket), pieces, nth)
 
     def _expect(self, planned: _Planned) -> None:
@@ -261,7 +261,10 @@ class HeldOut:
                 except UnreadableError as failed:
                     raise failed.reason from None
                 positions, manifest = [first_position + index for index in present], self.sets[which].manifest
-                found, shape = list(zip(members, samples, strict=True)), manifest.shape_of(manifest.shards[runs[0].shard])
+                found, shape = (
+                    list(zip(members, samples, strict=True)),
+                    manifest.shape_of(manifest.shards[runs[0].shard]),
+                )
                 batch = _batch(next(numbers), positions, found, shape, manifest, 0, "held-out posterior")
                 yield batch, torch.tensor([float(index < len(places)) for index in indices], dtype=torch.float64)
             first_position += len(places)
