@@ -44,7 +44,7 @@ def read_stream(url: str, manifest: Manifest, batch: int, start_step: int) -> in
 
 
 def compare(server: Any, url: str, manifest: Manifest, batch: int, rounds: int) -> dict[str, Any]:
-    """MB/s of wall time, taking turns; the first turn of each does not count."""
+    """MB/s of wall time, and CPU time of server and client, taking turns; the first turn of each does not count."""
     bucket, _, prefix = url.removeprefix("s3://").partition("/")
     client = server.client()
     urls = [
@@ -52,13 +52,16 @@ def compare(server: Any, url: str, manifest: Manifest, batch: int, rounds: int) 
         for shard in manifest.shards
     ]
     rates: dict[str, list[float]] = {"streaming GET": [], "ours": []}
+    cpu: dict[str, dict[str, list[float]]] = {name: {"server": [], "client": []} for name in rates}
     for number in range(rounds + 1):
         start = number * (manifest.samples // batch)
         for name in rates:
-            began = time.perf_counter()
+            server_s, client_s, began = server.cpu_s(), time.process_time(), time.perf_counter()
             size = read_whole(urls) if name == "streaming GET" else read_stream(url, manifest, batch, start)
             if number:
                 rates[name].append(size / 1e6 / (time.perf_counter() - began))
+                cpu[name]["server"].append(1e9 * (server.cpu_s() - server_s) / size)
+                cpu[name]["client"].append(1e9 * (time.process_time() - client_s) / size)
     medians = {name: statistics.median(of) for name, of in rates.items()}
     return {
         "objects": len(urls),
@@ -67,6 +70,7 @@ def compare(server: Any, url: str, manifest: Manifest, batch: int, rounds: int) 
         "mb_s": medians,
         "all_mb_s": rates,
         "ours_over_get": medians["ours"] / medians["streaming GET"],
+        "cpu_ms_mb": {name: {who: statistics.median(v) for who, v in of.items()} for name, of in cpu.items()},
     }
 
 

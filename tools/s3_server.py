@@ -105,6 +105,12 @@ class S3Server:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.stop()
 
+    def cpu_s(self) -> float:
+        """CPU time that the server has taken (Linux)."""
+        assert self._process is not None
+        user, system = Path(f"/proc/{self._process.pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13]
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
     def wait(self) -> int:
         """Until the server ends. Returns its exit status."""
         assert self._process is not None

@@ -133,6 +133,15 @@ def test_what_is_read_together_are_neighbours_in_one_part() -> None:
             assert first % 3 == 0 and end == min(first + 3, len(counts[shard]))
 
 
+def test_a_piece_is_one_object_as_long_as_its_stream_is_at_it() -> None:
+    """By identity the reader tells what is new, of 50 streams through 64 samples each."""
+    order = GlobalOrder(manifest_of([[16] * 200]), seed=0, streams=50)
+    for step in (1, 30, 63):  # the next epoch begins after step 64
+        (now, nth), (later, further) = (order.pieces(order.positions(s)) for s in (step, step + 1))
+        for one, n, other, m in zip(now, nth, later, further, strict=True):
+            assert (m == n + 1 and one is other) or (m == 0 and n == len(one.samples) - 1 and one is not other)
+
+
 def test_runs_are_as_large_as_is_asked_for() -> None:
     counts = [[2] * 1000]  # members of 512 bytes
     for run_bytes, members in ((1, 1), (512, 1), (2048, 4), (5000, 10), (2**22, 15)):  # not fewer than 64 runs

@@ -5,6 +5,7 @@ import torch
 from latent_sets import LatentSet, WriteSet
 
 from rdm_scale.config import DataSource
+from rdm_scale.data.manifest import Codec
 from rdm_scale.data.order import Run
 from rdm_scale.data.reader import RunReader, open_set, stack, stack_as_float
 from rdm_scale.data.shards import DTYPES
@@ -52,6 +53,27 @@ def test_samples_become_float_as_they_are_asked_for(
     found = stack_as_float([(second, 3), (first, 0), (second, 1)], shape, DTYPES[dtype])
     assert found.dtype == torch.float32
     assert torch.equal(found, latents.latents[[7, 0, 5]].float())
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 3, 3), (2, 8, 64, 64)], ids=["small", "large"])
+def test_samples_are_brought_to_unit_scale_as_they_become_float(
+    write_set: WriteSet, shape: tuple[int, int, int, int]
+) -> None:
+    codec = Codec(name="vae", location="vae", shift=(1.0, -2.0), scale=(0.5, 4.0))
+    latents = write_set(9, shape=shape, dtype="float16", codec=codec)
+    (members,) = reader_of(latents).get(keys(latents)[1:2])  # samples 4 to 7
+    found = stack_as_float([(members, 2), (members, 0), (members, 2)], shape, torch.float16, codec)
+    raw = latents.latents[[6, 4, 6]].float()
+    assert torch.equal(found[:, 0], (raw[:, 0] - 1) * 0.5) and torch.equal(found[:, 1], (raw[:, 1] + 2) * 4)
+
+
+def test_what_is_taken_of_a_run_is_in_that_order_and_begins_again_at_its_end(write_set: WriteSet) -> None:
+    latents = write_set(24, members_per_shard=6)
+    (run,) = reader_of(latents).get([Run(0, 0, 1, 3)])  # samples 4 to 11
+    taken, wanted = run.take([7, 2, 9]), [11, 6, 5]
+    assert taken.ids == latents.ids[wanted].tolist() and taken.labels == latents.labels[wanted].tolist()
+    raw = stack([(taken, n) for n in range(3)], latents.latents.shape[1:], latents.latents.dtype)
+    assert raw.equal(latents.latents[wanted])
 
 
 def test_those_used_last_are_kept(write_set: WriteSet, monkeypatch: pytest.MonkeyPatch, reads: list[int]) -> None:
