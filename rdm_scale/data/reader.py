@@ -2,6 +2,7 @@
 
 import json
 import math
+from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -43,22 +44,22 @@ Caption = tuple[Tensor, Tensor]  # tokens [n, D] and the pooled vector [P]
 
 
 class Samples(NamedTuple):
-    """A run, taken apart so that one of its samples costs little to look up."""
+    """A run, taken apart so that one of its samples costs little to look up: in arrays, since lists hold pointers."""
 
     content: memoryview  # its bytes
-    starts: list[int]  # where the raw latents of each sample begin in them
+    starts: "array[int]"  # where the raw latents of each sample begin in them
     size: int  # of a sample, in bytes
-    ids: list[int]
-    labels: list[int]
+    ids: "array[int]"
+    labels: "array[int]"
     captions: list[Caption]  # where they are read
 
     def take(self, order: Sequence[int]) -> "Samples":
         """These of them, modulo their number, in this order."""
         indices = [index % len(self.ids) for index in order]
         return self._replace(
-            starts=[self.starts[i] for i in indices],
-            ids=[self.ids[i] for i in indices],
-            labels=[self.labels[i] for i in indices],
+            starts=array("q", [self.starts[i] for i in indices]),
+            ids=array("q", [self.ids[i] for i in indices]),
+            labels=array("q", [self.labels[i] for i in indices]),
             captions=[self.captions[i] for i in indices] if self.captions else [],
         )
 
@@ -194,7 +195,8 @@ class RunReader:
         record = manifest.shards[run.shard]
         content, members = self._content(record, run)
         shape = manifest.stored_shape(manifest.shape_of(record))
-        found = Samples(content, [], math.prod(shape) * DTYPES[manifest.dtype].itemsize, [], [], [])
+        size = math.prod(shape) * DTYPES[manifest.dtype].itemsize
+        found = Samples(content, array("q"), size, array("q"), array("q"), [])
         begin = record.members[run.first].offset
         for number, member in enumerate(members, run.first):
             part = record.members[number]
@@ -202,11 +204,11 @@ class RunReader:
             if tensors is None or min(tensors.labels) < -1 or max(tensors.labels) >= len(manifest.class_names):
                 tensors = _rewritten(member, unpack_samples(bytes(member), folder, manifest, run.shard, number))
             first = part.offset - begin + tensors.start
-            found.starts.extend(range(first, first + part.samples * found.size, found.size))
+            found.starts.extend(range(first, first + part.samples * size, size))
             found.ids.extend(tensors.ids)
             found.labels.extend(tensors.labels)
         if self._captions:
-            found.captions.extend(self._read_captions(run, found.ids))
+            found.captions.extend(self._read_captions(run, found.ids.tolist()))
         return found
 
     def _read_captions(self, run: Run, ids: list[int]) -> list[Caption]:

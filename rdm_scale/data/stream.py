@@ -191,14 +191,14 @@ class LatentStream:
     def _opened(self, planned: _Planned) -> dict[Piece, Samples]:
         """The pieces of a step: most of them were in use before, others are read."""
         before = self._in_use.get(planned.lane, {})
-        now = dict.fromkeys(planned.pieces)
-        if len(now) == len(before) and now.keys() == before.keys():
+        added = list(dict.fromkeys(piece for piece in planned.pieces if piece not in before))
+        if not added:
             return before
+        now = set(planned.pieces)
         self._reader.release(self.lost.stand_in(piece.run) for piece in before if piece not in now)
-        added = [piece for piece in now if piece not in before]
         read = self._reader.get([self.lost.stand_in(piece.run) for piece in added])
-        opened = {piece: samples.take(piece.samples) for piece, samples in zip(added, read, strict=True)}
-        return {piece: before.get(piece) or opened[piece] for piece in now}
+        kept = {piece: samples for piece, samples in before.items() if piece in now}
+        return kept | {piece: run.take(piece.samples) for piece, run in zip(added, read, strict=True)}
 
 
 class HeldOut:

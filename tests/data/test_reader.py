@@ -71,7 +71,7 @@ def test_what_is_taken_of_a_run_is_in_that_order_and_begins_again_at_its_end(wri
     latents = write_set(24, members_per_shard=6)
     (run,) = reader_of(latents).get([Run(0, 0, 1, 3)])  # samples 4 to 11
     taken, wanted = run.take([7, 2, 9]), [11, 6, 5]
-    assert taken.ids == latents.ids[wanted].tolist() and taken.labels == latents.labels[wanted].tolist()
+    assert list(taken.ids) == latents.ids[wanted].tolist() and list(taken.labels) == latents.labels[wanted].tolist()
     raw = stack([(taken, n) for n in range(3)], latents.latents.shape[1:], latents.latents.dtype)
     assert raw.equal(latents.latents[wanted])
 
@@ -119,7 +119,7 @@ def test_neighbours_are_read_at_once_and_each_is_checked(write_set: WriteSet, re
     latents = write_set(24, members_per_shard=6)
     reader, key = reader_of(latents), Run(0, 0, 1, 5)
     (found,) = reader.get([key])
-    assert len(reads) == 1 and found.ids == latents.ids[4:20].tolist()
+    assert len(reads) == 1 and list(found.ids) == latents.ids[4:20].tolist()
     whole = stack([(found, n) for n in range(16)], latents.latents.shape[1:], latents.latents.dtype)
     assert whole.equal(latents.latents[4:20])
     place, members = latents.folder / latents.manifest.shards[0].name, latents.manifest.shards[0].members
@@ -150,7 +150,7 @@ def test_a_read_that_failed_is_tried_again(write_set: WriteSet) -> None:
     with pytest.raises(DataError, match="is missing"):
         reader.get([key])
     place.write(content)
-    assert reader.get([key])[0].ids == latents.ids[:4].tolist()
+    assert list(reader.get([key])[0].ids) == latents.ids[:4].tolist()
 
 
 def test_a_file_replaced_meanwhile_is_told_as_such(write_set: WriteSet) -> None:
