@@ -9,6 +9,7 @@ is what a training step takes, latents times the scale of the set; `raw` is the 
 """
 
 import json
+import math
 import os
 import sys
 import time
@@ -24,6 +25,8 @@ import torch
 from torch import Tensor
 
 SCALE = 0.18215
+BARE_BYTES = 2**22  # read at a time by the bare passes
+CACHE_BYTES = 2**19  # converted at a time by them
 SHUFFLED_AT_A_TIME = 4096  # samples in the buffer of webdataset
 
 
@@ -45,6 +48,31 @@ def memmap(spec: Spec) -> Iterator[Iterator[Tensor]]:
     for epoch in range(sys.maxsize):
         order = np.random.default_rng(epoch).permutation(spec.samples)
         yield (torch.from_numpy(latents[order[i : i + spec.batch]]) for i in range(0, spec.samples, spec.batch))
+
+
+def bare(spec: Spec) -> Iterator[Iterator[Tensor]]:
+    """What must be done in any case, in file order and in memory that is used again: copy, check, convert and scale."""
+    import xxhash
+
+    size = 2 * math.prod(spec.shape)
+    at_once, block = BARE_BYTES // size, max(1, CACHE_BYTES // size)
+    buffers = [np.zeros(BARE_BYTES, np.uint8) for _ in range(16)]
+    targets = [torch.zeros(spec.batch, *spec.shape) for _ in range(3)]
+    file = os.open(Path(spec.folder) / "raw.bin", os.O_RDONLY)
+
+    def epoch() -> Iterator[Tensor]:
+        for number, first in enumerate(range(0, spec.samples, at_once)):
+            content = buffers[number % len(buffers)][: min(at_once, spec.samples - first) * size]
+            os.preadv(file, [content], first * size)
+            xxhash.xxh3_64_hexdigest(content)
+            for batch in torch.from_numpy(content).view(torch.float16).view(-1, *spec.shape).split(spec.batch):
+                targets.append(targets.pop(0))
+                for target, part in zip(targets[0].split(block), batch.split(block), strict=True):
+                    target.copy_(part).mul_(SCALE)
+                yield targets[0]
+
+    while True:
+        yield epoch()
 
 
 def ours(spec: Spec, raw: bool) -> Iterator[Iterator[Tensor]]:
@@ -113,6 +141,7 @@ def batched(samples: Iterator[Any], size: int) -> Iterator[Tensor]:
 LOADERS = {
     "np.memmap": memmap,
     "np.memmap raw": memmap,
+    "bare passes": bare,
     "ours": partial(ours, raw=False),
     "ours raw": partial(ours, raw=True),
     "webdataset": webdataset,
@@ -178,7 +207,7 @@ def read(name: str, spec: Spec) -> None:
         count, wall, cpu = 0, time.perf_counter(), time.process_time()
         for batch in epoch:
             if not name.endswith(" raw"):
-                batch = batch if name == "ours" else batch.float().mul_(SCALE)
+                batch = batch if name in ("ours", "bare passes") else batch.float().mul_(SCALE)
                 assert batch.dtype == torch.float32
             count += len(batch)
             if checked:
