@@ -162,16 +162,22 @@ class Saver:
     def _copy_to_host(self) -> None:
         """The copy's memory is kept for the next save: to get new memory takes longer than to fill it."""
         fields = {"weights": self.engine.masters, **self.engine.moments(), "ema": self.ema}
-        for name, parts in fields.items():
+
+        def copy(name: str) -> None:
+            parts = fields[name]
+            sizes = [part.numel() for part in parts]
             if name not in self._host:
-                size = sum(part.numel() for part in parts)
-                self._host[name] = torch.empty(size, pin_memory=parts[0].is_cuda)
-            start = 0
-            for part in parts:
-                self._host[name][start : start + part.numel()].copy_(part.detach(), non_blocking=True)
-                start += part.numel()
+                self._host[name] = torch.empty(sum(sizes), pin_memory=parts[0].is_cuda)
+            for there, part in zip(self._host[name].split(sizes), parts, strict=True):
+                there.copy_(part.detach(), non_blocking=True)
+
         if self.mesh.device.type == "cuda":
+            for name in fields:
+                copy(name)
             torch.cuda.synchronize()
+        else:  # one core does not fill the memory's bandwidth
+            with ThreadPoolExecutor(len(fields)) as pool:
+                list(pool.map(copy, fields))
 
     def _commit(self, save: _Save, files: list[FileRecord]) -> str | None:
         """Makes the checkpoint complete, and then room; that there is none is no fault of the checkpoint."""

@@ -12,6 +12,7 @@ from rdm_scale.config import RunConfig
 from rdm_scale.data.prefetch import TrainingBatch
 from rdm_scale.models.blocks import Block
 from rdm_scale.models.layers import LayerFactory
+from rdm_scale.parallel.host_memory import returning_freed_memory
 from rdm_scale.parallel.layout import Layout
 from rdm_scale.parallel.mesh import Mesh
 from rdm_scale.parallel.pipeline import Links, Outputs, Pipeline, Shapes, Tensors
@@ -147,6 +148,7 @@ def parallelize(
     recompute_blocks(stage.blocks.values(), config.parallel.recompute)
     real = materialise(stage, config, mesh.device)
     arguments = (stage, real, config, mesh, build_optimizer, [Block])
-    if config.parallel.zero_stage == 3:
-        return ParallelModel(config, mesh, layout, Zero3(*arguments, keep_gathered=layout.keep_gathered))
-    return ParallelModel(config, mesh, layout, Zero012(config.parallel.zero_stage, *arguments))
+    with returning_freed_memory():
+        if config.parallel.zero_stage == 3:
+            return ParallelModel(config, mesh, layout, Zero3(*arguments, keep_gathered=layout.keep_gathered))
+        return ParallelModel(config, mesh, layout, Zero012(config.parallel.zero_stage, *arguments))
