@@ -4,10 +4,9 @@ The arms called `base 4` take their rates from benchmarks/transfer.py: the learn
 with model.base_depth=4. The others have the same learning rate and no base.
 
 Real runs on the quickstart's data (`make quickstart-data` first) with its objective, a narrow model and small batches:
-all arms take the same samples, noise and learning rates for the same number of steps, one process each, two at a time,
-and then the
-deep Neural-RDM a few of those steps once more on four ranks, two pipeline stages x two ranks under ZeRO-3, whose losses
-are compared with those of the one process.
+all arms take the same samples, noise and learning rates for the same number of steps, one process each, two at a time;
+then the deep Neural-RDM with a base takes the first of those steps once more on four ranks, two pipeline stages x two
+ranks under ZeRO-3, whose losses are compared with those of the one process.
 
 Draws docs/images/thousand.png, prints Markdown and writes benchmarks/results/thousand.json. What is found in --work is
 used again, so that an interrupted call goes on.
@@ -54,6 +53,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--work", type=Path, default=Path("runs/thousand"), help="directory of the runs")
     options = parser.parse_args()
+    options.work /= f"{options.steps}-steps-at-{SETTINGS['optimizer.lr']:g}"
     arms = {}
     alone = {"parallel.zero_stage": 0, "train.steps": options.steps}
     names = {(kind, depth): f"{kind}, {depth} blocks" for depth in (DEEP, SHALLOW) for kind in KINDS}

@@ -126,7 +126,9 @@ def run(job: Job, work: Path) -> float:
 def once(config: RunConfig, path: Path) -> float:
     """Trains, unless the file says what came out."""
     if not path.exists():
-        path.write_text(json.dumps(train(config)))
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(train(config)))
+        partial.replace(path)
     return float(json.loads(path.read_text()))
 
 
@@ -144,7 +146,7 @@ def train(config: RunConfig) -> float:
 
     stream = iter(LatentStream(data.train, global_batch_size=batch_size, seed=config.train.seed, config=data))
     how: dict[str, Any] = {"objective": objective, "num_classes": classes}
-    for step in range(1, options.schedule_steps + 1 if options.schedule_steps else 1):
+    for step in range(1, (options.schedule_steps or config.train.steps) + 1):
         dropout = config.diffusion.condition_dropout
         loss = loss_of(draw(next(stream), seed=config.train.seed, condition_dropout=dropout, **how)).mean()
         if not loss.isfinite():

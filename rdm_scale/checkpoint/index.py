@@ -59,7 +59,9 @@ class _Header(BaseModel):
 
     format: Literal["rdm_scale.tensors"] = "rdm_scale.tensors"
     version: Literal[2] = 2
-    fields: list[Annotated[str, Field(pattern=r"^\w+$")]] = Field(description="in the order in which they lie")
+    fields: list[Annotated[str, Field(pattern=r"^\w+$")]] = Field(
+        min_length=1, description="in the order in which they lie"
+    )
     header_bytes: _Count = Field(description="where the first field begins")
 
 

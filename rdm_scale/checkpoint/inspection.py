@@ -49,7 +49,8 @@ def _summaries(reader: TensorReader, state: dict[str, Any], folder: Location) ->
 
 @dataclass(frozen=True)
 class GateSummary:
-    """The paper's alpha (or beta) of one residual branch, without its conditional part: m * a (or m * b)."""
+    """Alpha (or beta) of one residual branch without its conditional part: a (or b) times what models/gates.py
+    multiplies it by."""
 
     name: str
     mean: float

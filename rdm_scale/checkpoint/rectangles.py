@@ -15,8 +15,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from rdm_scale.errors import CheckpointError
+
 Ints = NDArray[np.int64]
 _PAIRS = 2**20  # candidate pairs looked at together, so that memory stays bounded whatever a file claims
+_FEW_NEIGHBOURS, _NEIGHBOURS = 10**7, 1000  # pairs of spans that are looked at: so many, and so many a rectangle
 
 
 class Rectangle(NamedTuple):
@@ -144,11 +147,19 @@ class Atlas:
         return bool((self._begins[1:] >= self._ends[:-1]).all())
 
     def meeting(self, others: Boxes) -> Iterator[tuple[Ints, Ints]]:
-        """Index pairs (into `others`, into the boxes of this atlas) of all rectangles that overlap, part by part."""
+        """Index pairs (into `others`, into the boxes of this atlas) of all rectangles that overlap, part by part.
+
+        Raises:
+            CheckpointError: their spans overlap in so many ways as no layout makes them, and looking would take hours.
+        """
         begins, ends = self._spans(others)
         first = np.searchsorted(self._ends, begins, side="right")
         counts = np.maximum(np.searchsorted(self._begins, ends, side="left") - first, 0)
         total = np.cumsum(counts)
+        if counts.sum() > _FEW_NEIGHBOURS + _NEIGHBOURS * (len(counts) + len(self._begins)):
+            raise CheckpointError(
+                f"{counts.sum():,} pairs of ranges may overlap: an index is damaged, or made to delay"
+            )
         done = 0
         while done < len(counts):
             until = int(np.searchsorted(total, (total[done - 1] if done else 0) + _PAIRS, side="right"))

@@ -29,8 +29,8 @@ class Span(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    first: str
-    last: str
+    first: str = Field(max_length=1024)
+    last: str = Field(max_length=1024)
     low: _Fraction
     high: _Fraction
 

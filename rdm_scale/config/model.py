@@ -20,7 +20,9 @@ class InputConfig(Section):
 
 class GateConfig(Section):
     multiplier: float = Field(1.0, gt=0, description="m0 of the fixed branch multiplier m(L) = m0 * L^-p")
-    exponent: float = Field(0.5, ge=0, description="p of m(L) = m0 * L^-p; L counts residual branches")
+    exponent: float = Field(
+        0.5, ge=0, description="p of m(L) = m0 * L^-p; L counts residual branches, of base_depth if given"
+    )
     per_channel: bool = Field(True, description="gates a, b per channel; false: one scalar each per branch")
     conditional: bool = Field(True, description="add a gate g(c), a function of the condition, to m * a")
 
@@ -139,14 +141,16 @@ class ModelConfig(Section):
     @property
     def branches(self) -> int:
         """Number L of residual branches: the units of all blocks."""
-        return (3 if self.condition == "text" else 2) * self.depth + sum(
-            self.starts_skip(block) for block in range(self.depth)
-        )
+        return self._branches_at(self.depth)
 
     @property
     def base_branches(self) -> int:
         """Number of residual branches at `base_depth`."""
-        return self.model_copy(update={"depth": self.base_depth or self.depth}).branches
+        return self._branches_at(self.base_depth or self.depth)
+
+    def _branches_at(self, depth: int) -> int:
+        skips = depth // 2 if self.stacking == "u" else 0
+        return (3 if self.condition == "text" else 2) * depth + skips
 
     @property
     def mlp_size(self) -> int:

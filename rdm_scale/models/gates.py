@@ -47,7 +47,7 @@ class ResidualGate(nn.Module):
         size, start, multiplier, has_b, self.conditional = {
             "plain": (0, 0.0, 1.0, False, False),
             "rezero": (1, 0.0, 1.0, False, False),
-            "layerscale": (width, _layerscale_start(config.depth), 1.0, False, False),
+            "layerscale": (width, _layerscale_start(config.base_depth or config.depth), 1.0, False, False),
             "adaln_zero": (0, 0.0, 1.0, False, True),
             "neural_rdm": (gates_rdm, 1.0, branch_multiplier(config), True, config.gate.conditional),
         }[kind]

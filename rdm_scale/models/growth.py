@@ -4,10 +4,11 @@ The old blocks keep their values and their order. New blocks start with closed g
 rows of the modulation that make g(c) are zero. They add nothing to the stream, and learn from the first step on, since
 the gradient of a gate is its branch's output, whatever the gate. A plain residual has no gate to close.
 
-The multiplier m(L) = m0 L^-p is another one at the new depth, so the old a and b are multiplied by r = m(old) / m(new):
-the products m a and m b, which is what the network computes with, stay. A loss that is the same function of m a has a
-gradient 1/r as large in the new a, so that Adam's first moment is multiplied by 1/r and its second by 1/r^2. The same
-holds for the rows that make g(c), where the model has a base depth.
+What a and b are multiplied by (r m in models/gates.py) is another number at the new depth, so the old a and b are
+multiplied by q = (r m)(old) / (r m)(new): the products, which is what the network computes with, stay. A loss that is
+the same function of them has a gradient 1/q as large in the new a, so that Adam's first moment is multiplied by 1/q and
+its second by 1/q^2. Where the model has a base depth, g(c) is multiplied by r, and the rows that make it are treated
+alike, with q = r(old) / r(new).
 """
 
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from rdm_scale.models.init import initial_value
 
 Placement = Literal["interleaved", "appended", "stacked"]
 
-_POWERS: dict[str, int] = {"weights": 1, "ema": 1, "exp_avg": -1, "exp_avg_sq": -2}  # of r, by which a gate scales
+_POWERS: dict[str, int] = {"weights": 1, "ema": 1, "exp_avg": -1, "exp_avg_sq": -2}  # of q, by which a gate scales
 _GATES = (".gate.a", ".gate.b")
 
 

@@ -2,10 +2,10 @@
 
 Weights start as in DiT (Xavier-uniform; embeddings normal with standard deviation 0.02; biases zero, scales of norms
 one; the modulation and the last layer zero, so that the network starts by ignoring the condition and predicting zero)
-and do not depend on depth. Depth enters in one place only, the branch multiplier of models/gates.py: with m = m0 *
-L^-1/2 and a = 1 the L branches add m0^2 * mean(Var F) to the variance of the stream, whatever L is. A branch reads a
-normalised stream, so Var F is a constant of the initialisation: at most 0.5 for attention and about 0.2 for the MLP,
-against a variance of 0.5 of the position table alone. Hence the variance from first to last block, and by the same
+and do not depend on depth. Depth enters through the gates alone (models/gates.py): with m = m0 * L^-1/2 and a = 1 the L
+branches add m0^2 * mean(Var F) to the variance of the stream, whatever L is, or less beyond a base depth. A branch
+reads a normalised stream, so Var F is a constant of the initialisation: at most 0.5 for attention and about 0.2 for the
+MLP, against a variance of 0.5 of the position table alone. Hence the variance from first to last block, and by the same
 count the gain of a cotangent pulled back through the blocks, stay within a factor of 2 at every depth
 (tests/models/test_init.py).
 

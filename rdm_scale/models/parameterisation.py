@@ -11,6 +11,8 @@ added. With w = width / base width and r = base branches / branches:
     the last layer                 epsilon as it is: its gradients do not shrink with the width
 
 A model of the base's own size is the one without a base. The size of a head is meant to stay: width is added in heads.
+Scalar gates, and scales of queries and keys, have gradients that shrink less than 1 / w: their epsilon is lower than it
+need be.
 """
 
 from typing import NamedTuple
@@ -44,8 +46,7 @@ def inputs_grow(name: str) -> bool:
     return name.endswith(".weight") and not name.removesuffix(".weight").endswith(_FIXED_INPUTS)
 
 
-def rates(name: str, config: ModelConfig) -> Rates:
-    """Of the parameter of this logical name; all 1 for a model without a base."""
-    w, r = width_ratio(config), depth_ratio(config)
-    eps = (1 if name == "head.out.weight" else 1 / w) * (r if name.startswith("blocks.") else 1)
+def rates(name: str, w: float, r: float) -> Rates:
+    """Of the parameter of this logical name in a model of these ratios; all 1 for a model without a base."""
+    eps = (1 if name.startswith("head.out.") else 1 / w) * (r if name.startswith("blocks.") else 1)
     return Rates(1 / w, w, eps) if inputs_grow(name) else Rates(1, 1, eps)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from rdm_scale.config import ModelConfig, OptimizerConfig
-from rdm_scale.models.parameterisation import Rates, rates
+from rdm_scale.models.parameterisation import Rates, depth_ratio, rates, width_ratio
 
 
 def learning_rate(config: OptimizerConfig, step: int) -> float:
@@ -37,9 +37,10 @@ def build_optimizer(config: OptimizerConfig, model_config: ModelConfig, model: n
     A group for each set of rates that parameters of this model, or part of one, have; its `lr_scale` is the factor by
     which its learning rate differs from the scheduled one.
     """
+    w, r = width_ratio(model_config), depth_ratio(model_config)
     members: dict[tuple[Rates, bool], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
-        members[rates(name, model_config), takes_decay(name)].append(parameter)
+        members[rates(name, w, r), takes_decay(name)].append(parameter)
     groups = [
         {
             "params": parameters,

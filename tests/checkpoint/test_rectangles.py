@@ -16,6 +16,7 @@ from rdm_scale.checkpoint.rectangles import (
     padded,
     rectangles_of_range,
 )
+from rdm_scale.errors import CheckpointError
 
 
 def indices(shape: tuple[int, ...], box: Rectangle) -> np.ndarray:
@@ -114,10 +115,11 @@ def random_world(rng: random.Random, count: int, shapes: dict[str, tuple[int, ..
 def test_bulk_search_finds_what_pairwise_overlap_finds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rdm_scale.checkpoint.rectangles._PAIRS", 50)  # several parts
     rng = random.Random(0)
-    for _ in range(20):
+    disjoint = 0
+    for trial in range(20):
         shapes = {name: random_shape(rng, rng.randint(0, 4)) for name in "abcde"}
         numbers = {name: i for i, name in enumerate(shapes)}
-        ours, theirs = random_world(rng, 30, shapes), random_world(rng, 40, shapes)
+        ours, theirs = random_world(rng, 30 if trial % 2 else 2, shapes), random_world(rng, 40, shapes)
         atlas = Atlas(boxes_of(ours, numbers, 4), padded(list(shapes.values()), 4, 1))
         found = [pair for a, b in atlas.meeting(boxes_of(theirs, numbers, 4)) for pair in zip(a, b, strict=True)]
         expected = {
@@ -130,6 +132,19 @@ def test_bulk_search_finds_what_pairwise_overlap_finds(monkeypatch: pytest.Monke
         assert set(found) == expected
         among = {pair for a, b in atlas.meeting(boxes_of(ours, numbers, 4)) for pair in zip(a, b, strict=True)}
         assert not atlas.is_disjoint or all(i == j for i, j in among)
+        disjoint += atlas.is_disjoint
+    assert 0 < disjoint < 20, "both must occur"
+
+
+def test_rectangles_that_could_all_meet_are_refused() -> None:
+    """Columns of one long tensor: none meets another, but all their spans overlap."""
+    columns = 5000
+    boxes = Boxes(
+        np.zeros(columns, np.int64), np.array([[0] * columns, range(columns)]), np.array([[2], [1]]).repeat(columns, 1),
+        np.arange(columns) * 2,
+    )  # fmt: skip
+    with pytest.raises(CheckpointError, match="pairs of ranges may overlap"):
+        list(Atlas(boxes, np.array([[2], [columns]])).meeting(boxes))
 
 
 def test_spans_that_touch_are_disjoint() -> None:

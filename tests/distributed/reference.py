@@ -80,7 +80,7 @@ def complete_p(config: RunConfig, name: str, parameter: Tensor) -> dict[str, Any
     w, r = model.hidden_size / (model.base_width or model.hidden_size), base / branches
     decays = parameter.dim() == 2 and not name.startswith("class_embed")
     hidden = decays and parameter.shape[1] in (model.hidden_size, 2 * model.hidden_size, model.mlp_size)
-    last, in_block = name == "head.out.weight", name.startswith("blocks")
+    last, in_block = name.startswith("head.out"), name.startswith("blocks")
     return {
         "params": [parameter],
         "lr": options.lr / (w if hidden else 1),

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from rdm_scale.config import InputConfig, ModelConfig, OptimizerConfig, TextConfig
 from rdm_scale.models import build_model
-from rdm_scale.models.parameterisation import inputs_grow, rates
+from rdm_scale.models.parameterisation import depth_ratio, inputs_grow, rates, width_ratio
 from rdm_scale.training.optimizer import build_optimizer
 
 IMAGE = {"input": InputConfig(height=8, width=8), "num_classes": 10}
@@ -32,10 +32,13 @@ def test_matrices_whose_inputs_grow_are_found_by_their_shapes(changes: dict) -> 
 
 def test_rates_of_a_model_four_times_as_wide_and_eight_times_as_deep() -> None:
     config = ModelConfig(**(SMALL | {"hidden_size": 128, "depth": 16, "base_width": 32, "base_depth": 2}))
-    assert rates("blocks.3.mlp.branch.up.weight", config) == (1 / 4, 4, 1 / 32)
-    assert rates("blocks.3.attention.gate.a", config) == (1, 1, 1 / 32)
-    assert rates("patch_embed.weight", config) == (1, 1, 1 / 4)
-    assert rates("head.out.weight", config) == (1 / 4, 4, 1)
+    ratios = (width_ratio(config), depth_ratio(config))
+    assert ratios == (4, 1 / 8)
+    assert rates("blocks.3.mlp.branch.up.weight", *ratios) == (1 / 4, 4, 1 / 32)
+    assert rates("blocks.3.attention.gate.a", *ratios) == (1, 1, 1 / 32)
+    assert rates("patch_embed.weight", *ratios) == (1, 1, 1 / 4)
+    assert rates("head.out.weight", *ratios) == (1 / 4, 4, 1)
+    assert rates("head.out.bias", *ratios) == (1, 1, 1)
 
 
 def test_a_base_of_the_own_size_is_none() -> None:
@@ -43,7 +46,7 @@ def test_a_base_of_the_own_size_is_none() -> None:
     ours, theirs = (list(build_model(config).named_parameters()) for config in (plain, based))
     for (name, one), (_, other) in zip(ours, theirs, strict=True):
         assert torch.equal(one, other)
-        assert rates(name, based) == (1, 1, 1)
+        assert rates(name, width_ratio(based), depth_ratio(based)) == (1, 1, 1)
     for residual in ("plain", "neural_rdm"):
         z = [change(2, c, residual=residual) for c in ({}, {"base_depth": 2, "base_width": 32})]
         assert z[0] == z[1]
