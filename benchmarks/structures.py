@@ -1,11 +1,10 @@
 """Residual structures compared: at 4, 16 and 64 blocks, with the base of benchmarks/transfer.py, and in the quickstart.
 
 The first part trains as that benchmark does, each structure at some learning rates, and compares the best of each. The
-second trains the quickstart's whole configuration (its model, batches and 1,200 steps) with each structure that has a
-gate of the condition. Validation losses at the end, means and ranges over seeds.
+second trains the quickstart's whole configuration (its model, batches and 1,200 steps) with some of them. Validation losses at the end, means and ranges over seeds.
 
 Draws docs/images/structures.png, prints Markdown and writes benchmarks/results/structures.json. What is found in
---work is used again: after benchmarks/transfer.py with the same steps, a third of the first part is there.
+--work is used again; after benchmarks/transfer.py with the same steps, a part of the first part is there.
 
     OMP_NUM_THREADS=1 python benchmarks/structures.py --steps 160 --seeds 3
 """
@@ -27,11 +26,13 @@ from rdm_scale.models import build_model
 RESULTS, PICTURE = ROOT / "benchmarks/results/structures.json", ROOT / "docs/images/structures.png"
 STRUCTURES: dict[str, tuple[str, ...]] = {
     "neural_rdm": (),
+    "neural_rdm, m0 = 0.3": ("model.gate.multiplier=0.3",),
+    "neural_rdm, m0 = 0.1": ("model.gate.multiplier=0.1",),
     "neural_rdm, unconditional": ("model.gate.conditional=false",),
     "adaln_zero": ("model.residual=adaln_zero",),
 }
-IN_QUICKSTART = ("neural_rdm", "adaln_zero")
-EXPONENTS = (-7, -6, -5)
+IN_QUICKSTART = ("neural_rdm", "neural_rdm, m0 = 0.3", "adaln_zero")
+EXPONENTS = (-6, -5)
 
 Losses = dict[str, list[float]]  # by seed
 
@@ -77,7 +78,9 @@ def main() -> None:
 
 
 def in_quickstart(overrides: tuple[str, ...], seed: int, work: Path) -> float:
-    config = load_config(ROOT / "configs/quickstart.yaml", [f"train.seed={seed}", *overrides])
+    config = load_config(
+        ROOT / "configs/quickstart.yaml", [f"train.seed={seed}", "model.gate.multiplier=1", *overrides]
+    )
     return once(config, work / ("-".join(["quickstart", str(seed), *overrides]) + ".json"))
 
 
