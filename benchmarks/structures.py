@@ -1,7 +1,8 @@
 """Residual structures compared: at 4, 16 and 64 blocks, with the base of benchmarks/transfer.py, and in the quickstart.
 
 The first part trains as that benchmark does, each structure at some learning rates, and compares the best of each. The
-second trains the quickstart's whole configuration (its model, batches and 1,200 steps) with some of them. Validation losses at the end, means and ranges over seeds.
+second trains the quickstart's whole configuration (its model, batches and 1,200 steps) with some of them. Validation
+losses at the end, means and ranges over seeds.
 
 Draws docs/images/structures.png, prints Markdown and writes benchmarks/results/structures.json. What is found in
 --work is used again; after benchmarks/transfer.py with the same steps, a part of the first part is there.

@@ -62,6 +62,7 @@ class Job(NamedTuple):
             "model.depth": depth,
             "model.hidden_size": width,
             "model.num_heads": width // HEAD,
+            "model.gate.multiplier": 1,
             "optimizer.lr": 2.0**self.exponent,
             "optimizer.warmup_steps": self.steps // 10,
             "optimizer.schedule_steps": self.steps,
