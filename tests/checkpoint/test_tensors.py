@@ -1,107 +1,21 @@
 """Tensors written by some ranks and read by others: equal bit for bit, or refused with a reason."""
 
 import itertools
-import json
 import math
-import random
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.numpy import load_file, save
+from tensor_layouts import FIELDS, LAYOUTS, PADDING, SHAPES, cut, flat, write
 from torch import Tensor
 
 from rdm_scale.checkpoint import index, reads, tensors
 from rdm_scale.checkpoint.pieces import Piece, Pieces
-from rdm_scale.checkpoint.rectangles import Rectangle, rectangles_of_range
-from rdm_scale.checkpoint.tensors import FileRecord, TensorReader, digest, write_tensors
+from rdm_scale.checkpoint.rectangles import Rectangle
+from rdm_scale.checkpoint.tensors import TensorReader, write_tensors
 from rdm_scale.data.storage import Location
 from rdm_scale.errors import CheckpointError
-
-SHAPES: dict[str, tuple[int, ...]] = {
-    "scale": (),
-    "bias": (13,),
-    "qkv.weight": (12, 7),  # split by rows under tensor parallelism
-    "out.weight": (5, 8),  # split by columns
-    "patch.weight": (4, 3, 2, 3),
-    "positions": (1, 6, 5),
-}
-ROWS, COLUMNS = {"qkv.weight"}, {"out.weight"}
-PADDING = -7.0  # what must neither be written nor overwritten
-
-
-def layout(tensor_size: int, data_size: int, uneven: bool = False) -> list[list[Piece]]:
-    """Pieces of every rank: slices of some tensors, each flattened slice then cut into ZeRO-3 ranges with padding."""
-    rng = random.Random(0)
-    ranks = []
-    for tensor_rank, data_rank in itertools.product(range(tensor_size), range(data_size)):
-        pieces, start = [], rng.randint(0, 3)
-        for name, shape in SHAPES.items():
-            local, offset = list(shape), [0] * len(shape)
-            if name in ROWS | COLUMNS:
-                dimension = 0 if name in ROWS else 1
-                local[dimension] //= tensor_size
-                offset[dimension] = tensor_rank * local[dimension]
-            elif tensor_rank > 0:
-                continue  # replicated: one of the ranks writes it
-            size = math.prod(local)
-            share = math.ceil(size / data_size)
-            if uneven:
-                share = max(1, share - 2)
-            first = min(data_rank * share, size)
-            count = size - first if data_rank == data_size - 1 else min(share, size - first)
-            position = start
-            for box in rectangles_of_range(local, first, count):
-                pieces.append(Piece(name, shape, shifted(box, offset), position))
-                position += box.numel
-            start += max(share, count) + rng.randint(0, 2)
-        ranks.append(pieces)
-    return ranks
-
-
-def shifted(box: Rectangle, offset: list[int]) -> Rectangle:
-    return Rectangle(tuple(a + b for a, b in zip(box.offset, offset, strict=True)), box.extent)
-
-
-def cut(tensor: Tensor, box: Rectangle) -> Tensor:
-    return tensor[tuple(slice(o, o + n) for o, n in zip(box.offset, box.extent, strict=True))]
-
-
-def flat(pieces: list[Piece], values: dict[str, Tensor]) -> Tensor:
-    out = torch.full((max((p.start + p.rectangle.numel for p in pieces), default=0) + 2,), PADDING)
-    for piece in pieces:
-        out[piece.start : piece.start + piece.rectangle.numel] = cut(values[piece.name], piece.rectangle).flatten()
-    return out
-
-
-FIELDS = {
-    field: {name: torch.randn(shape, generator=torch.Generator().manual_seed(i)) for name, shape in SHAPES.items()}
-    for i, field in enumerate(("weights", "exp_avg", "exp_avg_sq", "ema"))
-}
-LAYOUTS = {
-    "1": layout(1, 1),
-    "dp2": layout(1, 2),
-    "dp3": layout(1, 3),
-    "dp4, uneven": layout(1, 4, uneven=True),
-    "tp2": layout(2, 1),
-    "tp2 dp3": layout(2, 3),
-    "tp4 dp2, uneven": layout(4, 2, uneven=True),
-    "dp17": layout(1, 17),
-}
-
-
-def write(folder: Location, ranks: list[list[Piece]]) -> list[FileRecord]:
-    return [
-        record
-        for rank, pieces in enumerate(ranks)
-        for record in write_tensors(
-            folder, rank, Pieces.of(pieces), {f: flat(pieces, values) for f, values in FIELDS.items()}
-        )
-    ]
 
 
 @pytest.fixture(params=["blocks as in production", "many small blocks"])
@@ -274,128 +188,6 @@ def test_fields_that_do_not_fit_are_refused_before_writing(tmp_path: Path, wrong
     with pytest.raises(ValueError, match="must be a flat fp32 CPU tensor"):
         write_tensors(Location(tmp_path), 0, Pieces.of(LAYOUTS["1"][0]), {"ema": wrong})
     assert not list(tmp_path.iterdir())
-
-
-Contents = dict[str, Any]  # arrays of an index, and `header`: its JSON
-
-
-def lie(key: str, value: Any) -> Callable[[Contents], None]:
-    return lambda contents: contents["header"].update({key: value})
-
-
-def put(array: str, place: Any, value: int) -> Callable[[Contents], None]:
-    return lambda contents: contents[array].__setitem__(place, value)
-
-
-def replace(array: str, change: Callable[[Any], Any]) -> Callable[[Contents], None]:
-    return lambda contents: contents.update({array: change(contents[array])})
-
-
-HUGE = 2**59
-LIES = {
-    "a header beyond the file": (lie("header_bytes", HUGE), "do not make a file"),
-    "no field": (lie("fields", []), "fields"),
-    "a field twice": (lie("fields", ["ema"] * 4), "occurs twice"),
-    "a field more": (lie("fields", ["a", "b", "c", "d", "e"]), "do not make a file"),
-    "a field that is none": (lie("fields", ["../ema"]), "fields.0"),
-    "another format": (lie("format", "pickle"), "format"),
-    "another version": (lie("version", 1), "version"),
-    "an unknown key": (lie("code", "import os"), "code"),
-    "no header": (lambda c: c.update(header=None), "Invalid JSON"),
-    "a checksum less": (replace("blocks", lambda a: a[1:]), "number of checksums"),
-    "no checksums": (lambda c: c.pop("blocks"), "lacks blocks"),
-    "an array more": (lambda c: c.update(code=np.zeros(3, np.uint8)), "code is no array of an index"),
-    "fractions": (replace("pieces", lambda a: a.astype(np.float64)), "pieces is no array of an index, or of another"),
-    "smaller integers": (replace("shapes", lambda a: a.astype(np.int32)), "shapes is no array of an index"),
-    "a dimension less": (replace("pieces", lambda a: a.ravel()), "pieces is no array of an index"),
-    "too many dimensions": (replace("shapes", lambda a: np.repeat(a[-1:] * 0, 65, axis=0)), "dimensions"),
-    "no dimensions": (replace("shapes", lambda a: a[:0]), "dimensions"),
-    "a shape less": (replace("shapes", lambda a: a[:, 1:].copy()), "dimensions"),
-    "a name less": (replace("names", lambda a: a[6:]), "dimensions"),
-    "a name twice": (replace("names", lambda a: np.frombuffer(bytes(a).replace(b"out", b"qkv"), np.uint8)), "twice"),
-    "names that are no text": (put("names", 0, 255), "utf-8"),
-    "a list cut off": (replace("pieces", lambda a: a[:-1]), "other dimensions"),
-    "a piece of no tensor": (put("pieces", (0, 0), 99), "of no tensor"),
-    "a piece of a tensor before the first": (put("pieces", (0, 0), -1), "of no tensor"),
-    "a piece beyond its tensor": (put("pieces", (-1, -1), HUGE), "beyond its tensor"),
-    "an offset beyond its tensor": (put("pieces", (1, 2), HUGE), "beyond its tensor"),
-    "an offset that wraps around": (put("pieces", (1, 2), 2**63 - 1), "beyond its tensor"),
-    "an empty piece": (put("pieces", (5, 2), 0), "beyond its tensor"),
-    "a negative offset": (put("pieces", (1, 2), -1), "beyond its tensor"),
-    "a huge tensor": (put("shapes", (slice(0, 2), 1), HUGE), "impossible shape"),
-    "a tensor beyond all floats": (replace("shapes", lambda a: np.full((64, a.shape[1]), HUGE)), "impossible shape"),
-    "a negative dimension": (put("shapes", (0, 1), -13), "impossible shape"),
-    "an empty tensor": (put("shapes", (0, 2), 0), "impossible shape"),
-    "too few elements": (replace("pieces", lambda a: a[:, 1:].copy()), "do not make a file"),
-    "more elements than bytes": (replace("pieces", lambda a: np.concatenate([a, a], axis=1)), "do not make a file"),
-}
-
-
-@pytest.mark.parametrize("name", LIES)
-def test_a_hostile_index_is_refused(tmp_path: Path, name: str) -> None:
-    """The checksum of the index is right: whoever wrote it meant it."""
-    change, reason = LIES[name]
-    data, _ = write(Location(tmp_path), LAYOUTS["1"])
-    contents = index_contents(tmp_path)
-    change(contents)
-    with pytest.raises(CheckpointError, match=rf"rank_00000.index.safetensors is not a valid index: .*{reason}"):
-        TensorReader(Location(tmp_path), [data, replace_index(tmp_path, contents)])
-
-
-@pytest.mark.parametrize("position", [0, 3, 9, 40, 100, -1])
-def test_an_index_that_is_no_safetensors_is_refused(tmp_path: Path, position: int) -> None:
-    data, entry = write(Location(tmp_path), LAYOUTS["1"])
-    content = bytearray((tmp_path / entry.name).read_bytes())
-    content[position] ^= 0x80
-    content = content[:-1] if position == -1 else content
-    with pytest.raises(CheckpointError, match=r"rank_00000.index.safetensors is not a valid index"):
-        TensorReader(Location(tmp_path), [data, put_index(tmp_path, bytes(content))])
-
-
-def test_an_index_whose_metadata_are_null_is_refused(tmp_path: Path) -> None:
-    data, entry = write(Location(tmp_path), LAYOUTS["1"])
-    content = (tmp_path / entry.name).read_bytes()
-    size = int.from_bytes(content[:8], "little")
-    text = json.dumps(json.loads(content[8 : 8 + size]) | {"__metadata__": None}).encode().ljust(size)
-    assert len(text) == size
-    with pytest.raises(CheckpointError, match=r"rank_00000.index.safetensors is not a valid index"):
-        TensorReader(Location(tmp_path), [data, put_index(tmp_path, content[:8] + text + content[8 + size :])])
-
-
-def index_contents(folder: Path) -> Contents:
-    path = folder / "rank_00000.index.safetensors"
-    with safe_open(path, "np") as file:
-        header = json.loads(file.metadata()["rdm_scale"])
-    return {name: array.copy() for name, array in load_file(path).items()} | {"header": header}
-
-
-def replace_index(folder: Path, contents: Contents) -> FileRecord:
-    header = contents.pop("header")
-    arrays = {name: np.ascontiguousarray(array) for name, array in contents.items()}
-    return put_index(folder, save(arrays, None if header is None else {"rdm_scale": json.dumps(header)}))
-
-
-def put_index(folder: Path, encoded: bytes) -> FileRecord:
-    (folder / "rank_00000.index.safetensors").write_bytes(encoded)
-    return FileRecord(name="rank_00000.index.safetensors", bytes=len(encoded), xxh3=digest(encoded))
-
-
-def test_a_hostile_size_is_refused_before_reading(tmp_path: Path) -> None:
-    data, entry = write(Location(tmp_path), LAYOUTS["1"])
-    with pytest.raises(CheckpointError, match="larger than an index can be"):
-        TensorReader(Location(tmp_path), [data, entry.model_copy(update={"bytes": 2**40})])
-    with pytest.raises(CheckpointError, match="no part of the checkpoint"):
-        TensorReader(Location(tmp_path), [entry])
-
-
-def test_a_claimed_tensor_without_bytes_takes_no_memory(tmp_path: Path) -> None:
-    data, _ = write(Location(tmp_path), LAYOUTS["1"])
-    contents = index_contents(tmp_path)
-    contents["names"] = np.frombuffer(bytes(contents["names"]) + b"\nhuge", np.uint8)
-    contents["shapes"] = np.concatenate([contents["shapes"], [[2**58], [0], [0], [0]]], axis=1)
-    reader = TensorReader(Location(tmp_path), [data, replace_index(tmp_path, contents)])
-    with pytest.raises(CheckpointError, match="hole: of huge"):
-        reader.read("ema", "huge")
 
 
 def test_ranges_that_overlap_are_refused() -> None:
