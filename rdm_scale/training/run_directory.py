@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from rdm_scale.checkpoint.directory import CheckpointDirectory, read_state
-from rdm_scale.config import RunConfig, flatten, load_config, to_yaml
+from rdm_scale.config import ModelConfig, RunConfig, flatten, load_config, to_yaml
 from rdm_scale.data.storage import Location
 from rdm_scale.errors import CheckpointError, ConfigError
 from rdm_scale.training.profiles import DEPTH
@@ -169,6 +169,9 @@ def _refuse_other_identity(mine: dict[str, Any], theirs: Any, where: str) -> Non
     if not isinstance(theirs, dict):
         raise CheckpointError(f"{where} does not say what run it belongs to")
     mine, theirs = dict(flatten(mine)), dict(flatten(theirs))
+    # What the version that wrote it could not yet be asked for is at its default.
+    defaults = flatten({"model": ModelConfig().model_dump(mode="json")})
+    theirs = {name: value for name, value in defaults if name in mine} | theirs
     differing = [name for name in sorted({*mine, *theirs}) if mine.get(name) != theirs.get(name)]
     if differing:
         lines = [f"{name}: {theirs.get(name)} there, {mine.get(name)} here" for name in differing]

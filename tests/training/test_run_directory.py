@@ -9,7 +9,7 @@ import pytest
 
 from rdm_scale.config import RunConfig, to_yaml
 from rdm_scale.errors import CheckpointError, ConfigError
-from rdm_scale.training.run_directory import Start, plan_start, prepare
+from rdm_scale.training.run_directory import Start, _refuse_other_identity, plan_start, prepare
 
 
 def config_in(path: Path, **sections: dict) -> RunConfig:
@@ -55,6 +55,16 @@ def test_another_run_in_the_directory(tmp_path: Path) -> None:
         start(config_in(tmp_path, model={"depth": 3}))
     with pytest.raises(ConfigError, match=r"holds a run already and checkpoint\.resume=never"):
         start(config_in(tmp_path, checkpoint={"resume": "never"}))
+
+
+def test_a_checkpoint_of_a_version_with_fewer_keys() -> None:
+    """It behaved as the default of what it did not know of."""
+    config = RunConfig.model_validate({"data": {"train": "none"}, "run": {"dir": "none"}})
+    older = {name: value for name, value in config.identity().items() if name != "model.base_depth"}
+    _refuse_other_identity(config.identity(), older, "the checkpoint")
+    based = config.model_copy(update={"model": config.model.model_copy(update={"base_depth": 3})})
+    with pytest.raises(ConfigError, match=r"model\.base_depth: None there, 3 here"):
+        _refuse_other_identity(based.identity(), older, "the checkpoint")
 
 
 def test_a_directory_that_is_not_a_run(tmp_path: Path) -> None:
