@@ -114,6 +114,7 @@ def plot(swept: Swept) -> None:
         axes.errorbar(SIZES["depth"], middle, spans, marker="o", capsize=3, label=name)
     axes.set(xscale="log", xlabel="blocks", ylabel="validation loss (mean and range of the seeds)")
     axes.set_xticks(SIZES["depth"], map(str, SIZES["depth"]))
+    axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(PICTURE)
