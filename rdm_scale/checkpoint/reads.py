@@ -16,7 +16,7 @@ from rdm_scale.errors import CheckpointError
 
 _FAR_BYTES = 8 * BLOCK_BYTES  # most that a range read fetches from afar, unless a rectangle with gaps is larger
 _NEAR_BYTES = BLOCK_BYTES  # from a local file, where a read costs little and a block stays in the processor's cache
-_READERS = 4  # range reads under way at a time
+_FAR_READERS, _NEAR_READERS = 4, 2  # reads under way at a time: from memory and disk, two cores are enough
 
 
 class Scratch(threading.local):
@@ -36,9 +36,11 @@ class Sweeper:
 
     def __init__(self, files: Sequence[IndexedFile]) -> None:
         self._files = files
-        self._window_bytes = _NEAR_BYTES if all(file.data.is_local for file in files) else _FAR_BYTES
+        near = all(file.data.is_local for file in files)
+        self._window_bytes = _NEAR_BYTES if near else _FAR_BYTES
+        self._readers = _NEAR_READERS if near else _FAR_READERS
         self._scratch = Scratch()
-        self._threads = ThreadPoolExecutor(_READERS)
+        self._threads = ThreadPoolExecutor(self._readers)
 
     def carry_out(self, copies: Copies, owner: Ints, position: Ints, field: str, target: NDArray[np.float32]) -> None:
         """Fills `target` by the copies; number k comes from byte `position[k]` of the field in file `owner[k]`.
@@ -58,7 +60,7 @@ class Sweeper:
                 deque(reads, maxlen=0)  # the others begin no more
                 raise
 
-        threads, _ = wait([self._threads.submit(work) for _ in range(_READERS)])
+        threads, _ = wait([self._threads.submit(work) for _ in range(self._readers)])
         for thread in threads:
             thread.result()
 

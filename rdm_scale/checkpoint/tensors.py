@@ -298,6 +298,8 @@ def _numbers(files: Sequence[IndexedFile]) -> dict[str, int]:
 
 
 def _look_up(numbers: Mapping[str, int], names: list[str]) -> Ints:
+    if names == list(numbers):  # one file, or a rank of the layout that wrote it: comparing is cheaper
+        return np.arange(len(names))
     return np.fromiter(map(numbers.__getitem__, names), np.int64, len(names))
 
 
