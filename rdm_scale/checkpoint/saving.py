@@ -162,13 +162,13 @@ class Saver:
     def _copy_to_host(self) -> None:
         """The copy's memory is kept for the next save: to get new memory takes longer than to fill it."""
         fields = {"weights": self.engine.masters, **self.engine.moments(), "ema": self.ema}
+        for name, parts in fields.items():  # in this order the fields will lie in the file
+            if name not in self._host:
+                self._host[name] = torch.empty(sum(part.numel() for part in parts), pin_memory=parts[0].is_cuda)
 
         def copy(name: str) -> None:
             parts = fields[name]
-            sizes = [part.numel() for part in parts]
-            if name not in self._host:
-                self._host[name] = torch.empty(sum(sizes), pin_memory=parts[0].is_cuda)
-            for there, part in zip(self._host[name].split(sizes), parts, strict=True):
+            for there, part in zip(self._host[name].split([part.numel() for part in parts]), parts, strict=True):
                 there.copy_(part.detach(), non_blocking=True)
 
         if self.mesh.device.type == "cuda":
