@@ -151,6 +151,7 @@ def train(arm: Arm, number: int, first: int, last: int, folder: Path, previous: 
     depth = arm.depths[number]
     overrides = {
         "model.depth": depth,
+        "model.gate.multiplier": 1,
         "train.steps": last,
         "run.dir": folder,
         "checkpoint.every": 0,

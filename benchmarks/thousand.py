@@ -36,6 +36,7 @@ VALIDATIONS = 5
 SETTINGS = {
     "model.hidden_size": 32,
     "model.num_heads": 2,
+    "model.gate.multiplier": 1,
     "optimizer.lr": 2.0**-6,
     "optimizer.warmup_steps": 10,
     "train.global_batch_size": 16,

@@ -17,7 +17,6 @@ from rdm_scale.config import parse_config
 from rdm_scale.data.storage import Location
 from rdm_scale.errors import CheckpointError
 from rdm_scale.models.gates import branch_multiplier
-from rdm_scale.models.parameterisation import depth_ratio
 
 
 @dataclass(frozen=True)
@@ -60,8 +59,7 @@ class GateSummary:
 
 def gates(source: ModelSource) -> Iterator[GateSummary]:
     """Of every learnt gate of a model, in the order of its blocks; none where gates are functions of the condition."""
-    model = source.config.model
-    multiplier = depth_ratio(model) * (branch_multiplier(model) if model.residual == "neural_rdm" else 1.0)
+    multiplier = branch_multiplier(source.config.model)
     for name in source.shapes:
         if name.endswith((".gate.a", ".gate.b")):
             value = multiplier * source.read(name)

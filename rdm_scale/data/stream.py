@@ -261,10 +261,8 @@ class HeldOut:
                 except UnreadableError as failed:
                     raise failed.reason from None
                 positions, manifest = [first_position + index for index in present], self.sets[which].manifest
-                found, shape = (
-                    list(zip(members, samples, strict=True)),
-                    manifest.shape_of(manifest.shards[runs[0].shard]),
-                )
+                found = list(zip(members, samples, strict=True))
+                shape = manifest.shape_of(manifest.shards[runs[0].shard])
                 batch = _batch(next(numbers), positions, found, shape, manifest, 0, "held-out posterior")
                 yield batch, torch.tensor([float(index < len(places)) for index in indices], dtype=torch.float64)
             first_position += len(places)

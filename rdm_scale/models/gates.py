@@ -24,9 +24,10 @@ from rdm_scale.models.parameterisation import depth_ratio
 
 
 def branch_multiplier(config: ModelConfig) -> float:
-    """m(L) = m0 * L^-p, with the L residual branches of the base: attention and MLP of each block, and what else it
-    has."""
-    return config.gate.multiplier * config.base_branches**-config.gate.exponent
+    """What a and b are multiplied by: r, times m(L) = m0 * L^-p for neural_rdm, L being the residual branches of the
+    base: attention and MLP of each block, and what else it has."""
+    m = config.gate.multiplier * config.base_branches**-config.gate.exponent if config.residual == "neural_rdm" else 1.0
+    return depth_ratio(config) * m
 
 
 def _layerscale_start(depth: int) -> float:
@@ -37,22 +38,21 @@ def _layerscale_start(depth: int) -> float:
 class ResidualGate(nn.Module):
     """alpha and beta of z + alpha * F + beta; see the module's table. `a` and `b` take no weight decay.
 
-    `multiplier` is r * m, what a and b are multiplied by, and `ratio` is r, what g(c) is.
+    `multiplier` is what a and b are multiplied by, and `ratio`, r, what g(c) is.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         kind, width = config.residual, config.hidden_size
         gates_rdm = width if config.gate.per_channel else 1
-        size, start, multiplier, has_b, self.conditional = {
-            "plain": (0, 0.0, 1.0, False, False),
-            "rezero": (1, 0.0, 1.0, False, False),
-            "layerscale": (width, _layerscale_start(config.base_depth or config.depth), 1.0, False, False),
-            "adaln_zero": (0, 0.0, 1.0, False, True),
-            "neural_rdm": (gates_rdm, 1.0, branch_multiplier(config), True, config.gate.conditional),
+        size, self.start, has_b, self.conditional = {
+            "plain": (0, 0.0, False, False),
+            "rezero": (1, 0.0, False, False),
+            "layerscale": (width, _layerscale_start(config.base_depth or config.depth), False, False),
+            "adaln_zero": (0, 0.0, False, True),
+            "neural_rdm": (gates_rdm, 1.0, True, config.gate.conditional),
         }[kind]
-        self.ratio, self.start = depth_ratio(config), start
-        self.multiplier = self.ratio * multiplier
+        self.multiplier, self.ratio = branch_multiplier(config), depth_ratio(config)
         self.a = nn.Parameter(torch.empty(size)) if size else None
         self.b = nn.Parameter(torch.empty(size)) if has_b else None
 

@@ -43,6 +43,11 @@ FAMILY = {
             Case(2, 1, 2, "3 by block", "1f1b", "selective", False),
         ],
     ),
+    "plain, base of another depth": Member(  # alpha is a constant, and must still reach every token's rank
+        {"model__residual": "plain", "model__base_depth": 2, "model__depth": 5},
+        [(1, 8, 8)],
+        [Case(2, 2, 2, "3 kept", "1f1b", "selective", True)],
+    ),
     "text": Member(
         {"model__condition": "text", "model__text": {"width": 6, "pooled_width": 5}, "model__depth": 5}
         | {"model__stacking": "u", "model__qk_norm": True},

@@ -64,8 +64,16 @@ def test_gates_follow_the_table_of_structures() -> None:
     """z + alpha F + beta with hand-made values, one structure after the other."""
     z, f, g = torch.full((1, 1, 8), 2.0), torch.full((1, 1, 8), 3.0), torch.full((1, 8), 0.25)
 
-    def output(structure: str, condition: torch.Tensor | None, a: float = 0.0, b: float = 0.0, **gate: bool) -> float:
-        module = ResidualGate(config(50, residual=structure, hidden_size=8, gate=GateConfig(**gate)))
+    def output(
+        structure: str,
+        condition: torch.Tensor | None,
+        a: float = 0.0,
+        b: float = 0.0,
+        base: int | None = None,
+        **gate: bool,
+    ) -> float:
+        changes = {"residual": structure, "hidden_size": 8, "base_depth": base, "gate": GateConfig(**gate)}
+        module = ResidualGate(config(50, **changes))
         with torch.no_grad():
             for parameter, value in ((module.a, a), (module.b, b)):
                 if parameter is not None:
@@ -81,6 +89,12 @@ def test_gates_follow_the_table_of_structures() -> None:
     # m = 100 ** -0.5 = 0.1: 2 + (0.1 * 2 + 0.25) * 3 + 0.1 * 4
     assert output("neural_rdm", g, a=2.0, b=4.0) == pytest.approx(3.75)
     assert output("neural_rdm", None, a=2.0, b=4.0, conditional=False) == pytest.approx(3.0)
+    # A base of 8 blocks: r = 16 / 100 and m = 16 ** -0.5 = 0.25.
+    assert output("plain", None, base=8) == pytest.approx(2 + 0.16 * 3)
+    assert output("rezero", None, a=0.5, base=8) == pytest.approx(2 + 0.16 * 0.5 * 3)
+    assert output("adaln_zero", g, base=8) == pytest.approx(2 + 0.16 * 0.25 * 3)
+    assert output("neural_rdm", g, a=2.0, b=4.0, base=8) == pytest.approx(2 + 0.16 * ((0.25 * 2 + 0.25) * 3 + 0.25 * 4))
+    assert ResidualGate(config(50, residual="layerscale", base_depth=8)).start == 0.1  # as at 8 blocks
 
 
 def test_initial_values_are_keyed_by_name_and_seed() -> None:

@@ -110,3 +110,10 @@ def ids_of(folder: Path, suffix: str = "png", clip: int = 0, view: int = 0) -> d
         sample_id(str(path.relative_to(folder).with_suffix("")), clip, view): path
         for path in folder.rglob(f"*.{suffix}")
     }
+
+
+def assert_done(out) -> None:
+    assert {path.name for path in out.iterdir()} - {"rejected.jsonl"} == {
+        "manifest.json",
+        *(tar.name for shard in read_manifest(str(out))[0].shards for tar in (shard, shard.text) if tar),
+    }

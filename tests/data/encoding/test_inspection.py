@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from jobs import contents, ids_of, make_job, pixels_of, png, read_all, write_clips, write_digits
+from jobs import contents, ids_of, make_job, pixels_of, png, read_all, write_clips
 
 from rdm_scale.data.captions import EncodedText, pack_text
 from rdm_scale.data.codecs import load_codec
@@ -20,13 +20,6 @@ from rdm_scale.data.storage import Location
 from rdm_scale.errors import DataError
 
 COUNT = 30
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("digits")
-    write_digits(folder, COUNT)
-    return folder
 
 
 @pytest.fixture(scope="module")
