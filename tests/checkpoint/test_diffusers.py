@@ -258,6 +258,7 @@ def test_pickles_are_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     [
         ({"residual": "neural_rdm"}, "model.residual=neural_rdm has no adaLN-Zero blocks"),
         ({"timestep_spacing": "dit"}, "timestep frequencies with i/127"),
+        ({"base_depth": 1}, "model.base_depth=1: it has no multiplier of its branches"),
         ({"mlp_ratio": 2.0}, "it always has 4"),
         ({"condition": "none"}, "it takes class labels only"),
         (

@@ -33,7 +33,7 @@ def replace(array: str, change: Callable[[Any], Any]) -> Callable[[Contents], No
 HUGE = 2**59
 LIES = {
     "a header beyond the file": (lie("header_bytes", HUGE), "do not make a file"),
-    "no field": (lie("fields", []), "fields"),
+    "no field": (lie("fields", []), "fields: List should have at least 1 item"),
     "a field twice": (lie("fields", ["ema"] * 4), "occurs twice"),
     "a field more": (lie("fields", ["a", "b", "c", "d", "e"]), "do not make a file"),
     "a field that is none": (lie("fields", ["../ema"]), "fields.0"),

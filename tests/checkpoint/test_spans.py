@@ -122,3 +122,9 @@ def test_a_tensor_that_no_file_claims_is_missing(folder: Location) -> None:
 def test_spans_are_checked() -> None:
     with pytest.raises(ValueError, match="less than or equal to 1"):
         Span(first="a", last="b", low=0, high=1.5)
+
+
+def test_names_that_would_take_long_to_order_are_refused() -> None:
+    for first, last in (("9" * 5000, "9"), ("9", "9" * 5000)):
+        with pytest.raises(ValueError, match="at most 1024 characters"):
+            Span(first=first, last=last, low=0, high=1)

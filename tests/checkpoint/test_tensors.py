@@ -71,6 +71,12 @@ def test_a_rank_may_have_nothing_to_write(tmp_path: Path) -> None:
     assert torch.equal(TensorReader(folder, records).read("ema", "bias"), FIELDS["ema"]["bias"])
 
 
+def test_tensors_asked_for_in_another_order(tmp_path: Path) -> None:
+    reader = TensorReader(Location(tmp_path), write(Location(tmp_path), LAYOUTS["1"]))
+    found = reader.read_many("ema", list(reversed(SHAPES)))
+    assert all(torch.equal(found[name], FIELDS["ema"][name]) for name in SHAPES)
+
+
 def test_equal_layouts_read_each_field_in_one_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     folder = Location("memory://sweep")
     count, shape = 4000, (30, 25)

@@ -10,6 +10,7 @@ import torch
 from latent_sets import LatentSet, WriteSet
 
 from rdm_scale import rng
+from rdm_scale.config import DataConfig
 from rdm_scale.data import LatentStream
 from rdm_scale.data.manifest import NAME, Codec
 from rdm_scale.data.storage import Location
@@ -67,6 +68,21 @@ def test_every_sample_once_an_epoch_with_what_belongs_to_it(
     index = read.ids - 1000
     assert read.latents.dtype == torch.float32 and torch.equal(read.latents, latents.latents[index])
     assert torch.equal(read.labels, latents.labels[index])
+
+
+def test_a_loss_that_another_rank_has_found_counts_from_the_next_step_on(write_set: WriteSet) -> None:
+    """Also for what is in use: every rank reads what a rank would that has known of it all along."""
+    latents = write_set(96)
+    config = DataConfig(train=latents.url, lost_shards=1)
+    stream = LatentStream(latents.url, global_batch_size=4, seed=5, config=config)
+    batches = iter(stream)
+    shard = int(next(batches).ids[0] - 1000) // 12  # of three members of four samples
+    lost = [[latents.manifest.digest, latents.manifest.shards[shard].name]]
+    stream.lost.learn(lost)
+    knowing = LatentStream(latents.url, global_batch_size=4, seed=5, config=config, start_step=1, lost=lost)
+    for one, other in zip(islice(batches, 30), knowing, strict=False):
+        assert_equal(one, other)
+        assert not ((one.ids - 1000) // 12 == shard).any()
 
 
 @pytest.mark.parametrize("dp", [2, 4])

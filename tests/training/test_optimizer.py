@@ -34,3 +34,23 @@ def test_only_weight_matrices_decay() -> None:
     assert named["blocks.0.attention.branch.qkv.weight"] == named["patch_embed.weight"] == 0.1
     free = {name for name, value in named.items() if value == 0}
     assert free == {n for n in named if n.endswith((".bias", ".gate.a", ".gate.b")) or n == "class_embed.weight"}
+
+
+def test_groups_have_the_rates_of_a_model_with_a_base() -> None:
+    """Four times as wide and eight times as deep as where lr 0.1, decay 0.2 and eps 1e-3 were found: CompleteP."""
+    size = {"hidden_size": 128, "num_heads": 16, "depth": 16, "base_width": 32, "base_depth": 2}
+    config = ModelConfig(input=InputConfig(height=8, width=8), **size)
+    model = build_model(config)
+    optimizer = build_optimizer(OptimizerConfig(lr=0.1, weight_decay=0.2, eps=1e-3), config, model)
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    named = {name: groups[id(p)] for name, p in model.named_parameters()}
+    for name, lr, decay, eps in (
+        ("blocks.9.attention.branch.qkv.weight", 0.025, 0.8, 1e-3 / 32),
+        ("blocks.9.attention.gate.a", 0.1, 0.0, 1e-3 / 32),
+        ("patch_embed.weight", 0.1, 0.2, 1e-3 / 4),
+        ("class_embed.weight", 0.1, 0.0, 1e-3 / 4),
+        ("head.out.weight", 0.025, 0.8, 1e-3),
+    ):
+        group = named[name]
+        assert (group["lr"], group["weight_decay"], group["eps"]) == pytest.approx((lr, decay, eps)), name
+        assert group["lr_scale"] == pytest.approx(lr / 0.1)
