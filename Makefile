@@ -4,7 +4,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart quickstart-data quickstart-s3 quickstart-video test test-full lint
+.PHONY: quickstart quickstart-data quickstart-s3 quickstart-video test test-full test-gpu lint
 
 quickstart: .venv/ready
 	$(BIN)/python tools/quickstart.py $(if $(CONTINUE),--continue) $(if $(STEPS),--steps $(STEPS))
@@ -19,10 +19,14 @@ quickstart-data: .venv/ready
 	$(BIN)/python tools/quickstart.py --only-data
 
 test: lint
-	$(BIN)/python -m pytest -m "not full"
+	$(BIN)/python -m pytest -m "not full and not gpu"
 
 test-full: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not gpu"
+
+# Where torch is a build for NVIDIA GPUs; one GPU is enough.
+test-gpu: .venv/ready
+	$(BIN)/python -m pytest -m gpu tests/gpu
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -210,13 +210,13 @@ def encode(options: argparse.Namespace) -> None:
 
 def _job(options: argparse.Namespace, speaks: bool) -> "Job":
     """Looks at the input and loads the models; what is wrong with the folders is said before that takes its time."""
-    import torch
 
     from rdm_scale.data.codecs import load_codec
     from rdm_scale.data.encoding.job import Job, check_output
     from rdm_scale.data.encoding.planning import Bucket, Settings, inputs_digest, job_digest
     from rdm_scale.data.inputs import Columns, find_media
     from rdm_scale.data.storage import Location
+    from rdm_scale.device import own_device
 
     columns = Columns(options.path_column, options.label_column, options.caption_column, options.key_column)
     source = find_media(options.paths[0], columns)
@@ -242,7 +242,7 @@ def _job(options: argparse.Namespace, speaks: bool) -> "Job":
     folder, holdout = Location(options.paths[1]), Location(options.holdout) if options.holdout else None
     inputs = inputs_digest(source, settings)
     check_output([folder, holdout] if holdout else [folder], inputs)
-    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    device = own_device()
     codec = load_codec(options.codec, device)
     if settings.kind == "moments" and not codec.has_posterior:
         raise DataError(f"the codec {options.codec} has no posterior to sample from: leave out --latents moments")
@@ -261,7 +261,7 @@ def _describe(options: argparse.Namespace, source: Any) -> None:
         print(f"note: {source.ignored} files that are neither images nor videos were ignored")
 
 
-def _text_encoder(options: argparse.Namespace, captioned: bool, device: str) -> Any:
+def _text_encoder(options: argparse.Namespace, captioned: bool, device: Any) -> Any:
     if not options.text_encoder:
         return None
     if not captioned:
@@ -338,17 +338,16 @@ def stats(options: argparse.Namespace) -> None:
 
 
 def decode(options: argparse.Namespace) -> None:
-    import torch
-
     from rdm_scale.data.codecs import codec_of
     from rdm_scale.data.encoding.inspection import decoded
     from rdm_scale.data.manifest import read_manifest
     from rdm_scale.data.storage import Location
+    from rdm_scale.device import own_device
     from rdm_scale.evaluation.pictures import write_grid
 
     url = options.paths[0]
     manifest, _ = read_manifest(url)
-    codec = codec_of(manifest.codec, "cuda" if torch.cuda.is_available() else "cpu", location=options.codec)
+    codec = codec_of(manifest.codec, own_device(), location=options.codec)
     found = decoded(url, codec, options.decode)
     for (_, frames, height, width), pixels in found.items():
         suffix = f"-{frames}x{height}x{width}" if len(found) > 1 else ""

@@ -65,11 +65,13 @@ def judge(options: argparse.Namespace) -> None:
     from rdm_scale.data.codecs import codec_of
     from rdm_scale.data.inputs import find_media
     from rdm_scale.data.storage import Location
+    from rdm_scale.device import own_device
     from rdm_scale.evaluation.labels import label_accuracy
     from rdm_scale.evaluation.pictures import write_grid
     from rdm_scale.evaluation.sampling import draw_pixels
 
-    trained = load_trained(options.checkpoint, options.weights)
+    device = own_device()
+    trained = load_trained(options.checkpoint, options.weights, device)
     kind = trained.config.model.condition
     if kind == "none":
         raise ConfigError("label accuracy needs a model with model.condition=class or text")
@@ -92,8 +94,8 @@ def judge(options: argparse.Namespace) -> None:
         pixels = draw_pixels(
             trained.model,
             trained.config,
-            codec_of(trained.codec),
-            condition,
+            codec_of(trained.codec, device),
+            condition.to(device),
             options.seed,
             batch_size=options.batch_size,
             empty_caption=empty,

@@ -49,10 +49,12 @@ def draw(options: argparse.Namespace) -> None:
     from rdm_scale.data.captions import empty_caption, encode_prompts
     from rdm_scale.data.codecs import codec_of
     from rdm_scale.data.storage import Location
+    from rdm_scale.device import own_device
     from rdm_scale.evaluation.pictures import write_grid
     from rdm_scale.evaluation.sampling import draw_pixels
 
-    trained = load_trained(options.checkpoint, options.weights)
+    device = own_device()
+    trained = load_trained(options.checkpoint, options.weights, device)
     given = {k: v for k in ("steps", "guidance", "sampler") if (v := getattr(options, k)) is not None}
     tree = trained.config.model_dump(mode="json")
     config = parse_config(tree | {"sampling": tree["sampling"] | given}, "with the options given")
@@ -73,8 +75,8 @@ def draw(options: argparse.Namespace) -> None:
         pixels = draw_pixels(
             trained.model,
             config,
-            codec_of(trained.codec),
-            condition,
+            codec_of(trained.codec, device),
+            condition.to(device),
             options.seed,
             batch_size=options.batch_size,
             empty_caption=empty,

@@ -28,12 +28,13 @@ def load_model(path: str, weights: Weights = "ema") -> DiffusionTransformer:
     return load_trained(path, weights).model
 
 
-def load_trained(path: str, weights: Weights = "ema") -> TrainedModel:
+def load_trained(path: str, weights: Weights = "ema", device: str | torch.device = "cpu") -> TrainedModel:
     """The model of a checkpoint or merged folder in fp32, with its configuration, codec and class names.
 
     Args:
         path: as `open_model` takes it.
         weights: the averaged weights (ema) or the trained ones (weights); a merged folder has only one of them.
+        device: where the model is put.
 
     Raises:
         CheckpointError: there is no complete checkpoint, or it is damaged or not one of this project's.
@@ -41,8 +42,8 @@ def load_trained(path: str, weights: Weights = "ema") -> TrainedModel:
     source = open_model(path, weights)
     with torch.device("meta"):
         model = build_model(source.config.model)
-    model.to_empty(device="cpu")
-    model.set_positions(torch.device("cpu"))
+    model.to_empty(device=device)
+    model.set_positions(torch.device(device))
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, tensor in source.stream():

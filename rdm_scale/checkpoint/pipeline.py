@@ -37,8 +37,7 @@ class RDMPipeline:
         Raises:
             CheckpointError, DataError: the folder holds no model, or the codec is another one than the data's.
         """
-        trained = load_trained(folder)
-        trained.model.to(device)
+        trained = load_trained(folder, device=device)
         return RDMPipeline(trained, None if codec is None else codec_of(trained.codec, device, codec))
 
     def __call__(

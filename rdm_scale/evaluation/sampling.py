@@ -74,13 +74,14 @@ def draw_pixels(
 ) -> Tensor:
     """Pixels [N, 3, T, H, W] in [-1, 1] for labels [N] or captions, drawn and decoded in batches; images have T = 1.
 
-    `progress` is called as progress(samples done, samples).
+    They are drawn where the condition is and decoded where the codec is, and returned on the CPU. `progress` is called
+    as progress(samples done, samples).
     """
     parts, samples = [], batch_size_of(condition)
     for first in range(0, samples, batch_size):
         part = taken(condition, slice(first, first + batch_size))
         latents = draw_latents(model, config, part, seed, empty_caption=empty_caption, first_index=first)
-        parts.append(codec.decode(latents))
+        parts.append(codec.decode(latents).cpu())
         if progress is not None:
             progress(min(first + batch_size, samples), samples)
     return torch.cat(parts)

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from rdm_scale.config import ParallelConfig, RunConfig
+from rdm_scale.device import own_device
 from rdm_scale.errors import ConfigError
 from rdm_scale.parallel import megatron
 from rdm_scale.parallel.faults import REPORTER
@@ -85,15 +86,9 @@ def build_mesh(config: ParallelConfig) -> Mesh:
 
     Needs the variables that torchrun and deepspeed set; without any, the process is a world of its own.
     """
-    use_cuda = torch.cuda.is_available()
+    device = own_device()
+    use_cuda = device.type == "cuda"
     _default_environment(use_cuda)
-    local_rank = int(os.environ["LOCAL_RANK"])
-    if use_cuda and local_rank >= torch.cuda.device_count():
-        raise ConfigError(
-            f"this node has {torch.cuda.device_count()} GPUs and was asked for more ranks: start one rank a GPU, "
-            "or set CUDA_VISIBLE_DEVICES= (empty) to train on the CPU"
-        )
-    device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=config.timeout_s)

@@ -15,21 +15,28 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+ON_CPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+# All ranks share one GPU, which NCCL allows to none of one host: so each says that it is on another.
+ON_GPU = {"NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 PRELOAD = ["rdm_scale.train", "rdm_scale.training.trainer", "rdm_scale.parallel.tensor"]
 _GRACE_S = 10.0  # what the others may take to notice that a rank failed
 
 
 class RankPool:
-    def __init__(self) -> None:
-        os.environ |= ENVIRONMENT  # before the server starts, from which all ranks inherit
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(PRELOAD)
+    def __init__(self, gpu: bool = False) -> None:
+        """With `gpu` the ranks share the first GPU and speak through NCCL."""
+        self.gpu = gpu
+        os.environ |= ENVIRONMENT | (ON_GPU if gpu else ON_CPU)  # before the server starts, from which ranks inherit
+        # A process that has looked for GPUs cannot be forked into one that uses them.
+        self.context: Any = multiprocessing.get_context("spawn" if gpu else "forkserver")
+        if not gpu:
+            self.context.set_forkserver_preload(PRELOAD)
 
     def run(self, world: int, body: Callable[..., Any], *arguments: Any, timeout_s: float = 240) -> list[Any]:
         """`body(*arguments)` on `world` ranks. Raises what the first failing rank raised, with its type."""
-        port = _free_port()
-        workers = [self._start(rank, world, port, body, arguments) for rank in range(world)]
+        port = free_port()
+        workers = [self._start(self._names(rank, world, port), body, arguments) for rank in range(world)]
         try:
             return _collect([connection for _, connection in workers], timeout_s)
         finally:
@@ -38,9 +45,17 @@ class RankPool:
                 process.join()
                 connection.close()
 
-    def _start(self, rank: int, *more: Any) -> tuple[multiprocessing.process.BaseProcess, Connection]:
+    def _names(self, rank: int, world: int, port: int) -> dict[str, str]:
+        names = {"RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port, "LOCAL_RANK": 0 if self.gpu else rank}
+        if self.gpu:
+            names["NCCL_HOSTID"] = rank
+        return {name: str(value) for name, value in names.items()}
+
+    def _start(
+        self, names: dict[str, str], body: Callable[..., Any], arguments: tuple[Any, ...]
+    ) -> tuple[multiprocessing.process.BaseProcess, Connection]:
         ours, theirs = self.context.Pipe()
-        process = self.context.Process(target=_work, args=(theirs, rank, *more), daemon=True)
+        process = self.context.Process(target=_work, args=(theirs, names, body, arguments), daemon=True)
         process.start()
         theirs.close()
         return process, ours
@@ -70,24 +85,23 @@ def _collect(connections: list[Connection], timeout_s: float) -> list[Any]:
     return results
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def _work(
-    connection: Connection, rank: int, world: int, port: int, body: Callable[..., Any], arguments: tuple[Any, ...]
+    connection: Connection, names: dict[str, str], body: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> None:
     import torch
 
     torch.set_num_threads(1)
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
-    os.environ |= {name: str(value) for name, value in names.items()}
+    os.environ |= names
     try:
         answer = (body(*arguments), None)
     except Exception as error:
-        error.add_note(f"on rank {rank} of {world}:\n{traceback.format_exc()}")
+        error.add_note(f"on rank {names['RANK']} of {names['WORLD_SIZE']}:\n{traceback.format_exc()}")
         answer = (None, error)
     connection.send(answer)
     connection.close()

@@ -1,0 +1,283 @@
+"""One NVIDIA GPU: training steps of reference configurations, their memory against the plan, depth, and a save's stall.
+
+Latents are random and lie on the GPU: what is measured is the step. A step is forward, backward and AdamW of one
+micro-batch. `TFLOP/s` counts the model's own operations (three forwards' worth, nothing for recompute), `of matmul` is
+their rate as a share of that of one large bf16 matrix product on the same card in the same run. The peak is what
+torch's allocator handed out at once; `planned` is the total of the layout's table. diffusers' DiT-XL/2 trains under
+bf16 autocast with fp32 weights, as DiT did, in the same run. `stall` is how long training waits when a save begins, for
+the copy to pinned host memory; the first save takes that memory, too.
+
+Prints Markdown, writes benchmarks/results/gpu.json.
+
+    python benchmarks/gpu.py
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from rdm_scale import cost
+from rdm_scale.checkpoint import CheckpointDirectory, Saver
+from rdm_scale.config import CheckpointConfig, RunConfig, load_config, parse_config
+from rdm_scale.data.prefetch import TrainingBatch
+from rdm_scale.data.storage import Location
+from rdm_scale.diffusion import build_objective
+from rdm_scale.parallel.layout import Layout, memory_of_rank, plan
+from rdm_scale.parallel.mesh import Mesh, build_mesh
+from rdm_scale.parallel.parallelize import ParallelModel, parallelize
+from rdm_scale.training.ema import Ema
+from rdm_scale.training.optimizer import build_optimizer
+
+LINEAR = functional.linear  # DeepSpeed replaces it
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "gpu.json"
+GIB = 2**30
+# (configuration, samples of a micro-batch, recompute, ZeRO)
+STEPS = [
+    ("dit_xl", 64, "none", "3 kept"),
+    ("dit_xl", 64, "none", "3 by block"),
+    ("dit_xl", 64, "none", "1"),
+    ("dit_xl", 64, "selective", "3 kept"),
+    ("dit_xl", 64, "full", "3 kept"),
+    ("depth_1b", 48, "none", "3 kept"),
+    ("depth_3b", 16, "selective", "3 kept"),
+    ("latte_xl", 4, "none", "3 kept"),
+]
+DEPTHS = (28, 1000)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=6, help="timed steps of each row")
+    parser.add_argument("--only", default="", help="rows of the steps whose name contains this, and nothing else")
+    options = parser.parse_args()
+    result: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
+    result["matmul_tflops"] = matmul_tflops()
+    mesh = build_mesh(configuration("dit_s", 8, "none", "3 kept").parallel)
+    jobs: list[tuple[str, Callable[[], Any]]] = [
+        (" ".join(map(str, row)), partial(training, mesh, options.steps, *row)) for row in STEPS
+    ]
+    if not options.only:
+        jobs += [("diffusers dit_xl 64", partial(diffusers_training, options.steps, 64))]
+        jobs += [(f"{depth} blocks", partial(deep, mesh, options.steps, depth)) for depth in DEPTHS]
+        jobs += [("save", partial(saving, mesh))]
+    for name, job in jobs:
+        if options.only in name:
+            began = time.perf_counter()
+            result[name] = attempted(job)
+            print(f"{name}: {result[name]} ({time.perf_counter() - began:.0f} s)", flush=True)
+            RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    report(result)
+
+
+def attempted(job: Callable[[], Any]) -> Any:
+    """What a job measured, or why it could not: the next one is worth its time all the same."""
+    try:
+        return job()
+    except (RuntimeError, ImportError, OSError, ValueError) as error:
+        traceback.print_exc()
+        return {"error": str(error).splitlines()[0]}
+    finally:
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def matmul_tflops(size: int = 8192) -> float:
+    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    seconds = median_s(lambda: a @ b, 10)
+    return 2 * size**3 / seconds / 1e12
+
+
+def median_s(step: Callable[[], Any], repeats: int, warm_up: int = 3) -> float:
+    times = []
+    for number in range(warm_up + repeats):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        step()
+        torch.cuda.synchronize()
+        if number >= warm_up:
+            times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def configuration(name: str, samples: int, recompute: str, zero: str) -> RunConfig:
+    stage, _, gathering = zero.partition(" ")
+    kept = {"": "auto", "kept": "always", "by block": "never"}[gathering]
+    train = {"global_batch_size": samples, "micro_batch_size": samples, "precision": "bf16"}
+    parallel = {"recompute": recompute, "zero_stage": stage, "keep_gathered": kept}
+    overrides = [f"train.{k}={v}" for k, v in train.items()] + [f"parallel.{k}={v}" for k, v in parallel.items()]
+    return load_config(str(ROOT / "configs" / f"{name}.yaml"), overrides)
+
+
+def training(mesh: Mesh, steps: int, name: str, samples: int, recompute: str, zero: str) -> dict[str, Any]:
+    return measured(mesh, configuration(name, samples, recompute, zero), steps)
+
+
+def measured(mesh: Mesh, config: RunConfig, steps: int) -> dict[str, Any]:
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    began = time.perf_counter()
+    model, layout = built(mesh, config)
+    ema = Ema(model.zero.masters, 0.999)
+    started_s = time.perf_counter() - began
+    step = step_of(model, ema)
+    seconds = median_s(step, steps)
+    samples = config.train.global_batch_size
+    return {
+        "start_s": started_s,
+        "step_ms": 1e3 * seconds,
+        "samples_per_s": samples / seconds,
+        "tflops": 3 * cost.model_flops(config.model) * samples / seconds / 1e12,
+        "parameters": cost.model_parameters(config.model).total,
+        "peak_gib": (torch.cuda.max_memory_allocated() - before) / GIB,
+        "planned_gib": layout.stages[0].total / GIB,
+    }
+
+
+def built(mesh: Mesh, config: RunConfig) -> tuple[ParallelModel, Layout]:
+    layout = plan(config, 1, memory_of_rank(config))
+    return parallelize(config, mesh, layout, partial(build_optimizer, config.optimizer, config.model)), layout
+
+
+def step_of(model: ParallelModel, ema: Ema) -> Callable[[], None]:
+    config = model.config
+    objective = build_objective(config.diffusion, config.model.learned_variance)
+    batch = random_batch(config)
+    taken = 0
+
+    def inputs(batch: TrainingBatch) -> tuple[Tensor, Tensor, Any]:
+        x_t = objective.noised(batch.latents, batch.noise, batch.t)
+        return x_t, objective.model_timesteps(batch.t), batch.condition
+
+    def loss(prediction: Tensor, batch: TrainingBatch) -> Tensor:
+        x_t = objective.noised(batch.latents, batch.noise, batch.t)
+        return objective.loss(prediction, batch.latents, batch.noise, batch.t, x_t)
+
+    def step() -> None:
+        nonlocal taken
+        taken += 1
+        model.accumulate([batch], inputs, loss)
+        model.step(1e-4)
+        ema.update(model.zero.masters, taken)
+
+    return step
+
+
+def random_batch(config: RunConfig) -> TrainingBatch:
+    samples, size = config.train.global_batch_size, config.model.input
+    shape = (samples, size.channels, size.frames, size.height, size.width)
+    numbers = torch.arange(samples, device="cuda")
+    return TrainingBatch(
+        step=0,
+        positions=numbers,
+        ids=numbers,
+        latents=torch.randn(shape, device="cuda"),
+        noise=torch.randn(shape, device="cuda"),
+        t=torch.rand(samples, device="cuda") if config.diffusion.objective == "flow" else numbers.float(),
+        condition=numbers % config.model.num_classes if config.model.condition == "class" else None,
+    )
+
+
+def diffusers_training(steps: int, samples: int) -> dict[str, Any]:
+    from diffusers import DiTTransformer2DModel
+
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    of_deepspeed, functional.linear = functional.linear, LINEAR
+    model = DiTTransformer2DModel(
+        num_attention_heads=16, attention_head_dim=72, in_channels=4, out_channels=8, num_layers=28, sample_size=32,
+        patch_size=2, num_embeds_ada_norm=1000,
+    ).cuda()  # fmt: skip
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
+    latents, target = torch.randn(samples, 4, 32, 32, device="cuda"), torch.randn(samples, 8, 32, 32, device="cuda")
+    t, labels = (torch.arange(samples, device="cuda") for _ in range(2))
+
+    def step() -> None:
+        with torch.autocast("cuda", torch.bfloat16):
+            prediction = model(latents, t, labels).sample
+        ((prediction.float() - target) ** 2).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    seconds = median_s(step, steps)
+    functional.linear = of_deepspeed
+    flops = 3 * cost.model_flops(configuration("dit_xl", samples, "none", "3 kept").model)
+    return {
+        "step_ms": 1e3 * seconds,
+        "samples_per_s": samples / seconds,
+        "tflops": flops * samples / seconds / 1e12,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "peak_gib": (torch.cuda.max_memory_allocated() - before) / GIB,
+    }
+
+
+def deep(mesh: Mesh, steps: int, depth: int) -> dict[str, Any]:
+    """Many narrow blocks: what a block costs beside its arithmetic."""
+    tree = {
+        "model": {
+            "input": {"channels": 4, "height": 32, "width": 32},
+            "patch_size": [1, 2, 2],
+            "hidden_size": 384,
+            "num_heads": 6,
+            "depth": depth,
+            "num_classes": 1000,
+        },
+        "data": {"train": "none"},
+        "train": {"global_batch_size": 32, "micro_batch_size": 32, "precision": "bf16"},
+        "parallel": {"zero_stage": 3, "keep_gathered": "always", "recompute": "selective"},
+        "run": {"dir": "none"},
+    }
+    found = measured(mesh, parse_config(tree, "the benchmark"), steps)
+    return found | {"ms_a_block": found["step_ms"] / depth}
+
+
+def saving(mesh: Mesh) -> dict[str, Any]:
+    config = configuration("dit_xl", 16, "none", "3 kept")
+    model, _ = built(mesh, config)
+    ema = Ema(model.zero.masters, 0.999)
+    step = step_of(model, ema)
+    found: dict[str, Any] = {"bytes": 16 * cost.model_parameters(config.model).total}
+    with tempfile.TemporaryDirectory() as folder:
+        directory = CheckpointDirectory(Location(folder) / "checkpoints")
+        saver = Saver(directory, CheckpointConfig(keep=1), model.zero, ema.flats, mesh, print)
+        for number, name in enumerate(("first", "second"), start=1):
+            step()
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            saver.start({"step": number})
+            stalled_s = time.perf_counter() - began
+            saver.finish()
+            found[name] = {"stall_s": stalled_s, "save_s": time.perf_counter() - began}
+    return found
+
+
+def report(result: dict[str, Any]) -> None:
+    print(f"\n{result['gpu']}, torch {result['torch']}; matrix product {result['matmul_tflops']:.0f} TFLOP/s\n")
+    print("| run | parameters (M) | step (ms) | samples/s | TFLOP/s | of matmul | peak (GiB) | planned (GiB) |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name, row in result.items():
+        if isinstance(row, dict) and "tflops" in row:
+            share, planned = row["tflops"] / result["matmul_tflops"], row.get("planned_gib")
+            print(
+                f"| {name} | {row['parameters'] / 1e6:,.0f} | {row['step_ms']:.1f} | {row['samples_per_s']:.1f} "
+                f"| {row['tflops']:.0f} | {share:.0%} | {row['peak_gib']:.1f} | "
+                f"{'' if planned is None else f'{planned:.1f}'} |"
+            )
+    if "save" in result and "error" not in result["save"]:
+        print(f"\na save of {result['save']['bytes'] / 1e9:.1f} GB: {result['save']}")
+
+
+if __name__ == "__main__":
+    main()
