@@ -51,7 +51,7 @@ def build_optimizer(config: OptimizerConfig, model_config: ModelConfig, model: n
         }
         for (scale, decays), parameters in members.items()
     ]
-    if next(model.parameters()).is_cuda and importlib.util.find_spec("apex.optimizers"):
+    if next(model.parameters()).is_cuda and importlib.util.find_spec("apex"):
         from apex.optimizers import FusedAdam
 
         return FusedAdam(groups, lr=config.lr, betas=config.betas, eps=config.eps, adam_w_mode=True)
