@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.utils import combine_grad_norm_groups
 from deepspeed.runtime.zero import partitioned_param_coordinator
+from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -25,7 +26,7 @@ from rdm_scale.config import RunConfig
 
 _TESTED = "rdm_scale is tested with deepspeed 0.19.8"
 _METHODS: dict[type, tuple[str, ...]] = {
-    deepspeed.DeepSpeedEngine: ("_check_for_duplicates",),
+    deepspeed.DeepSpeedEngine: ("_check_for_duplicates", "_do_optimizer_sanity_check"),
     DeepSpeedZeroOptimizer_Stage3: (
         "clear_backward_seen_flag",
         "get_param_id",
@@ -70,6 +71,8 @@ if not hasattr(partitioned_param_coordinator, "assert_ints_same_as_other_ranks")
 partitioned_param_coordinator.assert_ints_same_as_other_ranks = lambda ints: None
 # It looks through all parameters for each parameter, minutes for a thousand blocks; ours are in one group each.
 deepspeed.DeepSpeedEngine._check_for_duplicates = lambda self, optimizer: None
+# For stage 1 in bf16 it would take another optimizer, with other buffers, than for stage 2 and for fp32.
+deepspeed.DeepSpeedEngine._do_optimizer_sanity_check = lambda self, optimizer: ZERO_OPTIMIZATION
 # It calls what torch has renamed, in every collective; the pinned versions go together.
 warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
 # On CPUs DeepSpeed would spend a minute compiling an all-reduce for inference, which training never calls.

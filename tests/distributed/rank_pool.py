@@ -91,9 +91,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _work(
-    connection: Connection, names: dict[str, str], body: Callable[..., Any], arguments: tuple[Any, ...]
-) -> None:
+def _work(connection: Connection, names: dict[str, str], body: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     import torch
 
     torch.set_num_threads(1)
