@@ -22,6 +22,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from rdm_scale.data.encoding.job import Job, encode
 from rdm_scale.data.encoding.planning import Bucket, Settings, inputs_digest, job_digest
 from rdm_scale.data.inputs import find_media
 from rdm_scale.data.storage import Location
+from rdm_scale.device import own_device
 
 RESULTS = Path(__file__).parent / "results" / "encoding.json"
 JPEG_SIZE = (384, 512)  # height and width: cropped and resized to the size that is encoded
@@ -49,6 +51,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=4)
     options = parser.parse_args()
     result: dict[str, Any] = vars(options) | {"cores": os.cpu_count(), "torch": torch.__version__}
+    result["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     result["threads"] = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -82,9 +85,10 @@ def save_vae(name: str, folder: Path) -> None:
 def write_jpegs(folder: Path, count: int) -> None:
     """Smooth noise, which is about as large as a photograph: 80 KB."""
     folder.mkdir()
-    rng = np.random.default_rng(0)
     height, width = JPEG_SIZE
-    for i in range(count):
+
+    def write(i: int) -> None:
+        rng = np.random.default_rng(i)
         coarse = Image.fromarray(rng.integers(0, 256, (height // 8, width // 8, 3), np.uint8))
         pixels = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), np.int16)
         noisy = (pixels + rng.integers(-12, 13, pixels.shape)).clip(0, 255).astype(np.uint8)
@@ -92,11 +96,14 @@ def write_jpegs(folder: Path, count: int) -> None:
         Image.fromarray(noisy).save(content, "JPEG", quality=90)
         (folder / f"{i:06d}.jpg").write_bytes(content.getvalue())
 
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(write, range(count)))
+
 
 def job_of(images: Path, vae: Path, output: Path, options: argparse.Namespace) -> Job:
     source = find_media(str(images))
     settings = Settings((Bucket(1, options.size, options.size),), batch_size=options.batch_size)
-    codec = load_codec(str(vae))
+    codec = load_codec(str(vae), own_device())
     digest = job_digest(inputs_digest(source, settings), codec=codec.record.model_dump_json(), text="None")
     return Job(source, settings, codec, None, Location(output), None, digest, max_rejected=0.0)
 
@@ -134,7 +141,10 @@ def stages(job: Job) -> Iterator[dict[str, list[float]]]:
         def call(*arguments: Any, **options: Any) -> Any:
             wall, cpu = time.perf_counter(), time.thread_time()
             try:
-                return function(*arguments, **options)
+                result = function(*arguments, **options)
+                if name == "VAE" and torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                return result
             finally:
                 with lock:
                     spent[name][0] += time.perf_counter() - wall
