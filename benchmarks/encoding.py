@@ -146,9 +146,11 @@ def stages(job: Job) -> Iterator[dict[str, list[float]]]:
                     torch.cuda.synchronize()
                 return result
             finally:
+                elsewhere = threading.current_thread() is not threading.main_thread()
+                stage = "putting batches together" if name == "waiting for pixels" and elsewhere else name
                 with lock:
-                    spent[name][0] += time.perf_counter() - wall
-                    spent[name][1] += time.thread_time() - cpu
+                    spent[stage][0] += time.perf_counter() - wall
+                    spent[stage][1] += time.thread_time() - cpu
 
         return call
 
@@ -158,6 +160,7 @@ def stages(job: Job) -> Iterator[dict[str, list[float]]]:
         (worker.Worker, "_write", "packing and writing"),
         (worker.Statistics, "add", "statistics"),
         (worker.Future, "result", "waiting for pixels"),
+        (worker.Worker, "_together", "putting batches together"),
     ]
     originals = [getattr(owner, attribute) for owner, attribute, _ in wrapped]
     for (owner, attribute, name), original in zip(wrapped, originals, strict=True):

@@ -1,4 +1,5 @@
-"""One rank's part of an encoding: pixels are loaded in threads, encoded here, and packed and written in one more.
+"""One rank's part of an encoding: pixels are loaded in threads and put together in another, encoded here, and packed
+and written in one more.
 
 The codec is what an encoding waits for; everything else happens beside it.
 """
@@ -7,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import count
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +27,16 @@ from rdm_scale.errors import DataError
 _BATCHES_AHEAD = 2
 _SHARDS_UNWRITTEN = 2  # that may wait for the writing thread
 
-Batch = list[tuple[Item, "Future[Tensor]"]]
+
+class Batch(NamedTuple):
+    """What could be loaded of some items, where the codec is, and why others could not, by their place among all."""
+
+    items: list[Item]
+    pixels: Tensor | None  # [B, 3, T, H, W]
+    rejected: list[tuple[int, str]]
+
+    def __len__(self) -> int:
+        return len(self.items) + len(self.rejected)
 
 
 @dataclass
@@ -79,6 +89,8 @@ class Worker:
     ) -> None:
         self.source, self.settings, self.codec, self.text = source, settings, codec, text
         self._folder_of = folder_of
+        # On a GPU pixels arrive while the codec works: on the stream of its kernels they would wait for these.
+        self._arrivals = torch.cuda.Stream(codec.device) if codec.device.type == "cuda" else None
 
     def run(
         self,
@@ -100,8 +112,12 @@ class Worker:
         def finish(planned: PlannedShard, encoded: ShardLatents) -> None:
             written(planned, self._write(planned, encoded))
 
-        with ThreadPoolExecutor(READERS, "pixels") as readers, ThreadPoolExecutor(1, "shards") as writer:
-            batches = self._loading(shards, readers)
+        with (
+            ThreadPoolExecutor(READERS, "pixels") as readers,
+            ThreadPoolExecutor(1, "batches") as gatherer,
+            ThreadPoolExecutor(1, "shards") as writer,
+        ):
+            batches = self._loading(shards, readers, gatherer)
             unwritten: deque[Future[None]] = deque()
             try:
                 for planned in shards:
@@ -111,36 +127,55 @@ class Worker:
                 for pending in unwritten:
                     pending.result()
             except BaseException:
+                gatherer.shutdown(wait=False, cancel_futures=True)
                 readers.shutdown(wait=False, cancel_futures=True)
                 writer.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def _loading(self, shards: Sequence[PlannedShard], readers: ThreadPoolExecutor) -> Iterator[Batch]:
+    def _loading(
+        self, shards: Sequence[PlannedShard], readers: ThreadPoolExecutor, gatherer: ThreadPoolExecutor
+    ) -> Iterator[Batch]:
         """The batches of all shards in turn; while one is in use the next ones are being loaded."""
-        loading: deque[Batch] = deque()
+        loading: deque[Future[Batch]] = deque()
         for shard in shards:
             for items in shard.batches(self.settings.batch_size):
-                loading.append(
-                    [(item, readers.submit(load, self.source, item, shard.bucket, self.settings)) for item in items]
-                )
+                each = [readers.submit(load, self.source, item, shard.bucket, self.settings) for item in items]
+                loading.append(gatherer.submit(self._gather, items, each))
                 if len(loading) > _BATCHES_AHEAD:
-                    yield loading.popleft()
-        yield from loading
+                    yield loading.popleft().result()
+        yield from (batch.result() for batch in loading)
+
+    def _gather(self, items: Sequence[Item], loading: "Sequence[Future[Tensor]]") -> Batch:
+        kept, pixels, rejected = [], [], []
+        for place, (item, each) in enumerate(zip(items, loading, strict=True)):
+            try:
+                pixels.append(each.result())
+                kept.append(item)
+            except DataError as error:
+                rejected.append((place, str(error)))
+        return Batch(kept, self._together(pixels) if pixels else None, rejected)
+
+    def _together(self, pixels: Sequence[Tensor]) -> Tensor:
+        """One tensor where the codec is. Its memory may be used again once the latents made of it are on the CPU."""
+        if self._arrivals is None:
+            return torch.stack([*pixels])
+        pinned = torch.empty(len(pixels), *pixels[0].shape, pin_memory=True)
+        torch.stack([*pixels], out=pinned)
+        with torch.cuda.stream(self._arrivals):
+            there = pinned.to(self.codec.device, non_blocking=True)
+        self._arrivals.synchronize()
+        return there
 
     def _encode(self, shard: PlannedShard, batches: Iterator[Batch], progress: Callable[[int], object]) -> ShardLatents:
         encoded = ShardLatents()
-        numbers = count()
+        seen = 0
         for _ in shard.batches(self.settings.batch_size):
-            batch, pixels = next(batches), []
-            for item, loading in batch:
-                number = next(numbers)
-                try:
-                    pixels.append(loading.result())
-                    encoded.items.append(item)
-                except DataError as error:
-                    encoded.rejected.append(Rejected(number, str(error)))
-            if pixels:
-                latents = self._latents(encoded.items[-len(pixels) :], torch.stack(pixels))
+            batch = next(batches)
+            encoded.items += batch.items
+            encoded.rejected += (Rejected(seen + place, reason) for place, reason in batch.rejected)
+            seen += len(batch)
+            if batch.pixels is not None:
+                latents = self._latents(batch.items, batch.pixels)
                 encoded.latents.append(latents)
                 encoded.statistics.add(latents, self.codec.record, self.settings.kind)
             progress(len(batch))
