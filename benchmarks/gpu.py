@@ -7,18 +7,19 @@ torch's allocator handed out at once; `planned` is the total of the layout's tab
 bf16 autocast with fp32 weights, as DiT did, in the same run. `stall` is how long training waits when a save begins, for
 the copy to pinned host memory; the first save takes that memory, too.
 
-Prints Markdown, writes benchmarks/results/gpu.json.
+Each row is a process of its own, since DeepSpeed keeps what a process has trained. Prints Markdown, writes
+benchmarks/results/gpu.json.
 
     python benchmarks/gpu.py
 """
 
 import argparse
-import gc
 import json
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+from tqdm import tqdm
 
 from rdm_scale import cost
 from rdm_scale.checkpoint import CheckpointDirectory, Saver
@@ -40,7 +41,6 @@ from rdm_scale.parallel.parallelize import ParallelModel, parallelize
 from rdm_scale.training.ema import Ema
 from rdm_scale.training.optimizer import build_optimizer
 
-LINEAR = functional.linear  # DeepSpeed replaces it
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "gpu.json"
 GIB = 2**30
@@ -48,12 +48,11 @@ GIB = 2**30
 STEPS = [
     ("dit_xl", 64, "none", "3 kept"),
     ("dit_xl", 64, "none", "3 by block"),
-    ("dit_xl", 64, "none", "1"),
     ("dit_xl", 64, "selective", "3 kept"),
     ("dit_xl", 64, "full", "3 kept"),
     ("depth_1b", 48, "none", "3 kept"),
-    ("depth_3b", 16, "selective", "3 kept"),
     ("latte_xl", 4, "none", "3 kept"),
+    ("depth_3b", 16, "selective", "3 kept"),
 ]
 DEPTHS = (28, 1000)
 
@@ -61,37 +60,38 @@ DEPTHS = (28, 1000)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=6, help="timed steps of each row")
-    parser.add_argument("--only", default="", help="rows of the steps whose name contains this, and nothing else")
+    parser.add_argument("--only", default="", help="measure rows whose name contains this, and keep the others")
+    parser.add_argument("--row", help=argparse.SUPPRESS)  # in the process of one row
     options = parser.parse_args()
-    result: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
-    result["matmul_tflops"] = matmul_tflops()
-    mesh = build_mesh(configuration("dit_s", 8, "none", "3 kept").parallel)
-    jobs: list[tuple[str, Callable[[], Any]]] = [
-        (" ".join(map(str, row)), partial(training, mesh, options.steps, *row)) for row in STEPS
-    ]
-    if not options.only:
-        jobs += [("diffusers dit_xl 64", partial(diffusers_training, options.steps, 64))]
-        jobs += [(f"{depth} blocks", partial(deep, mesh, options.steps, depth)) for depth in DEPTHS]
-        jobs += [("save", partial(saving, mesh))]
-    for name, job in jobs:
-        if options.only in name:
-            began = time.perf_counter()
-            result[name] = attempted(job)
-            print(f"{name}: {result[name]} ({time.perf_counter() - began:.0f} s)", flush=True)
-            RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    rows = jobs(options.steps)
+    if options.row:
+        print("@" + json.dumps(rows[options.row]()))
+        return
+    result = json.loads(RESULTS.read_text()) if options.only and RESULTS.exists() else {}
+    result |= {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
+    for name in tqdm([name for name in rows if options.only in name], unit="row"):
+        result[name] = of_a_process(name, options.steps)
+        RESULTS.write_text(json.dumps(result, indent=1) + "\n")
     report(result)
 
 
-def attempted(job: Callable[[], Any]) -> Any:
-    """What a job measured, or why it could not: the next one is worth its time all the same."""
-    try:
-        return job()
-    except (RuntimeError, ImportError, OSError, ValueError) as error:
-        traceback.print_exc()
-        return {"error": str(error).splitlines()[0]}
-    finally:
-        gc.collect()
-        torch.cuda.empty_cache()
+def jobs(steps: int) -> dict[str, Callable[[], Any]]:
+    """What is measured, by row."""
+    rows: dict[str, Callable[[], Any]] = {"matrix product": lambda: {"tflops": matmul_tflops()}}
+    rows |= {" ".join(map(str, row)): partial(training, steps, *row) for row in STEPS}
+    rows |= {"diffusers dit_xl 64": partial(diffusers_training, steps, 64)}
+    rows |= {f"{depth} blocks": partial(deep, steps, depth) for depth in DEPTHS}
+    return rows | {"save": saving}
+
+
+def of_a_process(name: str, steps: int) -> dict[str, Any]:
+    """What a row measured, or why it could not: the next one is worth its time all the same."""
+    command = [sys.executable, __file__, "--steps", str(steps), "--row", name]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    answers = [line for line in done.stdout.splitlines() if line.startswith("@")]
+    if done.returncode == 0 and answers:
+        return dict(json.loads(answers[-1][1:]))
+    return {"error": (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]}
 
 
 def matmul_tflops(size: int = 8192) -> float:
@@ -121,13 +121,12 @@ def configuration(name: str, samples: int, recompute: str, zero: str) -> RunConf
     return load_config(str(ROOT / "configs" / f"{name}.yaml"), overrides)
 
 
-def training(mesh: Mesh, steps: int, name: str, samples: int, recompute: str, zero: str) -> dict[str, Any]:
-    return measured(mesh, configuration(name, samples, recompute, zero), steps)
+def training(steps: int, name: str, samples: int, recompute: str, zero: str) -> dict[str, Any]:
+    return measured(configuration(name, samples, recompute, zero), steps)
 
 
-def measured(mesh: Mesh, config: RunConfig, steps: int) -> dict[str, Any]:
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+def measured(config: RunConfig, steps: int) -> dict[str, Any]:
+    mesh = build_mesh(config.parallel)
     began = time.perf_counter()
     model, layout = built(mesh, config)
     ema = Ema(model.zero.masters, 0.999)
@@ -141,7 +140,7 @@ def measured(mesh: Mesh, config: RunConfig, steps: int) -> dict[str, Any]:
         "samples_per_s": samples / seconds,
         "tflops": 3 * cost.model_flops(config.model) * samples / seconds / 1e12,
         "parameters": cost.model_parameters(config.model).total,
-        "peak_gib": (torch.cuda.max_memory_allocated() - before) / GIB,
+        "peak_gib": torch.cuda.max_memory_allocated() / GIB,
         "planned_gib": layout.stages[0].total / GIB,
     }
 
@@ -193,9 +192,6 @@ def random_batch(config: RunConfig) -> TrainingBatch:
 def diffusers_training(steps: int, samples: int) -> dict[str, Any]:
     from diffusers import DiTTransformer2DModel
 
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    of_deepspeed, functional.linear = functional.linear, LINEAR
     model = DiTTransformer2DModel(
         num_attention_heads=16, attention_head_dim=72, in_channels=4, out_channels=8, num_layers=28, sample_size=32,
         patch_size=2, num_embeds_ada_norm=1000,
@@ -212,25 +208,24 @@ def diffusers_training(steps: int, samples: int) -> dict[str, Any]:
         optimizer.zero_grad()
 
     seconds = median_s(step, steps)
-    functional.linear = of_deepspeed
     flops = 3 * cost.model_flops(configuration("dit_xl", samples, "none", "3 kept").model)
     return {
         "step_ms": 1e3 * seconds,
         "samples_per_s": samples / seconds,
         "tflops": flops * samples / seconds / 1e12,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "peak_gib": (torch.cuda.max_memory_allocated() - before) / GIB,
+        "peak_gib": torch.cuda.max_memory_allocated() / GIB,
     }
 
 
-def deep(mesh: Mesh, steps: int, depth: int) -> dict[str, Any]:
+def deep(steps: int, depth: int) -> dict[str, Any]:
     """Many narrow blocks: what a block costs beside its arithmetic."""
     tree = {
         "model": {
             "input": {"channels": 4, "height": 32, "width": 32},
             "patch_size": [1, 2, 2],
-            "hidden_size": 384,
-            "num_heads": 6,
+            "hidden_size": 192,
+            "num_heads": 3,
             "depth": depth,
             "num_classes": 1000,
         },
@@ -239,12 +234,13 @@ def deep(mesh: Mesh, steps: int, depth: int) -> dict[str, Any]:
         "parallel": {"zero_stage": 3, "keep_gathered": "always", "recompute": "selective"},
         "run": {"dir": "none"},
     }
-    found = measured(mesh, parse_config(tree, "the benchmark"), steps)
+    found = measured(parse_config(tree, "the benchmark"), steps)
     return found | {"ms_a_block": found["step_ms"] / depth}
 
 
-def saving(mesh: Mesh) -> dict[str, Any]:
+def saving() -> dict[str, Any]:
     config = configuration("dit_xl", 16, "none", "3 kept")
+    mesh = build_mesh(config.parallel)
     model, _ = built(mesh, config)
     ema = Ema(model.zero.masters, 0.999)
     step = step_of(model, ema)
@@ -264,18 +260,22 @@ def saving(mesh: Mesh) -> dict[str, Any]:
 
 
 def report(result: dict[str, Any]) -> None:
-    print(f"\n{result['gpu']}, torch {result['torch']}; matrix product {result['matmul_tflops']:.0f} TFLOP/s\n")
+    ceiling = result["matrix product"]["tflops"]
+    print(f"\n{result['gpu']}, torch {result['torch']}; matrix product {ceiling:.0f} TFLOP/s\n")
     print("| run | parameters (M) | step (ms) | samples/s | TFLOP/s | of matmul | peak (GiB) | planned (GiB) |")
     print("|---|---|---|---|---|---|---|---|")
     for name, row in result.items():
-        if isinstance(row, dict) and "tflops" in row:
-            share, planned = row["tflops"] / result["matmul_tflops"], row.get("planned_gib")
+        if isinstance(row, dict) and "step_ms" in row:
+            share, planned = row["tflops"] / ceiling, row.get("planned_gib")
             print(
                 f"| {name} | {row['parameters'] / 1e6:,.0f} | {row['step_ms']:.1f} | {row['samples_per_s']:.1f} "
                 f"| {row['tflops']:.0f} | {share:.0%} | {row['peak_gib']:.1f} | "
                 f"{'' if planned is None else f'{planned:.1f}'} |"
             )
-    if "save" in result and "error" not in result["save"]:
+    for name, row in result.items():
+        if isinstance(row, dict) and "error" in row:
+            print(f"\n{name} could not be measured: {row['error']}")
+    if "stall_s" in result.get("save", {}).get("second", {}):
         print(f"\na save of {result['save']['bytes'] / 1e9:.1f} GB: {result['save']}")
 
 

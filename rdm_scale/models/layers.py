@@ -44,8 +44,8 @@ def slice_of(parameter: Any) -> Slice:
 class Linear(nn.Linear):
     """nn.Linear over rows: always one matrix product that takes the bias with it.
 
-    Under ZeRO-3 DeepSpeed replaces F.linear by a version that, for more than two dimensions, adds the bias in place to
-    the product. Selective recompute keeps products, and would add it to them a second time.
+    Under ZeRO-3 by block DeepSpeed replaces F.linear by a version that, for more than two dimensions, adds the bias in
+    place to the product. Selective recompute keeps products, and would add it to them a second time.
     """
 
     def forward(self, input: Tensor) -> Tensor:
