@@ -12,7 +12,9 @@ once. Rates are of CPU time of all threads (other tenants of the machine hardly 
 medians and all rounds are in the JSON.
 
 S3: a SeaweedFS server on loopback with chunks of 1 MB, wall time, ours with checksums beside one streaming GET an
-object by the standard library's HTTP client; and the CPU time that server and client take for a MB.
+object by the standard library's HTTP client; and the CPU time that server and client take for a MB. A batch of 256
+draws from 256 runs of up to 4 MiB at a time: a set of 512 MiB is all read before the first batch, and all of its
+batches are made after the last read; in one of 2 GiB the two go on side by side, as in the midst of a long run.
 First batch: its time and the shards that it opens, at step 0 and at step 100,000.
 
 MDS and litdata need an environment of their own, `--peers-venv`; without it the script prints how to make one. Prints
@@ -82,7 +84,8 @@ IMAGES = Kind(
 )
 # The server reads a whole chunk for any range of it, and makes them of 4 MB unless it is told otherwise.
 SERVER = ("-filer.maxMB=1",)
-IMAGES_IN_LARGE_MEMBERS = replace(IMAGES, samples_per_member=512, members_per_shard=8)
+MORE_IMAGES = replace(IMAGES, samples=2**18)
+MORE_IN_LARGE_MEMBERS = replace(MORE_IMAGES, samples_per_member=512, members_per_shard=8)
 VIDEOS = Kind(
     1024,
     (16, 16, 32, 32),
@@ -97,7 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peers-venv", type=Path, help="environment with MDS and litdata")
-    parser.add_argument("--dir", type=Path, help="folder for about 5 GB of data (default: the system's temporary)")
+    parser.add_argument("--dir", type=Path, help="folder for about 7 GB of data (default: the system's temporary)")
     parser.add_argument("--share", type=float, default=1.0, help="of the samples, to try it out")
     options = parser.parse_args()
     if options.peers_venv is None:
@@ -231,7 +234,12 @@ def remote(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     result = {}
     with S3Server(folder, options=SERVER) as server:
         os.environ.update(server.environment())
-        kinds = {"images": IMAGES, "images, large members": IMAGES_IN_LARGE_MEMBERS, "videos": VIDEOS}
+        kinds = {
+            "images, 0.5 GiB": IMAGES,
+            "images, 2 GiB": MORE_IMAGES,
+            "images, 2 GiB, large members": MORE_IN_LARGE_MEMBERS,
+            "videos, 0.5 GiB": VIDEOS,
+        }
         for i, (name, kind) in enumerate(kinds.items()):
             samples = max(1, round(kind.samples * options.share) // kind.batch) * kind.batch
             url = f"s3://latents/{i}"
@@ -295,8 +303,10 @@ def plot(result: dict[str, Any]) -> None:
         values = [result["s3"][name]["mb_s"][loader] for name in sets]
         at = [place + 0.4 * i for place in range(len(sets))]
         axes[2].bar(at, values, 0.38, label=loader, color="tab:red" if loader == "ours" else "0.6")
-    axes[2].set(title="from S3 on loopback", ylabel="MB/s of wall time", xticks=[0.2, 1.2, 2.2])
-    axes[2].set_xticklabels([name.replace(", ", ",\n") for name in sets], fontsize=8)
+    axes[2].set(
+        title="from S3 on loopback", ylabel="MB/s of wall time", xticks=[place + 0.2 for place in range(len(sets))]
+    )
+    axes[2].set_xticklabels([name.replace(", ", ",\n") for name in sets], fontsize=6)
     axes[2].margins(y=0.35)  # for the legend
     axes[2].legend(fontsize=8)
     figure.tight_layout()
