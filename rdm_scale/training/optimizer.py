@@ -3,6 +3,7 @@
 import importlib.util
 import math
 from collections import defaultdict
+from typing import Any
 
 import torch
 from torch import nn
@@ -51,8 +52,15 @@ def build_optimizer(config: OptimizerConfig, model_config: ModelConfig, model: n
         }
         for (scale, decays), parameters in members.items()
     ]
-    if next(model.parameters()).is_cuda and importlib.util.find_spec("apex"):
-        from apex.optimizers import FusedAdam
-
-        return FusedAdam(groups, lr=config.lr, betas=config.betas, eps=config.eps, adam_w_mode=True)
+    if next(model.parameters()).is_cuda and (fused_adam := apex_adam()):
+        return fused_adam(groups, lr=config.lr, betas=config.betas, eps=config.eps, adam_w_mode=True)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def apex_adam() -> Any:
+    """The class of NVIDIA apex; None where that is not installed. (Another `apex` is on PyPI, without optimizers.)"""
+    if importlib.util.find_spec("apex") is None or importlib.util.find_spec("apex.optimizers") is None:
+        return None
+    from apex.optimizers import FusedAdam
+
+    return FusedAdam

@@ -1,10 +1,14 @@
 """The learning rate against its closed form, and which parameters decay."""
 
+import importlib
+import sys
+from pathlib import Path
+
 import pytest
 
 from rdm_scale.config import InputConfig, ModelConfig, OptimizerConfig
 from rdm_scale.models import build_model
-from rdm_scale.training.optimizer import build_optimizer, learning_rate
+from rdm_scale.training.optimizer import apex_adam, build_optimizer, learning_rate
 
 
 def test_warm_up_is_linear_from_the_first_step() -> None:
@@ -54,3 +58,20 @@ def test_groups_have_the_rates_of_a_model_with_a_base() -> None:
         group = named[name]
         assert (group["lr"], group["weight_decay"], group["eps"]) == pytest.approx((lr, decay, eps)), name
         assert group["lr_scale"] == pytest.approx(lr / 0.1)
+
+
+def test_the_adam_of_apex_where_apex_is_nvidias(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the package, with the one of PyPI that has no optimizers, and with NVIDIA's."""
+    monkeypatch.syspath_prepend(tmp_path)
+    assert apex_adam() is None
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex" / "__init__.py").touch()
+    importlib.invalidate_caches()
+    try:
+        assert apex_adam() is None
+        (tmp_path / "apex" / "optimizers.py").write_text("class FusedAdam: pass\n")
+        importlib.invalidate_caches()
+        assert apex_adam().__name__ == "FusedAdam"
+    finally:
+        for name in ("apex", "apex.optimizers"):
+            sys.modules.pop(name, None)
