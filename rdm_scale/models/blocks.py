@@ -47,6 +47,13 @@ class QueryKeyNorm(nn.Module):
         return _rms_norm(q, q_scale), _rms_norm(k, k_scale)
 
 
+class DotProductAttention(nn.Module):
+    """softmax(q k^T / sqrt(d)) v over the last dimension but one; a module, so that recompute can tell it apart."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention over all tokens, over those of a frame, or over those of a place in all frames.
 
@@ -58,6 +65,7 @@ class Attention(nn.Module):
         self.among = among
         self.head_size = config.head_size
         self.qkv = layers.column(config.hidden_size, 3 * config.hidden_size)
+        self.attend = DotProductAttention()
         self.out: Any = layers.row(config.hidden_size, config.hidden_size)
         self.norm = QueryKeyNorm(config, layers) if config.qk_norm else None
 
@@ -79,7 +87,7 @@ class Attention(nn.Module):
         if side.rotation is not None:
             rotation = side.rotation.view(2, frames, S // frames, 1, -1)
             q, k = rotated(q, rotation), rotated(k, rotation)
-        heads = F.scaled_dot_product_attention(*(x.permute(order) for x in (q, k, v)))
+        heads = self.attend(*(x.permute(order) for x in (q, k, v)))
         back = (2, 0, 1, 3) if self.among == "time" else (0, 2, 1, 3)
         return self.out(heads.permute(back).reshape(S, B, -1))
 
@@ -92,6 +100,7 @@ class CrossAttention(nn.Module):
         self.head_size = config.head_size
         self.q = layers.column(config.hidden_size, config.hidden_size)
         self.kv = layers.column(config.text.width, 2 * config.hidden_size, whole=True)
+        self.attend = DotProductAttention()
         self.out: Any = layers.row(config.hidden_size, config.hidden_size)
         self.norm = QueryKeyNorm(config, layers) if config.qk_norm else None
 
@@ -109,8 +118,8 @@ class CrossAttention(nn.Module):
         k, v = kv.unflatten(2, (-1, 2, self.head_size)).unbind(3)
         if self.norm is not None:
             q, k = self.norm(q, k)
-        heads_BHSd = F.scaled_dot_product_attention(
-            q.permute(1, 2, 0, 3), k.transpose(1, 2), v.transpose(1, 2), attn_mask=side.text.mask[:, None, None]
+        heads_BHSd = self.attend(
+            q.permute(1, 2, 0, 3), k.transpose(1, 2), v.transpose(1, 2), side.text.mask[:, None, None]
         )
         return self.out(heads_BHSd.permute(2, 0, 1, 3).flatten(2))
 
