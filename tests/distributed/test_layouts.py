@@ -46,6 +46,20 @@ def test_full_matrix(ranks: RankPool, reference: Reference, data: str, tmp_path:
         worst.check()
 
 
+@pytest.mark.full
+@pytest.mark.timeout(1200)
+def test_layouts_in_bf16(ranks: RankPool, reference: Reference, data: str, tmp_path: Path) -> None:
+    """All come out alike: a product rounds to 2^-9, and what is a mean of many differs by far less."""
+    for number, case in enumerate(COVERING):
+        residual = ("fp32", "bf16")[number % 2]
+        changes = case.changes() | {"train__precision": "bf16", "train__residual_dtype": residual}
+        config = run_config(tmp_path / str(number), data, **changes)
+        ranks.run(case.world, train, config)
+        for record, loss, norm in zip(metrics(config.run.dir), reference.losses, reference.norms, strict=True):
+            assert record["loss"] == pytest.approx(loss, rel=2e-3), (case, residual)
+            assert record["grad_norm"] == pytest.approx(norm, rel=2e-2), (case, residual)
+
+
 def report(found: dict[Case, Deviation]) -> str:
     lines = [
         "# Parity of layouts",

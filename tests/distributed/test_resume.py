@@ -63,6 +63,17 @@ def test_weights_and_averages_are_those_of_the_uninterrupted_run(
             assert torch.equal(parameter, expected[name]), (kind, name)
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_in_bf16_too(ranks: RankPool, data: dict[str, str], tmp_path: Path, stage: int) -> None:
+    """What forwards compute with is made anew of the fp32 masters."""
+    same = {"train__precision": "bf16", "parallel__zero_stage": stage, "train__micro_batch_size": 2}
+    for name, stops in (("whole", [6]), ("parts", [3, 6])):
+        for steps in stops:
+            config = run_config(tmp_path / name, data["data__train"], **same, train__steps=steps)
+            ranks.run(2, train, config)
+    assert metrics(tmp_path / "parts" / "run") == metrics(tmp_path / "whole" / "run")
+
+
 @pytest.mark.full
 def test_interrupted_after_any_step(
     ranks: RankPool, uninterrupted: list[dict], data: dict[str, str], tmp_path: Path

@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +27,8 @@ _BATCHES_AHEAD = 2
 _SHARDS_UNWRITTEN = 2  # that may wait for the writing thread
 
 
-class Batch(NamedTuple):
+@dataclass(frozen=True)
+class Batch:
     """What could be loaded of some items, where the codec is, and why others could not, by their place among all."""
 
     items: list[Item]
