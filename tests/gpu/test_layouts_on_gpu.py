@@ -11,6 +11,7 @@ from small_runs import add_captions, metrics, run_config, train, write_latents
 
 from rdm_scale.config import RunConfig
 
+pytestmark = pytest.mark.gpu
 SMALL = MODEL | {"model__depth": 4, "train__steps": 5}
 CASES = {
     1: [

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from rank_pool import RankPool
@@ -13,6 +14,7 @@ from small_runs import run_config, train, write_latents
 
 from rdm_scale.data.codecs import load_codec
 
+pytestmark = pytest.mark.gpu
 TOOLS = Path(__file__).parents[2] / "tools"
 
 
