@@ -7,8 +7,7 @@ step of 1,000 blocks for each 1,000 / 28 steps of 28. Of each its fastest turn c
 machine can only add to it), beside the median of CPU time. `superlinear` is the cost of a block at 1,000 blocks over
 that at 28, ours over plain PyTorch's. Start-up is `parallelize` at several depths, once each.
 
-DeepSpeed replaces `torch.nn.functional.linear` for the whole process by a version for sharded weights; the plain loop
-gets the original back for its turns. Prints Markdown and writes benchmarks/results/depth.json.
+Prints Markdown and writes benchmarks/results/depth.json.
 
     OMP_NUM_THREADS=1 python benchmarks/depth.py --rounds 5
 """
@@ -26,7 +25,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from tqdm import tqdm
 
 from rdm_scale.config import RunConfig, parse_config
@@ -37,7 +35,6 @@ from rdm_scale.parallel.mesh import Mesh, build_mesh
 from rdm_scale.parallel.parallelize import ParallelModel, parallelize
 from rdm_scale.training.optimizer import build_optimizer
 
-LINEAR = functional.linear
 RESULTS = Path(__file__).parent / "results" / "depth.json"
 SHALLOW, DEEP = 28, 1000
 STARTED = (28, 250, 500, 1000)  # depths whose start-up is timed
@@ -116,9 +113,7 @@ def plain(config: RunConfig) -> Step:
     optimizer = build_optimizer(config.optimizer, config.model, model)
 
     def step() -> None:
-        of_deepspeed, functional.linear = functional.linear, LINEAR
         loss_of(model(*inputs_of(batch)), batch).mean().backward()
-        functional.linear = of_deepspeed
         optimizer.step()
         optimizer.zero_grad()
 

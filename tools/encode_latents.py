@@ -210,7 +210,6 @@ def encode(options: argparse.Namespace) -> None:
 
 def _job(options: argparse.Namespace, speaks: bool) -> "Job":
     """Looks at the input and loads the models; what is wrong with the folders is said before that takes its time."""
-
     from rdm_scale.data.codecs import load_codec
     from rdm_scale.data.encoding.job import Job, check_output
     from rdm_scale.data.encoding.planning import Bucket, Settings, inputs_digest, job_digest
