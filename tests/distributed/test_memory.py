@@ -70,6 +70,21 @@ def state_of(config: RunConfig) -> tuple[int, int, int]:
     return measured[-1], stage.state.total - stage.state.average, int(stage.working)
 
 
+def uses_torchs_linear(config: RunConfig) -> bool:
+    own = torch.nn.functional.linear
+    parallel_model(config)
+    return torch.nn.functional.linear is own
+
+
+@pytest.mark.parametrize(("keep_gathered", "torchs"), [("always", True), ("never", False)])
+def test_by_block_no_layer_keeps_a_whole_weight_for_its_backward(
+    ranks: RankPool, tmp_path: Path, keep_gathered: str, torchs: bool
+) -> None:
+    """torch's would: it saves the weight's transpose. Where all weights stay whole it is used, being the faster one."""
+    config = run_config(tmp_path, "none", parallel__keep_gathered=keep_gathered)
+    assert ranks.run(2, uses_torchs_linear, config) == [torchs, torchs]
+
+
 @pytest.mark.parametrize(
     ("world", "changes"),
     [

@@ -1,0 +1,32 @@
+"""Which device a process takes, on machines with as many GPUs as the test says."""
+
+import pytest
+import torch
+
+from rdm_scale.device import own_device
+from rdm_scale.errors import ConfigError
+
+
+def set_gpus(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: number > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: number)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "local_rank", "expected"), [(0, None, "cpu"), (0, "3", "cpu"), (2, None, "cuda:0"), (2, "1", "cuda:1")]
+)
+def test_a_gpu_each_or_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, local_rank: str | None, expected: str
+) -> None:
+    set_gpus(monkeypatch, gpus)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if local_rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+    assert own_device() == torch.device(expected)
+
+
+def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_gpus(monkeypatch, 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ConfigError, match=r"2 GPUs .* more ranks: start one rank a GPU, or set CUDA_VISIBLE_DEVICES="):
+        own_device()
