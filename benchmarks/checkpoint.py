@@ -39,9 +39,9 @@ from rdm_scale.checkpoint.saving import Saver
 from rdm_scale.checkpoint.spans import spans_of
 from rdm_scale.checkpoint.tensors import write_tensors
 from rdm_scale.config.schema import CheckpointConfig
-from rdm_scale.data.storage import Location
 from rdm_scale.models.layers import WHOLE, Slice
 from rdm_scale.parallel.zero import Shard
+from rdm_scale.storage.location import Location
 
 RESULTS = Path(__file__).parent / "results" / "checkpoint.json"
 SETS = {"30 large tensors": {f"w{i}": (1440, 1536) for i in range(30)}, "56,000 small tensors": shapes_of(1000, 36)}

@@ -29,7 +29,7 @@ from rdm_scale.checkpoint.directory import CheckpointDirectory
 from rdm_scale.checkpoint.pieces import Pieces
 from rdm_scale.checkpoint.rectangles import padded
 from rdm_scale.checkpoint.tensors import write_tensors
-from rdm_scale.data.storage import Location
+from rdm_scale.storage.location import Location
 
 FIELDS = ("weights", "exp_avg", "exp_avg_sq", "ema")
 

@@ -47,7 +47,7 @@ from tqdm import tqdm
 
 from rdm_scale.data.manifest import Codec, Manifest
 from rdm_scale.data.shards import ShardWriter
-from rdm_scale.data.storage import Location
+from rdm_scale.storage.location import Location
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "data.json"

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from rdm_scale.data import LatentStream
 from rdm_scale.data.manifest import Manifest
-from rdm_scale.data.storage import Location
+from rdm_scale.storage.location import Location
 
 sys.path.append(str(Path(__file__).parents[1] / "tools"))
 LATER = 100_000  # the step at which the first batch is looked at, beside step 0

@@ -36,8 +36,8 @@ from rdm_scale.data.encoding import worker
 from rdm_scale.data.encoding.job import Job, encode
 from rdm_scale.data.encoding.planning import Bucket, Settings, inputs_digest, job_digest
 from rdm_scale.data.inputs import find_media
-from rdm_scale.data.storage import Location
 from rdm_scale.device import own_device
+from rdm_scale.storage.location import Location
 
 RESULTS = Path(__file__).parent / "results" / "encoding.json"
 JPEG_SIZE = (384, 512)  # height and width: cropped and resized to the size that is encoded

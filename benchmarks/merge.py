@@ -27,7 +27,7 @@ from rdm_scale.checkpoint.weights import parameter_shapes
 from rdm_scale.checkpoint.writing import write_checkpoint
 from rdm_scale.config import parse_config
 from rdm_scale.data.manifest import Codec
-from rdm_scale.data.storage import Location
+from rdm_scale.storage.location import Location
 
 RESULTS = Path(__file__).parent / "results" / "merge.json"
 TOOL = Path(__file__).parents[1] / "tools" / "merge_checkpoint.py"

@@ -214,8 +214,8 @@ def _job(options: argparse.Namespace, speaks: bool) -> "Job":
     from rdm_scale.data.encoding.job import Job, check_output
     from rdm_scale.data.encoding.planning import Bucket, Settings, inputs_digest, job_digest
     from rdm_scale.data.inputs import Columns, find_media
-    from rdm_scale.data.storage import Location
     from rdm_scale.device import own_device
+    from rdm_scale.storage.location import Location
 
     columns = Columns(options.path_column, options.label_column, options.caption_column, options.key_column)
     source = find_media(options.paths[0], columns)
@@ -275,8 +275,8 @@ def _write_preview(place: str, job: "Job") -> None:
 
     from rdm_scale.data.encoding.pixels import load, reconstruct
     from rdm_scale.data.encoding.planning import Item, split
-    from rdm_scale.data.storage import Location
     from rdm_scale.evaluation.pictures import image_grid, middle_frames
+    from rdm_scale.storage.location import Location
 
     files, bucket = job.source.files, job.settings.buckets[0]
     index = {file.key: number for number, file in enumerate(files)}
@@ -320,8 +320,8 @@ def verify(options: argparse.Namespace) -> None:
 def stats(options: argparse.Namespace) -> None:
     from rdm_scale.data.encoding.inspection import measure
     from rdm_scale.data.manifest import read_manifest
-    from rdm_scale.data.storage import Location
     from rdm_scale.evaluation.pictures import plot_channels
+    from rdm_scale.storage.location import Location
 
     url = options.paths[0]
     with bar("measuring", read_manifest(url)[0].samples) as progress:
@@ -340,9 +340,9 @@ def decode(options: argparse.Namespace) -> None:
     from rdm_scale.data.codecs import codec_of
     from rdm_scale.data.encoding.inspection import decoded
     from rdm_scale.data.manifest import read_manifest
-    from rdm_scale.data.storage import Location
     from rdm_scale.device import own_device
     from rdm_scale.evaluation.pictures import write_grid
+    from rdm_scale.storage.location import Location
 
     url = options.paths[0]
     manifest, _ = read_manifest(url)

@@ -31,7 +31,7 @@ def import_checkpoint(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides) if options.config else None
     from rdm_scale.checkpoint.importing import elements, import_weights, open_published
     from rdm_scale.data.compatibility import check_data
-    from rdm_scale.data.storage import Location
+    from rdm_scale.storage.location import Location
 
     facts = check_data(config) if config else None
     published = open_published(options.source, config.model if config else None)

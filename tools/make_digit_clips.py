@@ -14,7 +14,7 @@ from fractions import Fraction
 import numpy as np
 from PIL import Image
 
-from rdm_scale.data.storage import Location
+from rdm_scale.storage.location import Location
 
 CODECS = {"mp4": "libx264", "avi": "mpeg4", "webm": "libvpx", "mkv": "libx264", "mov": "libx264"}
 _OPTIONS = {  # nearly without loss, a key frame every half second at 24 frames a second

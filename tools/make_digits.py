@@ -14,7 +14,7 @@ import tarfile
 import numpy as np
 from PIL import Image
 
-from rdm_scale.data.storage import Location
+from rdm_scale.storage.location import Location
 
 SIZE = 32
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

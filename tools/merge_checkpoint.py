@@ -56,7 +56,7 @@ def merge(options: argparse.Namespace) -> None:
 
     from rdm_scale.checkpoint.merge import elements, export_diffusers, merge, refuse_taken
     from rdm_scale.checkpoint.weights import open_model
-    from rdm_scale.data.storage import Location
+    from rdm_scale.storage.location import Location
 
     out = Location(output)
     refuse_taken(out)
@@ -97,7 +97,7 @@ def inspect(path: str, options: argparse.Namespace) -> None:
 def verify(path: str, options: argparse.Namespace) -> None:
     from rdm_scale.checkpoint.inspection import verify
     from rdm_scale.checkpoint.weights import find_checkpoint
-    from rdm_scale.data.storage import Location
+    from rdm_scale.storage.location import Location
 
     folder = Location(path)
     if not (folder / "state.json").exists() and not (folder / "commit.json").exists():  # of a damaged one, say what

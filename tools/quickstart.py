@@ -110,7 +110,7 @@ def served() -> Iterator[None]:
 
 
 def make_data(places: Places) -> None:
-    from rdm_scale.data.storage import Location
+    from rdm_scale.storage.location import Location
 
     complete = [(Location(folder) / "manifest.json").exists() for folder in (places.latents, places.validation)]
     if all(complete):

@@ -48,10 +48,10 @@ def draw(options: argparse.Namespace) -> None:
     from rdm_scale.config import parse_config
     from rdm_scale.data.captions import empty_caption, encode_prompts
     from rdm_scale.data.codecs import codec_of
-    from rdm_scale.data.storage import Location
     from rdm_scale.device import own_device
     from rdm_scale.evaluation.pictures import write_grid
     from rdm_scale.evaluation.sampling import draw_pixels
+    from rdm_scale.storage.location import Location
 
     device = own_device()
     trained = load_trained(options.checkpoint, options.weights, device)

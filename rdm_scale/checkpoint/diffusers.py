@@ -15,11 +15,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from rdm_scale.checkpoint.safetensors_files import Shape
 from rdm_scale.checkpoint.weights import parameter_shapes
 from rdm_scale.config import InputConfig, ModelConfig
 from rdm_scale.errors import CheckpointError
 from rdm_scale.models.parameterisation import depth_ratio
+from rdm_scale.storage.safetensors_folder import Shape
 
 Transform = Callable[[Tensor], Tensor]
 

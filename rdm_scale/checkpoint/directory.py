@@ -17,8 +17,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from rdm_scale.checkpoint.index import FileRecord, digest
 from rdm_scale.checkpoint.pieces import Pieces
 from rdm_scale.checkpoint.tensors import TensorReader
-from rdm_scale.data.storage import Location
 from rdm_scale.errors import CheckpointError, IncompleteError
+from rdm_scale.storage.location import Location
 
 COMMIT, STATE = "commit.json", "state.json"
 _MAX_JSON_BYTES = 2**28  # files from elsewhere are untrusted; a commit of 10,000 ranks takes 2 MB

@@ -10,7 +10,7 @@ from torch import Tensor
 from rdm_scale.checkpoint.directory import open_checkpoint
 from rdm_scale.checkpoint.pieces import Pieces, most_dimensions
 from rdm_scale.checkpoint.rectangles import boxes_of_ranges, padded
-from rdm_scale.data.storage import Location
+from rdm_scale.storage.location import Location
 
 if TYPE_CHECKING:
     from rdm_scale.parallel.zero import Shard, ZeroEngine

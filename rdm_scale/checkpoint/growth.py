@@ -13,10 +13,10 @@ from rdm_scale.checkpoint.tensors import TensorReader
 from rdm_scale.checkpoint.weights import find_checkpoint
 from rdm_scale.checkpoint.writing import FIELDS, write_checkpoint
 from rdm_scale.config import RunConfig, parse_config
-from rdm_scale.data.storage import Location
 from rdm_scale.errors import CheckpointError
 from rdm_scale.models import build_model
 from rdm_scale.models.growth import Growth, Placement
+from rdm_scale.storage.location import Location
 
 
 @dataclass(frozen=True)

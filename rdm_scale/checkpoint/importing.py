@@ -18,13 +18,13 @@ from rdm_scale.checkpoint.diffusers import (
     original_names,
 )
 from rdm_scale.checkpoint.directory import CheckpointDirectory
-from rdm_scale.checkpoint.safetensors_files import SafetensorsReader, Shape, read_json
 from rdm_scale.checkpoint.weights import CONFIG, compare_shapes
 from rdm_scale.checkpoint.writing import write_checkpoint
 from rdm_scale.config import ModelConfig, RunConfig, flatten, parse_config
 from rdm_scale.data.manifest import Codec
-from rdm_scale.data.storage import Location
 from rdm_scale.errors import CheckpointError
+from rdm_scale.storage.location import Location
+from rdm_scale.storage.safetensors_folder import SafetensorsReader, Shape, read_json
 
 POSITIONS = "pos_embed"  # a fixed table, which the original DiT keeps among its weights
 _UNREADABLE = (

@@ -25,8 +25,8 @@ from safetensors import SafetensorError
 from rdm_scale.checkpoint.pieces import Pieces
 from rdm_scale.checkpoint.rectangles import Boxes, Ints
 from rdm_scale.checkpoint.spans import Span
-from rdm_scale.data.storage import Location
 from rdm_scale.errors import CheckpointError
+from rdm_scale.storage.location import Location
 
 BLOCK_BYTES = 4 * 2**20  # what one checksum covers
 DATA, INDEX = ".safetensors", ".index.safetensors"

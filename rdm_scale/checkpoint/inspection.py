@@ -10,13 +10,13 @@ import torch
 from rdm_scale.checkpoint.directory import open_checkpoint
 from rdm_scale.checkpoint.index import BLOCK_BYTES, IndexedFile
 from rdm_scale.checkpoint.reads import Scratch, fetch_blocks
-from rdm_scale.checkpoint.safetensors_files import Shape
 from rdm_scale.checkpoint.tensors import TensorReader
 from rdm_scale.checkpoint.weights import ModelSource, parameter_shapes
 from rdm_scale.config import parse_config
-from rdm_scale.data.storage import Location
 from rdm_scale.errors import CheckpointError
 from rdm_scale.models.gates import branch_multiplier
+from rdm_scale.storage.location import Location
+from rdm_scale.storage.safetensors_folder import Shape
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from rdm_scale.checkpoint.diffusers import config_of, correspondences, diffusers_names
-from rdm_scale.checkpoint.safetensors_files import Shape, write_safetensors
 from rdm_scale.checkpoint.weights import CONFIG, MERGED, MergedConfig, ModelSource
 from rdm_scale.config import flatten
-from rdm_scale.data.storage import Location
 from rdm_scale.errors import CheckpointError
+from rdm_scale.storage.location import Location
+from rdm_scale.storage.safetensors_folder import Shape, write_safetensors
 
 MAX_FILE_BYTES = 5 * 10**9
 

@@ -31,8 +31,8 @@ from rdm_scale.checkpoint.pieces import Piece, Pieces, shape_of
 from rdm_scale.checkpoint.reads import Sweeper
 from rdm_scale.checkpoint.rectangles import Atlas, Boxes, Copies, Ints, Rectangle, copies_between, deepened, overlap
 from rdm_scale.checkpoint.spans import Wanted, spans_of
-from rdm_scale.data.storage import Location
 from rdm_scale.errors import CheckpointError
+from rdm_scale.storage.location import Location
 
 _FEW_INDICES = 32
 _ALIGNMENT = 64  # of fields, in bytes: tensors in memory have it, and copies between unlike alignments take longer

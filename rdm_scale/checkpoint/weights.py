@@ -14,13 +14,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from rdm_scale.checkpoint.directory import CheckpointDirectory, is_checkpoint, open_checkpoint
-from rdm_scale.checkpoint.safetensors_files import SafetensorsReader, Shape, read_json
 from rdm_scale.checkpoint.tensors import TensorReader
 from rdm_scale.config import ModelConfig, RunConfig, parse_config
 from rdm_scale.data.manifest import Codec, TextEncoding
-from rdm_scale.data.storage import Location
 from rdm_scale.errors import CheckpointError
 from rdm_scale.models import build_model
+from rdm_scale.storage.location import Location
+from rdm_scale.storage.safetensors_folder import SafetensorsReader, Shape, read_json
 
 Weights = Literal["ema", "weights"]
 MERGED = "model"  # .safetensors

@@ -12,7 +12,7 @@ from rdm_scale.checkpoint.index import FileRecord
 from rdm_scale.checkpoint.pieces import Piece, Pieces
 from rdm_scale.checkpoint.rectangles import rectangles_of_range
 from rdm_scale.checkpoint.tensors import write_tensors
-from rdm_scale.data.storage import Location
+from rdm_scale.storage.location import Location
 
 FIELDS = ("weights", "exp_avg", "exp_avg_sq", "ema")  # of a checkpoint that training goes on from
 FILE_ELEMENTS = 2**24  # of each field in one file: 64 MiB, what the writer holds in memory

@@ -19,9 +19,9 @@ import xxhash
 from rdm_scale.data import lists
 from rdm_scale.data.lists import Columns, in_list
 from rdm_scale.data.media import EXTENSIONS, MAX_CAPTION_BYTES, Found, Kind, MediaFile, as_text, kind_of
-from rdm_scale.data.storage import Location
 from rdm_scale.data.tars import in_tars
 from rdm_scale.errors import DataError
+from rdm_scale.storage.location import Location
 
 __all__ = ["Columns", "Kind", "MediaFile", "MediaSet", "find_media"]
 

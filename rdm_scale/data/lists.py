@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from rdm_scale.data.media import MAX_CAPTION_BYTES, Found, kind_of
-from rdm_scale.data.storage import Location
 from rdm_scale.errors import ConfigError, DataError
+from rdm_scale.storage.location import Location
 
 EXTENSIONS = ("jsonl", "parquet")
 _MAX_LINE_BYTES = 2**20

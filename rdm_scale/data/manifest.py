@@ -12,8 +12,8 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from rdm_scale.data.storage import Location
 from rdm_scale.errors import DataError
+from rdm_scale.storage.location import Location
 
 NAME = "manifest.json"
 _MAX_BYTES = 2**30  # a manifest from elsewhere is untrusted; this one would describe about 10 million members

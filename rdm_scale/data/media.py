@@ -8,8 +8,8 @@ import posixpath
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
-from rdm_scale.data.storage import Location
 from rdm_scale.errors import DataError
+from rdm_scale.storage.location import Location
 
 Kind = Literal["image", "video"]
 EXTENSIONS: dict[Kind, tuple[str, ...]] = {

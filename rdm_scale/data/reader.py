@@ -15,15 +15,15 @@ import xxhash
 from torch import Tensor
 
 from rdm_scale.config import DataConfig, DataSource
-from rdm_scale.data.cache import MemberCache
 from rdm_scale.data.captions import unpack_text
 from rdm_scale.data.codecs.codec import normalise_
 from rdm_scale.data.manifest import Codec, Manifest, Tar, read_manifest
 from rdm_scale.data.memory import MEMORY, as_bytes
 from rdm_scale.data.order import Run
 from rdm_scale.data.shards import DTYPES, pack_samples, read_run, span, unpack_samples
-from rdm_scale.data.storage import Location, Stat
 from rdm_scale.errors import DataError
+from rdm_scale.storage.cache import MemberCache
+from rdm_scale.storage.location import Location, Stat
 
 _MEMORY_BYTES = 2**28  # of runs kept, at least: a small set is read once
 _LARGE_BYTES = 2**16  # of a sample: to make a tensor of it costs nothing beside its copy

@@ -21,8 +21,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from rdm_scale.data.manifest import NAME, Codec, Header, Manifest, Member, Shape, Shard, Tar
-from rdm_scale.data.storage import Location, Stat
 from rdm_scale.errors import DataError
+from rdm_scale.storage.location import Location, Stat
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

@@ -12,8 +12,8 @@ from functools import partial
 
 from rdm_scale.data.lists import Columns, caption_of, class_of
 from rdm_scale.data.media import KINDS, MAX_CAPTION_BYTES, Found, Kind, as_text
-from rdm_scale.data.storage import Location
 from rdm_scale.errors import DataError
+from rdm_scale.storage.location import Location
 
 _MAX_CLASS_BYTES = 1024
 _MAX_JSON_BYTES = 2**20

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rdm_scale.data.storage import Location
 from rdm_scale.errors import DataError
+from rdm_scale.storage.location import Location
 
 Pooling = Literal["mean", "cls", "max"]
 CONFIG, WEIGHTS, INDEX, TOKENIZER = "config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json"

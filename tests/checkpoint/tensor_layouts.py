@@ -10,7 +10,7 @@ from torch import Tensor
 from rdm_scale.checkpoint.pieces import Piece, Pieces
 from rdm_scale.checkpoint.rectangles import Rectangle, rectangles_of_range
 from rdm_scale.checkpoint.tensors import FileRecord, write_tensors
-from rdm_scale.data.storage import Location
+from rdm_scale.storage.location import Location
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "scale": (),

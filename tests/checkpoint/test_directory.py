@@ -13,8 +13,8 @@ from rdm_scale.checkpoint.directory import CheckpointDirectory, is_checkpoint, o
 from rdm_scale.checkpoint.pieces import Piece, Pieces
 from rdm_scale.checkpoint.rectangles import Rectangle
 from rdm_scale.checkpoint.tensors import FileRecord, write_tensors
-from rdm_scale.data.storage import Location
 from rdm_scale.errors import CheckpointError, IncompleteError
+from rdm_scale.storage.location import Location
 
 SHAPE = (6, 4)
 

@@ -12,8 +12,8 @@ from safetensors.numpy import load_file, save
 from tensor_layouts import LAYOUTS, write
 
 from rdm_scale.checkpoint.tensors import FileRecord, TensorReader, digest
-from rdm_scale.data.storage import Location
 from rdm_scale.errors import CheckpointError
+from rdm_scale.storage.location import Location
 
 Contents = dict[str, Any]  # arrays of an index, and `header`: its JSON
 

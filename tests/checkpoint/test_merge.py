@@ -18,9 +18,9 @@ from rdm_scale.checkpoint.weights import open_model
 from rdm_scale.checkpoint.writing import write_checkpoint
 from rdm_scale.config import RunConfig, parse_config
 from rdm_scale.data.manifest import Codec
-from rdm_scale.data.storage import Location
 from rdm_scale.errors import CheckpointError
 from rdm_scale.models import build_model
+from rdm_scale.storage.location import Location
 
 CODEC = Codec(name="identity", location="identity")
 

@@ -10,8 +10,8 @@ from rdm_scale.checkpoint.pieces import Piece, Pieces
 from rdm_scale.checkpoint.rectangles import Rectangle, rectangles_of_range
 from rdm_scale.checkpoint.spans import Span, Wanted, name_order, spans_of
 from rdm_scale.checkpoint.tensors import write_tensors
-from rdm_scale.data.storage import Location
 from rdm_scale.errors import CheckpointError
+from rdm_scale.storage.location import Location
 
 STAGES, SHARES, BLOCKS = 4, 5, 12
 SHAPES = {"gate.a": (35,), "qkv.weight": (30, 10), "out.weight": (10, 30), "filter": (4, 5, 6)}

@@ -14,8 +14,8 @@ from rdm_scale.checkpoint import index, reads, tensors
 from rdm_scale.checkpoint.pieces import Piece, Pieces
 from rdm_scale.checkpoint.rectangles import Rectangle
 from rdm_scale.checkpoint.tensors import TensorReader, write_tensors
-from rdm_scale.data.storage import Location
 from rdm_scale.errors import CheckpointError
+from rdm_scale.storage.location import Location
 
 
 @pytest.fixture(params=["blocks as in production", "many small blocks"])

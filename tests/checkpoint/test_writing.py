@@ -11,8 +11,8 @@ from torch import Tensor
 from rdm_scale.checkpoint.directory import CheckpointDirectory
 from rdm_scale.checkpoint.index import INDEX
 from rdm_scale.checkpoint.writing import write_checkpoint
-from rdm_scale.data.storage import Location
 from rdm_scale.errors import CheckpointError
+from rdm_scale.storage.location import Location
 
 STATE = {"step": 7, "layout": {}}
 TENSORS = {

@@ -11,7 +11,7 @@ import torch
 from latent_sets import IDENTITY, LatentSet, WriteSet
 
 from rdm_scale.data.shards import DTYPES, ShardWriter
-from rdm_scale.data.storage import Location
+from rdm_scale.storage.location import Location
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from rdm_scale.data.manifest import Codec, Manifest
-from rdm_scale.data.storage import Location
+from rdm_scale.storage.location import Location
 
 IDENTITY = Codec(name="identity", location="identity")
 

@@ -8,8 +8,8 @@ import pytest
 from latent_sets import WriteSet
 
 from rdm_scale.data.manifest import NAME, read_manifest
-from rdm_scale.data.storage import Location
 from rdm_scale.errors import DataError, RdmError
+from rdm_scale.storage.location import Location
 
 
 def test_it_is_read_from_the_file_or_its_folder(write_set: WriteSet, memory: Location) -> None:

@@ -9,8 +9,8 @@ from rdm_scale.data.manifest import Codec
 from rdm_scale.data.order import Run
 from rdm_scale.data.reader import RunReader, open_set, stack, stack_as_float
 from rdm_scale.data.shards import DTYPES
-from rdm_scale.data.storage import Location
 from rdm_scale.errors import DataError
+from rdm_scale.storage.location import Location
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from rdm_scale.data.manifest import NAME, Codec, Member, read_manifest
 from rdm_scale.data.shards import ShardWriter, read_member, sample_id
-from rdm_scale.data.storage import Location
 from rdm_scale.errors import DataError
+from rdm_scale.storage.location import Location
 
 ONE = torch.ones(1, 2, 1, 3, 3)
 

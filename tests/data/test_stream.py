@@ -13,9 +13,9 @@ from rdm_scale import rng
 from rdm_scale.config import DataConfig
 from rdm_scale.data import LatentStream
 from rdm_scale.data.manifest import NAME, Codec
-from rdm_scale.data.storage import Location
 from rdm_scale.data.stream import HeldOut, LatentBatch, posterior_sample
 from rdm_scale.errors import ConfigError, DataError
+from rdm_scale.storage.location import Location
 
 
 def take(

@@ -12,8 +12,8 @@ from small_runs import metrics, run_config, train, write_latents
 
 from rdm_scale.checkpoint.directory import CheckpointDirectory, read_state
 from rdm_scale.config import RunConfig
-from rdm_scale.data.storage import Location
 from rdm_scale.errors import DataError
+from rdm_scale.storage.location import Location
 
 
 def train_counting_reads(config: RunConfig) -> tuple[int, Counter[str]]:

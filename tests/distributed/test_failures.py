@@ -11,8 +11,8 @@ from small_runs import metrics, run_config, train, write_latents
 
 from rdm_scale.checkpoint import CheckpointDirectory
 from rdm_scale.config import RunConfig
-from rdm_scale.data.storage import Location
 from rdm_scale.errors import CheckpointError, ConfigError, NonFiniteError
+from rdm_scale.storage.location import Location
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from small_runs import metrics, run_config, train, write_latents
 
 from rdm_scale.checkpoint.directory import CheckpointDirectory, open_checkpoint
 from rdm_scale.config import RunConfig
-from rdm_scale.data.storage import Location
+from rdm_scale.storage.location import Location
 
 FIELDS = ("weights", "exp_avg", "exp_avg_sq", "ema")
 # Uneven stages (9 blocks), chunks, cut qkv, ranges of 3 ranks, all ZeRO stages, on both sides.

@@ -15,8 +15,8 @@ from small_runs import metrics, run_config, train, write_latents
 
 from rdm_scale.checkpoint import CheckpointDirectory, load_model, saving
 from rdm_scale.config import RunConfig
-from rdm_scale.data.storage import Location
 from rdm_scale.errors import CheckpointError
+from rdm_scale.storage.location import Location
 
 WRITE = saving.write_tensors
 

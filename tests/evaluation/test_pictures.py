@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from rdm_scale.data.storage import Location
 from rdm_scale.errors import DataError
 from rdm_scale.evaluation import animated_grid, image_grid, plot_loss, write_grid
+from rdm_scale.storage.location import Location
 
 
 def pixels(grid: Image.Image) -> np.ndarray:

@@ -16,8 +16,8 @@ from small_runs import metrics, run_config, train, write_latents
 
 from rdm_scale.config import RunConfig
 from rdm_scale.data import reader
-from rdm_scale.data.storage import Location
 from rdm_scale.errors import DataError
+from rdm_scale.storage.location import Location
 
 KINDS = [
     Fault("status", status=503, code="SlowDown"),

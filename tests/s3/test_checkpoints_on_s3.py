@@ -16,9 +16,9 @@ from rdm_scale.checkpoint.pieces import Piece, Pieces
 from rdm_scale.checkpoint.rectangles import Rectangle
 from rdm_scale.checkpoint.tensors import write_tensors
 from rdm_scale.config import RunConfig
-from rdm_scale.data.retry import Retry, retrying
-from rdm_scale.data.storage import Location
 from rdm_scale.errors import CheckpointError
+from rdm_scale.storage.location import Location
+from rdm_scale.storage.retries import Retry, retrying
 
 PASSING = [
     Fault("status", status=503, code="SlowDown"),

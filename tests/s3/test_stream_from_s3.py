@@ -12,10 +12,10 @@ from s3_server import S3Server
 from rdm_scale.config import DataConfig, DataSource
 from rdm_scale.data import LatentStream
 from rdm_scale.data.manifest import Codec, Manifest
-from rdm_scale.data.retry import Retry, retrying
 from rdm_scale.data.shards import ShardWriter
-from rdm_scale.data.storage import Location
 from rdm_scale.errors import DataError
+from rdm_scale.storage.location import Location
+from rdm_scale.storage.retries import Retry, retrying
 
 OPENED: list[LatentStream] = []
 QUICK = Retry(attempts=4, budget_s=30.0, stall_s=1.0, first_wait_s=0.02, longest_wait_s=0.1)

@@ -12,10 +12,10 @@ from rdm_scale.checkpoint import CheckpointDirectory, load_trained
 from rdm_scale.checkpoint.directory import open_checkpoint
 from rdm_scale.checkpoint.growth import grow_checkpoint
 from rdm_scale.checkpoint.writing import FIELDS, write_checkpoint
-from rdm_scale.data.storage import Location
 from rdm_scale.errors import CheckpointError, ConfigError
 from rdm_scale.models import build_model
 from rdm_scale.models.gates import ResidualGate
+from rdm_scale.storage.location import Location
 
 TOOL = Path("tools/grow_depth.py").resolve()
 ALONE = {"tensor": 1, "pipeline": 1, "data": 1}

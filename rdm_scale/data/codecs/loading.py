@@ -11,8 +11,8 @@ from rdm_scale.data.codecs.codec import LatentCodec
 from rdm_scale.data.codecs.files import CONFIG, CodecFiles, read_files
 from rdm_scale.data.codecs.vaes import IDENTITY_GEOMETRY, VAES, Vae
 from rdm_scale.data.manifest import Codec
-from rdm_scale.data.storage import Location
 from rdm_scale.errors import DataError
+from rdm_scale.storage.location import Location
 
 DIGITS_FOLDER = Path(__file__).parents[1] / "digits_vae"
 

@@ -15,8 +15,8 @@ from rdm_scale.data.codecs import LatentCodec, normalise
 from rdm_scale.data.manifest import NAME, Manifest, Shape, Statistics, Tar, read_manifest
 from rdm_scale.data.reader import OpenSet, open_set
 from rdm_scale.data.shards import DTYPES, read_member, unpack_samples
-from rdm_scale.data.storage import Location
 from rdm_scale.errors import DataError
+from rdm_scale.storage.location import Location
 
 _REPEATED_SHOWN = 10
 

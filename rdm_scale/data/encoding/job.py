@@ -28,8 +28,8 @@ from rdm_scale.data.encoding.worker import Worker
 from rdm_scale.data.inputs import MediaSet
 from rdm_scale.data.manifest import NAME, Header, Manifest, TextEncoding, read_manifest
 from rdm_scale.data.shards import DTYPES
-from rdm_scale.data.storage import Location
 from rdm_scale.errors import DataError
+from rdm_scale.storage.location import Location
 
 WORK, REJECTED = ".encoding", "rejected.jsonl"
 _PLAN = "plan.json"

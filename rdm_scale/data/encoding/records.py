@@ -7,8 +7,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from rdm_scale.data.encoding.planning import Plan, PlannedShard
 from rdm_scale.data.inputs import MediaSet
 from rdm_scale.data.manifest import Shard
-from rdm_scale.data.storage import Location
 from rdm_scale.errors import DataError
+from rdm_scale.storage.location import Location
 
 
 class Rejected(NamedTuple):

@@ -20,8 +20,8 @@ from rdm_scale.data.encoding.records import Record, Rejected
 from rdm_scale.data.inputs import MediaSet
 from rdm_scale.data.manifest import Codec, Shard, Tar
 from rdm_scale.data.shards import DTYPES, Packed, pack_samples, sample_id, write_tar
-from rdm_scale.data.storage import Location
 from rdm_scale.errors import DataError
+from rdm_scale.storage.location import Location
 
 _BATCHES_AHEAD = 2
 _SHARDS_UNWRITTEN = 2  # that may wait for the writing thread

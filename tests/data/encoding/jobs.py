@@ -18,7 +18,7 @@ from rdm_scale.data.encoding.planning import Bucket, Settings, inputs_digest, jo
 from rdm_scale.data.inputs import MediaFile, MediaSet, find_media
 from rdm_scale.data.manifest import Manifest, read_manifest
 from rdm_scale.data.shards import read_member, sample_id
-from rdm_scale.data.storage import Location
+from rdm_scale.storage.location import Location
 
 CLIP_FRAMES = 10
 

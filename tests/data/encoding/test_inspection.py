@@ -16,8 +16,8 @@ from rdm_scale.data.encoding.job import encode
 from rdm_scale.data.encoding.planning import Bucket
 from rdm_scale.data.manifest import Manifest, Statistics, TextEncoding, read_manifest
 from rdm_scale.data.shards import Packed, pack_samples, write_tar
-from rdm_scale.data.storage import Location
 from rdm_scale.errors import DataError
+from rdm_scale.storage.location import Location
 
 COUNT = 30
 

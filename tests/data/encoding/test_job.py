@@ -18,8 +18,8 @@ from rdm_scale.data.encoding.job import Ranks, check_output, encode
 from rdm_scale.data.encoding.planning import Bucket
 from rdm_scale.data.manifest import read_manifest
 from rdm_scale.data.shards import DTYPES, read_bytes, read_member, sample_id
-from rdm_scale.data.storage import Location
 from rdm_scale.errors import DataError
+from rdm_scale.storage.location import Location
 
 COUNT = 60
 

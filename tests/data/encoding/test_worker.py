@@ -11,8 +11,8 @@ from rdm_scale.data.codecs import load_codec, normalise
 from rdm_scale.data.encoding import worker
 from rdm_scale.data.encoding.planning import make_plan
 from rdm_scale.data.encoding.worker import Statistics, Worker
-from rdm_scale.data.storage import Location
 from rdm_scale.errors import DataError
+from rdm_scale.storage.location import Location
 
 
 @pytest.fixture(scope="module")

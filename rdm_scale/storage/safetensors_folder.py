@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rdm_scale.data.storage import Location
 from rdm_scale.errors import CheckpointError
+from rdm_scale.storage.location import Location
 
 DTYPES = {
     "F64": torch.float64,

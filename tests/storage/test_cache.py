@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from rdm_scale.data.cache import MemberCache
 from rdm_scale.errors import ConfigError
+from rdm_scale.storage.cache import MemberCache
 
 
 def content_of(number: int, size: int = 1000) -> bytes:

@@ -10,9 +10,9 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
-from rdm_scale.data.retry import describe
-from rdm_scale.data.storage import Location, Retry, current_retry, retrying, set_retry
 from rdm_scale.errors import ConfigError
+from rdm_scale.storage.location import Location, Retry, current_retry, retrying, set_retry
+from rdm_scale.storage.retries import describe
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -183,9 +183,9 @@ def test_the_waits_double_and_the_budget_ends_them(monkeypatch: pytest.MonkeyPat
         waits.append(seconds)
         now[0] += seconds
 
-    monkeypatch.setattr("rdm_scale.data.retry.time.sleep", sleep)
-    monkeypatch.setattr("rdm_scale.data.retry.time.monotonic", lambda: now[0])
-    monkeypatch.setattr("rdm_scale.data.retry.random.uniform", lambda low, high: high)
+    monkeypatch.setattr("rdm_scale.storage.retries.time.sleep", sleep)
+    monkeypatch.setattr("rdm_scale.storage.retries.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("rdm_scale.storage.retries.random.uniform", lambda low, high: high)
     failing = Failing(TimeoutError(), 99)
     monkeypatch.setattr(MemoryFileSystem, "cat_file", lambda *a, **o: failing(*a, **o))
     with (

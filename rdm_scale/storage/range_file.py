@@ -4,7 +4,7 @@ import io
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rdm_scale.data.storage import Location
+    from rdm_scale.storage.location import Location
 
 
 class RangeFile(io.RawIOBase):

@@ -1,6 +1,6 @@
 """Files anywhere: a thin, typed layer over fsspec, used for shards, manifests and checkpoints alike.
 
-Calls to object stores that fail for a reason that may pass are tried again, see `rdm_scale.data.retry`.
+Calls to object stores that fail for a reason that may pass are tried again, see `rdm_scale.storage.retries`.
 """
 
 import io
@@ -19,9 +19,17 @@ import fsspec
 from fsspec.asyn import AsyncFileSystem, sync
 from fsspec.implementations.local import LocalFileSystem
 
-from rdm_scale.data.range_file import RangeFile
-from rdm_scale.data.retry import GaveUpError, Retry, call_with_retries, current_retry, describe, retrying, set_retry
 from rdm_scale.errors import ConfigError
+from rdm_scale.storage.range_file import RangeFile
+from rdm_scale.storage.retries import (
+    GaveUpError,
+    Retry,
+    call_with_retries,
+    current_retry,
+    describe,
+    retrying,
+    set_retry,
+)
 
 __all__ = ["Location", "ReplacedError", "Retry", "Stat", "current_retry", "retrying", "set_retry"]
 
@@ -352,7 +360,7 @@ _made_lock = threading.Lock()
 
 def _s3(options: dict[str, Any]) -> Any:
     """One client for all threads. fsspec would make one for each, and keep it after the environment has changed."""
-    from rdm_scale.data.s3 import S3  # takes half a second
+    from rdm_scale.storage.s3 import S3  # takes half a second
 
     environment = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
     key = os.getpid(), repr(sorted(options.items())), environment, current_retry().stall_s

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rdm_scale.checkpoint.safetensors_files import SafetensorsReader
-from rdm_scale.data.storage import Location
 from rdm_scale.errors import CheckpointError
+from rdm_scale.storage.location import Location
+from rdm_scale.storage.safetensors_folder import SafetensorsReader
 
 
 def write(path: Path, header: Any, data: bytes = b"", length: int | None = None) -> list[Location]:

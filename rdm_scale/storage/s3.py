@@ -25,7 +25,7 @@ from botocore.httpsession import get_cert_path  # type: ignore[import-untyped]
 from fsspec.asyn import sync
 from s3fs import S3FileSystem  # type: ignore[import-untyped]
 
-from rdm_scale.data.retry import ShortBodyError, StatusError, current_retry
+from rdm_scale.storage.retries import ShortBodyError, StatusError, current_retry
 
 _SIGNED_S = 3600
 _RESIGN_S = 300  # sooner than botocore lets temporary credentials come to their end
