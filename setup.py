@@ -9,7 +9,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["rdm_scale", "rdm_scale.*"]),
-    package_data={"rdm_scale": ["data/digits_vae/*"]},
+    package_data={"rdm_scale": ["codecs/digits_vae/*"]},
     install_requires=[
         "torch==2.13.0",
         "deepspeed==0.19.8",

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from rdm_scale.data.codecs import load_codec
+from rdm_scale.codecs import load_codec
 from rdm_scale.data.encoding import worker
 from rdm_scale.data.encoding.job import Job, encode
 from rdm_scale.data.encoding.planning import Bucket, Settings, inputs_digest, job_digest

@@ -210,7 +210,7 @@ def encode(options: argparse.Namespace) -> None:
 
 def _job(options: argparse.Namespace, speaks: bool) -> "Job":
     """Looks at the input and loads the models; what is wrong with the folders is said before that takes its time."""
-    from rdm_scale.data.codecs import load_codec
+    from rdm_scale.codecs import load_codec
     from rdm_scale.data.encoding.job import Job, check_output
     from rdm_scale.data.encoding.planning import Bucket, Settings, inputs_digest, job_digest
     from rdm_scale.data.inputs import Columns, find_media
@@ -337,7 +337,7 @@ def stats(options: argparse.Namespace) -> None:
 
 
 def decode(options: argparse.Namespace) -> None:
-    from rdm_scale.data.codecs import codec_of
+    from rdm_scale.codecs import codec_of
     from rdm_scale.data.encoding.inspection import decoded
     from rdm_scale.data.manifest import read_manifest
     from rdm_scale.device import own_device

@@ -6,7 +6,7 @@ its elements. The images that `encode_latents --holdout` sets aside with the sam
 and are measured at the end. On a CPU, the same versions, threads and seed give the same weights. The packaged VAE:
 
     python tools/make_digits.py digits.tar
-    OMP_NUM_THREADS=1 python tools/train_vae.py digits.tar rdm_scale/data/digits_vae \\
+    OMP_NUM_THREADS=1 python tools/train_vae.py digits.tar rdm_scale/codecs/digits_vae \\
         --preview docs/images/vae_reconstructions.png
 """
 
@@ -172,7 +172,7 @@ def report(
     """Prints the mean squared error of held-out images through the codec as it is loaded, and draws some of them."""
     import torch
 
-    from rdm_scale.data.codecs import load_codec
+    from rdm_scale.codecs import load_codec
     from rdm_scale.data.encoding.pixels import load_batches, reconstruct
     from rdm_scale.evaluation.pictures import image_grid
 

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 
 from rdm_scale.checkpoint.model import TrainedModel, load_trained
+from rdm_scale.codecs import LatentCodec, codec_of
 from rdm_scale.config import parse_config
-from rdm_scale.data.codecs import LatentCodec, codec_of
 from rdm_scale.errors import ConfigError
 from rdm_scale.evaluation.pictures import to_images
 from rdm_scale.evaluation.sampling import draw_latents

@@ -14,9 +14,9 @@ import torch
 import xxhash
 from torch import Tensor
 
+from rdm_scale.codecs.codec import normalise_
 from rdm_scale.config import DataConfig, DataSource
 from rdm_scale.data.captions import unpack_text
-from rdm_scale.data.codecs.codec import normalise_
 from rdm_scale.data.manifest import Codec, Manifest, Tar, read_manifest
 from rdm_scale.data.memory import MEMORY, as_bytes
 from rdm_scale.data.order import Run

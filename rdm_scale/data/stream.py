@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from rdm_scale import rng
+from rdm_scale.codecs.codec import normalise_
 from rdm_scale.conditions import TextCondition
 from rdm_scale.config import DataConfig, DataSource
 from rdm_scale.data import mixing
-from rdm_scale.data.codecs.codec import normalise_
 from rdm_scale.data.losses import LostShards
 from rdm_scale.data.manifest import Manifest, Shape
 from rdm_scale.data.order import RUN_BYTES, GlobalOrder, Piece, Run

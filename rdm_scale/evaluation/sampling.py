@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rdm_scale.codecs import LatentCodec, codec_of
 from rdm_scale.conditions import TextCondition, taken
 from rdm_scale.conditions import batch_size as batch_size_of
 from rdm_scale.config import RunConfig
-from rdm_scale.data.codecs import LatentCodec, codec_of
 from rdm_scale.data.compatibility import DataFacts
 from rdm_scale.diffusion import sample
 from rdm_scale.errors import ConfigError

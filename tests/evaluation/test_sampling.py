@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from rdm_scale.codecs import load_codec
 from rdm_scale.conditions import TextCondition
 from rdm_scale.config import DiffusionConfig, InputConfig, ModelConfig, RunConfig, SamplingConfig
-from rdm_scale.data.codecs import load_codec
 from rdm_scale.errors import ConfigError
 from rdm_scale.evaluation.sampling import draw_latents, draw_pixels
 

@@ -12,7 +12,7 @@ from PIL import Image
 from rank_pool import RankPool
 from small_runs import run_config, train, write_latents
 
-from rdm_scale.data.codecs import load_codec
+from rdm_scale.codecs import load_codec
 
 pytestmark = pytest.mark.gpu
 TOOLS = Path(__file__).parents[2] / "tools"

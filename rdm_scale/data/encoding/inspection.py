@@ -9,9 +9,9 @@ import torch
 import xxhash
 from torch import Tensor
 
+from rdm_scale.codecs import LatentCodec, normalise
 from rdm_scale.config import DataSource
 from rdm_scale.data.captions import unpack_text
-from rdm_scale.data.codecs import LatentCodec, normalise
 from rdm_scale.data.manifest import NAME, Manifest, Shape, Statistics, Tar, read_manifest
 from rdm_scale.data.reader import OpenSet, open_set
 from rdm_scale.data.shards import DTYPES, read_member, unpack_samples

@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 import torch
 
+from rdm_scale.codecs import LatentCodec
 from rdm_scale.data.captions import TextEncoder, pack_text
-from rdm_scale.data.codecs import LatentCodec
 from rdm_scale.data.encoding.pixels import READERS, load, probe
 from rdm_scale.data.encoding.planning import SIDES, Plan, PlannedShard, Probe, Settings, make_plan, needs_probes
 from rdm_scale.data.encoding.records import Record, Records

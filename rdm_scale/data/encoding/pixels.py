@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from rdm_scale.data.codecs import LatentCodec, normalise
+from rdm_scale.codecs import LatentCodec, normalise
 from rdm_scale.data.encoding.planning import Bucket, Item, Probe, Settings
 from rdm_scale.data.images import decode, image_size
 from rdm_scale.data.inputs import Kind, MediaFile, MediaSet

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from rdm_scale.codecs import LatentCodec, normalise
 from rdm_scale.data.captions import TextEncoder, pack_text
-from rdm_scale.data.codecs import LatentCodec, normalise
 from rdm_scale.data.encoding.pixels import READERS, load
 from rdm_scale.data.encoding.planning import Item, PlannedShard, Settings
 from rdm_scale.data.encoding.records import Record, Rejected

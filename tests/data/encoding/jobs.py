@@ -11,8 +11,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor
 
+from rdm_scale.codecs import load_codec
 from rdm_scale.data.captions import TextEncoder
-from rdm_scale.data.codecs import load_codec
 from rdm_scale.data.encoding.job import Job
 from rdm_scale.data.encoding.planning import Bucket, Settings, inputs_digest, job_digest
 from rdm_scale.data.inputs import MediaFile, MediaSet, find_media

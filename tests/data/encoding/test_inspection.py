@@ -9,8 +9,8 @@ import safetensors.torch
 import torch
 from jobs import contents, ids_of, make_job, pixels_of, png, read_all, write_clips
 
+from rdm_scale.codecs import load_codec
 from rdm_scale.data.captions import EncodedText, pack_text
-from rdm_scale.data.codecs import load_codec
 from rdm_scale.data.encoding.inspection import decoded, measure, verify
 from rdm_scale.data.encoding.job import encode
 from rdm_scale.data.encoding.planning import Bucket

@@ -12,8 +12,8 @@ from jobs import CLIP_FRAMES, assert_done, contents, ids_of, make_job, pixels_of
 from PIL import Image
 
 from rdm_scale import rng
+from rdm_scale.codecs import load_codec, normalise
 from rdm_scale.data.captions import TextEncoder, unpack_text
-from rdm_scale.data.codecs import load_codec, normalise
 from rdm_scale.data.encoding.job import Ranks, check_output, encode
 from rdm_scale.data.encoding.planning import Bucket
 from rdm_scale.data.manifest import read_manifest

@@ -7,7 +7,7 @@ import pytest
 import torch
 from jobs import make_job, png, write_digits
 
-from rdm_scale.data.codecs import load_codec, normalise
+from rdm_scale.codecs import load_codec, normalise
 from rdm_scale.data.encoding import worker
 from rdm_scale.data.encoding.planning import make_plan
 from rdm_scale.data.encoding.worker import Statistics, Worker

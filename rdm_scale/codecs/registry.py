@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rdm_scale.data.codecs.codec import LatentCodec
-from rdm_scale.data.codecs.files import CONFIG, CodecFiles, read_files
-from rdm_scale.data.codecs.vaes import IDENTITY_GEOMETRY, VAES, Vae
+from rdm_scale.codecs.codec import LatentCodec
+from rdm_scale.codecs.files import CONFIG, CodecFiles, read_files
+from rdm_scale.codecs.vaes import IDENTITY_GEOMETRY, VAES, Vae
 from rdm_scale.data.manifest import Codec
 from rdm_scale.errors import DataError
 from rdm_scale.storage.location import Location
 
-DIGITS_FOLDER = Path(__file__).parents[1] / "digits_vae"
+DIGITS_FOLDER = Path(__file__).parent / "digits_vae"
 
 
 def load_codec(name: str, device: str | torch.device = "cpu") -> LatentCodec:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 
-from rdm_scale.data.codecs import CONFIG, WEIGHTS, codec_of, denormalise, load_codec, normalise
+from rdm_scale.codecs import CONFIG, WEIGHTS, codec_of, denormalise, load_codec, normalise
 from rdm_scale.data.manifest import Codec
 from rdm_scale.errors import DataError
 

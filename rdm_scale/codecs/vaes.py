@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rdm_scale.data.codecs.codec import Geometry
+from rdm_scale.codecs.codec import Geometry
 
 IDENTITY_GEOMETRY = Geometry(channels=3)
 

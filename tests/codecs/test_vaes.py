@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rdm_scale.data.codecs import CONFIG, INDEX, LatentCodec, codec_of, load_codec, normalise
+from rdm_scale.codecs import CONFIG, INDEX, LatentCodec, codec_of, load_codec, normalise
 from rdm_scale.errors import DataError
 
 MEAN, STD = [0.1, -0.2, 0.3, -0.4], [0.5, 1.0, 2.0, 4.0]
