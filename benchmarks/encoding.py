@@ -1,6 +1,6 @@
 """What encoding waits for: the share of its time that is spent inside the VAE, and what bounds it when that is small.
 
-The encoding job itself (`rdm_scale.data.encoding.job`) on synthetic JPEGs, with a VAE of the size of Stable Diffusion's
+The encoding job itself (`rdm_scale.encoding.job`) on synthetic JPEGs, with a VAE of the size of Stable Diffusion's
 and with a tiny one, both with random weights. Models are loaded and the inputs listed before the clock starts; it ends
 when the manifest is written. The first batch's JPEGs are read before there is anything to encode: that and the writing
 of the last shard are all that cannot be hidden, so the share grows with the number of images.
@@ -32,11 +32,11 @@ import torch
 from PIL import Image
 
 from rdm_scale.codecs import load_codec
-from rdm_scale.data.encoding import worker
-from rdm_scale.data.encoding.job import Job, encode
-from rdm_scale.data.encoding.planning import Bucket, Settings, inputs_digest, job_digest
-from rdm_scale.data.inputs import find_media
 from rdm_scale.device import own_device
+from rdm_scale.encoding import worker
+from rdm_scale.encoding.inputs import find_media
+from rdm_scale.encoding.job import Job, encode
+from rdm_scale.encoding.planning import Bucket, Settings, inputs_digest, job_digest
 from rdm_scale.storage.location import Location
 
 RESULTS = Path(__file__).parent / "results" / "encoding.json"

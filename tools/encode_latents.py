@@ -25,7 +25,7 @@ from tqdm import tqdm
 from rdm_scale.errors import DataError, RdmError
 
 if TYPE_CHECKING:
-    from rdm_scale.data.encoding.job import Job
+    from rdm_scale.encoding.job import Job
 
 HOLDOUT_SHARE = 0.1
 MAX_REJECTED = 0.01
@@ -170,9 +170,9 @@ def bar(name: str, total: int, **options: Any) -> Any:
 
 
 def encode(options: argparse.Namespace) -> None:
-    from rdm_scale.data.encoding.job import REJECTED, Ranks, check_output
-    from rdm_scale.data.encoding.job import encode as run
     from rdm_scale.data.manifest import NAME
+    from rdm_scale.encoding.job import REJECTED, Ranks, check_output
+    from rdm_scale.encoding.job import encode as run
 
     ranks = Ranks(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
     job = _job(options, speaks=ranks.rank == 0)
@@ -211,10 +211,10 @@ def encode(options: argparse.Namespace) -> None:
 def _job(options: argparse.Namespace, speaks: bool) -> "Job":
     """Looks at the input and loads the models; what is wrong with the folders is said before that takes its time."""
     from rdm_scale.codecs import load_codec
-    from rdm_scale.data.encoding.job import Job, check_output
-    from rdm_scale.data.encoding.planning import Bucket, Settings, inputs_digest, job_digest
-    from rdm_scale.data.inputs import Columns, find_media
     from rdm_scale.device import own_device
+    from rdm_scale.encoding.inputs import Columns, find_media
+    from rdm_scale.encoding.job import Job, check_output
+    from rdm_scale.encoding.planning import Bucket, Settings, inputs_digest, job_digest
     from rdm_scale.storage.location import Location
 
     columns = Columns(options.path_column, options.label_column, options.caption_column, options.key_column)
@@ -265,7 +265,7 @@ def _text_encoder(options: argparse.Namespace, captioned: bool, device: Any) -> 
         return None
     if not captioned:
         raise DataError(f"{options.paths[0]} has no captions: leave out --text-encoder")
-    from rdm_scale.data.captions import TextEncoder
+    from rdm_scale.encoding.text import TextEncoder
 
     return TextEncoder(options.text_encoder, device)
 
@@ -273,8 +273,8 @@ def _text_encoder(options: argparse.Namespace, captioned: bool, device: Any) -> 
 def _write_preview(place: str, job: "Job") -> None:
     import torch
 
-    from rdm_scale.data.encoding.pixels import load, reconstruct
-    from rdm_scale.data.encoding.planning import Item, split
+    from rdm_scale.encoding.pixels import load, reconstruct
+    from rdm_scale.encoding.planning import Item, split
     from rdm_scale.evaluation.pictures import image_grid, middle_frames
     from rdm_scale.storage.location import Location
 
@@ -304,8 +304,8 @@ def _write_preview(place: str, job: "Job") -> None:
 
 
 def verify(options: argparse.Namespace) -> None:
-    from rdm_scale.data.encoding.inspection import verify as check
     from rdm_scale.data.manifest import read_manifest
+    from rdm_scale.encoding.inspection import verify as check
 
     url = options.paths[0]
     with bar("verifying", read_manifest(url)[0].samples) as progress:
@@ -318,8 +318,8 @@ def verify(options: argparse.Namespace) -> None:
 
 
 def stats(options: argparse.Namespace) -> None:
-    from rdm_scale.data.encoding.inspection import measure
     from rdm_scale.data.manifest import read_manifest
+    from rdm_scale.encoding.inspection import measure
     from rdm_scale.evaluation.pictures import plot_channels
     from rdm_scale.storage.location import Location
 
@@ -338,9 +338,9 @@ def stats(options: argparse.Namespace) -> None:
 
 def decode(options: argparse.Namespace) -> None:
     from rdm_scale.codecs import codec_of
-    from rdm_scale.data.encoding.inspection import decoded
     from rdm_scale.data.manifest import read_manifest
     from rdm_scale.device import own_device
+    from rdm_scale.encoding.inspection import decoded
     from rdm_scale.evaluation.pictures import write_grid
     from rdm_scale.storage.location import Location
 

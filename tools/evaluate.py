@@ -17,7 +17,7 @@ from rdm_scale.errors import ConfigError, DataError, RdmError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rdm_scale.data.inputs import MediaSet
+    from rdm_scale.encoding.inputs import MediaSet
 
 READERS = 8  # threads that decode real images and clips
 
@@ -62,9 +62,9 @@ def judge(options: argparse.Namespace) -> None:
     from rdm_scale.checkpoint import load_trained
     from rdm_scale.codecs import codec_of
     from rdm_scale.conditions import taken
-    from rdm_scale.data.captions import empty_caption, encode_prompts
-    from rdm_scale.data.inputs import find_media
     from rdm_scale.device import own_device
+    from rdm_scale.encoding.inputs import find_media
+    from rdm_scale.encoding.text import empty_caption, encode_prompts
     from rdm_scale.evaluation.labels import label_accuracy
     from rdm_scale.evaluation.pictures import write_grid
     from rdm_scale.evaluation.sampling import draw_pixels
@@ -116,9 +116,9 @@ def real_pixels(source: "MediaSet", frames: int, height: int, width: int, option
     """All images, or the first clip of all videos, [N, 3, T, H, W] in [-1, 1]."""
     import torch
 
-    from rdm_scale.data.images import decode
-    from rdm_scale.data.inputs import MediaFile
-    from rdm_scale.data.videos import decode_clip
+    from rdm_scale.encoding.images import decode
+    from rdm_scale.encoding.inputs import MediaFile
+    from rdm_scale.encoding.videos import decode_clip
 
     def load(file: MediaFile) -> "Tensor":
         if frames == 1:

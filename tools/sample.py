@@ -47,8 +47,8 @@ def draw(options: argparse.Namespace) -> None:
     from rdm_scale.codecs import codec_of
     from rdm_scale.conditions import taken
     from rdm_scale.config import parse_config
-    from rdm_scale.data.captions import empty_caption, encode_prompts
     from rdm_scale.device import own_device
+    from rdm_scale.encoding.text import empty_caption, encode_prompts
     from rdm_scale.evaluation.pictures import write_grid
     from rdm_scale.evaluation.sampling import draw_pixels
     from rdm_scale.storage.location import Location

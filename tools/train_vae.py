@@ -27,7 +27,7 @@ from rdm_scale.errors import DataError, RdmError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rdm_scale.data.inputs import MediaFile
+    from rdm_scale.encoding.inputs import MediaFile
 
 LATENT_CHANNELS = 4
 FACTOR = 4  # pixels along each side of a latent
@@ -61,8 +61,8 @@ def main() -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from rdm_scale.data.encoding.planning import split
-    from rdm_scale.data.images import find_images
+    from rdm_scale.encoding.images import find_images
+    from rdm_scale.encoding.planning import split
 
     folder = Path(options.output)
     if folder.exists():
@@ -122,7 +122,7 @@ def batches(images: "Sequence[MediaFile]", options: argparse.Namespace) -> "Iter
     """One batch [B, 3, size, size] a step; every epoch takes the images in another order, and tails carry over."""
     import torch
 
-    from rdm_scale.data.images import decode
+    from rdm_scale.encoding.images import decode
 
     epoch = 0
     queue: list[int] = []
@@ -140,7 +140,7 @@ def measure_normalisation(
     """The entries of config.json that bring every channel of the posterior means to mean 0 and variance 1."""
     import torch
 
-    from rdm_scale.data.encoding.pixels import load_batches
+    from rdm_scale.encoding.pixels import load_batches
 
     total, squares, count = torch.zeros(LATENT_CHANNELS), torch.zeros(LATENT_CHANNELS), 0
     with torch.no_grad():
@@ -173,7 +173,7 @@ def report(
     import torch
 
     from rdm_scale.codecs import load_codec
-    from rdm_scale.data.encoding.pixels import load_batches, reconstruct
+    from rdm_scale.encoding.pixels import load_batches, reconstruct
     from rdm_scale.evaluation.pictures import image_grid
 
     codec = load_codec(str(folder))

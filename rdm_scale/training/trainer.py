@@ -18,11 +18,11 @@ from torch import Tensor
 from rdm_scale import checkpoint
 from rdm_scale.conditions import Condition
 from rdm_scale.config import RunConfig
-from rdm_scale.data.captions import empty_caption
 from rdm_scale.data.compatibility import DataFacts
 from rdm_scale.data.prefetch import Prefetcher, TrainingBatch, draw
 from rdm_scale.data.stream import HeldOut, LatentStream
 from rdm_scale.diffusion import build_objective
+from rdm_scale.encoding.text import empty_caption
 from rdm_scale.errors import NonFiniteError
 from rdm_scale.evaluation.sampling import SampleGrid
 from rdm_scale.parallel.layout import Layout

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from rdm_scale.checkpoint import load_model
 from rdm_scale.config import RunConfig
-from rdm_scale.data.captions import empty_caption
 from rdm_scale.data.manifest import read_manifest
 from rdm_scale.data.prefetch import draw
 from rdm_scale.data.stream import LatentStream
 from rdm_scale.diffusion import build_objective
+from rdm_scale.encoding.text import empty_caption
 from rdm_scale.models import build_model
 
 

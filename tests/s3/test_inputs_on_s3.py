@@ -10,10 +10,10 @@ import pytest
 import s3fs
 from PIL import Image
 
-from rdm_scale.data.captions import TextEncoder
-from rdm_scale.data.images import image_size
-from rdm_scale.data.inputs import find_media
-from rdm_scale.data.videos import probe_video
+from rdm_scale.encoding.images import image_size
+from rdm_scale.encoding.inputs import find_media
+from rdm_scale.encoding.text import TextEncoder
+from rdm_scale.encoding.videos import probe_video
 from rdm_scale.errors import DataError
 
 

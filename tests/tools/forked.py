@@ -14,8 +14,8 @@ FORKS.set_forkserver_preload(
         "pytest",
         "torch",
         "diffusers.models.autoencoders.autoencoder_kl",
-        "rdm_scale.data.encoding.job",
-        "rdm_scale.data.encoding.inspection",
+        "rdm_scale.encoding.job",
+        "rdm_scale.encoding.inspection",
         "rdm_scale.evaluation.pictures",
     ]
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 import webdataset
 from sklearn.datasets import load_digits
 
-from rdm_scale.data.videos import decode_clip
+from rdm_scale.encoding.videos import decode_clip
 
 TOOL = Path(__file__).parents[2] / "tools/make_digit_clips.py"
 

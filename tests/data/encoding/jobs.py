@@ -12,12 +12,12 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from rdm_scale.codecs import load_codec
-from rdm_scale.data.captions import TextEncoder
-from rdm_scale.data.encoding.job import Job
-from rdm_scale.data.encoding.planning import Bucket, Settings, inputs_digest, job_digest
-from rdm_scale.data.inputs import MediaFile, MediaSet, find_media
 from rdm_scale.data.manifest import Manifest, read_manifest
 from rdm_scale.data.shards import read_member, sample_id
+from rdm_scale.encoding.inputs import MediaFile, MediaSet, find_media
+from rdm_scale.encoding.job import Job
+from rdm_scale.encoding.planning import Bucket, Settings, inputs_digest, job_digest
+from rdm_scale.encoding.text import TextEncoder
 from rdm_scale.storage.location import Location
 
 CLIP_FRAMES = 10

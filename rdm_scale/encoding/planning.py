@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from rdm_scale import rng
-from rdm_scale.data.inputs import MediaFile, MediaSet
+from rdm_scale.encoding.inputs import MediaFile, MediaSet
 from rdm_scale.errors import ConfigError, DataError
 
 SIDES = ("train", "holdout")

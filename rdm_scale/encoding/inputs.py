@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from rdm_scale.data import lists
-from rdm_scale.data.lists import Columns, in_list
-from rdm_scale.data.media import EXTENSIONS, MAX_CAPTION_BYTES, Found, Kind, MediaFile, as_text, kind_of
-from rdm_scale.data.tars import in_tars
+from rdm_scale.encoding import lists
+from rdm_scale.encoding.lists import Columns, in_list
+from rdm_scale.encoding.media import EXTENSIONS, MAX_CAPTION_BYTES, Found, Kind, MediaFile, as_text, kind_of
+from rdm_scale.encoding.tars import in_tars
 from rdm_scale.errors import DataError
 from rdm_scale.storage.location import Location
 

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rdm_scale.data.images import centre_box
+from rdm_scale.encoding.images import centre_box
 from rdm_scale.errors import DataError
 
 EXTENSIONS = ("mp4", "avi", "webm", "mkv", "mov")

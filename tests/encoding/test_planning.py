@@ -5,7 +5,7 @@ import pytest
 from jobs import media
 
 from rdm_scale import rng
-from rdm_scale.data.encoding.planning import (
+from rdm_scale.encoding.planning import (
     Bucket,
     Probe,
     Settings,

@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from rdm_scale.data.encoding.planning import Plan, PlannedShard
-from rdm_scale.data.inputs import MediaSet
 from rdm_scale.data.manifest import Shard
+from rdm_scale.encoding.inputs import MediaSet
+from rdm_scale.encoding.planning import Plan, PlannedShard
 from rdm_scale.errors import DataError
 from rdm_scale.storage.location import Location
 

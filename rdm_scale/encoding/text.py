@@ -19,7 +19,7 @@ from torch import Tensor
 from rdm_scale.conditions import TextCondition
 from rdm_scale.data.manifest import TextEncoding
 from rdm_scale.data.shards import DTYPES
-from rdm_scale.data.text_folder import TextFolder, text_folder
+from rdm_scale.encoding.text_encoder_folder import TextFolder, text_folder
 from rdm_scale.errors import DataError
 
 _CLASSES = {

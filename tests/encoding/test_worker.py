@@ -8,9 +8,9 @@ import torch
 from jobs import make_job, png, write_digits
 
 from rdm_scale.codecs import load_codec, normalise
-from rdm_scale.data.encoding import worker
-from rdm_scale.data.encoding.planning import make_plan
-from rdm_scale.data.encoding.worker import Statistics, Worker
+from rdm_scale.encoding import worker
+from rdm_scale.encoding.planning import make_plan
+from rdm_scale.encoding.worker import Statistics, Worker
 from rdm_scale.errors import DataError
 from rdm_scale.storage.location import Location
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-from rdm_scale.data.lists import Columns, caption_of, class_of
-from rdm_scale.data.media import KINDS, MAX_CAPTION_BYTES, Found, Kind, as_text
+from rdm_scale.encoding.lists import Columns, caption_of, class_of
+from rdm_scale.encoding.media import KINDS, MAX_CAPTION_BYTES, Found, Kind, as_text
 from rdm_scale.errors import DataError
 from rdm_scale.storage.location import Location
 

@@ -13,11 +13,11 @@ from PIL import Image
 
 from rdm_scale import rng
 from rdm_scale.codecs import load_codec, normalise
-from rdm_scale.data.captions import TextEncoder, unpack_text
-from rdm_scale.data.encoding.job import Ranks, check_output, encode
-from rdm_scale.data.encoding.planning import Bucket
 from rdm_scale.data.manifest import read_manifest
 from rdm_scale.data.shards import DTYPES, read_bytes, read_member, sample_id
+from rdm_scale.encoding.job import Ranks, check_output, encode
+from rdm_scale.encoding.planning import Bucket
+from rdm_scale.encoding.text import TextEncoder, unpack_text
 from rdm_scale.errors import DataError
 from rdm_scale.storage.location import Location
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from rdm_scale.codecs import LatentCodec, normalise
-from rdm_scale.data.encoding.planning import Bucket, Item, Probe, Settings
-from rdm_scale.data.images import decode, image_size
-from rdm_scale.data.inputs import Kind, MediaFile, MediaSet
-from rdm_scale.data.videos import decode_clip, probe_video
+from rdm_scale.encoding.images import decode, image_size
+from rdm_scale.encoding.inputs import Kind, MediaFile, MediaSet
+from rdm_scale.encoding.planning import Bucket, Item, Probe, Settings
+from rdm_scale.encoding.videos import decode_clip, probe_video
 
 READERS = 8  # threads that read and decode
 

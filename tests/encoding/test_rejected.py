@@ -12,8 +12,8 @@ from jobs import (
 )
 
 from rdm_scale import rng
-from rdm_scale.data.encoding.job import encode
 from rdm_scale.data.shards import sample_id
+from rdm_scale.encoding.job import encode
 from rdm_scale.errors import DataError
 
 COUNT = 60

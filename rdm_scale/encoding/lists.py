@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rdm_scale.data.media import MAX_CAPTION_BYTES, Found, kind_of
+from rdm_scale.encoding.media import MAX_CAPTION_BYTES, Found, kind_of
 from rdm_scale.errors import ConfigError, DataError
 from rdm_scale.storage.location import Location
 

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from media_files import BLUE, RED, write_tar
 
-from rdm_scale.data.inputs import Columns, find_media
+from rdm_scale.encoding.inputs import Columns, find_media
 from rdm_scale.errors import DataError
 
 
@@ -118,7 +118,7 @@ def test_a_damaged_parquet_file_and_one_of_huge_row_groups(tmp_path, monkeypatch
     with pytest.raises(DataError, match=r"b\.parquet"):
         find_media(str(tmp_path / "b.parquet"))
     assert len(find_media(url).files) == 1000
-    monkeypatch.setattr("rdm_scale.data.lists._MAX_COLUMN_BYTES", 1000)
+    monkeypatch.setattr("rdm_scale.encoding.lists._MAX_COLUMN_BYTES", 1000)
     with pytest.raises(DataError, match="write it with smaller row groups"):
         find_media(url)
 

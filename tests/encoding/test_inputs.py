@@ -8,8 +8,8 @@ import fsspec
 import pytest
 from media_files import BLUE, MOVIE, RED, encoded, flat, write_tar
 
-from rdm_scale.data.images import decode, find_images
-from rdm_scale.data.inputs import Columns, find_media
+from rdm_scale.encoding.images import decode, find_images
+from rdm_scale.encoding.inputs import Columns, find_media
 from rdm_scale.errors import DataError
 
 

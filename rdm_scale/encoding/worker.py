@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from rdm_scale.codecs import LatentCodec, normalise
-from rdm_scale.data.captions import TextEncoder, pack_text
-from rdm_scale.data.encoding.pixels import READERS, load
-from rdm_scale.data.encoding.planning import Item, PlannedShard, Settings
-from rdm_scale.data.encoding.records import Record, Rejected
-from rdm_scale.data.inputs import MediaSet
 from rdm_scale.data.manifest import Codec, Shard, Tar
 from rdm_scale.data.shards import DTYPES, Packed, pack_samples, sample_id, write_tar
+from rdm_scale.encoding.inputs import MediaSet
+from rdm_scale.encoding.pixels import READERS, load
+from rdm_scale.encoding.planning import Item, PlannedShard, Settings
+from rdm_scale.encoding.records import Record, Rejected
+from rdm_scale.encoding.text import TextEncoder, pack_text
 from rdm_scale.errors import DataError
 from rdm_scale.storage.location import Location
 

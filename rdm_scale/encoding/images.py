@@ -12,7 +12,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
-from rdm_scale.data.inputs import MediaSet, find_media
+from rdm_scale.encoding.inputs import MediaSet, find_media
 from rdm_scale.errors import DataError
 
 _FORMATS = ("PNG", "JPEG", "WEBP")

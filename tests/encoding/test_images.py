@@ -9,7 +9,7 @@ import torch
 from media_files import encoded, flat
 from PIL import Image
 
-from rdm_scale.data.images import centre_box, decode, image_size
+from rdm_scale.encoding.images import centre_box, decode, image_size
 from rdm_scale.errors import DataError
 
 

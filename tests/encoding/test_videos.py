@@ -13,9 +13,9 @@ from clip_files import BUNNY, all_frames, counting, digit_clip, numbers, video
 from PIL import Image
 from torch import Tensor
 
-import rdm_scale.data.videos as videos
-from rdm_scale.data.images import decode as decode_image
-from rdm_scale.data.videos import VideoSize, decode_clip, probe_video
+import rdm_scale.encoding.videos as videos
+from rdm_scale.encoding.images import decode as decode_image
+from rdm_scale.encoding.videos import VideoSize, decode_clip, probe_video
 from rdm_scale.errors import DataError
 
 REORDERED = {"bf": "2", "g": "8"}  # B-frames, and several key frames in a clip

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from rdm_scale.codecs import LatentCodec, normalise
 from rdm_scale.config import DataSource
-from rdm_scale.data.captions import unpack_text
 from rdm_scale.data.manifest import NAME, Manifest, Shape, Statistics, Tar, read_manifest
 from rdm_scale.data.reader import OpenSet, open_set
 from rdm_scale.data.shards import DTYPES, read_member, unpack_samples
+from rdm_scale.encoding.text import unpack_text
 from rdm_scale.errors import DataError
 from rdm_scale.storage.location import Location
 

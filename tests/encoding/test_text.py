@@ -1,0 +1,360 @@
+"""Text encoders from folders of every layout, against plain calls of transformers; and folders that are refused.
+
+The models are tiny and random, but real: built, saved and loaded by transformers itself.
+"""
+
+import json
+import shutil
+
+import fsspec
+import pytest
+import safetensors.torch
+import torch
+import transformers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+from rdm_scale.encoding.text import TextEncoder, pack_text
+from rdm_scale.errors import DataError
+
+CAPTIONS = ["a red fox", "", "two dogs run over the hill and a cat", "Größe", "a", "the quick brown fox jumps " * 2]
+WIDTH = 16
+
+
+def tokenizer(template: str, pad: str = "[PAD]", **options: object):
+    """Words of single letters; `template` places the special tokens, for instance "[CLS] $A [SEP]"."""
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    vocabulary = {token: i for i, token in enumerate([*special, *letters, *(f"##{letter}" for letter in letters)])}
+    made = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    made.normalizer = normalizers.Lowercase()
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    if template:
+        made.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=[(token, vocabulary[token]) for token in special]
+        )
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, pad_token=pad, unk_token="[UNK]", **options)
+
+
+SIZES = {
+    "vocab_size": 56,
+    "hidden_size": WIDTH,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+def bert(**options: object):
+    return transformers.BertModel(transformers.BertConfig(**SIZES), **options)
+
+
+def clip(kind: str):
+    config = transformers.CLIPTextConfig(
+        **SIZES, projection_dim=12, bos_token_id=2, eos_token_id=3, pad_token_id=0, hidden_act="quick_gelu"
+    )
+    return getattr(transformers, kind)(config)
+
+
+def t5(kind: str = "T5EncoderModel"):
+    config = transformers.T5Config(
+        vocab_size=56, d_model=WIDTH, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0
+    )
+    return getattr(transformers, kind)(config)
+
+
+def save(folder, model, tokens, **options: object) -> str:
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(0)
+        for parameter in model.parameters():  # transformers' own initialisation is nearly no function at all
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(folder, **options)
+    tokens.save_pretrained(folder)
+    return str(folder)
+
+
+def bert_folder(folder, **options: object) -> str:
+    return save(folder, bert(**options), tokenizer("[CLS] $A [SEP]", model_max_length=40))
+
+
+CASES = {
+    "bert": (lambda: bert(), "[CLS] $A [SEP]", "pooler_output", WIDTH),
+    "bert without pooler": (lambda: bert(add_pooling_layer=False), "[CLS] $A [SEP]", None, WIDTH),
+    "clip": (lambda: clip("CLIPTextModel"), "[CLS] $A [SEP]", "pooler_output", WIDTH),
+    "clip with projection": (lambda: clip("CLIPTextModelWithProjection"), "[CLS] $A [SEP]", "text_embeds", 12),
+    "t5": (lambda: t5(), "$A [SEP]", None, WIDTH),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_each_caption_is_what_transformers_makes_of_it_alone(tmp_path, case):
+    build, template, pooled, pooled_width = CASES[case]
+    model = build().eval()
+    folder = save(tmp_path, model, tokenizer(template))
+    encoder = TextEncoder(folder)
+    assert encoder.record.name == type(model).__name__ and encoder.record.location == folder
+    assert (encoder.record.width, encoder.record.pooled_width) == (WIDTH, pooled_width)
+    tokens = transformers.AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        for caption, result in zip(CAPTIONS, encoder.encode(CAPTIONS), strict=True):
+            output = model(**tokens(caption, return_tensors="pt", return_token_type_ids=False))
+            hidden = output.last_hidden_state[0]
+            assert len(hidden) == len(result.tokens)
+            torch.testing.assert_close(result.tokens, hidden, atol=1e-5, rtol=0)
+            expected = getattr(output, pooled)[0] if pooled else hidden.mean(0)
+            torch.testing.assert_close(result.pooled, expected, atol=1e-5, rtol=0)
+    assert encoder.truncated == 0
+
+
+def test_whole_models_give_their_text_half(tmp_path):
+    whole = t5("T5ForConditionalGeneration")
+    encoder = TextEncoder(save(tmp_path / "t5", whole, tokenizer("$A [SEP]")))
+    alone = transformers.T5EncoderModel.from_pretrained(tmp_path / "t5").eval()
+    expected = alone(torch.tensor([[4, 3]])).last_hidden_state[0]
+    torch.testing.assert_close(encoder.encode(["a"])[0].tokens, expected, atol=1e-5, rtol=0)
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    text = clip("CLIPTextModel").config.to_dict()
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)
+    encoder = TextEncoder(save(tmp_path / "clip", transformers.CLIPModel(config), tokenizer("[CLS] $A [SEP]")))
+    assert encoder.record.name == "CLIPTextModelWithProjection" and encoder.record.pooled_width == 12
+    masked = transformers.BertForMaskedLM(transformers.BertConfig(**SIZES))  # its weights have a prefix, and no pooler
+    encoder = TextEncoder(save(tmp_path / "bert", masked, tokenizer("[CLS] $A [SEP]")))
+    expected = masked.bert.eval()(torch.tensor([[2, 4, 3]])).last_hidden_state[0]
+    (result,) = encoder.encode(["a"])
+    torch.testing.assert_close(result.tokens, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(result.pooled, result.tokens.mean(0))
+
+
+def test_the_same_list_gives_the_same_bytes_and_another_one_the_same_numbers(tmp_path):
+    encoder = TextEncoder(bert_folder(tmp_path), batch_size=2)
+    first, second = encoder.encode(CAPTIONS), encoder.encode(CAPTIONS)
+    assert pack_text(first, torch.arange(6), torch.float32) == pack_text(second, torch.arange(6), torch.float32)
+    for caption, result in zip(CAPTIONS, first, strict=True):
+        (alone,) = encoder.encode([caption])
+        torch.testing.assert_close(result.tokens, alone.tokens, atol=1e-5, rtol=0)
+        torch.testing.assert_close(result.pooled, alone.pooled, atol=1e-5, rtol=0)
+    assert encoder.encode([]) == []
+
+
+def test_computing_in_bfloat16_is_near_and_still_gives_float32(tmp_path):
+    folder = bert_folder(tmp_path)
+    (exact,), (near,) = (TextEncoder(folder, dtype=dtype).encode(["a red fox"]) for dtype in ("float32", "bfloat16"))
+    assert near.tokens.dtype == near.pooled.dtype == torch.float32
+    assert 0 < (near.tokens - exact.tokens).norm() / exact.tokens.norm() < 0.03
+
+
+def test_long_captions_are_cut_before_the_last_special_token_and_counted(tmp_path):
+    folder = bert_folder(tmp_path)
+    encoder = TextEncoder(folder)
+    assert encoder.record.max_tokens == 40
+    encoder = TextEncoder(folder, max_tokens=5)
+    long, short = encoder.encode(["a b c d e f g", "a b c"])
+    assert len(long.tokens) == len(short.tokens) == 5 and encoder.truncated == 1
+    torch.testing.assert_close(long.tokens, short.tokens, atol=1e-5, rtol=0)  # [CLS] a b c [SEP]
+    with pytest.raises(DataError, match="takes 1 to 64 tokens, not 65"):
+        TextEncoder(folder, max_tokens=65)
+
+
+def sentence_transformer(folder, *modes: str, normalise: bool = False) -> str:
+    """The layout that sentence-transformers writes."""
+    bert_folder(folder)
+    names = ["Transformer", "Pooling", *(["Normalize"] if normalise else [])]
+    paths = ["", "1_Pooling", "2_Normalize"]
+    modules = [
+        {"idx": i, "name": str(i), "path": paths[i], "type": f"sentence_transformers.models.{name}"}
+        for i, name in enumerate(names)
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 24, "do_lower_case": False}))
+    (folder / "1_Pooling").mkdir()
+    known = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens")
+    pooling = {"word_embedding_dimension": WIDTH} | {f"pooling_mode_{name}": name in modes for name in known}
+    (folder / "1_Pooling/config.json").write_text(json.dumps(pooling))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("mode", "pool"),
+    [
+        ("cls_token", lambda tokens: tokens[0]),
+        ("mean_tokens", lambda tokens: tokens.sum(0) / len(tokens)),
+        ("max_tokens", lambda tokens: tokens.max(dim=0).values),
+    ],
+)
+def test_the_pooling_of_sentence_transformers(tmp_path, mode, pool):
+    encoder = TextEncoder(sentence_transformer(tmp_path / "plain", mode))
+    assert encoder.record.max_tokens == 24
+    for result in encoder.encode(CAPTIONS):
+        torch.testing.assert_close(result.pooled, pool(result.tokens))
+    scaled = TextEncoder(sentence_transformer(tmp_path / "unit", mode, normalise=True))
+    for result in scaled.encode(CAPTIONS):
+        pooled = pool(result.tokens)
+        torch.testing.assert_close(result.pooled, pooled / pooled.square().sum().sqrt())
+    assert scaled.record.digest != encoder.record.digest
+
+
+def test_pooling_that_is_not_known_is_refused(tmp_path):
+    with pytest.raises(
+        DataError, match=r"1_Pooling/config\.json asks for the pooling pooling_mode_mean_sqrt_len_tokens"
+    ):
+        TextEncoder(sentence_transformer(tmp_path / "a", "mean_sqrt_len_tokens"))
+    folder = sentence_transformer(tmp_path / "b", "mean_tokens")
+    modules = json.loads((tmp_path / "b/modules.json").read_text())
+    modules.append({"idx": 2, "name": "2", "path": "2_Dense", "type": "sentence_transformers.models.Dense"})
+    (tmp_path / "b/modules.json").write_text(json.dumps(modules))
+    with pytest.raises(DataError, match="lists Transformer, Pooling, Dense"):
+        TextEncoder(folder)
+    modules[1:] = [{"type": "sentence_transformers.models.Pooling", "path": "../../elsewhere"}]
+    (tmp_path / "b/modules.json").write_text(json.dumps(modules))
+    with pytest.raises(DataError, match="no module"):
+        TextEncoder(folder)
+
+
+def test_weights_in_several_files_and_on_another_file_system(tmp_path):
+    local = bert_folder(tmp_path / "one")
+    model = transformers.BertModel.from_pretrained(local)
+    model.save_pretrained(tmp_path / "many", max_shard_size="8KB")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tmp_path / "one" / name, tmp_path / "many" / name)
+    assert not (tmp_path / "many/model.safetensors").exists()
+    memory = fsspec.filesystem("memory")
+    memory.put(str(tmp_path / "many"), "/captions_test/", recursive=True)
+    (expected,) = TextEncoder(local).encode(["a red fox"])
+    digests = set()
+    for url in (str(tmp_path / "many"), "memory://captions_test/many"):
+        encoder = TextEncoder(url)
+        (result,) = encoder.encode(["a red fox"])
+        assert torch.equal(result.tokens, expected.tokens) and torch.equal(result.pooled, expected.pooled)
+        digests.add(encoder.record.digest)
+    assert len(digests) == 1 and encoder.record.location == "memory:///captions_test/many"
+    next((tmp_path / "many").glob("model-*.safetensors")).unlink()
+    with pytest.raises(DataError, match=r"model-.*safetensors is missing"):
+        TextEncoder(str(tmp_path / "many"))
+
+
+def test_the_tokenizer_settings_of_older_versions(tmp_path):
+    """As the published MiniLM has them: the tokenizer's class by name, and where it came from."""
+    folder = bert_folder(tmp_path)
+    (expected,) = TextEncoder(folder).encode(["a red fox"])
+    settings = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "sep", "pad", "cls")} | {
+        "tokenizer_class": "BertTokenizer",
+        "do_lower_case": True,
+        "strip_accents": None,
+        "model_max_length": 32,
+        "name_or_path": "elsewhere/else",
+        "special_tokens_map_file": "/nowhere/map.json",
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    encoder = TextEncoder(folder)
+    assert torch.equal(encoder.encode(["a red fox"])[0].tokens, expected.tokens) and encoder.record.max_tokens == 32
+    (tmp_path / "tokenizer_config.json").unlink()
+    assert torch.equal(TextEncoder(folder).encode(["a red fox"])[0].tokens, expected.tokens)
+
+
+def test_the_digest_is_of_weights_and_tokenizer(tmp_path):
+    first = TextEncoder(bert_folder(tmp_path / "a")).record
+    assert len(first.digest) == 64
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "b/README.md").write_text("of no matter")
+    assert TextEncoder(str(tmp_path / "b")).record.digest == first.digest
+    tokens = (tmp_path / "b/tokenizer.json").read_text()
+    (tmp_path / "b/tokenizer.json").write_text(tokens.replace('"Lowercase"', '"NFC"'))
+    assert TextEncoder(str(tmp_path / "b")).record.digest != first.digest
+
+
+def test_pickled_weights_are_refused(tmp_path):
+    folder = bert_folder(tmp_path)
+    torch.save(bert().state_dict(), tmp_path / "pytorch_model.bin")
+    TextEncoder(folder)  # beside safetensors they do no harm: they are not looked at
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(DataError, match=r"only pytorch_model\.bin, and pickled weights are not loaded"):
+        TextEncoder(folder)
+
+
+def edit(path, **values: object) -> None:
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | values))
+
+
+def test_code_adapters_and_kernels_in_the_folder_are_not_used(tmp_path):
+    folder = bert_folder(tmp_path)
+    (expected,) = TextEncoder(folder).encode(["a"])
+    (tmp_path / "evil.py").write_text("raise SystemExit('code was run')")
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere/else", "peft_type": "LORA"}')
+    code = {"AutoConfig": "evil.Config", "AutoModel": "evil.Model", "AutoTokenizer": ["evil.Tokenizer", None]}
+    edit(tmp_path / "config.json", auto_map=code, attn_implementation="elsewhere/kernels")
+    edit(tmp_path / "tokenizer_config.json", auto_map=code)
+    (result,) = TextEncoder(folder).encode(["a"])
+    assert torch.equal(result.tokens, expected.tokens)
+
+
+def damage(folder, what: str) -> None:
+    weights = folder / "model.safetensors"
+    if what == "cut":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif what == "garbage":
+        weights.write_bytes(b"\xff" * 1000)
+    elif what == "missing weight":
+        state = safetensors.torch.load(weights.read_bytes())
+        del state["encoder.layer.1.output.dense.weight"]
+        safetensors.torch.save_file(state, weights, {"format": "pt"})
+    elif what == "nan":
+        state = safetensors.torch.load(weights.read_bytes())
+        state["embeddings.LayerNorm.weight"][0] = float("nan")
+        safetensors.torch.save_file(state, weights, {"format": "pt"})
+    elif what == "huge":
+        edit(folder / "config.json", vocab_size=10**12)
+    elif what == "deep":
+        edit(folder / "config.json", num_hidden_layers=10**9)
+    elif what == "kind":
+        edit(folder / "config.json", model_type="llama")
+    elif what == "code":
+        edit(folder / "config.json", model_type="evil", auto_map={"AutoModel": "evil.Model"})
+    elif what == "quantised":
+        edit(folder / "config.json", quantization_config={"quant_method": "bitsandbytes"})
+    elif what == "no tokenizer":
+        (folder / "tokenizer.json").unlink()
+    elif what == "bad tokenizer":
+        (folder / "tokenizer.json").write_text('{"model": "x"}')
+    elif what == "tokens beyond the table":
+        edit(folder / "config.json", vocab_size=2)
+    elif what == "no config":
+        (folder / "config.json").unlink()
+    elif what == "config":
+        (folder / "config.json").write_text("[]")
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("cut", "do not make a text encoder"),
+        ("garbage", "do not make a text encoder"),
+        ("missing weight", r"1 weights are missing, the first is encoder\.layer\.1\.output\.dense\.weight"),
+        ("nan", "not finite"),
+        ("huge", "the configuration is of 16000"),
+        ("deep", "num_hidden_layers is 1000000000, and at most 1000"),
+        ("kind", "holds a llama model: the text encoders known are albert, bert"),
+        ("code", "holds a evil model"),
+        ("quantised", "quantised"),
+        ("no tokenizer", r"has no tokenizer\.json"),
+        ("bad tokenizer", "do not make a text encoder"),
+        ("tokens beyond the table", "do not make a text encoder"),
+        ("no config", "there is no text encoder"),
+        ("config", r"config\.json is not a JSON object"),
+    ],
+)
+def test_folders_that_are_refused(tmp_path, what, message):
+    folder = bert_folder(tmp_path / "encoder")
+    damage(tmp_path / "encoder", what)
+    with pytest.raises(DataError, match=message):
+        TextEncoder(folder)
+
+
+def test_a_tokenizer_without_special_tokens_is_refused(tmp_path):
+    with pytest.raises(DataError, match="adds no special tokens"):
+        TextEncoder(save(tmp_path, bert(), tokenizer("")))
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(DataError, match=r"there is no text encoder .*nothing"):
+        TextEncoder(str(tmp_path / "nothing"))
