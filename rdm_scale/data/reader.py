@@ -17,7 +17,7 @@ from torch import Tensor
 from rdm_scale.codecs.codec import normalise_
 from rdm_scale.config import DataConfig, DataSource
 from rdm_scale.data.manifest import Codec, Manifest, Tar, read_manifest
-from rdm_scale.data.memory import MEMORY, as_bytes
+from rdm_scale.data.buffer_pool import MEMORY, as_bytes
 from rdm_scale.data.order import Run
 from rdm_scale.data.shards import DTYPES, pack_samples, read_run, span, unpack_samples
 from rdm_scale.encoding.text import unpack_text

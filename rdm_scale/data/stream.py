@@ -16,7 +16,7 @@ from rdm_scale.codecs.codec import normalise_
 from rdm_scale.conditions import TextCondition
 from rdm_scale.config import DataConfig, DataSource
 from rdm_scale.data import mixing
-from rdm_scale.data.losses import LostShards
+from rdm_scale.data.lost_shards import LostShards
 from rdm_scale.data.manifest import Manifest, Shape
 from rdm_scale.data.order import RUN_BYTES, GlobalOrder, Piece, Run
 from rdm_scale.data.reader import (

@@ -4,7 +4,7 @@ import gc
 
 import torch
 
-from rdm_scale.data.memory import Memory, as_bytes
+from rdm_scale.data.buffer_pool import Memory, as_bytes
 
 SIZE = 10**6
 
