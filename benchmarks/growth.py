@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from rdm_scale.checkpoint import load_trained
-from rdm_scale.checkpoint.model import Weights
+from rdm_scale.checkpoint.trained_model import Weights
 from rdm_scale.config import RunConfig, load_config
 from rdm_scale.cost import model_flops, model_parameters
 from rdm_scale.data.prefetch import draw

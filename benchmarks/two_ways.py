@@ -17,9 +17,9 @@ from diffusers import DiTTransformer2DModel
 from torch import Tensor
 
 from rdm_scale.checkpoint import load_model, load_trained
-from rdm_scale.checkpoint.importing import import_weights, open_published
-from rdm_scale.checkpoint.merge import export_diffusers
-from rdm_scale.checkpoint.weights import open_model
+from rdm_scale.checkpoint.convert.import_weights import import_weights, open_published
+from rdm_scale.checkpoint.convert.merge import export_diffusers
+from rdm_scale.checkpoint.sources import open_model
 from rdm_scale.codecs import codec_of
 from rdm_scale.evaluation.pictures import image_grid
 from rdm_scale.evaluation.sampling import draw_latents

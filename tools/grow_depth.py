@@ -10,7 +10,7 @@ import sys
 from typing import get_args
 
 from rdm_scale.errors import RdmError
-from rdm_scale.models.growth import Placement
+from rdm_scale.checkpoint.convert.depth_growth import Placement
 
 
 def main() -> None:
@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def grow(options: argparse.Namespace) -> None:
-    from rdm_scale.checkpoint.growth import grow_checkpoint
+    from rdm_scale.checkpoint.convert.grow import grow_checkpoint
     from rdm_scale.cost import model_flops, model_parameters
 
     grown = grow_checkpoint(options.checkpoint, options.depth, options.output, options.placement, options.restart)

@@ -29,7 +29,7 @@ def import_checkpoint(options: argparse.Namespace) -> None:
     from rdm_scale.config import load_config
 
     config = load_config(options.config, options.overrides) if options.config else None
-    from rdm_scale.checkpoint.importing import elements, import_weights, open_published
+    from rdm_scale.checkpoint.convert.import_weights import elements, import_weights, open_published
     from rdm_scale.data.compatibility import check_data
     from rdm_scale.storage.location import Location
 

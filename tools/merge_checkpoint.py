@@ -54,8 +54,8 @@ def merge(options: argparse.Namespace) -> None:
         raise ConfigError("--max-file-gb must be above 0")
     import torch
 
-    from rdm_scale.checkpoint.merge import elements, export_diffusers, merge, refuse_taken
-    from rdm_scale.checkpoint.weights import open_model
+    from rdm_scale.checkpoint.convert.merge import elements, export_diffusers, merge, refuse_taken
+    from rdm_scale.checkpoint.sources import open_model
     from rdm_scale.storage.location import Location
 
     out = Location(output)
@@ -74,8 +74,8 @@ def merge(options: argparse.Namespace) -> None:
 
 
 def inspect(path: str, options: argparse.Namespace) -> None:
-    from rdm_scale.checkpoint.inspection import gates, summarise
-    from rdm_scale.checkpoint.weights import find_checkpoint, open_model
+    from rdm_scale.checkpoint.summary import gates, summarise
+    from rdm_scale.checkpoint.sources import find_checkpoint, open_model
 
     folder = find_checkpoint(path)
     state, count, tensors = summarise(folder)
@@ -95,8 +95,8 @@ def inspect(path: str, options: argparse.Namespace) -> None:
 
 
 def verify(path: str, options: argparse.Namespace) -> None:
-    from rdm_scale.checkpoint.inspection import verify
-    from rdm_scale.checkpoint.weights import find_checkpoint
+    from rdm_scale.checkpoint.summary import verify
+    from rdm_scale.checkpoint.sources import find_checkpoint
     from rdm_scale.storage.location import Location
 
     folder = Location(path)

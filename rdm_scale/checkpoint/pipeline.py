@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from rdm_scale.checkpoint.model import TrainedModel, load_trained
+from rdm_scale.checkpoint.trained_model import TrainedModel, load_trained
 from rdm_scale.codecs import LatentCodec, codec_of
 from rdm_scale.config import parse_config
 from rdm_scale.errors import ConfigError

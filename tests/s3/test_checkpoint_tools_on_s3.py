@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from rdm_scale.checkpoint import CheckpointDirectory, load_model
-from rdm_scale.checkpoint.growth import grow_checkpoint
-from rdm_scale.checkpoint.importing import import_weights, open_published
-from rdm_scale.checkpoint.inspection import gates, summarise, verify
-from rdm_scale.checkpoint.merge import export_diffusers, merge
-from rdm_scale.checkpoint.weights import open_model
-from rdm_scale.checkpoint.writing import FIELDS, write_checkpoint
+from rdm_scale.checkpoint.convert.grow import grow_checkpoint
+from rdm_scale.checkpoint.convert.import_weights import import_weights, open_published
+from rdm_scale.checkpoint.summary import gates, summarise, verify
+from rdm_scale.checkpoint.convert.merge import export_diffusers, merge
+from rdm_scale.checkpoint.sources import open_model
+from rdm_scale.checkpoint.convert.checkpoint_writer import FIELDS, write_checkpoint
 from rdm_scale.config import RunConfig, parse_config
 from rdm_scale.data.manifest import Codec
 from rdm_scale.errors import CheckpointError

@@ -12,9 +12,9 @@ from s3_server import S3Server
 from small_runs import metrics, run_config, train, write_latents
 
 from rdm_scale.checkpoint.directory import CheckpointDirectory
-from rdm_scale.checkpoint.pieces import Piece, Pieces
-from rdm_scale.checkpoint.rectangles import Rectangle
-from rdm_scale.checkpoint.tensors import write_tensors
+from rdm_scale.checkpoint.format.slices import Piece, Pieces
+from rdm_scale.checkpoint.format.overlap import Rectangle
+from rdm_scale.checkpoint.format.reader import write_tensors
 from rdm_scale.config import RunConfig
 from rdm_scale.errors import CheckpointError
 from rdm_scale.storage.location import Location

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from rdm_scale.checkpoint import load_model
 from rdm_scale.checkpoint.directory import CheckpointDirectory
-from rdm_scale.checkpoint.writing import write_checkpoint
+from rdm_scale.checkpoint.convert.checkpoint_writer import write_checkpoint
 from rdm_scale.data.manifest import Codec
 from rdm_scale.models import build_model
 from rdm_scale.storage.location import Location

@@ -10,8 +10,8 @@ from small_runs import metrics, run_config, train, write_latents
 
 from rdm_scale.checkpoint import CheckpointDirectory, load_trained
 from rdm_scale.checkpoint.directory import open_checkpoint
-from rdm_scale.checkpoint.growth import grow_checkpoint
-from rdm_scale.checkpoint.writing import FIELDS, write_checkpoint
+from rdm_scale.checkpoint.convert.grow import grow_checkpoint
+from rdm_scale.checkpoint.convert.checkpoint_writer import FIELDS, write_checkpoint
 from rdm_scale.errors import CheckpointError, ConfigError
 from rdm_scale.models import build_model
 from rdm_scale.models.gates import ResidualGate

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 from rdm_scale.checkpoint import CheckpointDirectory, load_model, load_trained
-from rdm_scale.checkpoint.inspection import gates, summarise, verify
-from rdm_scale.checkpoint.merge import merge
+from rdm_scale.checkpoint.summary import gates, summarise, verify
+from rdm_scale.checkpoint.convert.merge import merge
 from rdm_scale.checkpoint.pipeline import RDMPipeline
-from rdm_scale.checkpoint.weights import open_model
-from rdm_scale.checkpoint.writing import write_checkpoint
+from rdm_scale.checkpoint.sources import open_model
+from rdm_scale.checkpoint.convert.checkpoint_writer import write_checkpoint
 from rdm_scale.config import RunConfig, parse_config
 from rdm_scale.data.manifest import Codec
 from rdm_scale.errors import CheckpointError

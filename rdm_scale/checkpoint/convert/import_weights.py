@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rdm_scale.checkpoint.diffusers import (
+from rdm_scale.checkpoint.convert.dit_names import (
     Correspondence,
     correspondences,
     diffusers_names,
@@ -18,8 +18,8 @@ from rdm_scale.checkpoint.diffusers import (
     original_names,
 )
 from rdm_scale.checkpoint.directory import CheckpointDirectory
-from rdm_scale.checkpoint.weights import CONFIG, compare_shapes
-from rdm_scale.checkpoint.writing import write_checkpoint
+from rdm_scale.checkpoint.sources import CONFIG, compare_shapes
+from rdm_scale.checkpoint.convert.checkpoint_writer import write_checkpoint
 from rdm_scale.config import ModelConfig, RunConfig, flatten, parse_config
 from rdm_scale.data.manifest import Codec
 from rdm_scale.errors import CheckpointError

@@ -16,7 +16,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from rdm_scale.checkpoint.index import (
+from rdm_scale.checkpoint.format.index import (
     BLOCK_BYTES,
     DATA,
     INDEX,
@@ -27,10 +27,10 @@ from rdm_scale.checkpoint.index import (
     encode_index,
     read_index,
 )
-from rdm_scale.checkpoint.pieces import Piece, Pieces, shape_of
-from rdm_scale.checkpoint.reads import Sweeper
-from rdm_scale.checkpoint.rectangles import Atlas, Boxes, Copies, Ints, Rectangle, copies_between, deepened, overlap
-from rdm_scale.checkpoint.spans import Wanted, spans_of
+from rdm_scale.checkpoint.format.slices import Piece, Pieces, shape_of
+from rdm_scale.checkpoint.format.range_reader import Sweeper
+from rdm_scale.checkpoint.format.overlap import Atlas, Boxes, Copies, Ints, Rectangle, copies_between, deepened, overlap
+from rdm_scale.checkpoint.format.coverage import Wanted, spans_of
 from rdm_scale.errors import CheckpointError
 from rdm_scale.storage.location import Location
 

@@ -11,9 +11,9 @@ from tensor_layouts import FIELDS, LAYOUTS, PADDING, SHAPES, cut, flat, write
 from torch import Tensor
 
 from rdm_scale.checkpoint import index, reads, tensors
-from rdm_scale.checkpoint.pieces import Piece, Pieces
-from rdm_scale.checkpoint.rectangles import Rectangle
-from rdm_scale.checkpoint.tensors import TensorReader, write_tensors
+from rdm_scale.checkpoint.format.slices import Piece, Pieces
+from rdm_scale.checkpoint.format.overlap import Rectangle
+from rdm_scale.checkpoint.format.reader import TensorReader, write_tensors
 from rdm_scale.errors import CheckpointError
 from rdm_scale.storage.location import Location
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rdm_scale.checkpoint.rectangles import Boxes, Ints, Rectangle, padded
+from rdm_scale.checkpoint.format.overlap import Boxes, Ints, Rectangle, padded
 
 
 class Piece(NamedTuple):

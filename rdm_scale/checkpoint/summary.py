@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from rdm_scale.checkpoint.directory import open_checkpoint
-from rdm_scale.checkpoint.index import BLOCK_BYTES, IndexedFile
-from rdm_scale.checkpoint.reads import Scratch, fetch_blocks
-from rdm_scale.checkpoint.tensors import TensorReader
-from rdm_scale.checkpoint.weights import ModelSource, parameter_shapes
+from rdm_scale.checkpoint.format.index import BLOCK_BYTES, IndexedFile
+from rdm_scale.checkpoint.format.range_reader import Scratch, fetch_blocks
+from rdm_scale.checkpoint.format.reader import TensorReader
+from rdm_scale.checkpoint.sources import ModelSource, parameter_shapes
 from rdm_scale.config import parse_config
 from rdm_scale.errors import CheckpointError
 from rdm_scale.models.gates import branch_multiplier

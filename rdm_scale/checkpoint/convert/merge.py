@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from rdm_scale.checkpoint.diffusers import config_of, correspondences, diffusers_names
-from rdm_scale.checkpoint.weights import CONFIG, MERGED, MergedConfig, ModelSource
+from rdm_scale.checkpoint.convert.dit_names import config_of, correspondences, diffusers_names
+from rdm_scale.checkpoint.sources import CONFIG, MERGED, MergedConfig, ModelSource
 from rdm_scale.config import flatten
 from rdm_scale.errors import CheckpointError
 from rdm_scale.storage.location import Location

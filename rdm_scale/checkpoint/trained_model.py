@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rdm_scale.checkpoint.weights import Weights, open_model
+from rdm_scale.checkpoint.sources import Weights, open_model
 from rdm_scale.config import RunConfig
 from rdm_scale.data.manifest import Codec, TextEncoding
 from rdm_scale.models import DiffusionTransformer, build_model

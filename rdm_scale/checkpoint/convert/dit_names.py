@@ -15,7 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from rdm_scale.checkpoint.weights import parameter_shapes
+from rdm_scale.checkpoint.sources import parameter_shapes
 from rdm_scale.config import InputConfig, ModelConfig
 from rdm_scale.errors import CheckpointError
 from rdm_scale.models.parameterisation import depth_ratio

@@ -10,8 +10,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from rdm_scale.checkpoint.index import BLOCK_BYTES, IndexedFile
-from rdm_scale.checkpoint.rectangles import Copies, Ints
+from rdm_scale.checkpoint.format.index import BLOCK_BYTES, IndexedFile
+from rdm_scale.checkpoint.format.overlap import Copies, Ints
 from rdm_scale.errors import CheckpointError
 
 _FAR_BYTES = 8 * BLOCK_BYTES  # most that a range read fetches from afar, unless a rectangle with gaps is larger

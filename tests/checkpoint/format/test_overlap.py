@@ -6,8 +6,8 @@ import random
 import numpy as np
 import pytest
 
-from rdm_scale.checkpoint.pieces import Piece
-from rdm_scale.checkpoint.rectangles import (
+from rdm_scale.checkpoint.format.slices import Piece
+from rdm_scale.checkpoint.format.overlap import (
     Atlas,
     Boxes,
     Rectangle,
@@ -113,7 +113,7 @@ def random_world(rng: random.Random, count: int, shapes: dict[str, tuple[int, ..
 
 
 def test_bulk_search_finds_what_pairwise_overlap_finds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rdm_scale.checkpoint.rectangles._PAIRS", 50)  # several parts
+    monkeypatch.setattr("rdm_scale.checkpoint.format.overlap._PAIRS", 50)  # several parts
     rng = random.Random(0)
     disjoint = 0
     for trial in range(20):

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from rdm_scale.checkpoint.directory import CheckpointDirectory, is_checkpoint, open_checkpoint
-from rdm_scale.checkpoint.tensors import TensorReader
+from rdm_scale.checkpoint.format.reader import TensorReader
 from rdm_scale.config import ModelConfig, RunConfig, parse_config
 from rdm_scale.data.manifest import Codec, TextEncoding
 from rdm_scale.errors import CheckpointError

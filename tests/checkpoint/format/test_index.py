@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save
 from tensor_layouts import LAYOUTS, write
 
-from rdm_scale.checkpoint.tensors import FileRecord, TensorReader, digest
+from rdm_scale.checkpoint.format.reader import FileRecord, TensorReader, digest
 from rdm_scale.errors import CheckpointError
 from rdm_scale.storage.location import Location
 
