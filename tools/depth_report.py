@@ -47,7 +47,7 @@ def main() -> None:
 
 def report(run: Path) -> str:
     """The page. Raises DataError where there are no profiles, or they are not what a run writes."""
-    from rdm_scale.evaluation.pictures import loss_figure
+    from rdm_scale.sampling.image_grid import loss_figure
     from rdm_scale.training.profiles import DEPTH, as_array, read_profiles
 
     try:

@@ -275,7 +275,7 @@ def _write_preview(place: str, job: "Job") -> None:
 
     from rdm_scale.encoding.pixels import load, reconstruct
     from rdm_scale.encoding.planning import Item, split
-    from rdm_scale.evaluation.pictures import image_grid, middle_frames
+    from rdm_scale.sampling.image_grid import image_grid, middle_frames
     from rdm_scale.storage.location import Location
 
     files, bucket = job.source.files, job.settings.buckets[0]
@@ -320,7 +320,7 @@ def verify(options: argparse.Namespace) -> None:
 def stats(options: argparse.Namespace) -> None:
     from rdm_scale.data.manifest import read_manifest
     from rdm_scale.encoding.inspection import measure
-    from rdm_scale.evaluation.pictures import plot_channels
+    from rdm_scale.sampling.image_grid import plot_channels
     from rdm_scale.storage.location import Location
 
     url = options.paths[0]
@@ -341,7 +341,7 @@ def decode(options: argparse.Namespace) -> None:
     from rdm_scale.data.manifest import read_manifest
     from rdm_scale.device import own_device
     from rdm_scale.encoding.inspection import decoded
-    from rdm_scale.evaluation.pictures import write_grid
+    from rdm_scale.sampling.image_grid import write_grid
     from rdm_scale.storage.location import Location
 
     url = options.paths[0]

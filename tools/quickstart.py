@@ -140,7 +140,7 @@ def train(places: Places, steps: int | None) -> None:
 
 
 def judge(places: Places) -> None:
-    from rdm_scale.evaluation.pictures import plot_loss
+    from rdm_scale.sampling.image_grid import plot_loss
 
     samples, loss = places.run / "samples.png", places.run / "loss.png"
     step(

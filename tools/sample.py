@@ -49,8 +49,8 @@ def draw(options: argparse.Namespace) -> None:
     from rdm_scale.config import parse_config
     from rdm_scale.device import own_device
     from rdm_scale.encoding.text import empty_caption, encode_prompts
-    from rdm_scale.evaluation.pictures import write_grid
-    from rdm_scale.evaluation.sampling import draw_pixels
+    from rdm_scale.sampling.image_grid import write_grid
+    from rdm_scale.sampling.generate import draw_pixels
     from rdm_scale.storage.location import Location
 
     device = own_device()

@@ -174,7 +174,7 @@ def report(
 
     from rdm_scale.codecs import load_codec
     from rdm_scale.encoding.pixels import load_batches, reconstruct
-    from rdm_scale.evaluation.pictures import image_grid
+    from rdm_scale.sampling.image_grid import image_grid
 
     codec = load_codec(str(folder))
     total = 0.0

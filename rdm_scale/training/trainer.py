@@ -24,7 +24,7 @@ from rdm_scale.data.stream import HeldOut, LatentStream
 from rdm_scale.diffusion import build_objective
 from rdm_scale.encoding.text import empty_caption
 from rdm_scale.errors import NonFiniteError
-from rdm_scale.evaluation.sampling import SampleGrid
+from rdm_scale.sampling.generate import SampleGrid
 from rdm_scale.parallel.layout import Layout
 from rdm_scale.parallel.mesh import Mesh
 from rdm_scale.parallel.parallelize import parallelize

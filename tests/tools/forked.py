@@ -16,7 +16,7 @@ FORKS.set_forkserver_preload(
         "diffusers.models.autoencoders.autoencoder_kl",
         "rdm_scale.encoding.job",
         "rdm_scale.encoding.inspection",
-        "rdm_scale.evaluation.pictures",
+        "rdm_scale.sampling.image_grid",
     ]
 )
 

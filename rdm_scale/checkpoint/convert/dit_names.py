@@ -160,7 +160,7 @@ def refuse_inexpressible(config: ModelConfig) -> None:
                 [
                     "diffusers' DiTTransformer2DModel cannot express this model:",
                     *found,
-                    "merge it without --to diffusers: rdm_scale.checkpoint.pipeline.RDMPipeline draws from that folder",
+                    "merge it without --to diffusers: rdm_scale.sampling.rdm_pipeline.RDMPipeline draws from that folder",
                 ]
             )
         )

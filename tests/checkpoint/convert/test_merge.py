@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from rdm_scale.checkpoint import CheckpointDirectory, load_model, load_trained
 from rdm_scale.checkpoint.summary import gates, summarise, verify
 from rdm_scale.checkpoint.convert.merge import merge
-from rdm_scale.checkpoint.pipeline import RDMPipeline
+from rdm_scale.sampling.rdm_pipeline import RDMPipeline
 from rdm_scale.checkpoint.sources import open_model
 from rdm_scale.checkpoint.convert.checkpoint_writer import write_checkpoint
 from rdm_scale.config import RunConfig, parse_config

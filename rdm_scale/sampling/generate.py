@@ -13,7 +13,7 @@ from rdm_scale.config import RunConfig
 from rdm_scale.data.compatibility import DataFacts
 from rdm_scale.diffusion import sample
 from rdm_scale.errors import ConfigError
-from rdm_scale.evaluation.pictures import image_grid, middle_frames
+from rdm_scale.sampling.image_grid import image_grid, middle_frames
 
 if TYPE_CHECKING:
     from rdm_scale.parallel.mesh import Mesh  # megatron-core takes seconds to import

@@ -8,8 +8,8 @@ from rdm_scale.checkpoint.trained_model import TrainedModel, load_trained
 from rdm_scale.codecs import LatentCodec, codec_of
 from rdm_scale.config import parse_config
 from rdm_scale.errors import ConfigError
-from rdm_scale.evaluation.pictures import to_images
-from rdm_scale.evaluation.sampling import draw_latents
+from rdm_scale.sampling.image_grid import to_images
+from rdm_scale.sampling.generate import draw_latents
 
 
 class RDMPipeline:

@@ -8,7 +8,7 @@ from rdm_scale.codecs import load_codec
 from rdm_scale.conditions import TextCondition
 from rdm_scale.config import DiffusionConfig, InputConfig, ModelConfig, RunConfig, SamplingConfig
 from rdm_scale.errors import ConfigError
-from rdm_scale.evaluation.sampling import draw_latents, draw_pixels
+from rdm_scale.sampling.generate import draw_latents, draw_pixels
 
 CONFIG = RunConfig(
     model=ModelConfig(input=InputConfig(channels=3, height=4, width=4), num_classes=5, hidden_size=16, num_heads=2),
