@@ -40,7 +40,7 @@ from rdm_scale.checkpoint.format.coverage import spans_of
 from rdm_scale.checkpoint.format.reader import write_tensors
 from rdm_scale.config.schema import CheckpointConfig
 from rdm_scale.models.layers import WHOLE, Slice
-from rdm_scale.parallel.zero import Shard
+from rdm_scale.parallel.zero.engine import Shard
 from rdm_scale.storage.location import Location
 
 RESULTS = Path(__file__).parent / "results" / "checkpoint.json"

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from rdm_scale.config import RunConfig, parse_config
 from rdm_scale.data.prefetch import TrainingBatch
 from rdm_scale.models import build_model
-from rdm_scale.parallel.layout import plan
+from rdm_scale.parallel.plan import plan
 from rdm_scale.parallel.mesh import Mesh, build_mesh
 from rdm_scale.parallel.parallelize import ParallelModel, parallelize
 from rdm_scale.training.optimizer import build_optimizer

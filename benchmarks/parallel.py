@@ -39,8 +39,8 @@ from traffic import TrafficCounter
 
 from rdm_scale.config import RunConfig, parse_config
 from rdm_scale.data.prefetch import TrainingBatch
-from rdm_scale.parallel.layout import Layout, plan
-from rdm_scale.parallel.schedules import Operation, operations, simulate
+from rdm_scale.parallel.plan import Layout, plan
+from rdm_scale.parallel.pipeline.schedules import Operation, operations, simulate
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "parallel.json"

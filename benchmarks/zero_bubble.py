@@ -23,7 +23,7 @@ from rdm_scale.config import ModelConfig
 from rdm_scale.models import build_model
 from rdm_scale.models.blocks import SideInputs
 from rdm_scale.parallel.recompute import recompute_blocks
-from rdm_scale.parallel.schedules import operations, placement, simulate
+from rdm_scale.parallel.pipeline.schedules import operations, placement, simulate
 
 RESULTS = Path(__file__).parent / "results" / "zero_bubble.json"
 GRID = (1, 16, 16)

@@ -10,7 +10,7 @@ import argparse
 import os
 
 from rdm_scale.config import RunConfig, describe_keys, load_config
-from rdm_scale.parallel.faults import end_with_launcher, run_main
+from rdm_scale.parallel.failures import end_with_launcher, run_main
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def dry_run(config: RunConfig, world_size: int) -> None:
     """Prints the layout of a run on `world_size` ranks; builds nothing and opens nothing."""
-    from rdm_scale.parallel.layout import plan
+    from rdm_scale.parallel.plan import plan
 
     memory = config.parallel.memory_gib
     print(plan(config, world_size, None if memory is None else memory * 2**30).table(config))
@@ -52,7 +52,7 @@ def train(config: RunConfig) -> None:
     facts, start = mesh.from_first(checked)
     lock = prepare(config, start) if mesh.is_first else None
 
-    from rdm_scale.parallel.layout import memory_of_rank, plan
+    from rdm_scale.parallel.plan import memory_of_rank, plan
 
     layout = plan(config, mesh.world_size, mesh.from_first(memory_of_rank(config)))
     if mesh.is_first:

@@ -7,7 +7,7 @@ import pytest
 
 from rdm_scale import cost
 from rdm_scale.config import load_config
-from rdm_scale.parallel.layout import plan
+from rdm_scale.parallel.plan import plan
 
 FILES = sorted(Path("configs").glob("*.yaml"))
 BILLIONS = {"depth_1b": 1.0, "depth_3b": 3.1, "depth_8b": 8.0, "depth_20b": 20.1}

@@ -23,7 +23,7 @@ from rdm_scale.errors import CheckpointError
 
 if TYPE_CHECKING:
     from rdm_scale.parallel.mesh import Mesh
-    from rdm_scale.parallel.zero import ZeroEngine
+    from rdm_scale.parallel.zero.engine import ZeroEngine
 
 _NOTABLE_S = 0.1  # shorter waits for the save before are not worth a word
 

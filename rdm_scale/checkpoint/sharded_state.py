@@ -13,7 +13,7 @@ from rdm_scale.checkpoint.format.overlap import boxes_of_ranges, padded
 from rdm_scale.storage.location import Location
 
 if TYPE_CHECKING:
-    from rdm_scale.parallel.zero import Shard, ZeroEngine
+    from rdm_scale.parallel.zero.engine import Shard, ZeroEngine
 
 
 def load(url: str, engine: "ZeroEngine", ema: list[Tensor]) -> None:

@@ -15,7 +15,7 @@ from rdm_scale.config import ParallelConfig, RunConfig
 from rdm_scale.device import own_device
 from rdm_scale.errors import ConfigError
 from rdm_scale.parallel import megatron
-from rdm_scale.parallel.faults import REPORTER
+from rdm_scale.parallel.failures import REPORTER
 
 _LIBRARIES = ("rdm_scale", "torch", "deepspeed", "megatron-core")
 

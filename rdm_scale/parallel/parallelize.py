@@ -13,13 +13,13 @@ from rdm_scale.data.prefetch import TrainingBatch
 from rdm_scale.models.blocks import Block
 from rdm_scale.models.layers import LayerFactory
 from rdm_scale.parallel.host_memory import returning_freed_memory
-from rdm_scale.parallel.layout import Layout
+from rdm_scale.parallel.plan import Layout
 from rdm_scale.parallel.mesh import Mesh
-from rdm_scale.parallel.pipeline import Links, Outputs, Pipeline, Shapes, Tensors
+from rdm_scale.parallel.pipeline.executor import Links, Outputs, Pipeline, Shapes, Tensors
 from rdm_scale.parallel.recompute import recompute_blocks
-from rdm_scale.parallel.schedules import operations
+from rdm_scale.parallel.pipeline.schedules import operations
 from rdm_scale.parallel.stage import build_stage, materialise
-from rdm_scale.parallel.zero import Zero012, Zero3, ZeroEngine
+from rdm_scale.parallel.zero.engine import Zero012, Zero3, ZeroEngine
 
 Inputs = tuple[Tensor, Tensor, Condition]  # latents, timesteps, condition
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from rdm_scale.models.blocks import DotProductAttention
 from rdm_scale.models.layers import Linear
-from rdm_scale.parallel.megatron import Column, Row
+from rdm_scale.parallel.megatron_adapter import Column, Row
 
 _PRODUCTS = (Linear, Column, Row, DotProductAttention)
 _aten = torch.ops.aten

@@ -11,7 +11,7 @@ from rdm_scale.config import ModelConfig, RunConfig
 from rdm_scale.models import DiffusionTransformer, Part
 from rdm_scale.models.init import initialise
 from rdm_scale.models.layers import LayerFactory
-from rdm_scale.parallel.layout import Layout
+from rdm_scale.parallel.plan import Layout
 from rdm_scale.parallel.mesh import Mesh
 
 _RESIDUAL_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

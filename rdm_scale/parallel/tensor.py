@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rdm_scale.models.layers import LayerFactory, Slice
-from rdm_scale.parallel.megatron import (
+from rdm_scale.parallel.megatron_adapter import (
     Column,
     Row,
     exchange_tokens_for_features,

@@ -25,10 +25,10 @@ from rdm_scale.diffusion import build_objective
 from rdm_scale.encoding.text import empty_caption
 from rdm_scale.errors import NonFiniteError
 from rdm_scale.sampling.generate import SampleGrid
-from rdm_scale.parallel.layout import Layout
+from rdm_scale.parallel.plan import Layout
 from rdm_scale.parallel.mesh import Mesh
 from rdm_scale.parallel.parallelize import parallelize
-from rdm_scale.parallel.sharing import shared
+from rdm_scale.parallel.broadcast import shared
 from rdm_scale.training.depth import DepthProbe
 from rdm_scale.training.ema import Ema
 from rdm_scale.training.monitor import Monitor, RunMonitor

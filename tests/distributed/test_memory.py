@@ -25,7 +25,7 @@ def random_batch(config: RunConfig, samples: int) -> TrainingBatch:
 
 
 def parallel_model(config: RunConfig) -> Any:
-    from rdm_scale.parallel.layout import plan
+    from rdm_scale.parallel.plan import plan
     from rdm_scale.parallel.mesh import build_mesh
     from rdm_scale.parallel.parallelize import parallelize
     from rdm_scale.training.optimizer import build_optimizer

@@ -9,8 +9,8 @@ from rank_pool import RankPool
 from torch import Tensor
 
 from rdm_scale.config import ParallelConfig
-from rdm_scale.parallel.pipeline import Links, Outputs, Pipeline, Shapes, Tensors
-from rdm_scale.parallel.schedules import operations, placement
+from rdm_scale.parallel.pipeline.executor import Links, Outputs, Pipeline, Shapes, Tensors
+from rdm_scale.parallel.pipeline.schedules import operations, placement
 
 WIDTH = 3
 

@@ -7,7 +7,7 @@ from rdm_scale.checkpoint.sharded_state import pieces_of
 from rdm_scale.checkpoint.format.slices import Piece, Pieces, shape_of
 from rdm_scale.checkpoint.format.overlap import Rectangle, padded
 from rdm_scale.models.layers import WHOLE, Slice
-from rdm_scale.parallel.zero import Shard
+from rdm_scale.parallel.zero.engine import Shard
 
 LIST = [
     Piece("b", (), Rectangle((), ()), 7),

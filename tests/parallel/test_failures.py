@@ -8,7 +8,7 @@ import pytest
 SCRIPT = """
 import os
 from rdm_scale.errors import ConfigError
-from rdm_scale.parallel.faults import REPORTER, run_main
+from rdm_scale.parallel.failures import REPORTER, run_main
 {setup}
 def body():
     {body}

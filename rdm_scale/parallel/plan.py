@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from rdm_scale import cost
 from rdm_scale.config import RunConfig
-from rdm_scale.parallel.schedules import Placement, operations, placement, simulate
+from rdm_scale.parallel.pipeline.schedules import Placement, operations, placement, simulate
 
 _GIB = 2**30
 _FILLED = 0.9  # share of a device's memory that the plan may fill: allocators and libraries need the rest

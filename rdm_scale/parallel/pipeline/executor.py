@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rdm_scale.parallel.mesh import Mesh
-from rdm_scale.parallel.schedules import Operation, Placement
+from rdm_scale.parallel.pipeline.schedules import Operation, Placement
 
 Tensors = tuple[Tensor, ...]
 Shapes = Sequence[tuple[tuple[int, ...], torch.dtype]]

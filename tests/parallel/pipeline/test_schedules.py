@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from rdm_scale.parallel.schedules import Operation, Placement, needs, operations, placement, simulate
+from rdm_scale.parallel.pipeline.schedules import Operation, Placement, needs, operations, placement, simulate
 
 SIZES = [(1, 1), (1, 5), (2, 1), (2, 2), (2, 5), (3, 9), (4, 7), (4, 8), (5, 3), (8, 16)]
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from rdm_scale.config import RunConfig
 from rdm_scale.models.layers import Slice, slice_of
 from rdm_scale.parallel import deepspeed
-from rdm_scale.parallel.megatron import ModelParallelUnit
+from rdm_scale.parallel.megatron_adapter import ModelParallelUnit
 from rdm_scale.parallel.mesh import Mesh
 
 
