@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rdm_scale.config import DiffusionConfig
-from rdm_scale.diffusion.schedule import NoiseSchedule
+from rdm_scale.diffusion.noise_schedule import NoiseSchedule
 from rdm_scale.errors import ConfigError
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from rdm_scale.config import ModelConfig
-from rdm_scale.models.parameterisation import depth_ratio
+from rdm_scale.models.parameterization import depth_ratio
 
 
 def branch_multiplier(config: ModelConfig) -> float:

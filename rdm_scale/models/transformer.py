@@ -20,7 +20,7 @@ from rdm_scale.models.embeddings import (
     temporal_positions,
     unpatchify,
 )
-from rdm_scale.models.init import initialise
+from rdm_scale.models.initialization import initialise
 from rdm_scale.models.layers import LayerFactory
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from rdm_scale.conditions import Condition, TextCondition
 from rdm_scale.config import ModelConfig, RunConfig
 from rdm_scale.models import DiffusionTransformer, Part
-from rdm_scale.models.init import initialise
+from rdm_scale.models.initialization import initialise
 from rdm_scale.models.layers import LayerFactory
 from rdm_scale.parallel.plan import Layout
 from rdm_scale.parallel.mesh import Mesh

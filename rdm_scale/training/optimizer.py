@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from rdm_scale.config import ModelConfig, OptimizerConfig
-from rdm_scale.models.parameterisation import Rates, depth_ratio, rates, width_ratio
+from rdm_scale.models.parameterization import Rates, depth_ratio, rates, width_ratio
 
 
 def learning_rate(config: OptimizerConfig, step: int) -> float:

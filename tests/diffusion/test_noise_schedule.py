@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rdm_scale.config import DiffusionConfig
-from rdm_scale.diffusion.schedule import NoiseSchedule, cosine_betas, linear_betas
+from rdm_scale.diffusion.noise_schedule import NoiseSchedule, cosine_betas, linear_betas
 from rdm_scale.errors import ConfigError
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from rdm_scale.config import ModelConfig
 from rdm_scale.errors import ConfigError
 from rdm_scale.models.gates import ResidualGate
-from rdm_scale.models.init import initial_value
+from rdm_scale.models.initialization import initial_value
 
 Placement = Literal["interleaved", "appended", "stacked"]
 

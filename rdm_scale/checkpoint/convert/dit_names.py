@@ -18,7 +18,7 @@ from torch import Tensor
 from rdm_scale.checkpoint.sources import parameter_shapes
 from rdm_scale.config import InputConfig, ModelConfig
 from rdm_scale.errors import CheckpointError
-from rdm_scale.models.parameterisation import depth_ratio
+from rdm_scale.models.parameterization import depth_ratio
 from rdm_scale.storage.safetensors_folder import Shape
 
 Transform = Callable[[Tensor], Tensor]

@@ -26,7 +26,7 @@ from rdm_scale import rng
 from rdm_scale.config import ModelConfig
 from rdm_scale.models.gates import ResidualGate
 from rdm_scale.models.layers import slice_of
-from rdm_scale.models.parameterisation import inputs_grow, width_ratio
+from rdm_scale.models.parameterization import inputs_grow, width_ratio
 
 
 def initial_value(name: str, shape: torch.Size, seed: int, config: ModelConfig) -> Tensor:

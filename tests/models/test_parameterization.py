@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from rdm_scale.config import InputConfig, ModelConfig, OptimizerConfig, TextConfig
 from rdm_scale.models import build_model
-from rdm_scale.models.parameterisation import depth_ratio, inputs_grow, rates, width_ratio
+from rdm_scale.models.parameterization import depth_ratio, inputs_grow, rates, width_ratio
 from rdm_scale.training.optimizer import build_optimizer
 
 IMAGE = {"input": InputConfig(height=8, width=8), "num_classes": 10}
