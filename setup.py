@@ -8,7 +8,8 @@ setup(
     description="Distributed pretraining of very deep Neural Residual Diffusion Models",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["rdm_scale", "rdm_scale.*"]),
+    package_dir={"": "."},
+    packages=find_packages(include=["rdm_scale", "rdm_scale.*"]),  # rdm_scale/tools is a link to tools/
     package_data={"rdm_scale": ["codecs/digits_vae/*"]},
     install_requires=[
         "torch==2.13.0",

@@ -32,12 +32,12 @@ from plain_file import load_plain, save_plain
 from torch import Tensor
 
 from rdm_scale.checkpoint.directory import CheckpointDirectory, open_checkpoint
-from rdm_scale.checkpoint.sharded_state import pieces_of
+from rdm_scale.checkpoint.format.coverage import spans_of
 from rdm_scale.checkpoint.format.index import DATA, INDEX, FileRecord, blocks_in, digest, encode_index
 from rdm_scale.checkpoint.format.slices import Pieces
+from rdm_scale.checkpoint.format.writer import write_tensors
 from rdm_scale.checkpoint.saver import Saver
-from rdm_scale.checkpoint.format.coverage import spans_of
-from rdm_scale.checkpoint.format.reader import write_tensors
+from rdm_scale.checkpoint.sharded_state import pieces_of
 from rdm_scale.config.schema import CheckpointConfig
 from rdm_scale.models.layers import WHOLE, Slice
 from rdm_scale.parallel.zero.engine import Shard

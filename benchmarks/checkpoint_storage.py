@@ -26,9 +26,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from rdm_scale.checkpoint.directory import CheckpointDirectory
-from rdm_scale.checkpoint.format.slices import Pieces
 from rdm_scale.checkpoint.format.overlap import padded
-from rdm_scale.checkpoint.format.reader import write_tensors
+from rdm_scale.checkpoint.format.slices import Pieces
+from rdm_scale.checkpoint.format.writer import write_tensors
 from rdm_scale.storage.location import Location
 
 FIELDS = ("weights", "exp_avg", "exp_avg_sq", "ema")

@@ -229,7 +229,7 @@ def write(kind: Kind, folder: Location, samples: int, raw: Path | None = None) -
 
 
 def remote(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    from s3_server import S3Server  # on the path since data_remote was imported
+    from rdm_scale.tools.s3_server import S3Server  # on the path since data_remote was imported
 
     result = {}
     with S3Server(folder, options=SERVER) as server:

@@ -2,12 +2,10 @@
 
 import http.client
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -15,7 +13,6 @@ from rdm_scale.data import LatentStream
 from rdm_scale.data.manifest import Manifest
 from rdm_scale.storage.location import Location
 
-sys.path.append(str(Path(__file__).parents[1] / "tools"))
 LATER = 100_000  # the step at which the first batch is looked at, beside step 0
 
 

@@ -27,12 +27,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from rdm_scale.batch import TrainingBatch
 from rdm_scale.config import RunConfig, parse_config
-from rdm_scale.data.prefetch import TrainingBatch
 from rdm_scale.models import build_model
-from rdm_scale.parallel.plan import plan
 from rdm_scale.parallel.mesh import Mesh, build_mesh
 from rdm_scale.parallel.parallelize import ParallelModel, parallelize
+from rdm_scale.parallel.plan import plan
 from rdm_scale.training.optimizer import build_optimizer
 
 RESULTS = Path(__file__).parent / "results" / "depth.json"

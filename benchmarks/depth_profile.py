@@ -5,13 +5,11 @@ OMP_NUM_THREADS=1 python benchmarks/depth_profile.py
 
 import json
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "distributed"))
-from rank_pool import RankPool
-from small_runs import run_config, train, write_latents
+from tests.support.rank_pool import RankPool
+from tests.support.small_runs import run_config, train, write_latents
 
 EVERY, WARM_UP = 4, 10
 

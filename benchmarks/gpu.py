@@ -30,13 +30,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rdm_scale import cost
+from rdm_scale.batch import TrainingBatch
 from rdm_scale.checkpoint import CheckpointDirectory, Saver
 from rdm_scale.config import CheckpointConfig, RunConfig, load_config, parse_config
-from rdm_scale.data.prefetch import TrainingBatch
 from rdm_scale.diffusion import build_objective
-from rdm_scale.parallel.plan import Layout, memory_of_rank, plan
 from rdm_scale.parallel.mesh import Mesh, build_mesh
 from rdm_scale.parallel.parallelize import ParallelModel, parallelize
+from rdm_scale.parallel.plan import Layout, memory_of_rank, plan
 from rdm_scale.storage.location import Location
 from rdm_scale.training.ema import Ema
 from rdm_scale.training.optimizer import build_optimizer

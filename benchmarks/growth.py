@@ -30,9 +30,9 @@ from rdm_scale.checkpoint import load_trained
 from rdm_scale.checkpoint.trained_model import Weights
 from rdm_scale.config import RunConfig, load_config
 from rdm_scale.cost import model_flops, model_parameters
-from rdm_scale.data.prefetch import draw
-from rdm_scale.data.stream import HeldOut
+from rdm_scale.data.held_out import HeldOut
 from rdm_scale.diffusion import build_objective
+from rdm_scale.diffusion.training_draws import draw
 
 ROOT = Path(__file__).parents[1]
 CONFIG = "configs/quickstart.yaml"

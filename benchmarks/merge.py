@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from rdm_scale.checkpoint import CheckpointDirectory
-from rdm_scale.checkpoint.sources import parameter_shapes
 from rdm_scale.checkpoint.convert.checkpoint_writer import write_checkpoint
+from rdm_scale.checkpoint.sources import parameter_shapes
 from rdm_scale.config import parse_config
 from rdm_scale.data.manifest import Codec
 from rdm_scale.storage.location import Location

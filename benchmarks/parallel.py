@@ -24,7 +24,6 @@ import itertools
 import json
 import os
 import statistics
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -37,16 +36,15 @@ from torch import Tensor
 from tqdm import tqdm
 from traffic import TrafficCounter
 
+from rdm_scale.batch import TrainingBatch
 from rdm_scale.config import RunConfig, parse_config
-from rdm_scale.data.prefetch import TrainingBatch
-from rdm_scale.parallel.plan import Layout, plan
 from rdm_scale.parallel.pipeline.schedules import Operation, operations, simulate
+from rdm_scale.parallel.plan import Layout, plan
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "parallel.json"
 PICTURE = ROOT / "docs" / "images" / "parallel.png"
-sys.path.insert(0, str(ROOT / "tests" / "distributed"))
-from rank_pool import RankPool  # noqa: E402
+from tests.support.rank_pool import RankPool  # noqa: E402
 
 MIB = 2**20
 AXES = ("tensor", "pipeline", "data", "other")

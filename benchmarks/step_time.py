@@ -25,9 +25,9 @@ from tqdm import tqdm
 
 from rdm_scale.config import RunConfig, load_config
 from rdm_scale.models import build_model
-from rdm_scale.parallel.plan import plan
 from rdm_scale.parallel.mesh import Mesh, build_mesh
 from rdm_scale.parallel.parallelize import parallelize
+from rdm_scale.parallel.plan import plan
 from rdm_scale.training.optimizer import build_optimizer
 
 LINEAR = functional.linear

@@ -6,20 +6,18 @@ Prints tables, writes benchmarks/results/theory.json, draws docs/images/probabil
 """
 
 import json
-import sys
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "tests" / "diffusion"), str(ROOT / "tests" / "models")]
-from mixture import wasserstein  # noqa: E402
-from smooth_chain import SmoothChain  # noqa: E402
 from test_probability_flow import DDPM, FLOW, draw, path_error  # noqa: E402
 from test_sensitivity import PLACES, continuous  # noqa: E402
 
 from rdm_scale.models.sensitivity import sensitivities, trajectory  # noqa: E402
+from tests.support.mixture import wasserstein  # noqa: E402
+from tests.support.smooth_chain import SmoothChain  # noqa: E402
 
 STEPS = (10, 20, 40, 80, 160)
 LENGTHS = (16, 32, 64, 128, 256, 512, 1024)

@@ -1,6 +1,6 @@
 """Whether the best learning rate of a small model is the best of a deep and of a wide one (CompleteP, muP).
 
-Sweeps over depth at one width and over width at one depth, each with the base size of models/parameterisation.py named
+Sweeps over depth at one width and over width at one depth, each with the base size of models/parameterization.py named
 and without, on the quickstart's data (`make quickstart-data` first) with its objective: a plain loop over the project's
 model, optimizer, schedule, data order and noise, one process a run. Learning rates go in factors of 2; where the best
 of a size is at the end of its row, the row is prolonged. What is compared is the validation loss at the end, the mean
@@ -25,10 +25,12 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
+from rdm_scale.batch import TrainingBatch
 from rdm_scale.config import RunConfig, load_config
-from rdm_scale.data.prefetch import TrainingBatch, draw
-from rdm_scale.data.stream import HeldOut, LatentStream
+from rdm_scale.data.held_out import HeldOut
+from rdm_scale.data.stream import LatentStream
 from rdm_scale.diffusion import build_objective
+from rdm_scale.diffusion.training_draws import draw
 from rdm_scale.models import build_model
 from rdm_scale.training.optimizer import build_optimizer, learning_rate
 

@@ -21,8 +21,8 @@ from rdm_scale.checkpoint.convert.import_weights import import_weights, open_pub
 from rdm_scale.checkpoint.convert.merge import export_diffusers
 from rdm_scale.checkpoint.sources import open_model
 from rdm_scale.codecs import codec_of
-from rdm_scale.sampling.image_grid import image_grid
 from rdm_scale.sampling.generate import draw_latents
+from rdm_scale.sampling.image_grid import image_grid
 from rdm_scale.storage.location import Location
 
 COLUMNS, ROWS = 10, 2

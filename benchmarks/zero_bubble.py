@@ -22,8 +22,8 @@ from torch.distributed.pipelining._backward import stage_backward_input, stage_b
 from rdm_scale.config import ModelConfig
 from rdm_scale.models import build_model
 from rdm_scale.models.blocks import SideInputs
-from rdm_scale.parallel.recompute import recompute_blocks
 from rdm_scale.parallel.pipeline.schedules import operations, placement, simulate
+from rdm_scale.parallel.recompute import recompute_blocks
 
 RESULTS = Path(__file__).parent / "results" / "zero_bubble.json"
 GRID = (1, 16, 16)

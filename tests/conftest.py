@@ -1,9 +1,19 @@
-"""`ranks`: runs a function on real ranks."""
+"""Fixtures of several folders: real ranks, sets of latents by the real writer, and an object store in memory."""
 
 import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
+import fsspec
 import pytest
-from rank_pool import RankPool
+import torch
+
+from rdm_scale.data.shards import DTYPES, ShardWriter
+from rdm_scale.storage.location import Location
+from tests.support.latent_sets import IDENTITY, LatentSet, WriteSet
+from tests.support.rank_pool import RankPool
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -15,3 +25,41 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session")
 def ranks() -> RankPool:
     return RankPool()
+
+
+@pytest.fixture
+def write_set(tmp_path: Path) -> WriteSet:
+    """write_set(samples, place=..., kind=..., ...) writes random latents with ids 1000, 1001, ..."""
+
+    def write(samples: int, place: Location | None = None, add: int = 7, **changes: Any) -> LatentSet:
+        options: dict[str, Any] = {
+            "kind": "mode",
+            "dtype": "float32",
+            "shape": (2, 1, 3, 3),
+            "codec": IDENTITY,
+            "class_names": ("zero", "one", "two"),
+            "samples_per_member": 4,
+            "members_per_shard": 3,
+        } | changes
+        C, T, H, W = options["shape"]
+        stored = (samples, 2 * C if options["kind"] == "moments" else C, T, H, W)
+        generator = torch.Generator().manual_seed(samples)
+        latents = torch.randn(stored, generator=generator).to(DTYPES[options["dtype"]])
+        ids, labels = torch.arange(samples) + 1000, torch.arange(samples) % 4 - 1
+        folder = place or Location(tmp_path / f"set-{uuid.uuid4().hex}")
+        writer = ShardWriter(folder, **options)
+        for first in range(0, samples, add):
+            writer.add(*(values[first : first + add] for values in (latents, ids, labels)))
+        return LatentSet(folder, writer.close(), latents, ids, labels)
+
+    return write
+
+
+@pytest.fixture
+def memory() -> Iterator[Location]:
+    """A folder on fsspec's file system in memory: an object store as far as this package is concerned."""
+    location = Location(f"memory://{uuid.uuid4().hex}")
+    yield location
+    fs = fsspec.filesystem("memory")
+    if fs.exists(location.path):
+        fs.rm(location.path, recursive=True)

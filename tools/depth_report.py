@@ -47,8 +47,8 @@ def main() -> None:
 
 def report(run: Path) -> str:
     """The page. Raises DataError where there are no profiles, or they are not what a run writes."""
-    from rdm_scale.sampling.image_grid import loss_figure
-    from rdm_scale.training.profiles import DEPTH, as_array, read_profiles
+    from rdm_scale.evaluation.plots import as_array, loss_figure
+    from rdm_scale.training.depth_profiles import DEPTH, read_profiles
 
     try:
         steps, profiles = read_profiles(run / DEPTH)
@@ -76,7 +76,7 @@ def draw(name: str, steps: list[int], values: "ndarray") -> bytes:
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
-    from rdm_scale.training.profiles import is_logarithmic
+    from rdm_scale.evaluation.plots import is_logarithmic
 
     logarithmic = is_logarithmic(values)
     figure = Figure(figsize=(12, 4), dpi=110, layout="constrained")

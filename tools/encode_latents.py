@@ -197,7 +197,7 @@ def encode(options: argparse.Namespace) -> None:
         print(f"{encoded.train.rejected} inputs could not be encoded: see {job.folder / REJECTED}")
     if job.text is not None and encoded.truncated:
         print(f"{encoded.truncated} captions were cut to {job.text.record.max_tokens} tokens")
-    print(f"normalised latents: mean {encoded.mean:.3f}, standard deviation {encoded.std:.3f}")
+    print(f"normalized latents: mean {encoded.mean:.3f}, standard deviation {encoded.std:.3f}")
     if not UNIT_STD[0] <= encoded.std <= UNIT_STD[1]:
         print(
             "warning: diffusion expects a standard deviation near 1: is this codec meant for such inputs, and is the "
@@ -320,7 +320,7 @@ def verify(options: argparse.Namespace) -> None:
 def stats(options: argparse.Namespace) -> None:
     from rdm_scale.data.manifest import read_manifest
     from rdm_scale.encoding.inspection import measure
-    from rdm_scale.sampling.image_grid import plot_channels
+    from rdm_scale.evaluation.plots import plot_channels
     from rdm_scale.storage.location import Location
 
     url = options.paths[0]

@@ -58,16 +58,18 @@ def judge(options: argparse.Namespace) -> None:
     if options.picture and options.picture.suffix != ".png":
         raise ConfigError(f"the picture {options.picture} must end with .png")
     import torch
+    from torch import Tensor
 
     from rdm_scale.checkpoint import load_trained
     from rdm_scale.codecs import codec_of
-    from rdm_scale.conditions import taken
+    from rdm_scale.conditions import TextCondition, taken
+    from rdm_scale.data.captions import empty_caption
     from rdm_scale.device import own_device
     from rdm_scale.encoding.inputs import find_media
-    from rdm_scale.encoding.text import empty_caption, encode_prompts
+    from rdm_scale.encoding.text import encode_prompts
     from rdm_scale.evaluation.labels import label_accuracy
-    from rdm_scale.sampling.image_grid import write_grid
     from rdm_scale.sampling.generate import draw_pixels
+    from rdm_scale.sampling.image_grid import write_grid
     from rdm_scale.storage.location import Location
 
     device = own_device()
@@ -82,7 +84,8 @@ def judge(options: argparse.Namespace) -> None:
     names = source.class_names if kind == "text" else trained.class_names
     classes = len(names)
     labels = torch.arange(classes).repeat(options.per_class)
-    condition, empty = labels, None
+    condition: Tensor | TextCondition = labels
+    empty = None
     if kind == "text":
         if trained.text is None or len(options.prompt) != classes:
             raise ConfigError(

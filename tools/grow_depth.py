@@ -9,8 +9,8 @@ import argparse
 import sys
 from typing import get_args
 
-from rdm_scale.errors import RdmError
 from rdm_scale.checkpoint.convert.depth_growth import Placement
+from rdm_scale.errors import RdmError
 
 
 def main() -> None:

@@ -74,11 +74,11 @@ def merge(options: argparse.Namespace) -> None:
 
 
 def inspect(path: str, options: argparse.Namespace) -> None:
-    from rdm_scale.checkpoint.summary import gates, summarise
     from rdm_scale.checkpoint.sources import find_checkpoint, open_model
+    from rdm_scale.checkpoint.summary import gates, summarize
 
     folder = find_checkpoint(path)
-    state, count, tensors = summarise(folder)
+    state, count, tensors = summarize(folder)
     total = 0
     print(f"{folder}: step {state['step']}, {count} tensors, written by the layout {json.dumps(state.get('layout'))}")
     print("norms of each field:")
@@ -95,8 +95,8 @@ def inspect(path: str, options: argparse.Namespace) -> None:
 
 
 def verify(path: str, options: argparse.Namespace) -> None:
-    from rdm_scale.checkpoint.summary import verify
     from rdm_scale.checkpoint.sources import find_checkpoint
+    from rdm_scale.checkpoint.summary import verify
     from rdm_scale.storage.location import Location
 
     folder = Location(path)

@@ -101,7 +101,7 @@ def main() -> None:
 @contextmanager
 def served() -> Iterator[None]:
     """An S3 server on this machine, and the AWS_* variables with which all that runs within finds it."""
-    from s3_server import S3Server
+    from rdm_scale.tools.s3_server import S3Server
 
     with S3Server(SERVER.resolve(), buckets=(BUCKET,)) as server:
         print(f"an S3 server keeps its data in {SERVER}; it is at {server.endpoint} until this ends")
@@ -140,7 +140,7 @@ def train(places: Places, steps: int | None) -> None:
 
 
 def judge(places: Places) -> None:
-    from rdm_scale.sampling.image_grid import plot_loss
+    from rdm_scale.evaluation.plots import plot_loss
 
     samples, loss = places.run / "samples.png", places.run / "loss.png"
     step(

@@ -42,15 +42,17 @@ def draw(options: argparse.Namespace) -> None:
     if not options.output.parent.is_dir():
         raise ConfigError(f"there is no folder {options.output.parent} to write {options.output.name} to")
     import torch
+    from torch import Tensor
 
     from rdm_scale.checkpoint import load_trained
     from rdm_scale.codecs import codec_of
-    from rdm_scale.conditions import taken
+    from rdm_scale.conditions import TextCondition, taken
     from rdm_scale.config import parse_config
+    from rdm_scale.data.captions import empty_caption
     from rdm_scale.device import own_device
-    from rdm_scale.encoding.text import empty_caption, encode_prompts
-    from rdm_scale.sampling.image_grid import write_grid
+    from rdm_scale.encoding.text import encode_prompts
     from rdm_scale.sampling.generate import draw_pixels
+    from rdm_scale.sampling.image_grid import write_grid
     from rdm_scale.storage.location import Location
 
     device = own_device()
@@ -59,7 +61,8 @@ def draw(options: argparse.Namespace) -> None:
     tree = trained.config.model_dump(mode="json")
     config = parse_config(tree | {"sampling": tree["sampling"] | given}, "with the options given")
     names: list[str] = []
-    columns, condition, empty = 10, torch.zeros(10, dtype=torch.int64).repeat(options.rows), None
+    columns, empty = 10, None
+    condition: Tensor | TextCondition = torch.zeros(10, dtype=torch.int64).repeat(options.rows)
     if config.model.condition == "class":
         classes = chosen_labels(options.labels, config.model.num_classes)
         names = [trained.class_names[label] for label in classes]

@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from rdm_scale.encoding.images import find_images
+    from rdm_scale.encoding.inputs import find_images
     from rdm_scale.encoding.planning import split
 
     folder = Path(options.output)
@@ -74,13 +74,13 @@ def run(options: argparse.Namespace) -> None:
     vae = build_vae(options.size, options.width, options.seed)
     train(vae, images, options)
     vae.half().float()  # the weights are saved as float16: what is measured is what will be loaded
-    vae.register_to_config(**measure_normalisation(vae, images, options))
+    vae.register_to_config(**measure_normalization(vae, images, options))
     save(vae, folder)
     report(folder, held_out, source.class_names, options)
 
 
 def build_vae(size: int, width: int, seed: int) -> Any:
-    """A light AutoencoderKL for size x size images, initialised by the seed."""
+    """A light AutoencoderKL for size x size images, initialized by the seed."""
     import torch
     from diffusers import AutoencoderKL
 
@@ -134,7 +134,7 @@ def batches(images: "Sequence[MediaFile]", options: argparse.Namespace) -> "Iter
         yield torch.stack([decode(images[i].read(), options.size, options.size, images[i].name) for i in taken])
 
 
-def measure_normalisation(
+def measure_normalization(
     vae: Any, images: "Sequence[MediaFile]", options: argparse.Namespace
 ) -> dict[str, float | list[float]]:
     """The entries of config.json that bring every channel of the posterior means to mean 0 and variance 1."""

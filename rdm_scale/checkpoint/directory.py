@@ -15,8 +15,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rdm_scale.checkpoint.format.index import FileRecord, digest
-from rdm_scale.checkpoint.format.slices import Pieces
 from rdm_scale.checkpoint.format.reader import TensorReader
+from rdm_scale.checkpoint.format.slices import Pieces
 from rdm_scale.errors import CheckpointError, IncompleteError
 from rdm_scale.storage.location import Location
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from rdm_scale.checkpoint.directory import CheckpointDirectory
-from rdm_scale.checkpoint.sharded_state import pieces_of
 from rdm_scale.checkpoint.format.index import FileRecord
-from rdm_scale.checkpoint.format.reader import write_tensors
+from rdm_scale.checkpoint.format.writer import write_tensors
+from rdm_scale.checkpoint.sharded_state import pieces_of
 from rdm_scale.config.schema import CheckpointConfig
 from rdm_scale.errors import CheckpointError
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from rdm_scale.checkpoint.directory import open_checkpoint
-from rdm_scale.checkpoint.format.slices import Pieces, most_dimensions
 from rdm_scale.checkpoint.format.overlap import boxes_of_ranges, padded
+from rdm_scale.checkpoint.format.slices import Pieces, most_dimensions
 from rdm_scale.storage.location import Location
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ class TensorSummary:
     norms: dict[str, float]  # Euclidean, of each field
 
 
-def summarise(folder: Location) -> tuple[dict[str, Any], int, Iterator[TensorSummary]]:
+def summarize(folder: Location) -> tuple[dict[str, Any], int, Iterator[TensorSummary]]:
     """State, number of tensors, and norms of every field of them one by one; memory holds one tensor.
 
     Raises:

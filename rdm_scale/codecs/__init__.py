@@ -5,8 +5,8 @@ or any fsspec URL) with a VAE of diffusers: `config.json` and `diffusion_pytorch
 large one with their index. Weights are safetensors only: pickled ones could run code.
 """
 
-from rdm_scale.codecs.codec import LatentCodec, denormalise, normalise
+from rdm_scale.codecs.codec import LatentCodec, denormalize, normalize
 from rdm_scale.codecs.files import CONFIG, INDEX, WEIGHTS
 from rdm_scale.codecs.registry import codec_of, load_codec
 
-__all__ = ["CONFIG", "INDEX", "WEIGHTS", "LatentCodec", "codec_of", "denormalise", "load_codec", "normalise"]
+__all__ = ["CONFIG", "INDEX", "WEIGHTS", "LatentCodec", "codec_of", "denormalize", "load_codec", "normalize"]

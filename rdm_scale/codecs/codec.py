@@ -13,13 +13,13 @@ from rdm_scale.errors import DataError
 MIN_LOG_VARIANCE = -30.0  # diffusers' DiagonalGaussianDistribution clamps here; exp of it is nothing
 
 
-def normalise(raw: Tensor, record: Codec) -> Tensor:
+def normalize(raw: Tensor, record: Codec) -> Tensor:
     """Raw latents [B, C, T, H, W] to unit scale: (raw - shift) * scale."""
-    return normalise_(raw.clone(), record)
+    return normalize_(raw.clone(), record)
 
 
-def normalise_(raw: Tensor, record: Codec) -> Tensor:
-    """`normalise` in place: memory for the result would cost far more than the arithmetic."""
+def normalize_(raw: Tensor, record: Codec) -> Tensor:
+    """`normalize` in place: memory for the result would cost far more than the arithmetic."""
     if any(record.shift):
         raw.sub_(_per_channel(record.shift, raw))
     if any(factor != 1 for factor in record.scale):
@@ -27,8 +27,8 @@ def normalise_(raw: Tensor, record: Codec) -> Tensor:
     return raw
 
 
-def denormalise(latents: Tensor, record: Codec) -> Tensor:
-    """The inverse of `normalise`."""
+def denormalize(latents: Tensor, record: Codec) -> Tensor:
+    """The inverse of `normalize`."""
     shift, scale = (_per_channel(v, latents) for v in (record.shift, record.scale))
     return latents / scale + shift
 
@@ -133,7 +133,7 @@ class LatentCodec:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Normalised latents [B, C, T', H', W'], as a model samples them, to pixels float32 [B, 3, T, H, W] in [-1, 1].
+        """Normalized latents [B, C, T', H', W'], as a model samples them, to pixels float32 [B, 3, T, H, W] in [-1, 1].
 
         Raises:
             DataError: latents of another shape than `encode` makes.
@@ -146,7 +146,7 @@ class LatentCodec:
         frames = self.geometry.frames(latents.shape[2])
         height, width = (size * self.geometry.spatial for size in latents.shape[3:])
         self.latent_shape(frames, height, width)
-        raw = denormalise(latents.to(self.device, torch.float32), self.record)
+        raw = denormalize(latents.to(self.device, torch.float32), self.record)
         pixels = self._decode(raw).float().clamp(-1, 1)
         self._check(pixels.shape[1:], (3, frames, height, width), "pixels")
         return pixels

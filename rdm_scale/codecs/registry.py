@@ -29,7 +29,7 @@ def load_codec(name: str, device: str | torch.device = "cpu") -> LatentCodec:
 def codec_of(record: Codec, device: str | torch.device = "cpu", location: str | None = None) -> LatentCodec:
     """The codec that made the latents of a manifest, from its recorded place or from where it has moved to.
 
-    It keeps the record's normalisation, which the data was made with.
+    It keeps the record's normalization, which the data was made with.
 
     Raises:
         DataError: as `load_codec`, or the weights there are not those that the data was encoded with.
@@ -60,7 +60,7 @@ def _load(name: str, device: torch.device, expected_digest: str | None) -> Laten
     known = VAES[files.kind]
     model = _build(folder, files)
     geometry = known.geometry(model)
-    shift, scale = _normalisation(folder, known, model, geometry.channels)
+    shift, scale = _normalization(folder, known, model, geometry.channels)
     known_as = ("digits", "digits") if name == "digits" else (files.kind, str(folder))
     record = Codec(name=known_as[0], location=known_as[1], digest=digest, shift=shift, scale=scale)
     model.to(device).eval().requires_grad_(False)
@@ -113,18 +113,18 @@ def _check_depth(config: dict[str, Any], tensors: int) -> None:
             raise ValueError(f"{key} describes a larger model than the {tensors} tensors of its weights")
 
 
-def _normalisation(
+def _normalization(
     folder: Location, known: Vae, model: Any, channels: int
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """(shift, scale) of `Codec`: one number for all channels, or one for each."""
     try:
-        shift, scale = (tuple(map(float, values)) for values in known.normalisation(model))
+        shift, scale = (tuple(map(float, values)) for values in known.normalization(model))
         fits = len(shift) in (1, channels) and len(scale) in (1, channels)
         if fits and all(map(math.isfinite, shift + scale)) and min(scale) > 0:
             return shift, scale
     except (TypeError, ValueError, ArithmeticError, AttributeError):
         pass
     raise DataError(
-        f"{folder / CONFIG} has an impossible normalisation: correct scaling_factor and shift_factor, "
+        f"{folder / CONFIG} has an impossible normalization: correct scaling_factor and shift_factor, "
         "or latents_mean and latents_std"
     )

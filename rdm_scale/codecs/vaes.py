@@ -1,6 +1,6 @@
-"""The VAEs of diffusers that are known: how each is called, what it compresses, and its normalisation.
+"""The VAEs of diffusers that are known: how each is called, what it compresses, and its normalization.
 
-One record for a class. Normalisations are those of the pipelines of diffusers (0.42) that a model trained on the
+One record for a class. Normalizations are those of the pipelines of diffusers (0.42) that a model trained on the
 latents would be used in, all in the form (raw - shift) * scale.
 """
 
@@ -15,7 +15,7 @@ from rdm_scale.codecs.codec import Geometry
 
 IDENTITY_GEOMETRY = Geometry(channels=3)
 
-Normalisation = tuple[Sequence[float], Sequence[float]]  # shift, scale
+Normalization = tuple[Sequence[float], Sequence[float]]  # shift, scale
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Vae:
     """One class of diffusers. The functions take a model of that class."""
 
     geometry: Callable[[Any], Geometry]
-    normalisation: Callable[[Any], Normalisation]
+    normalization: Callable[[Any], Normalization]
     encode: Callable[[Any, Tensor], Tensor]  # as LatentCodec wants it
     decode: Callable[[Any, Tensor], Tensor]
     has_posterior: bool = True
@@ -83,19 +83,19 @@ def _decode_ltx(vae: Any, raw: Tensor) -> Tensor:
     return pixels
 
 
-# Normalisations --------------------------------------------------------------------------------------------------
+# Normalizations --------------------------------------------------------------------------------------------------
 
 
-def _scaled(vae: Any) -> Normalisation:
+def _scaled(vae: Any) -> Normalization:
     return (0.0,), (vae.config.scaling_factor,)
 
 
-def _shifted(vae: Any) -> Normalisation:
+def _shifted(vae: Any) -> Normalization:
     """(raw - shift_factor) * scaling_factor, as FluxPipeline with AutoencoderTiny and Stable Diffusion 3."""
     return (vae.config.shift_factor or 0.0,), (vae.config.scaling_factor,)
 
 
-def _shifted_or_standardised(vae: Any) -> Normalisation:
+def _shifted_or_standardised(vae: Any) -> Normalization:
     """With statistics by channel: (raw - latents_mean) * scaling_factor / latents_std, as Stable Diffusion XL."""
     mean, std = vae.config.latents_mean, vae.config.latents_std
     if mean is None or std is None:
@@ -103,12 +103,12 @@ def _shifted_or_standardised(vae: Any) -> Normalisation:
     return mean, [vae.config.scaling_factor / value for value in std]
 
 
-def _standardised(vae: Any) -> Normalisation:
+def _standardised(vae: Any) -> Normalization:
     """(raw - latents_mean) / latents_std: WanPipeline has no scaling factor."""
     return vae.config.latents_mean, [1 / value for value in vae.config.latents_std]
 
 
-def _standardised_by_buffers(vae: Any) -> Normalisation:
+def _standardised_by_buffers(vae: Any) -> Normalization:
     """LTXPipeline: (raw - mean) * scaling_factor / std, the statistics being among the weights."""
     return vae.latents_mean.tolist(), [vae.config.scaling_factor / value for value in vae.latents_std.tolist()]
 

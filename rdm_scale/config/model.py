@@ -67,7 +67,7 @@ class ModelConfig(Section):
     positions: Literal["sincos", "rotary"] = Field(
         "sincos", description="sincos: fixed tables added to the tokens; rotary: axial turns of queries and keys (RoPE)"
     )
-    qk_norm: bool = Field(False, description="RMS-normalise the queries and keys of each head, with learned scales")
+    qk_norm: bool = Field(False, description="RMS-normalize the queries and keys of each head, with learned scales")
     condition: Literal["none", "class", "text"] = Field("class", description="what the model is conditioned on")
     text: TextConfig = TextConfig()
     num_classes: int = Field(1000, ge=1, description="number of classes; one more embedding is the null class")

@@ -162,7 +162,7 @@ class TrainConfig(Section):
     steps: int = Field(1000, ge=1, description="optimizer steps in all (not in addition, on resume)")
     global_batch_size: int = Field(256, ge=1, description="samples per step over all ranks")
     micro_batch_size: int | None = Field(None, ge=1, description="samples per forward; null: a rank's whole share")
-    seed: int = Field(0, ge=0, description="seed of initialisation, data order and noise")
+    seed: int = Field(0, ge=0, description="seed of initialization, data order and noise")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="compute type of the branches; masters are fp32")
     residual_dtype: Literal["fp32", "bf16"] = Field("fp32", description="type of the residual stream under bf16")
     deterministic: bool = Field(False, description="refuse non-deterministic GPU kernels (CPU runs always repeat)")

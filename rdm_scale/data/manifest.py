@@ -28,7 +28,7 @@ class _Record(BaseModel):
 class Codec(_Record):
     """How pixels became latents, and what brings raw latents to unit scale.
 
-    Normalised latents are (raw - shift) * scale, with one number for all channels or one for each.
+    Normalized latents are (raw - shift) * scale, with one number for all channels or one for each.
     """
 
     name: str = Field(description="identity, digits (the packaged VAE), or the class of a diffusers VAE")

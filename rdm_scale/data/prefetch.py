@@ -3,132 +3,14 @@
 import threading
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-import torch
-from torch import Tensor
-
-from rdm_scale import rng
-from rdm_scale.conditions import Condition, TextCondition, replaced
-from rdm_scale.data.stream import LatentBatch
-from rdm_scale.errors import DataError
+from rdm_scale.batch import TrainingBatch
+from rdm_scale.moved import moved_names
 
 if TYPE_CHECKING:
-    from rdm_scale.diffusion import Objective
-
-
-@dataclass(frozen=True)
-class TrainingBatch:
-    """A batch with all that is random about it.
-
-    positions and ids int64 [B]; latents (x_0) and noise float32 [B, C, T, H, W]; t float32 [B], in the objective's
-    units; condition int64 [B], or None for a model without classes; text_tokens float32 [B, N, D], text_mask bool
-    [B, N] and text_pooled float32 [B, P] of captions, or None for a model without text; weights float64 [B] of the
-    samples in a validation loss, None in training.
-    """
-
-    step: int
-    positions: Tensor
-    ids: Tensor
-    latents: Tensor
-    noise: Tensor
-    t: Tensor
-    condition: Tensor | None = None
-    text_tokens: Tensor | None = None
-    text_mask: Tensor | None = None
-    text_pooled: Tensor | None = None
-    weights: Tensor | None = None
-
-    @property
-    def model_condition(self) -> Condition:
-        """What the model takes."""
-        if self.text_tokens is None or self.text_mask is None or self.text_pooled is None:
-            return self.condition
-        return TextCondition(self.text_tokens, self.text_mask, self.text_pooled)
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def split(self, micro_batch_size: int) -> "list[TrainingBatch]":
-        """The batch in order, in micro-batches of so many samples; the last one may be smaller."""
-        parts = {name: value.split(micro_batch_size) for name, value in self.tensors().items()}
-        number = len(parts["positions"])
-        return [self.of_tensors(self.step, {name: value[i] for name, value in parts.items()}) for i in range(number)]
-
-    def to(self, device: torch.device | str) -> "TrainingBatch":
-        return self.of_tensors(self.step, {name: value.to(device) for name, value in self.tensors().items()})
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Those of the fields that are there, by name."""
-        values = ((field.name, getattr(self, field.name)) for field in fields(self))
-        return {name: value for name, value in values if isinstance(value, Tensor)}
-
-    @classmethod
-    def of_tensors(cls, step: int, tensors: dict[str, Tensor]) -> Self:
-        """The inverse of `tensors`."""
-        return cls(step=step, **tensors)
-
-
-def draw(
-    batch: LatentBatch,
-    *,
-    objective: "Objective",
-    seed: int,
-    num_classes: int | None,
-    condition_dropout: float,
-    empty_caption: TextCondition | None = None,
-    purpose: str = "train",
-) -> TrainingBatch:
-    """Draws timestep, noise and condition dropout of each sample, as functions of (seed, purpose, position) alone.
-
-    Args:
-        num_classes: also the null class, which stands for a label dropped or missing; None for a model without classes.
-        condition_dropout: probability with which a label or caption is dropped (classifier-free guidance, Ho & Salimans
-            2022).
-        empty_caption: the one that stands for a caption dropped; None for a model without text.
-
-    Raises:
-        DataError: a label that is not below num_classes.
-    """
-    positions = batch.positions.tolist()
-    shape = batch.latents.shape[1:]
-
-    def generators(what: str) -> Iterator[torch.Generator]:
-        return (rng.generator(seed, f"{purpose} {what}", position) for position in positions)
-
-    def dropped() -> Tensor:
-        uniform = torch.stack([torch.rand((), generator=g) for g in generators("condition dropout")])
-        return uniform < condition_dropout
-
-    condition, text = None, {}
-    if num_classes is not None:
-        _check_labels(batch, num_classes)
-        condition = batch.labels.masked_fill(dropped() | (batch.labels < 0), num_classes)
-    if empty_caption is not None:
-        assert batch.text is not None, "the stream must read captions"
-        captions = replaced(batch.text, dropped(), empty_caption)
-        text = {f"text_{name}": part for name, part in captions._asdict().items()}
-    return TrainingBatch(
-        step=batch.step,
-        positions=batch.positions,
-        ids=batch.ids,
-        latents=batch.latents,
-        noise=torch.stack([torch.randn(shape, generator=g) for g in generators("noise")]),
-        t=torch.tensor([objective.draw_timestep(g) for g in generators("timestep")], dtype=torch.float32),
-        condition=condition,
-        **text,
-    )
-
-
-def _check_labels(batch: LatentBatch, num_classes: int) -> None:
-    unknown = batch.labels >= num_classes
-    if unknown.any():
-        raise DataError(
-            f"the sample with id {batch.ids[unknown][0].item()} has label {batch.labels[unknown][0].item()}, "
-            f"and model.num_classes={num_classes}: set model.num_classes to the number of classes of the data"
-        )
+    pass
 
 
 class Prefetcher:
@@ -193,3 +75,6 @@ class Prefetcher:
         with self._changed:
             self._changed.wait_for(lambda: len(self._ready) < self._depth or self._closed)
             return not self._closed
+
+
+__getattr__ = moved_names(__name__)

@@ -14,13 +14,13 @@ import torch
 import xxhash
 from torch import Tensor
 
-from rdm_scale.codecs.codec import normalise_
+from rdm_scale.codecs.codec import normalize_
 from rdm_scale.config import DataConfig, DataSource
-from rdm_scale.data.manifest import Codec, Manifest, Tar, read_manifest
 from rdm_scale.data.buffer_pool import MEMORY, as_bytes
+from rdm_scale.data.captions import unpack_text
+from rdm_scale.data.manifest import Codec, Manifest, Tar, read_manifest
 from rdm_scale.data.order import Run
 from rdm_scale.data.shards import DTYPES, pack_samples, read_run, span, unpack_samples
-from rdm_scale.encoding.text import unpack_text
 from rdm_scale.errors import DataError
 from rdm_scale.storage.cache import MemberCache
 from rdm_scale.storage.location import Location, Stat
@@ -287,7 +287,7 @@ def stack_as_float(
     for number, block in enumerate(target.split(together)):
         block.copy_(_stored(found[number * together :][:together], shape, dtype))
         if codec is not None:
-            normalise_(block, codec)
+            normalize_(block, codec)
     return target
 
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from rdm_scale import rng
 from rdm_scale.conditions import Condition, TextCondition, joined, repeated
 from rdm_scale.config import DiffusionConfig
-from rdm_scale.diffusion.objectives import Objective, build_objective
 from rdm_scale.diffusion.noise_schedule import NoiseSchedule
+from rdm_scale.diffusion.objectives import Objective, build_objective
 from rdm_scale.errors import ConfigError
 
 Model = Callable[[Tensor, Tensor, Condition], Tensor]  # (latents, timesteps [B], condition) -> prediction

@@ -12,7 +12,6 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
-from rdm_scale.encoding.inputs import MediaSet, find_media
 from rdm_scale.errors import DataError
 
 _FORMATS = ("PNG", "JPEG", "WEBP")
@@ -84,11 +83,3 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
-
-
-def find_images(url: str) -> MediaSet:
-    """As `find_media`, where nothing but images will do. Raises DataError: these are videos, too."""
-    source = find_media(url)
-    if source.kind != "image":
-        raise DataError(f"{url} holds {len(source.files)} videos: images are needed here")
-    return source

@@ -244,3 +244,11 @@ def _caption(file: Location, size: int) -> str:
         raise DataError(f"{file} has {size} bytes: too many for a caption")
     content = file.read_range(0, MAX_CAPTION_BYTES + 1)
     return as_text(content, MAX_CAPTION_BYTES, str(file), "a caption")
+
+
+def find_images(url: str) -> MediaSet:
+    """As `find_media`, where nothing but images will do. Raises DataError: these are videos, too."""
+    source = find_media(url)
+    if source.kind != "image":
+        raise DataError(f"{url} holds {len(source.files)} videos: images are needed here")
+    return source

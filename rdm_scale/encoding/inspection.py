@@ -9,12 +9,12 @@ import torch
 import xxhash
 from torch import Tensor
 
-from rdm_scale.codecs import LatentCodec, normalise
+from rdm_scale.codecs import LatentCodec, normalize
 from rdm_scale.config import DataSource
+from rdm_scale.data.captions import unpack_text
 from rdm_scale.data.manifest import NAME, Manifest, Shape, Statistics, Tar, read_manifest
 from rdm_scale.data.reader import OpenSet, open_set
 from rdm_scale.data.shards import DTYPES, read_member, unpack_samples
-from rdm_scale.encoding.text import unpack_text
 from rdm_scale.errors import DataError
 from rdm_scale.storage.location import Location
 
@@ -170,6 +170,6 @@ def decoded(url: str, codec: LatentCodec, count: int) -> dict[Shape, Tensor]:
             first += member.samples
             if chosen:
                 latents = read_member(folder, manifest, index, number)["latents"]
-                modes = normalise(latents[chosen, : manifest.shape[0]].float(), manifest.codec)
+                modes = normalize(latents[chosen, : manifest.shape[0]].float(), manifest.codec)
                 pixels.setdefault(manifest.shape_of(shard), []).append(codec.decode(modes).cpu())
     return {shape: torch.cat(parts) for shape, parts in pixels.items()}

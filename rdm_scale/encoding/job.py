@@ -20,13 +20,14 @@ from typing import NamedTuple
 import torch
 
 from rdm_scale.codecs import LatentCodec
+from rdm_scale.data.captions import pack_text
 from rdm_scale.data.manifest import NAME, Header, Manifest, TextEncoding, read_manifest
 from rdm_scale.data.shards import DTYPES
 from rdm_scale.encoding.inputs import MediaSet
 from rdm_scale.encoding.pixels import READERS, load, probe
 from rdm_scale.encoding.planning import SIDES, Plan, PlannedShard, Probe, Settings, make_plan, needs_probes
 from rdm_scale.encoding.records import Record, Records
-from rdm_scale.encoding.text import TextEncoder, pack_text
+from rdm_scale.encoding.text import TextEncoder
 from rdm_scale.encoding.worker import Worker
 from rdm_scale.errors import DataError
 from rdm_scale.storage.location import Location
@@ -83,7 +84,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Encoded:
-    """What was written, and the mean and standard deviation of the normalised training latents over all elements."""
+    """What was written, and the mean and standard deviation of the normalized training latents over all elements."""
 
     train: Manifest
     holdout: Manifest | None

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from rdm_scale.codecs import LatentCodec, normalise
+from rdm_scale.codecs import LatentCodec, normalize
 from rdm_scale.encoding.images import decode, image_size
 from rdm_scale.encoding.inputs import Kind, MediaFile, MediaSet
 from rdm_scale.encoding.planning import Bucket, Item, Probe, Settings
@@ -63,4 +63,4 @@ def load_batches(
 def reconstruct(pixels: Tensor, codec: LatentCodec) -> Tensor:
     """What the codec makes of pixels [B, 3, T, H, W] by way of its latents' mode, on the CPU."""
     modes = codec.encode(pixels)[:, : codec.channels]
-    return codec.decode(normalise(modes, codec.record)).cpu()
+    return codec.decode(normalize(modes, codec.record)).cpu()

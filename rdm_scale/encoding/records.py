@@ -26,7 +26,7 @@ class Record(BaseModel):
     shard: Shard | None
     rejected: tuple[Rejected, ...]
     truncated: int  # captions that were cut
-    count: int  # elements of the normalised latents, their sum, and that of their squares
+    count: int  # elements of the normalized latents, their sum, and that of their squares
     total: float
     squares: float
 

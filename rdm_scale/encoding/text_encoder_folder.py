@@ -163,7 +163,7 @@ def _max_tokens(folder: Location) -> int | None:
 def _check_config(config: dict[str, Any], folder: Location) -> None:
     """Refuses what would need other libraries, and a depth that takes for ever to build."""
     if config.get("quantization_config"):
-        raise DataError(f"{folder} holds quantised weights: save the text encoder as float32, float16 or bfloat16")
+        raise DataError(f"{folder} holds quantized weights: save the text encoder as float32, float16 or bfloat16")
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         for name, value in part.items():
             if "layers" in name and isinstance(value, int | float) and value > _MAX_LAYERS:

@@ -12,14 +12,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from rdm_scale.codecs import LatentCodec, normalise
+from rdm_scale.codecs import LatentCodec, normalize
+from rdm_scale.data.captions import pack_text
 from rdm_scale.data.manifest import Codec, Shard, Tar
 from rdm_scale.data.shards import DTYPES, Packed, pack_samples, sample_id, write_tar
 from rdm_scale.encoding.inputs import MediaSet
 from rdm_scale.encoding.pixels import READERS, load
 from rdm_scale.encoding.planning import Item, PlannedShard, Settings
 from rdm_scale.encoding.records import Record, Rejected
-from rdm_scale.encoding.text import TextEncoder, pack_text
+from rdm_scale.encoding.text import TextEncoder
 from rdm_scale.errors import DataError
 from rdm_scale.storage.location import Location
 
@@ -41,7 +42,7 @@ class Batch:
 
 @dataclass
 class Statistics:
-    """Of normalised latents, over the posterior too when the moments are kept."""
+    """Of normalized latents, over the posterior too when the moments are kept."""
 
     count: int = 0
     total: float = 0.0
@@ -52,12 +53,12 @@ class Statistics:
         mean, log_variance = latents.double(), None
         if kind == "moments":
             mean, log_variance = mean.chunk(2, dim=1)
-        unit = normalise(mean, record)
+        unit = normalize(mean, record)
         self.count += unit.numel()
         self.total += float(unit.sum())
         self.squares += float(unit.square().sum())
         if log_variance is not None:
-            deviation = normalise(mean + (0.5 * log_variance).exp(), record) - unit
+            deviation = normalize(mean + (0.5 * log_variance).exp(), record) - unit
             self.squares += float(deviation.square().sum())
 
 

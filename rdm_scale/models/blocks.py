@@ -93,7 +93,7 @@ class Attention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of all tokens to those of the caption, which are normalised: encoders differ in scale."""
+    """Multi-head attention of all tokens to those of the caption, which are normalized: encoders differ in scale."""
 
     def __init__(self, config: ModelConfig, layers: LayerFactory) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ class Mlp(nn.Module):
 
 
 class LongSkip(nn.Module):
-    """A linear layer over [x; skip], skip being the stream as another block left it, normalised (U-ViT, arXiv
+    """A linear layer over [x; skip], skip being the stream as another block left it, normalized (U-ViT, arXiv
     2209.12152, whose layer takes the place of the stream; here it is a branch)."""
 
     def __init__(self, config: ModelConfig, layers: LayerFactory) -> None:

@@ -11,7 +11,7 @@ exist:
 
 a and b of neural_rdm start at 1 and 0; m = m0 * L^-p is a fixed function of the number L of residual branches. r is 1,
 unless the configuration names a base depth: then L in m is the base's and r is L over this model's number
-(models/parameterisation.py). The paper's alpha is r * m * a and its beta r * m * b. Storing the product itself would
+(models/parameterization.py). The paper's alpha is r * m * a and its beta r * m * b. Storing the product itself would
 break depth: Adam moves every stored number by about the learning rate, whatever its size, and a gate of size 1/L would
 be thrown about.
 """

@@ -4,12 +4,12 @@ Weights start as in DiT (Xavier-uniform; embeddings normal with standard deviati
 one; the modulation and the last layer zero, so that the network starts by ignoring the condition and predicting zero)
 and do not depend on depth. Depth enters through the gates alone (models/gates.py): with m = m0 * L^-1/2 and a = 1 the L
 branches add m0^2 * mean(Var F) to the variance of the stream, whatever L is, or less beyond a base depth. A branch
-reads a normalised stream, so Var F is a constant of the initialisation: at most 0.5 for attention and about 0.2 for the
+reads a normalized stream, so Var F is a constant of the initialization: at most 0.5 for attention and about 0.2 for the
 MLP, against a variance of 0.5 of the position table alone. Hence the variance from first to last block, and by the same
 count the gain of a cotangent pulled back through the blocks, stay within a factor of 2 at every depth
 (tests/models/test_init.py).
 
-With a base width (models/parameterisation.py) what embeddings put into each channel does not depend on the width:
+With a base width (models/parameterization.py) what embeddings put into each channel does not depend on the width:
 weights on patches and captions, whose sizes do not grow, are drawn as at that width, and the second layers of the
 condition's embeddings, whose inputs do, smaller by the root of the ratio.
 
@@ -43,7 +43,7 @@ def initial_value(name: str, shape: torch.Size, seed: int, config: ModelConfig) 
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, seed: int, config: ModelConfig, prefix: str = "") -> None:
+def initialize(model: nn.Module, seed: int, config: ModelConfig, prefix: str = "") -> None:
     """Fills every parameter of a model, or of its part called `prefix`, that is on a real device."""
     gates = {prefix + name: module for name, module in model.named_modules() if isinstance(module, ResidualGate)}
     for name, parameter in model.named_parameters(prefix=prefix.rstrip(".")):

@@ -20,7 +20,7 @@ from rdm_scale.models.embeddings import (
     temporal_positions,
     unpatchify,
 )
-from rdm_scale.models.initialization import initialise
+from rdm_scale.models.initialization import initialize
 from rdm_scale.models.layers import LayerFactory
 
 
@@ -96,7 +96,7 @@ class DiffusionTransformer(nn.Module):
         """Predicts noise or velocity.
 
         Args:
-            latents: [B, C, T, H, W], normalised and noised; of any size that patches divide.
+            latents: [B, C, T, H, W], normalized and noised; of any size that patches divide.
             timesteps: [B], 0 to 1000 (flow: 1000 * t).
             condition: int64 labels [B], `num_classes` being the null class; a TextCondition; or None, as configured.
 
@@ -192,8 +192,8 @@ def _tables_of(config: ModelConfig, part: Part) -> set[str]:
 def build_model(
     config: ModelConfig, seed: int = 0, layers: LayerFactory | None = None, part: Part | None = None
 ) -> DiffusionTransformer:
-    """The model of a configuration, or a part of it, initialised from `seed`; on the meta device it has shapes only."""
+    """The model of a configuration, or a part of it, initialized from `seed`; on the meta device it has shapes only."""
     model = DiffusionTransformer(config, layers or LayerFactory(), part)
     if not next(model.parameters()).is_meta:
-        initialise(model, seed, config)
+        initialize(model, seed, config)
     return model

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from rdm_scale.data.prefetch import TrainingBatch
+from rdm_scale.batch import TrainingBatch
 from rdm_scale.parallel.mesh import Mesh
 
 

@@ -73,7 +73,7 @@ class ModelParallelUnit:
     get_data_parallel_world_size = staticmethod(parallel_state.get_data_parallel_world_size)
 
 
-def initialise_axes(tensor: int, pipeline: int, timeout: timedelta) -> dict[str, Any]:
+def initialize_axes(tensor: int, pipeline: int, timeout: timedelta) -> dict[str, Any]:
     """Makes the process groups of a mesh: tensor-parallel ranks next to each other, then data, then pipeline."""
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(

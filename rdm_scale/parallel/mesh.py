@@ -14,7 +14,7 @@ import torch.distributed as dist
 from rdm_scale.config import ParallelConfig, RunConfig
 from rdm_scale.device import own_device
 from rdm_scale.errors import ConfigError
-from rdm_scale.parallel import megatron
+from rdm_scale.parallel import megatron_adapter as megatron
 from rdm_scale.parallel.failures import REPORTER
 
 _LIBRARIES = ("rdm_scale", "torch", "deepspeed", "megatron-core")
@@ -101,7 +101,7 @@ def build_mesh(config: ParallelConfig) -> Mesh:
         world_size=world,
         timeout=timeout,
     )
-    axes = megatron.initialise_axes(config.tensor, config.pipeline, timeout)
+    axes = megatron.initialize_axes(config.tensor, config.pipeline, timeout)
     return Mesh(rank=rank, world_size=world, device=device, timeout=timeout, **axes)
 
 

@@ -7,18 +7,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from rdm_scale.batch import TrainingBatch
 from rdm_scale.conditions import Condition
 from rdm_scale.config import RunConfig
-from rdm_scale.data.prefetch import TrainingBatch
 from rdm_scale.models.blocks import Block
 from rdm_scale.models.layers import LayerFactory
 from rdm_scale.parallel.host_memory import returning_freed_memory
-from rdm_scale.parallel.plan import Layout
 from rdm_scale.parallel.mesh import Mesh
 from rdm_scale.parallel.pipeline.executor import Links, Outputs, Pipeline, Shapes, Tensors
-from rdm_scale.parallel.recompute import recompute_blocks
 from rdm_scale.parallel.pipeline.schedules import operations
-from rdm_scale.parallel.stage import build_stage, materialise
+from rdm_scale.parallel.plan import Layout
+from rdm_scale.parallel.recompute import recompute_blocks
+from rdm_scale.parallel.stage import build_stage, materialize
 from rdm_scale.parallel.zero.engine import Zero012, Zero3, ZeroEngine
 
 Inputs = tuple[Tensor, Tensor, Condition]  # latents, timesteps, condition
@@ -138,7 +138,7 @@ class _TrainingCalls:
 def parallelize(
     config: RunConfig, mesh: Mesh, layout: Layout, build_optimizer: Callable[[nn.Module], torch.optim.Optimizer]
 ) -> ParallelModel:
-    """Builds this rank's part of the model of a configuration, initialised and ready to train."""
+    """Builds this rank's part of the model of a configuration, initialized and ready to train."""
     layers = LayerFactory()
     if mesh.tensor_size > 1:
         from rdm_scale.parallel.tensor import TensorParallelLayers
@@ -146,7 +146,7 @@ def parallelize(
         layers = TensorParallelLayers(mesh, config.parallel.sequence)
     stage = build_stage(config, mesh, layout, layers)
     recompute_blocks(stage.blocks.values(), config.parallel.recompute)
-    real = materialise(stage, config, mesh.device)
+    real = materialize(stage, config, mesh.device)
     arguments = (stage, real, config, mesh, build_optimizer, [Block])
     with returning_freed_memory():
         if config.parallel.zero_stage == 3:

@@ -9,10 +9,10 @@ from torch import nn
 from rdm_scale.conditions import Condition, TextCondition
 from rdm_scale.config import ModelConfig, RunConfig
 from rdm_scale.models import DiffusionTransformer, Part
-from rdm_scale.models.initialization import initialise
+from rdm_scale.models.initialization import initialize
 from rdm_scale.models.layers import LayerFactory
-from rdm_scale.parallel.plan import Layout
 from rdm_scale.parallel.mesh import Mesh
+from rdm_scale.parallel.plan import Layout
 
 _RESIDUAL_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -71,7 +71,7 @@ def build_stage(config: RunConfig, mesh: Mesh, layout: Layout, layers: LayerFact
     return stage
 
 
-def materialise(stage: Stage, config: RunConfig, device: torch.device) -> Iterator[nn.Module]:
+def materialize(stage: Stage, config: RunConfig, device: torch.device) -> Iterator[nn.Module]:
     """Gives the parameters their initial values, a block at a time, and yields each module that has become real; who
     shards it before the next one keeps no more than one block whole."""
     stage.set_positions(device)
@@ -82,7 +82,7 @@ def materialise(stage: Stage, config: RunConfig, device: torch.device) -> Iterat
                     real = nn.Parameter(torch.empty_like(parameter, device=device))
                     real.__dict__.update(parameter.__dict__)  # what it is a slice of
                     owner._parameters[leaf] = real
-        initialise(module, config.train.seed, config.model, prefix=f"{name}.")
+        initialize(module, config.train.seed, config.model, prefix=f"{name}.")
         yield module
 
 

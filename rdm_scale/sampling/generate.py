@@ -31,7 +31,7 @@ def draw_latents(
     first_index: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Normalised latents [B, C, T, H, W] for labels [B], which a model without condition only counts, or captions, as
+    """Normalized latents [B, C, T, H, W] for labels [B], which a model without condition only counts, or captions, as
     `config.sampling` says.
 
     Sample i of a seed is the same in whatever batch it is drawn: `first_index` is the index of the first one here.

@@ -1,11 +1,9 @@
 """Pictures for people: grids of images and of clips, and the course of a run's loss."""
 
 import io
-import json
 import math
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -16,7 +14,7 @@ from rdm_scale.errors import DataError
 from rdm_scale.storage.location import Location
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
 CELL = 64  # pixels a side below which a cell is enlarged
 SMALLEST_FONT, LARGEST_FONT = 11, 28  # pixels: still legible, and no banner over large images
@@ -182,80 +180,3 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 def _text_width(text: str, size: int) -> float:
     return _font(size).getlength(text)
-
-
-def plot_channels(mean: Sequence[float], std: Sequence[float], output: Location) -> None:
-    """Draws mean and standard deviation of each latent channel. Raises DataError: the file cannot be written."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(max(4.0, 0.5 * len(mean)), 3.5), layout="constrained")
-    axes.errorbar(range(len(mean)), mean, yerr=std, fmt="o", capsize=4)
-    axes.axhline(0, color="grey", linewidth=0.5)
-    axes.set(xlabel="latent channel", ylabel="mean, and one standard deviation", title="raw latents")
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    plt.close(figure)
-    try:
-        output.write(picture.getvalue())
-    except OSError as error:
-        raise DataError(f"cannot write the plot {output}: {error}; choose another place") from None
-
-
-def plot_loss(metrics_file: Path, output: Path) -> None:
-    """Draws `loss_figure` into a PNG file of 1200 x 720 pixels, written whole or not at all."""
-    png = io.BytesIO()
-    loss_figure(metrics_file).savefig(png, format="png")
-    Location(output).write(png.getvalue())
-
-
-def loss_figure(metrics_file: Path) -> "Figure":
-    """Training and validation loss over the steps of a run.
-
-    Args:
-        metrics_file: metrics.jsonl of a run, one object a line: step, loss and sometimes validation_loss.
-
-    Raises:
-        DataError: the metrics are missing, empty, or a line does not hold step and loss as numbers.
-    """
-    from matplotlib.figure import Figure
-
-    records = _read_metrics(metrics_file)
-    steps = np.array([record["step"] for record in records])
-    loss = np.array([record["loss"] for record in records])
-    window = max(1, len(loss) // 50)
-    validation = [(record["step"], record["validation_loss"]) for record in records if "validation_loss" in record]
-
-    figure = Figure(figsize=(10, 6), dpi=120, layout="constrained")
-    axes = figure.add_subplot(xlabel="optimizer step", ylabel="loss", title="Training and validation loss")
-    axes.plot(steps, loss, color="tab:blue", alpha=0.25, linewidth=1, label="training, each step")
-    steps_mean, loss_mean = (np.convolve(values, np.ones(window) / window, mode="valid") for values in (steps, loss))
-    axes.plot(steps_mean, loss_mean, color="tab:blue", linewidth=2, label=f"training, mean of {window} steps")
-    if validation:
-        axes.plot(*zip(*validation, strict=True), color="tab:orange", marker="o", linewidth=2, label="validation")
-    if loss.min() > 0 and loss_mean.max() > 5 * loss_mean.min():
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:g}")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend()
-    return figure
-
-
-def _read_metrics(path: Path) -> list[dict[str, float]]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read the metrics {path}: {getattr(error, 'strerror', None) or error}") from None
-    records: list[dict[str, float]] = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            keys = ["step", "loss", *(["validation_loss"] if "validation_loss" in record else [])]
-            records.append({key: float(record[key]) for key in keys})
-        except (ValueError, TypeError, KeyError):
-            raise DataError(f"{path}, line {number}: not an object with the numbers step and loss") from None
-    if not records:
-        raise DataError(f"{path} holds no steps yet: nothing to plot")
-    return records

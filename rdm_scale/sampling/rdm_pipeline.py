@@ -8,8 +8,8 @@ from rdm_scale.checkpoint.trained_model import TrainedModel, load_trained
 from rdm_scale.codecs import LatentCodec, codec_of
 from rdm_scale.config import parse_config
 from rdm_scale.errors import ConfigError
-from rdm_scale.sampling.image_grid import to_images
 from rdm_scale.sampling.generate import draw_latents
+from rdm_scale.sampling.image_grid import to_images
 
 
 class RDMPipeline:
@@ -57,7 +57,7 @@ class RDMPipeline:
             generator, seed: give one of them; the same seed gives the same samples.
 
         Returns:
-            A list of PIL images with a codec, else normalised latents [B, C, T, H, W]; of clips always latents or, with
+            A list of PIL images with a codec, else normalized latents [B, C, T, H, W]; of clips always latents or, with
             a codec, pixels [B, 3, T, H, W] in [-1, 1].
 
         Raises:

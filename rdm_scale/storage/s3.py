@@ -21,7 +21,7 @@ from urllib.parse import SplitResult, urlsplit
 
 from aiobotocore.config import AioConfig  # type: ignore[import-untyped]
 from aiobotocore.session import AioSession  # type: ignore[import-untyped]
-from botocore.httpsession import get_cert_path  # type: ignore[import-untyped]
+from botocore.httpsession import get_cert_path
 from fsspec.asyn import sync
 from s3fs import S3FileSystem  # type: ignore[import-untyped]
 

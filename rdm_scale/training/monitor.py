@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from rdm_scale.config import RunConfig
-from rdm_scale.training.profiles import DEPTH, Profile, heat_map, read_profiles
+from rdm_scale.evaluation.plots import heat_map
+from rdm_scale.training.depth_profiles import DEPTH, Profile, read_profiles
 
 
 class Monitor:

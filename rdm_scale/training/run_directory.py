@@ -13,7 +13,7 @@ from rdm_scale.checkpoint.directory import CheckpointDirectory, read_state
 from rdm_scale.config import ModelConfig, RunConfig, flatten, load_config, to_yaml
 from rdm_scale.errors import CheckpointError, ConfigError
 from rdm_scale.storage.location import Location
-from rdm_scale.training.profiles import DEPTH
+from rdm_scale.training.depth_profiles import DEPTH
 
 _CANNOT_LOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # file systems without locks, as Lustre may be
 CONFIG, METRICS, LOCK = "config.yaml", "metrics.jsonl", ".lock"

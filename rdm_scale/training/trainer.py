@@ -16,20 +16,23 @@ import torch
 from torch import Tensor
 
 from rdm_scale import checkpoint
+from rdm_scale.batch import TrainingBatch
 from rdm_scale.conditions import Condition
 from rdm_scale.config import RunConfig
+from rdm_scale.data.captions import empty_caption
 from rdm_scale.data.compatibility import DataFacts
-from rdm_scale.data.prefetch import Prefetcher, TrainingBatch, draw
-from rdm_scale.data.stream import HeldOut, LatentStream
+from rdm_scale.data.held_out import HeldOut
+from rdm_scale.data.prefetch import Prefetcher
+from rdm_scale.data.stream import LatentStream
 from rdm_scale.diffusion import build_objective
-from rdm_scale.encoding.text import empty_caption
+from rdm_scale.diffusion.training_draws import draw
 from rdm_scale.errors import NonFiniteError
-from rdm_scale.sampling.generate import SampleGrid
-from rdm_scale.parallel.plan import Layout
+from rdm_scale.parallel.broadcast import shared
 from rdm_scale.parallel.mesh import Mesh
 from rdm_scale.parallel.parallelize import parallelize
-from rdm_scale.parallel.broadcast import shared
-from rdm_scale.training.depth import DepthProbe
+from rdm_scale.parallel.plan import Layout
+from rdm_scale.sampling.generate import SampleGrid
+from rdm_scale.training.depth_probe import DepthProbe
 from rdm_scale.training.ema import Ema
 from rdm_scale.training.monitor import Monitor, RunMonitor
 from rdm_scale.training.optimizer import build_optimizer, learning_rate

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from rdm_scale.checkpoint.directory import CheckpointDirectory, is_checkpoint, open_checkpoint, read_state
-from rdm_scale.checkpoint.format.slices import Piece, Pieces
+from rdm_scale.checkpoint.format.index import FileRecord
 from rdm_scale.checkpoint.format.overlap import Rectangle
-from rdm_scale.checkpoint.format.reader import FileRecord, write_tensors
+from rdm_scale.checkpoint.format.slices import Piece, Pieces
+from rdm_scale.checkpoint.format.writer import write_tensors
 from rdm_scale.errors import CheckpointError, IncompleteError
 from rdm_scale.storage.location import Location
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 
-from rdm_scale.codecs import CONFIG, WEIGHTS, codec_of, denormalise, load_codec, normalise
+from rdm_scale.codecs import CONFIG, WEIGHTS, codec_of, denormalize, load_codec, normalize
 from rdm_scale.data.manifest import Codec
 from rdm_scale.errors import DataError
 
@@ -62,7 +62,7 @@ def test_a_folder_does_what_diffusers_does(scalar_vae):
     torch.testing.assert_close(moments[:, 2:, 0], posterior.logvar)
     # as the pipelines of diffusers for a scalar shift and scale (Stable Diffusion 3, FLUX)
     latents = (posterior.mean - 0.25) * 0.5
-    torch.testing.assert_close(normalise(moments[:, :2], codec.record)[:, :, 0], latents)
+    torch.testing.assert_close(normalize(moments[:, :2], codec.record)[:, :, 0], latents)
     restored = vae.decode(latents / 0.5 + 0.25).sample.clamp(-1, 1)
     torch.testing.assert_close(codec.decode(latents.unsqueeze(2))[:, :, 0], restored)
     assert codec.decode(1000 * latents.unsqueeze(2)).abs().max() <= 1
@@ -80,15 +80,15 @@ def test_the_frames_of_a_clip_are_images(scalar_vae):
 
 
 @torch.no_grad()
-def test_normalisation_by_channel(tmp_path):
+def test_normalization_by_channel(tmp_path):
     vae = make_vae(tmp_path, scaling_factor=0.5, latents_mean=[1.0, -2.0], latents_std=[4.0, 0.5])
     codec, x = load_codec(str(tmp_path)), images()
     raw = codec.encode(x)[:, :2]
     # StableDiffusionXLPipeline: (raw - latents_mean) * scaling_factor / latents_std
     mean, std = torch.tensor([1.0, -2.0]).view(2, 1, 1, 1), torch.tensor([4.0, 0.5]).view(2, 1, 1, 1)
     latents = (raw - mean) * 0.5 / std
-    torch.testing.assert_close(normalise(raw, codec.record), latents)
-    torch.testing.assert_close(denormalise(latents, codec.record), raw)
+    torch.testing.assert_close(normalize(raw, codec.record), latents)
+    torch.testing.assert_close(denormalize(latents, codec.record), raw)
     torch.testing.assert_close(codec.decode(latents)[:, :, 0], vae.decode(raw[:, :, 0]).sample.clamp(-1, 1))
 
 
@@ -173,7 +173,7 @@ def test_other_weights_than_the_data_was_encoded_with(folder, tmp_path):
         codec_of(record, location="identity")
 
 
-def test_the_normalisation_of_the_data_is_kept(folder):
+def test_the_normalization_of_the_data_is_kept(folder):
     record = load_codec(str(folder)).record
     config = json.loads((folder / CONFIG).read_text())
     (folder / CONFIG).write_text(json.dumps(config | {"scaling_factor": 3.0}))
@@ -203,10 +203,10 @@ def only_pickled(folder) -> None:
         (lambda f: rewrite_config(f, block_out_channels=[4, 8, 8]), "do not make a model"),
         (lambda f: rewrite_config(f, block_out_channels=[2**20, 2**20]), "do not make a model"),
         (lambda f: rewrite_config(f, latent_channels="many"), "do not make a model"),
-        (lambda f: rewrite_config(f, scaling_factor=0.0), "impossible normalisation"),
-        (lambda f: rewrite_config(f, scaling_factor="x"), "impossible normalisation"),
-        (lambda f: rewrite_config(f, latents_mean=[0, 0], latents_std=[0, 1]), "impossible normalisation"),
-        (lambda f: rewrite_config(f, latents_mean=[0, 0, 0], latents_std=[1, 1, 1]), "impossible normalisation"),
+        (lambda f: rewrite_config(f, scaling_factor=0.0), "impossible normalization"),
+        (lambda f: rewrite_config(f, scaling_factor="x"), "impossible normalization"),
+        (lambda f: rewrite_config(f, latents_mean=[0, 0], latents_std=[0, 1]), "impossible normalization"),
+        (lambda f: rewrite_config(f, latents_mean=[0, 0, 0], latents_std=[1, 1, 1]), "impossible normalization"),
         (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-100]), "do not make a model"),
         (lambda f: (f / WEIGHTS).write_bytes(b"\xff" * 64), "do not make a model"),
     ],
@@ -238,7 +238,7 @@ def test_the_packaged_vae_restores_digits(scans):
     assert codec.latent_shape(1, 32, 32) == (4, 1, 8, 8)
     assert codec.record.name == codec.record.location == "digits"
     shown = x[::9]
-    latents = normalise(codec.encode(shown)[:, :4], codec.record)
+    latents = normalize(codec.encode(shown)[:, :4], codec.record)
     torch.testing.assert_close(latents.mean((0, 2, 3, 4)), torch.zeros(4), rtol=0, atol=0.1)
     torch.testing.assert_close(latents.std((0, 2, 3, 4)), torch.ones(4), rtol=0, atol=0.1)
     restored = codec.decode(latents)

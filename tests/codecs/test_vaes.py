@@ -1,6 +1,6 @@
 """Every VAE of diffusers that is known, tiny and with random weights, against diffusers used directly.
 
-The normalisations are worked out here from what the pipelines of diffusers 0.42 do with latents before they decode:
+The normalizations are worked out here from what the pipelines of diffusers 0.42 do with latents before they decode:
 SanaPipeline, FluxPipeline, CogVideoXPipeline, WanPipeline, LTXPipeline and HunyuanVideoPipeline.
 """
 
@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rdm_scale.codecs import CONFIG, INDEX, LatentCodec, codec_of, load_codec, normalise
+from rdm_scale.codecs import CONFIG, INDEX, LatentCodec, codec_of, load_codec, normalize
 from rdm_scale.errors import DataError
 
 MEAN, STD = [0.1, -0.2, 0.3, -0.4], [0.5, 1.0, 2.0, 4.0]
@@ -200,7 +200,7 @@ def test_it_does_what_diffusers_does(saved: tuple[Case, Path, Any]) -> None:
     torch.testing.assert_close(moments, moments_by_diffusers(case, vae, pixels))
 
     raw = moments[:, : codec.channels]
-    latents = normalise(raw, codec.record)
+    latents = normalize(raw, codec.record)
     torch.testing.assert_close(case.unscale(latents), raw)
     restored = codec.decode(latents)
     assert restored.shape == pixels.shape
@@ -305,7 +305,7 @@ def twice(folder: Path) -> None:
         (lambda f: rewrite(f / CONFIG, layers_per_block=10**9), "larger model than the .* tensors of its weights"),
         (lambda f: rewrite(f / CONFIG, block_out_channels=[4] * 10**5), "larger model than the"),
         (lambda f: rewrite(f / CONFIG, spatial_compression_ratio=0), "do not make a model"),
-        (lambda f: rewrite(f / CONFIG, scaling_factor=None), "impossible normalisation"),
+        (lambda f: rewrite(f / CONFIG, scaling_factor=None), "impossible normalization"),
     ],
 )
 def test_damaged_folders(sharded: Path, damage: Callable[[Path], object], message: str) -> None:

@@ -4,18 +4,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import add_captions, run_config, write_latents
 
+from rdm_scale.batch import TrainingBatch
 from rdm_scale.conditions import TextCondition, joined, replaced
 from rdm_scale.config import DiffusionConfig
+from rdm_scale.data.captions import empty_caption
 from rdm_scale.data.compatibility import check_data
+from rdm_scale.data.held_out import HeldOut
 from rdm_scale.data.manifest import read_manifest
-from rdm_scale.data.prefetch import TrainingBatch, draw
 from rdm_scale.data.shards import Packed, read_bytes, write_tar
-from rdm_scale.data.stream import HeldOut, LatentStream
+from rdm_scale.data.stream import LatentStream
 from rdm_scale.diffusion import build_objective
-from rdm_scale.encoding.text import empty_caption
+from rdm_scale.diffusion.training_draws import draw
 from rdm_scale.errors import DataError
+from tests.support.small_runs import add_captions, run_config, write_latents
 
 TEXT = {"model__condition": "text", "model__text": {"width": 6, "pooled_width": 5}}
 

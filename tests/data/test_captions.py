@@ -4,7 +4,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from rdm_scale.encoding.text import EncodedText, pack_text, unpack_text
+from rdm_scale.data.captions import EncodedText, pack_text, unpack_text
 from rdm_scale.errors import DataError
 
 

@@ -4,12 +4,12 @@ import json
 from typing import Any
 
 import pytest
-from latent_sets import LatentSet, WriteSet
 
 from rdm_scale.config import RunConfig
 from rdm_scale.data.compatibility import DataFacts, check_data
 from rdm_scale.data.manifest import Codec
 from rdm_scale.errors import DataError
+from tests.support.latent_sets import LatentSet, WriteSet
 
 
 def config_for(train: LatentSet, validation: LatentSet | None = None, **model: Any) -> RunConfig:

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from latent_sets import WriteSet
 
 from rdm_scale.data.manifest import NAME, read_manifest
 from rdm_scale.errors import DataError, RdmError
 from rdm_scale.storage.location import Location
+from tests.support.latent_sets import WriteSet
 
 
 def test_it_is_read_from_the_file_or_its_folder(write_set: WriteSet, memory: Location) -> None:

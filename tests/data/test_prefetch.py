@@ -7,14 +7,16 @@ from itertools import count, islice
 
 import pytest
 import torch
-from latent_sets import WriteSet
 
 from rdm_scale import rng
+from rdm_scale.batch import LatentBatch, TrainingBatch
 from rdm_scale.config import DiffusionConfig
-from rdm_scale.data.prefetch import Prefetcher, TrainingBatch, draw
-from rdm_scale.data.stream import LatentBatch, LatentStream
+from rdm_scale.data.prefetch import Prefetcher
+from rdm_scale.data.stream import LatentStream
 from rdm_scale.diffusion import Objective, build_objective
+from rdm_scale.diffusion.training_draws import draw
 from rdm_scale.errors import DataError
+from tests.support.latent_sets import WriteSet
 
 FLOW = build_objective(DiffusionConfig(), False)
 DDPM = build_objective(DiffusionConfig(objective="ddpm"), False)

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from latent_sets import LatentSet, WriteSet
 
 from rdm_scale.config import DataSource
 from rdm_scale.data.manifest import Codec
@@ -11,6 +10,7 @@ from rdm_scale.data.reader import RunReader, open_set, stack, stack_as_float
 from rdm_scale.data.shards import DTYPES
 from rdm_scale.errors import DataError
 from rdm_scale.storage.location import Location
+from tests.support.latent_sets import LatentSet, WriteSet
 
 
 @pytest.fixture

@@ -13,13 +13,13 @@ import safetensors.torch
 import torch
 import webdataset
 import xxhash
-from latent_sets import IDENTITY, LatentSet, WriteSet
 from torch import Tensor
 
 from rdm_scale.data.manifest import NAME, Codec, Member, read_manifest
 from rdm_scale.data.shards import ShardWriter, read_member, sample_id
 from rdm_scale.errors import DataError
 from rdm_scale.storage.location import Location
+from tests.support.latent_sets import IDENTITY, LatentSet, WriteSet
 
 ONE = torch.ones(1, 2, 1, 3, 3)
 

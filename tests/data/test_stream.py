@@ -7,15 +7,17 @@ from itertools import islice
 
 import pytest
 import torch
-from latent_sets import LatentSet, WriteSet
 
 from rdm_scale import rng
+from rdm_scale.batch import LatentBatch
 from rdm_scale.config import DataConfig
 from rdm_scale.data import LatentStream
+from rdm_scale.data.assembly import posterior_sample
+from rdm_scale.data.held_out import HeldOut
 from rdm_scale.data.manifest import NAME, Codec
-from rdm_scale.data.stream import HeldOut, LatentBatch, posterior_sample
 from rdm_scale.errors import ConfigError, DataError
 from rdm_scale.storage.location import Location
+from tests.support.latent_sets import LatentSet, WriteSet
 
 
 def take(

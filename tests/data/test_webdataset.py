@@ -4,7 +4,8 @@ import re
 from pathlib import Path
 
 import pytest
-from latent_sets import WriteSet
+
+from tests.support.latent_sets import WriteSet
 
 DOCS = Path(__file__).parents[2] / "docs" / "data.md"
 

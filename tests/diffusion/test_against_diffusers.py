@@ -14,8 +14,8 @@ from torch import Tensor
 from rdm_scale import rng
 from rdm_scale.config import DiffusionConfig
 from rdm_scale.diffusion import sample
-from rdm_scale.diffusion.samplers import Model
 from rdm_scale.diffusion.noise_schedule import NoiseSchedule
+from rdm_scale.diffusion.samplers import Model
 
 SHAPE = (1, 2, 1, 4, 4)
 DDPM = {"linear": "linear", "cosine": "squaredcos_cap_v2"}  # diffusers' names of our schedules

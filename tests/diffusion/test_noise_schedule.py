@@ -58,7 +58,7 @@ def test_noised_has_unit_variance_for_unit_data_and_is_inverted_by_predicted_x0(
 
 
 @pytest.mark.parametrize("k", [1, 10, 500, 999])
-def test_posterior_is_the_normalised_product_of_prior_and_likelihood(k: int) -> None:
+def test_posterior_is_the_normalized_product_of_prior_and_likelihood(k: int) -> None:
     """q(x_{k-1} | x_k, x_0) by multiplying two normal densities, from betas alone."""
     betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
     before = (1 - betas[:k]).prod().item()

@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from mixture import WEIGHTS, cdf, flow_map, ideal, posterior_means, quantile, wasserstein
 from torch import Tensor
 
 from rdm_scale import rng
 from rdm_scale.config import DiffusionConfig
 from rdm_scale.diffusion import sample
+from tests.support.mixture import WEIGHTS, cdf, flow_map, ideal, posterior_means, quantile, wasserstein
 
 FLOW, DDPM = DiffusionConfig(objective="flow"), DiffusionConfig(objective="ddpm")
 SHAPE = (4, 4, 1, 64, 64)  # 65,536 numbers, each a sample of its own

@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 
 import pytest
-from launching import Starter
+
+from tests.support.launching import Starter
 
 
 @pytest.fixture

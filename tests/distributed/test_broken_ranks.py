@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-from small_runs import run_config, write_latents
 
 from rdm_scale.config import to_yaml
+from tests.support.small_runs import run_config, write_latents
 
 RANKS, FAULTY = 4, 1
 SCRIPT = f"""

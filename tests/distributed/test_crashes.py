@@ -9,10 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
-from launching import Starter, finish, torchrun
-from small_runs import metrics, run_config, write_latents
 
 from rdm_scale.config import to_yaml
+from tests.support.launching import Starter, finish, torchrun
+from tests.support.small_runs import metrics, run_config, write_latents
 
 VICTIMS = ("a rank", "all", "the launcher")
 EVERY = 2

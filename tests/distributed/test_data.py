@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from rank_pool import RankPool
-from small_runs import metrics, run_config, train, write_latents
 
 from rdm_scale.checkpoint.directory import CheckpointDirectory, read_state
 from rdm_scale.config import RunConfig
 from rdm_scale.errors import DataError
 from rdm_scale.storage.location import Location
+from tests.support.rank_pool import RankPool
+from tests.support.small_runs import metrics, run_config, train, write_latents
 
 
 def train_counting_reads(config: RunConfig) -> tuple[int, Counter[str]]:

@@ -6,18 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from layouts import Case
-from rank_pool import RankPool
-from reference import plain_training
-from small_runs import metrics, run_config, train, write_latents
 from torch import Tensor, nn
 
 from rdm_scale.config import RunConfig
-from rdm_scale.data.prefetch import draw
 from rdm_scale.data.stream import LatentStream
 from rdm_scale.diffusion import build_objective
+from rdm_scale.diffusion.training_draws import draw
 from rdm_scale.models import build_model
-from rdm_scale.training.profiles import Profile, read_profiles
+from rdm_scale.training.depth_profiles import Profile, read_profiles
+from tests.support.layouts import Case
+from tests.support.rank_pool import RankPool
+from tests.support.reference import plain_training
+from tests.support.small_runs import metrics, run_config, train, write_latents
 
 STEP = 3  # at the first the head is still zero, and nothing is sensitive
 CHANGES = {"train__steps": STEP, "monitor__depth_every": STEP}

@@ -6,13 +6,13 @@ import resource
 from pathlib import Path
 
 import pytest
-from rank_pool import RankPool
-from small_runs import metrics, run_config, train, write_latents
 
 from rdm_scale.checkpoint import CheckpointDirectory
 from rdm_scale.config import RunConfig
 from rdm_scale.errors import CheckpointError, ConfigError, NonFiniteError
 from rdm_scale.storage.location import Location
+from tests.support.rank_pool import RankPool
+from tests.support.small_runs import metrics, run_config, train, write_latents
 
 
 @pytest.fixture(scope="module")

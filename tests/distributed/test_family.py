@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from layouts import MODEL, Case
-from rank_pool import RankPool
-from reference import deviation, plain_training
-from small_runs import add_captions, metrics, run_config, train, write_latents
 
 from rdm_scale.checkpoint import load_model
+from tests.support.layouts import MODEL, Case
+from tests.support.rank_pool import RankPool
+from tests.support.reference import deviation, plain_training
+from tests.support.small_runs import add_captions, metrics, run_config, train, write_latents
 
 
 class Member(NamedTuple):

@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from launching import Starter, finish, torchrun, wait_for_step
-from small_runs import metrics, run_config, write_latents
 
 from rdm_scale.config import to_yaml
+from tests.support.launching import Starter, finish, torchrun, wait_for_step
+from tests.support.small_runs import metrics, run_config, write_latents
 
 
 @pytest.fixture

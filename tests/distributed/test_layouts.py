@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import pytest
-from layouts import MODEL, Case, covering, full
-from rank_pool import RankPool
-from reference import Deviation, Reference, deviation, plain_training
-from small_runs import metrics, run_config, train, write_latents
+
+from tests.support.layouts import MODEL, Case, covering, full
+from tests.support.rank_pool import RankPool
+from tests.support.reference import Deviation, Reference, deviation, plain_training
+from tests.support.small_runs import metrics, run_config, train, write_latents
 
 COVERING = covering()
 

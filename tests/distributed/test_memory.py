@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from rank_pool import RankPool
-from small_runs import run_config
 
+from rdm_scale.batch import TrainingBatch
 from rdm_scale.config import RunConfig
-from rdm_scale.data.prefetch import TrainingBatch
+from tests.support.rank_pool import RankPool
+from tests.support.small_runs import run_config
 
 WIDE = {"model__hidden_size": 256, "model__depth": 8, "model__num_heads": 4, "train__global_batch_size": 8}
 
@@ -25,9 +25,9 @@ def random_batch(config: RunConfig, samples: int) -> TrainingBatch:
 
 
 def parallel_model(config: RunConfig) -> Any:
-    from rdm_scale.parallel.plan import plan
     from rdm_scale.parallel.mesh import build_mesh
     from rdm_scale.parallel.parallelize import parallelize
+    from rdm_scale.parallel.plan import plan
     from rdm_scale.training.optimizer import build_optimizer
 
     mesh = build_mesh(config.parallel)

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
-from rank_pool import RankPool
-from small_runs import metrics, run_config, train, write_latents
+
+from tests.support.rank_pool import RankPool
+from tests.support.small_runs import metrics, run_config, train, write_latents
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

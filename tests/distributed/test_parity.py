@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import pytest
-from rank_pool import RankPool
-from reference import Reference, deviation, plain_training
-from small_runs import metrics, run_config, train, write_latents
+
+from tests.support.rank_pool import RankPool
+from tests.support.reference import Reference, deviation, plain_training
+from tests.support.small_runs import metrics, run_config, train, write_latents
 
 
 @pytest.fixture(scope="module")

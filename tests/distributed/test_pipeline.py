@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from rank_pool import RankPool
 from torch import Tensor
 
 from rdm_scale.config import ParallelConfig
 from rdm_scale.parallel.pipeline.executor import Links, Outputs, Pipeline, Shapes, Tensors
 from rdm_scale.parallel.pipeline.schedules import operations, placement
+from tests.support.rank_pool import RankPool
 
 WIDTH = 3
 

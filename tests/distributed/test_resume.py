@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from rank_pool import RankPool
-from small_runs import metrics, run_config, train, write_latents
 
 from rdm_scale.checkpoint import load_model
 from rdm_scale.errors import ConfigError
+from tests.support.rank_pool import RankPool
+from tests.support.small_runs import metrics, run_config, train, write_latents
 
 STEPS = 12
 VALIDATED = {"monitor__validate_every": 4, "train__steps": STEPS}

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from layouts import Case
-from rank_pool import RankPool
-from small_runs import metrics, run_config, train, write_latents
 
 from rdm_scale.checkpoint.directory import CheckpointDirectory, open_checkpoint
 from rdm_scale.config import RunConfig
 from rdm_scale.storage.location import Location
+from tests.support.layouts import Case
+from tests.support.rank_pool import RankPool
+from tests.support.small_runs import metrics, run_config, train, write_latents
 
 FIELDS = ("weights", "exp_avg", "exp_avg_sq", "ema")
 # Uneven stages (9 blocks), chunks, cut qkv, ranges of 3 ranks, all ZeRO stages, on both sides.

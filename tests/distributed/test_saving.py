@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from rank_pool import RankPool
-from small_runs import metrics, run_config, train, write_latents
 
-from rdm_scale.checkpoint import CheckpointDirectory, load_model, saving
+from rdm_scale.checkpoint import CheckpointDirectory, load_model
+from rdm_scale.checkpoint import saver as saving
 from rdm_scale.config import RunConfig
 from rdm_scale.errors import CheckpointError
 from rdm_scale.storage.location import Location
+from tests.support.rank_pool import RankPool
+from tests.support.small_runs import metrics, run_config, train, write_latents
 
 WRITE = saving.write_tensors
 

@@ -1,7 +1,8 @@
 """Inputs that the tests of a file share."""
 
 import pytest
-from jobs import write_clips, write_digits
+
+from tests.support.encoding_jobs import write_clips, write_digits
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,11 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from media_files import encoded, flat
 from PIL import Image
 
 from rdm_scale.encoding.images import centre_box, decode, image_size
 from rdm_scale.errors import DataError
+from tests.support.media_files import encoded, flat
 
 
 def bytes_of(x: torch.Tensor) -> np.ndarray:

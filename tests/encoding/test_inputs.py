@@ -6,11 +6,11 @@ import tarfile
 
 import fsspec
 import pytest
-from media_files import BLUE, MOVIE, RED, encoded, flat, write_tar
 
-from rdm_scale.encoding.images import decode, find_images
-from rdm_scale.encoding.inputs import Columns, find_media
+from rdm_scale.encoding.images import decode
+from rdm_scale.encoding.inputs import Columns, find_images, find_media
 from rdm_scale.errors import DataError
+from tests.support.media_files import BLUE, MOVIE, RED, encoded, flat, write_tar
 
 
 @pytest.fixture

@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from jobs import contents, ids_of, make_job, pixels_of, png, read_all, write_clips
 
 from rdm_scale.codecs import load_codec
+from rdm_scale.data.captions import EncodedText, pack_text
 from rdm_scale.data.manifest import Manifest, Statistics, TextEncoding, read_manifest
 from rdm_scale.data.shards import Packed, pack_samples, write_tar
 from rdm_scale.encoding.inspection import decoded, measure, verify
 from rdm_scale.encoding.job import encode
 from rdm_scale.encoding.planning import Bucket
-from rdm_scale.encoding.text import EncodedText, pack_text
 from rdm_scale.errors import DataError
 from rdm_scale.storage.location import Location
+from tests.support.encoding_jobs import contents, ids_of, make_job, pixels_of, png, read_all, write_clips
 
 COUNT = 30
 

@@ -7,19 +7,30 @@ import fsspec
 import numpy as np
 import pytest
 import torch
-from clip_files import BUNNY, all_frames
-from jobs import CLIP_FRAMES, assert_done, contents, ids_of, make_job, pixels_of, png, read_all, write_digits
 from PIL import Image
 
 from rdm_scale import rng
-from rdm_scale.codecs import load_codec, normalise
+from rdm_scale.codecs import load_codec, normalize
+from rdm_scale.data.captions import unpack_text
 from rdm_scale.data.manifest import read_manifest
 from rdm_scale.data.shards import DTYPES, read_bytes, read_member, sample_id
 from rdm_scale.encoding.job import Ranks, check_output, encode
 from rdm_scale.encoding.planning import Bucket
-from rdm_scale.encoding.text import TextEncoder, unpack_text
+from rdm_scale.encoding.text import TextEncoder
 from rdm_scale.errors import DataError
 from rdm_scale.storage.location import Location
+from tests.support.clip_files import BUNNY, all_frames
+from tests.support.encoding_jobs import (
+    CLIP_FRAMES,
+    assert_done,
+    contents,
+    ids_of,
+    make_job,
+    pixels_of,
+    png,
+    read_all,
+    write_digits,
+)
 
 COUNT = 60
 
@@ -65,7 +76,7 @@ def test_latents_are_those_of_a_plain_encoding(large_digits, tmp_path, kind, dty
     assert manifest.codec == codec.record
     # other batches: the last bits may differ
     torch.testing.assert_close(data["latents"], expected, rtol=1e-2 if dtype == "bfloat16" else 2e-3, atol=1e-4)
-    unit = normalise(data["latents"][:, :4].double(), codec.record)
+    unit = normalize(data["latents"][:, :4].double(), codec.record)
     assert encoded.mean == pytest.approx(unit.mean().item(), abs=1e-6)
     variance = unit.var(correction=0)
     if kind == "moments":  # of samples: that of the means and the mean posterior variance

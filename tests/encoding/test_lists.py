@@ -6,10 +6,10 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from media_files import BLUE, RED, write_tar
 
 from rdm_scale.encoding.inputs import Columns, find_media
 from rdm_scale.errors import DataError
+from tests.support.media_files import BLUE, RED, write_tar
 
 
 def write_list(path, rows: list[dict]) -> str:

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from jobs import media
 
 from rdm_scale import rng
 from rdm_scale.encoding.planning import (
@@ -17,6 +16,7 @@ from rdm_scale.encoding.planning import (
     split,
 )
 from rdm_scale.errors import ConfigError, DataError
+from tests.support.encoding_jobs import media
 
 ONE = (Bucket(1, 8, 8),)
 KEYS = [f"{i % 10}/{i:04d}" for i in range(300)]

@@ -4,17 +4,17 @@ import json
 import shutil
 
 import pytest
-from jobs import (
-    assert_done,
-    contents,
-    make_job,
-    read_all,
-)
 
 from rdm_scale import rng
 from rdm_scale.data.shards import sample_id
 from rdm_scale.encoding.job import encode
 from rdm_scale.errors import DataError
+from tests.support.encoding_jobs import (
+    assert_done,
+    contents,
+    make_job,
+    read_all,
+)
 
 COUNT = 60
 

@@ -13,7 +13,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from rdm_scale.encoding.text import TextEncoder, pack_text
+from rdm_scale.data.captions import pack_text
+from rdm_scale.encoding.text import TextEncoder
 from rdm_scale.errors import DataError
 
 CAPTIONS = ["a red fox", "", "two dogs run over the hill and a cat", "Größe", "a", "the quick brown fox jumps " * 2]
@@ -66,7 +67,7 @@ def t5(kind: str = "T5EncoderModel"):
 def save(folder, model, tokens, **options: object) -> str:
     with torch.no_grad():
         generator = torch.Generator().manual_seed(0)
-        for parameter in model.parameters():  # transformers' own initialisation is nearly no function at all
+        for parameter in model.parameters():  # transformers' own initialization is nearly no function at all
             parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
     model.save_pretrained(folder, **options)
     tokens.save_pretrained(folder)
@@ -155,10 +156,10 @@ def test_long_captions_are_cut_before_the_last_special_token_and_counted(tmp_pat
         TextEncoder(folder, max_tokens=65)
 
 
-def sentence_transformer(folder, *modes: str, normalise: bool = False) -> str:
+def sentence_transformer(folder, *modes: str, normalize: bool = False) -> str:
     """The layout that sentence-transformers writes."""
     bert_folder(folder)
-    names = ["Transformer", "Pooling", *(["Normalize"] if normalise else [])]
+    names = ["Transformer", "Pooling", *(["Normalize"] if normalize else [])]
     paths = ["", "1_Pooling", "2_Normalize"]
     modules = [
         {"idx": i, "name": str(i), "path": paths[i], "type": f"sentence_transformers.models.{name}"}
@@ -186,7 +187,7 @@ def test_the_pooling_of_sentence_transformers(tmp_path, mode, pool):
     assert encoder.record.max_tokens == 24
     for result in encoder.encode(CAPTIONS):
         torch.testing.assert_close(result.pooled, pool(result.tokens))
-    scaled = TextEncoder(sentence_transformer(tmp_path / "unit", mode, normalise=True))
+    scaled = TextEncoder(sentence_transformer(tmp_path / "unit", mode, normalize=True))
     for result in scaled.encode(CAPTIONS):
         pooled = pool(result.tokens)
         torch.testing.assert_close(result.pooled, pooled / pooled.square().sum().sqrt())
@@ -310,7 +311,7 @@ def damage(folder, what: str) -> None:
         edit(folder / "config.json", model_type="llama")
     elif what == "code":
         edit(folder / "config.json", model_type="evil", auto_map={"AutoModel": "evil.Model"})
-    elif what == "quantised":
+    elif what == "quantized":
         edit(folder / "config.json", quantization_config={"quant_method": "bitsandbytes"})
     elif what == "no tokenizer":
         (folder / "tokenizer.json").unlink()
@@ -335,7 +336,7 @@ def damage(folder, what: str) -> None:
         ("deep", "num_hidden_layers is 1000000000, and at most 1000"),
         ("kind", "holds a llama model: the text encoders known are albert, bert"),
         ("code", "holds a evil model"),
-        ("quantised", "quantised"),
+        ("quantized", "quantized"),
         ("no tokenizer", r"has no tokenizer\.json"),
         ("bad tokenizer", "do not make a text encoder"),
         ("tokens beyond the table", "do not make a text encoder"),

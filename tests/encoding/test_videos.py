@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from clip_files import BUNNY, all_frames, counting, digit_clip, numbers, video
 from PIL import Image
 from torch import Tensor
 
@@ -17,6 +16,7 @@ import rdm_scale.encoding.videos as videos
 from rdm_scale.encoding.images import decode as decode_image
 from rdm_scale.encoding.videos import VideoSize, decode_clip, probe_video
 from rdm_scale.errors import DataError
+from tests.support.clip_files import BUNNY, all_frames, counting, digit_clip, numbers, video
 
 REORDERED = {"bf": "2", "g": "8"}  # B-frames, and several key frames in a clip
 KINDS = [

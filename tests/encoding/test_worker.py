@@ -5,14 +5,14 @@ import threading
 import numpy as np
 import pytest
 import torch
-from jobs import make_job, png, write_digits
 
-from rdm_scale.codecs import load_codec, normalise
+from rdm_scale.codecs import load_codec, normalize
 from rdm_scale.encoding import worker
 from rdm_scale.encoding.planning import make_plan
 from rdm_scale.encoding.worker import Statistics, Worker
 from rdm_scale.errors import DataError
 from rdm_scale.storage.location import Location
+from tests.support.encoding_jobs import make_job, png, write_digits
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_statistics_are_those_of_draws_from_the_posterior():
     mean, log_variance = moments.double().chunk(2, 1)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(200, *mean.shape, generator=generator, dtype=torch.float64)
-    drawn = normalise((mean + (0.5 * log_variance).exp() * noise).flatten(0, 1), record)
+    drawn = normalize((mean + (0.5 * log_variance).exp() * noise).flatten(0, 1), record)
     assert statistics.count == mean.numel()
     found = statistics.total / statistics.count
     assert found == pytest.approx(drawn.mean().item(), abs=0.01)

@@ -21,7 +21,7 @@ def digits() -> tuple[Tensor, Tensor]:
     return F.interpolate(images, size=32, mode="bilinear").repeat(1, 3, 1, 1), torch.from_numpy(labels)[order]
 
 
-def test_held_out_real_digits_are_recognised(digits: tuple[Tensor, Tensor]) -> None:
+def test_held_out_real_digits_are_recognized(digits: tuple[Tensor, Tensor]) -> None:
     images, labels = digits
     accuracy = label_accuracy(images[:1400], labels[:1400], images[1400:], labels[1400:])
     assert 0.97 < accuracy <= 1

@@ -4,12 +4,12 @@ import os
 from pathlib import Path
 
 import pytest
-from layouts import MODEL, Case
-from rank_pool import RankPool, free_port
-from reference import Reference, deviation, plain_training
-from small_runs import add_captions, metrics, run_config, train, write_latents
 
 from rdm_scale.config import RunConfig
+from tests.support.layouts import MODEL, Case
+from tests.support.rank_pool import RankPool, free_port
+from tests.support.reference import Reference, deviation, plain_training
+from tests.support.small_runs import add_captions, metrics, run_config, train, write_latents
 
 pytestmark = pytest.mark.gpu
 SMALL = MODEL | {"model__depth": 4, "train__steps": 5}

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from rank_pool import RankPool
-from small_runs import run_config, train, write_latents
 
 from rdm_scale.codecs import load_codec
+from tests.support.rank_pool import RankPool
+from tests.support.small_runs import run_config, train, write_latents
 
 pytestmark = pytest.mark.gpu
 TOOLS = Path(__file__).parents[2] / "tools"

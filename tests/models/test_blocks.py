@@ -22,7 +22,7 @@ def clips(**changes: object) -> ModelConfig:
     return ModelConfig(**{**base, **changes})
 
 
-def randomised(config: ModelConfig) -> DiffusionTransformer:
+def randomized(config: ModelConfig) -> DiffusionTransformer:
     """A model none of whose parameters is zero, so that every path shows in the output."""
     model = build_model(config)
     generator = torch.Generator().manual_seed(1)
@@ -56,7 +56,7 @@ PLACE = torch.arange(24) % 8
 )
 def test_tokens_attend_to_those_of_their_frame_or_place(kind: str, block: int, of: Tensor) -> None:
     """Factorized attention is attention with a mask: the spatial block's by frames, the temporal one's by places."""
-    branch = randomised(clips(attention=kind)).blocks[str(block)].attention.branch
+    branch = randomized(clips(attention=kind)).blocks[str(block)].attention.branch
     x = stream()
     heads = plain_attention(*split_heads(branch.qkv(x)), of[:, None] == of[None])
     found = branch(x, SideInputs(torch.zeros(B, 32), GRID))
@@ -64,7 +64,7 @@ def test_tokens_attend_to_those_of_their_frame_or_place(kind: str, block: int, o
 
 
 def test_latte_adds_the_frames_positions_after_the_first_spatial_block() -> None:
-    model = randomised(clips(attention="factorized"))
+    model = randomized(clips(attention="factorized"))
     seen = {}
     for i, block in model.blocks.items():
         block.register_forward_hook(lambda module, given, out, i=i: seen.update({i: (given[0], out)}))
@@ -79,7 +79,7 @@ def test_latte_adds_the_frames_positions_after_the_first_spatial_block() -> None
 
 def test_frames_of_a_still_image_are_few() -> None:
     """T = 1 goes through factorized blocks: along time a token then sees itself only."""
-    model = randomised(clips(attention="factorized"))
+    model = randomized(clips(attention="factorized"))
     image = torch.randn(B, 2, 1, 4, 8)
     assert model(image, torch.rand(B)).shape == image.shape
     x = stream()[:8]
@@ -90,7 +90,7 @@ def test_frames_of_a_still_image_are_few() -> None:
 
 def test_long_skips_join_each_block_to_its_mirror() -> None:
     """Against the formula: z + alpha W [modulated norm(z); norm(skip)] + beta, then what a block without skip does."""
-    model = randomised(clips(stacking="u", depth=5))
+    model = randomized(clips(stacking="u", depth=5))
     assert [block.skip is not None for block in model.blocks.values()] == [False, False, False, True, True]
     z, side = stream(), SideInputs(torch.randn(B, 32), GRID)
     outs = []
@@ -113,8 +113,8 @@ def layer_norm(x: Tensor) -> Tensor:
     return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + 1e-6).sqrt()
 
 
-def test_queries_and_keys_are_normalised_head_by_head() -> None:
-    branch = randomised(clips(qk_norm=True)).blocks["0"].attention.branch
+def test_queries_and_keys_are_normalized_head_by_head() -> None:
+    branch = randomized(clips(qk_norm=True)).blocks["0"].attention.branch
     x = stream()
     q, k, v = split_heads(branch.qkv(x))
     q, k = (
@@ -128,7 +128,7 @@ def test_queries_and_keys_are_normalised_head_by_head() -> None:
 
 def test_rotary_positions_turn_pairs_of_channels_by_place() -> None:
     """Heads of 8 channels: two pairs along T (frequencies 1 and 1/100), one along H, one along W (frequency 1)."""
-    model = randomised(clips(positions="rotary"))
+    model = randomized(clips(positions="rotary"))
     assert dict(model.named_buffers()) == {}
     rotation = model.side_inputs(torch.zeros(B, 32), GRID).rotation
     turned = rotated(torch.tensor([1.0, 0, 0, 1, 1, 0, 1, 0]), rotation[:, 2 * 8 + 1 * 4 + 3])  # at (2, 1, 3)
@@ -154,7 +154,7 @@ def test_with_rotary_positions_only_differences_of_places_count() -> None:
 
 
 def test_rotary_models_take_other_sizes_and_tell_places_apart() -> None:
-    model = randomised(clips(positions="rotary"))
+    model = randomized(clips(positions="rotary"))
     latents = torch.randn(B, 2, 2, 8, 4)
     out = model(latents, torch.rand(B))
     assert out.shape == latents.shape
@@ -175,7 +175,7 @@ TEXT = {"condition": "text", "text": TextConfig(width=12, pooled_width=6)}
 
 def test_tokens_attend_to_those_of_the_caption() -> None:
     """Each sample by itself, to as many tokens as its caption has."""
-    model = randomised(clips(**TEXT, qk_norm=True))
+    model = randomized(clips(**TEXT, qk_norm=True))
     branch, x, text = model.blocks["0"].cross_attention.branch, stream(), captions(model, (5, 2))
     found = branch(x, SideInputs(torch.zeros(B, 32), GRID, text))
     for b, n in enumerate((5, 2)):
@@ -187,7 +187,7 @@ def test_tokens_attend_to_those_of_the_caption() -> None:
 
 
 def test_a_caption_reaches_the_model_by_its_tokens_and_by_its_pooled_vector() -> None:
-    model = randomised(clips(**TEXT))
+    model = randomized(clips(**TEXT))
     assert [type(unit.branch).__name__ for unit in model.blocks["0"].units()] == ["Attention", "CrossAttention", "Mlp"]
     assert model.config.branches == 6
     latents, t, text = torch.randn(B, 2, 3, 4, 8), torch.rand(B), captions(model, (4, 3))
@@ -204,6 +204,6 @@ def test_a_caption_reaches_the_model_by_its_tokens_and_by_its_pooled_vector() ->
 
 
 def test_every_unit_of_every_kind_trains_every_parameter() -> None:
-    model = randomised(clips(**TEXT, stacking="u", qk_norm=True, positions="rotary", attention="factorized"))
+    model = randomized(clips(**TEXT, stacking="u", qk_norm=True, positions="rotary", attention="factorized"))
     model(torch.randn(B, 2, 3, 4, 8), torch.rand(B), captions(model, (4, 3))).square().mean().backward()
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0] == []

@@ -1,4 +1,4 @@
-"""Gate-aware initialisation: signal and gradient keep their size through the stack, and values are keyed."""
+"""Gate-aware initialization: signal and gradient keep their size through the stack, and values are keyed."""
 
 import pytest
 import torch

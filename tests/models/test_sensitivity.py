@@ -4,13 +4,13 @@ import itertools
 
 import pytest
 import torch
-from smooth_chain import SmoothChain
 from torch import Tensor, nn
 from torchdiffeq import odeint_adjoint
 
 from rdm_scale.config import ModelConfig
 from rdm_scale.models import build_model
 from rdm_scale.models.sensitivity import sensitivities, trajectory
+from tests.support.smooth_chain import SmoothChain
 
 PLACES = (0.0, 0.25, 0.5, 0.75)
 

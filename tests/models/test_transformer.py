@@ -56,7 +56,7 @@ def test_latte_has_the_published_parameter_count(size: str) -> None:
     assert int(parameters(model) / 1e4) / 100 == millions
 
 
-def randomised(config: ModelConfig) -> DiffusionTransformer:
+def randomized(config: ModelConfig) -> DiffusionTransformer:
     """A model none of whose parameters is zero, so that every path shows in the output."""
     model = build_model(config)
     generator = torch.Generator().manual_seed(1)
@@ -107,7 +107,7 @@ def as_diffusers_dit(model: DiffusionTransformer) -> DiTTransformer2DModel:
 
 
 def test_adaln_zero_computes_what_diffusers_dit_computes() -> None:
-    model = randomised(small(residual="adaln_zero", timestep_spacing="diffusers"))
+    model = randomized(small(residual="adaln_zero", timestep_spacing="diffusers"))
     latents, timesteps = torch.randn(5, 4, 1, 8, 8), torch.tensor([0, 1, 10, 500, 999])
     labels = torch.tensor([0, 3, 9, 10, 5])
     with torch.no_grad():
@@ -118,7 +118,7 @@ def test_adaln_zero_computes_what_diffusers_dit_computes() -> None:
 
 def test_timestep_spacings_differ() -> None:
     latents, timesteps, labels = torch.randn(2, 4, 1, 8, 8), torch.tensor([3.0, 700.0]), torch.tensor([0, 1])
-    dit, diffusers = (randomised(small(timestep_spacing=s)) for s in ("dit", "diffusers"))
+    dit, diffusers = (randomized(small(timestep_spacing=s)) for s in ("dit", "diffusers"))
     assert (dit(latents, timesteps, labels) - diffusers(latents, timesteps, labels)).abs().max() > 1e-3
 
 
@@ -163,7 +163,7 @@ def test_other_sizes_than_the_configured_one() -> None:
 
 def test_every_residual_structure_trains_every_parameter() -> None:
     for kind in ("plain", "rezero", "layerscale", "adaln_zero", "neural_rdm"):
-        model = randomised(small(residual=kind))
+        model = randomized(small(residual=kind))
         loss = model(torch.randn(2, 4, 1, 8, 8), torch.rand(2) * 1000, torch.tensor([1, 10])).square().mean()
         loss.backward()
         assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0] == []
@@ -176,7 +176,7 @@ def test_learned_variance_doubles_the_channels_and_none_has_no_classes() -> None
 
 
 def test_residual_stream_stays_fp32_under_bf16() -> None:
-    model = randomised(small(depth=2)).to(torch.bfloat16)
+    model = randomized(small(depth=2)).to(torch.bfloat16)
     latents, side = torch.randn(2, 4, 1, 8, 8), torch.tensor([1, 2])
     z, inputs = model.embed(latents, torch.tensor([1.0, 900.0]), side)
     seen = []

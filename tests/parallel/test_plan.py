@@ -7,8 +7,8 @@ import pytest
 from rdm_scale import cost
 from rdm_scale.config import RunConfig, parse_config
 from rdm_scale.errors import ConfigError
-from rdm_scale.parallel.plan import balance, plan
 from rdm_scale.parallel.pipeline.schedules import placement
+from rdm_scale.parallel.plan import balance, plan
 
 GIB = 2**30
 

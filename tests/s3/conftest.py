@@ -4,8 +4,9 @@ import uuid
 from collections.abc import Iterator
 
 import pytest
-from fault_proxy import FaultProxy
-from s3_server import S3Server
+
+from rdm_scale.tools.s3_server import S3Server
+from tests.support.fault_proxy import FaultProxy
 
 
 @pytest.fixture(scope="session")

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_proxy import Fault, FaultProxy, Request
-from rank_pool import RankPool
-from s3_server import S3Server
-from small_runs import metrics, run_config, train, write_latents
 
 from rdm_scale.config import RunConfig
 from rdm_scale.data import reader
 from rdm_scale.errors import DataError
 from rdm_scale.storage.location import Location
+from rdm_scale.tools.s3_server import S3Server
+from tests.support.fault_proxy import Fault, FaultProxy, Request
+from tests.support.rank_pool import RankPool
+from tests.support.small_runs import metrics, run_config, train, write_latents
 
 KINDS = [
     Fault("status", status=503, code="SlowDown"),

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from rdm_scale.checkpoint import CheckpointDirectory, load_model
+from rdm_scale.checkpoint.convert.checkpoint_writer import FIELDS, write_checkpoint
 from rdm_scale.checkpoint.convert.grow import grow_checkpoint
 from rdm_scale.checkpoint.convert.import_weights import import_weights, open_published
-from rdm_scale.checkpoint.summary import gates, summarise, verify
 from rdm_scale.checkpoint.convert.merge import export_diffusers, merge
 from rdm_scale.checkpoint.sources import open_model
-from rdm_scale.checkpoint.convert.checkpoint_writer import FIELDS, write_checkpoint
+from rdm_scale.checkpoint.summary import gates, summarize, verify
 from rdm_scale.config import RunConfig, parse_config
 from rdm_scale.data.manifest import Codec
 from rdm_scale.errors import CheckpointError
@@ -73,7 +73,7 @@ def test_a_run_on_s3_is_merged_inspected_verified_and_grown(prefix: str) -> None
     assert_same_parameters(load_model(f"{url}/merged"), model)
 
     folder = CheckpointDirectory(Location(f"{url}/run/checkpoints")).folder(STEP)
-    state, count, tensors = summarise(folder)
+    state, count, tensors = summarize(folder)
     assert (state["step"], count) == (STEP, len(list(model.parameters())))
     for tensor in tensors:
         parameter = model.get_parameter(tensor.name)

@@ -6,19 +6,19 @@ from typing import Any
 
 import pytest
 import torch
-from fault_proxy import Fault, FaultProxy, Request
-from rank_pool import RankPool
-from s3_server import S3Server
-from small_runs import metrics, run_config, train, write_latents
 
 from rdm_scale.checkpoint.directory import CheckpointDirectory
-from rdm_scale.checkpoint.format.slices import Piece, Pieces
 from rdm_scale.checkpoint.format.overlap import Rectangle
-from rdm_scale.checkpoint.format.reader import write_tensors
+from rdm_scale.checkpoint.format.slices import Piece, Pieces
+from rdm_scale.checkpoint.format.writer import write_tensors
 from rdm_scale.config import RunConfig
 from rdm_scale.errors import CheckpointError
 from rdm_scale.storage.location import Location
 from rdm_scale.storage.retries import Retry, retrying
+from rdm_scale.tools.s3_server import S3Server
+from tests.support.fault_proxy import Fault, FaultProxy, Request
+from tests.support.rank_pool import RankPool
+from tests.support.small_runs import metrics, run_config, train, write_latents
 
 PASSING = [
     Fault("status", status=503, code="SlowDown"),

@@ -8,11 +8,11 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from fault_proxy import Fault, FaultProxy
-from s3_server import S3Server
 
 from rdm_scale.errors import ConfigError
 from rdm_scale.storage.location import Location, ReplacedError, Retry, Stat, retrying
+from rdm_scale.tools.s3_server import S3Server
+from tests.support.fault_proxy import Fault, FaultProxy
 
 CONTENT = random.Random(0).randbytes(300_000)
 QUICK = Retry(attempts=4, budget_s=30, stall_s=1, first_wait_s=0.02, longest_wait_s=0.1)

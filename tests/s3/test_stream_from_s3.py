@@ -6,8 +6,6 @@ from itertools import islice
 
 import pytest
 import torch
-from fault_proxy import Fault, FaultProxy, Request
-from s3_server import S3Server
 
 from rdm_scale.config import DataConfig, DataSource
 from rdm_scale.data import LatentStream
@@ -16,6 +14,8 @@ from rdm_scale.data.shards import ShardWriter
 from rdm_scale.errors import DataError
 from rdm_scale.storage.location import Location
 from rdm_scale.storage.retries import Retry, retrying
+from rdm_scale.tools.s3_server import S3Server
+from tests.support.fault_proxy import Fault, FaultProxy, Request
 
 OPENED: list[LatentStream] = []
 QUICK = Retry(attempts=4, budget_s=30.0, stall_s=1.0, first_wait_s=0.02, longest_wait_s=0.1)

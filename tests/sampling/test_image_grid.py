@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from rdm_scale.errors import DataError
-from rdm_scale.evaluation import animated_grid, image_grid, plot_loss, write_grid
+from rdm_scale.evaluation import plot_loss
+from rdm_scale.sampling.image_grid import animated_grid, image_grid, write_grid
 from rdm_scale.storage.location import Location
 
 

@@ -10,14 +10,14 @@ import yaml
 from safetensors.torch import load_file
 
 from rdm_scale.checkpoint import load_model
-from rdm_scale.checkpoint.directory import CheckpointDirectory
 from rdm_scale.checkpoint.convert.checkpoint_writer import write_checkpoint
+from rdm_scale.checkpoint.directory import CheckpointDirectory
 from rdm_scale.data.manifest import Codec
 from rdm_scale.models import build_model
 from rdm_scale.storage.location import Location
-from tests.distributed.rank_pool import RankPool
-from tests.distributed.small_runs import metrics, run_config, train, write_latents
-from tests.tools.forked import Result, Running
+from tests.support.forked import Result, Running
+from tests.support.rank_pool import RankPool
+from tests.support.small_runs import metrics, run_config, train, write_latents
 
 TOOLS = Path("tools")
 

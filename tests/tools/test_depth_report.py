@@ -6,13 +6,14 @@ import json
 import re
 from pathlib import Path
 
-import depth_report
 import numpy as np
 import pytest
 from PIL import Image
 
 from rdm_scale.errors import DataError
-from rdm_scale.training.profiles import as_array, heat_map, is_logarithmic, read_profiles
+from rdm_scale.evaluation.plots import as_array, heat_map, is_logarithmic
+from rdm_scale.tools import depth_report
+from rdm_scale.training.depth_profiles import read_profiles
 
 
 def write_run(run: Path, steps: int = 3) -> None:

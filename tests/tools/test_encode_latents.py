@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from forked import Result, Running
 from PIL import Image
 from sklearn.datasets import load_digits
 
 from rdm_scale.data.manifest import read_manifest
+from tests.support.forked import Result, Running
 
 TOOL = Path(__file__).parents[2] / "tools/encode_latents.py"
 COUNT = 60

@@ -4,18 +4,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from forked import Result, Running
-from rank_pool import RankPool
-from small_runs import metrics, run_config, train, write_latents
 
 from rdm_scale.checkpoint import CheckpointDirectory, load_trained
-from rdm_scale.checkpoint.directory import open_checkpoint
-from rdm_scale.checkpoint.convert.grow import grow_checkpoint
 from rdm_scale.checkpoint.convert.checkpoint_writer import FIELDS, write_checkpoint
+from rdm_scale.checkpoint.convert.grow import grow_checkpoint
+from rdm_scale.checkpoint.directory import open_checkpoint
 from rdm_scale.errors import CheckpointError, ConfigError
 from rdm_scale.models import build_model
 from rdm_scale.models.gates import ResidualGate
 from rdm_scale.storage.location import Location
+from tests.support.forked import Result, Running
+from tests.support.rank_pool import RankPool
+from tests.support.small_runs import metrics, run_config, train, write_latents
 
 TOOL = Path("tools/grow_depth.py").resolve()
 ALONE = {"tensor": 1, "pipeline": 1, "data": 1}

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from rdm_scale.checkpoint.directory import CheckpointDirectory
 from rdm_scale.checkpoint.format.index import FileRecord
-from rdm_scale.checkpoint.format.slices import Piece, Pieces
 from rdm_scale.checkpoint.format.overlap import rectangles_of_range
-from rdm_scale.checkpoint.format.reader import write_tensors
+from rdm_scale.checkpoint.format.slices import Piece, Pieces
+from rdm_scale.checkpoint.format.writer import write_tensors
 from rdm_scale.storage.location import Location
 
 FIELDS = ("weights", "exp_avg", "exp_avg_sq", "ema")  # of a checkpoint that training goes on from

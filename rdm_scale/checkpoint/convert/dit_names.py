@@ -144,7 +144,7 @@ def refuse_inexpressible(config: ModelConfig) -> None:
         f"model.stacking={config.stacking}: it knows a chain of blocks only": config.stacking != "flow",
         f"model.attention={config.attention}: all its tokens attend to each other": config.attention != "joint",
         f"model.positions={config.positions}: it has fixed tables only": config.positions != "sincos",
-        "model.qk_norm=true: it does not normalise queries and keys": config.qk_norm,
+        "model.qk_norm=true: it does not normalize queries and keys": config.qk_norm,
         f"model.input.frames={size.frames}: it takes images only": size.frames != 1 or t != 1,
         f"model.input {size.height} x {size.width} with patches {h} x {w} is not square": (size.height, h)
         != (size.width, w),
@@ -160,7 +160,7 @@ def refuse_inexpressible(config: ModelConfig) -> None:
                 [
                     "diffusers' DiTTransformer2DModel cannot express this model:",
                     *found,
-                    "merge it without --to diffusers: rdm_scale.sampling.rdm_pipeline.RDMPipeline draws from that folder",
+                    "merge it without --to diffusers: rdm_scale.sampling.RDMPipeline draws from that folder",
                 ]
             )
         )

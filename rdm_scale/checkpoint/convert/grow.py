@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rdm_scale.checkpoint.convert.checkpoint_writer import FIELDS, write_checkpoint
+from rdm_scale.checkpoint.convert.depth_growth import Growth, Placement
 from rdm_scale.checkpoint.directory import CheckpointDirectory, open_checkpoint
 from rdm_scale.checkpoint.format.reader import TensorReader
 from rdm_scale.checkpoint.sources import find_checkpoint
-from rdm_scale.checkpoint.convert.checkpoint_writer import FIELDS, write_checkpoint
 from rdm_scale.config import RunConfig, parse_config
 from rdm_scale.errors import CheckpointError
 from rdm_scale.models import build_model
-from rdm_scale.checkpoint.convert.depth_growth import Growth, Placement
 from rdm_scale.storage.location import Location
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rdm_scale.checkpoint.convert.checkpoint_writer import write_checkpoint
 from rdm_scale.checkpoint.convert.dit_names import (
     Correspondence,
     correspondences,
@@ -19,7 +20,6 @@ from rdm_scale.checkpoint.convert.dit_names import (
 )
 from rdm_scale.checkpoint.directory import CheckpointDirectory
 from rdm_scale.checkpoint.sources import CONFIG, compare_shapes
-from rdm_scale.checkpoint.convert.checkpoint_writer import write_checkpoint
 from rdm_scale.config import ModelConfig, RunConfig, flatten, parse_config
 from rdm_scale.data.manifest import Codec
 from rdm_scale.errors import CheckpointError

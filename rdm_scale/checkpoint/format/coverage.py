@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from rdm_scale.checkpoint.format.slices import Pieces
 from rdm_scale.checkpoint.format.overlap import Ints, strides_of
+from rdm_scale.checkpoint.format.slices import Pieces
 
 _STEPS = 64  # tensors of a file are bounded together where they lie in the same steps of the way through
 Fractions = NDArray[np.float64]

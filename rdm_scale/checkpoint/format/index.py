@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 
-from rdm_scale.checkpoint.format.slices import Pieces
-from rdm_scale.checkpoint.format.overlap import Boxes, Ints
 from rdm_scale.checkpoint.format.coverage import Span
+from rdm_scale.checkpoint.format.overlap import Boxes, Ints
+from rdm_scale.checkpoint.format.slices import Pieces
 from rdm_scale.errors import CheckpointError
 from rdm_scale.storage.location import Location
 

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from rdm_scale.config import RunConfig
 from rdm_scale.models.layers import Slice, slice_of
-from rdm_scale.parallel import deepspeed
 from rdm_scale.parallel.megatron_adapter import ModelParallelUnit
 from rdm_scale.parallel.mesh import Mesh
+from rdm_scale.parallel.zero import deepspeed_adapter as deepspeed
 
 
 @dataclass(frozen=True)

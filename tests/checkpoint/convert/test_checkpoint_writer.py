@@ -8,9 +8,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from rdm_scale.checkpoint.convert.checkpoint_writer import write_checkpoint
 from rdm_scale.checkpoint.directory import CheckpointDirectory
 from rdm_scale.checkpoint.format.index import INDEX
-from rdm_scale.checkpoint.convert.checkpoint_writer import write_checkpoint
 from rdm_scale.errors import CheckpointError
 from rdm_scale.storage.location import Location
 

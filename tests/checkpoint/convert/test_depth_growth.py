@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from rdm_scale.checkpoint.convert.depth_growth import Growth, Origin, origins
 from rdm_scale.config import GateConfig, InputConfig, ModelConfig
 from rdm_scale.errors import ConfigError
 from rdm_scale.models import DiffusionTransformer, build_model
-from rdm_scale.checkpoint.convert.depth_growth import Growth, Origin, origins
 
 CAN_GROW = {
     "rezero": {"residual": "rezero"},

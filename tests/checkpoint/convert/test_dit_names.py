@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rdm_scale.checkpoint import CheckpointDirectory, load_model
+from rdm_scale.checkpoint.convert.checkpoint_writer import write_checkpoint
 from rdm_scale.checkpoint.convert.import_weights import import_weights, open_published
 from rdm_scale.checkpoint.convert.merge import export_diffusers
 from rdm_scale.checkpoint.sources import open_model
-from rdm_scale.checkpoint.convert.checkpoint_writer import write_checkpoint
 from rdm_scale.config import ModelConfig, RunConfig, parse_config
 from rdm_scale.data.manifest import Codec
 from rdm_scale.errors import CheckpointError

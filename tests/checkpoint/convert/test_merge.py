@@ -11,15 +11,15 @@ import torch
 from safetensors.torch import load_file
 
 from rdm_scale.checkpoint import CheckpointDirectory, load_model, load_trained
-from rdm_scale.checkpoint.summary import gates, summarise, verify
-from rdm_scale.checkpoint.convert.merge import merge
-from rdm_scale.sampling.rdm_pipeline import RDMPipeline
-from rdm_scale.checkpoint.sources import open_model
 from rdm_scale.checkpoint.convert.checkpoint_writer import write_checkpoint
+from rdm_scale.checkpoint.convert.merge import merge
+from rdm_scale.checkpoint.sources import open_model
+from rdm_scale.checkpoint.summary import gates, summarize, verify
 from rdm_scale.config import RunConfig, parse_config
 from rdm_scale.data.manifest import Codec
 from rdm_scale.errors import CheckpointError
 from rdm_scale.models import build_model
+from rdm_scale.sampling.rdm_pipeline import RDMPipeline
 from rdm_scale.storage.location import Location
 
 CODEC = Codec(name="identity", location="identity")
@@ -157,7 +157,7 @@ def test_verifying_names_every_damaged_block(run: Location) -> None:
 
 
 def test_inspection_tells_norms_and_gates(run: Location) -> None:
-    state, count, summaries = summarise(Location(step(run, 2)))
+    state, count, summaries = summarize(Location(step(run, 2)))
     model = build_model(run_config().model, seed=2)
     assert (state["layout"]["data"], count) == (3, len(list(model.parameters())))
     for summary in summaries:

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from rdm_scale.checkpoint import tensors
 from rdm_scale.checkpoint.directory import CheckpointDirectory, open_checkpoint
-from rdm_scale.checkpoint.format.index import INDEX
-from rdm_scale.checkpoint.format.slices import Piece, Pieces
-from rdm_scale.checkpoint.format.overlap import Rectangle, rectangles_of_range
+from rdm_scale.checkpoint.format import reader as tensors
 from rdm_scale.checkpoint.format.coverage import Span, Wanted, name_order, spans_of
-from rdm_scale.checkpoint.format.reader import write_tensors
+from rdm_scale.checkpoint.format.index import INDEX
+from rdm_scale.checkpoint.format.overlap import Rectangle, rectangles_of_range
+from rdm_scale.checkpoint.format.slices import Piece, Pieces
+from rdm_scale.checkpoint.format.writer import write_tensors
 from rdm_scale.errors import CheckpointError
 from rdm_scale.storage.location import Location
 

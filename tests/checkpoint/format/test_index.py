@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save
-from tensor_layouts import LAYOUTS, write
 
-from rdm_scale.checkpoint.format.reader import FileRecord, TensorReader, digest
+from rdm_scale.checkpoint.format.index import FileRecord, digest
+from rdm_scale.checkpoint.format.reader import TensorReader
 from rdm_scale.errors import CheckpointError
 from rdm_scale.storage.location import Location
+from tests.support.tensor_layouts import LAYOUTS, write
 
 Contents = dict[str, Any]  # arrays of an index, and `header`: its JSON
 

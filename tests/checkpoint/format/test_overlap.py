@@ -6,7 +6,6 @@ import random
 import numpy as np
 import pytest
 
-from rdm_scale.checkpoint.format.slices import Piece
 from rdm_scale.checkpoint.format.overlap import (
     Atlas,
     Boxes,
@@ -16,6 +15,7 @@ from rdm_scale.checkpoint.format.overlap import (
     padded,
     rectangles_of_range,
 )
+from rdm_scale.checkpoint.format.slices import Piece
 from rdm_scale.errors import CheckpointError
 
 

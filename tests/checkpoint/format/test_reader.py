@@ -7,24 +7,25 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from tensor_layouts import FIELDS, LAYOUTS, PADDING, SHAPES, cut, flat, write
 from torch import Tensor
 
-from rdm_scale.checkpoint import index, reads, tensors
-from rdm_scale.checkpoint.format.slices import Piece, Pieces
+from rdm_scale.checkpoint.format import index, range_reader, writer
 from rdm_scale.checkpoint.format.overlap import Rectangle
-from rdm_scale.checkpoint.format.reader import TensorReader, write_tensors
+from rdm_scale.checkpoint.format.reader import TensorReader
+from rdm_scale.checkpoint.format.slices import Piece, Pieces
+from rdm_scale.checkpoint.format.writer import write_tensors
 from rdm_scale.errors import CheckpointError
 from rdm_scale.storage.location import Location
+from tests.support.tensor_layouts import FIELDS, LAYOUTS, PADDING, SHAPES, cut, flat, write
 
 
 @pytest.fixture(params=["blocks as in production", "many small blocks"])
 def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small blocks make small files consist of many, and of several range reads."""
     if request.param == "many small blocks":
-        for module in (index, reads, tensors):
+        for module in (index, range_reader, writer):
             monkeypatch.setattr(module, "BLOCK_BYTES", 64)
-        monkeypatch.setattr(reads, "_FAR_BYTES", 128)
+        monkeypatch.setattr(range_reader, "_FAR_BYTES", 128)
 
 
 @pytest.mark.usefixtures("blocks")
@@ -96,7 +97,7 @@ def test_equal_layouts_read_each_field_in_one_sweep(monkeypatch: pytest.MonkeyPa
     ema, total = reader.files[0].header_bytes, 4 * 750 * count
     assert ranges == [(ema + total, total)]  # 12 MB, nothing else
     ranges.clear()
-    size = tensors.BLOCK_BYTES
+    size = index.BLOCK_BYTES
     reader.read("ema", "block.7")
     assert ranges == [(ema, size)]
     ranges.clear()
@@ -127,7 +128,7 @@ def test_every_flipped_byte_is_found_and_named(tmp_path: Path) -> None:
 
 
 def test_a_flipped_byte_is_located_to_its_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (index, reads, tensors):
+    for module in (index, range_reader, writer):
         monkeypatch.setattr(module, "BLOCK_BYTES", 64)
     records = write(Location(tmp_path), LAYOUTS["1"])
     reader = TensorReader(Location(tmp_path), records)

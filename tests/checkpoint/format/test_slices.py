@@ -3,9 +3,9 @@
 import numpy as np
 import torch
 
-from rdm_scale.checkpoint.sharded_state import pieces_of
-from rdm_scale.checkpoint.format.slices import Piece, Pieces, shape_of
 from rdm_scale.checkpoint.format.overlap import Rectangle, padded
+from rdm_scale.checkpoint.format.slices import Piece, Pieces, shape_of
+from rdm_scale.checkpoint.sharded_state import pieces_of
 from rdm_scale.models.layers import WHOLE, Slice
 from rdm_scale.parallel.zero.engine import Shard
 

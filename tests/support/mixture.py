@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from rdm_scale.config import DiffusionConfig
-from rdm_scale.diffusion.samplers import Model
 from rdm_scale.diffusion.noise_schedule import NoiseSchedule
+from rdm_scale.diffusion.samplers import Model
 
 WEIGHTS, MEANS, DEVIATIONS = (0.3, 0.5, 0.2), (-1.5, 0.4, 1.6), (0.25, 0.4, 0.15)
 

@@ -7,9 +7,10 @@ import random
 import torch
 from torch import Tensor
 
-from rdm_scale.checkpoint.format.slices import Piece, Pieces
+from rdm_scale.checkpoint.format.index import FileRecord
 from rdm_scale.checkpoint.format.overlap import Rectangle, rectangles_of_range
-from rdm_scale.checkpoint.format.reader import FileRecord, write_tensors
+from rdm_scale.checkpoint.format.slices import Piece, Pieces
+from rdm_scale.checkpoint.format.writer import write_tensors
 from rdm_scale.storage.location import Location
 
 SHAPES: dict[str, tuple[int, ...]] = {

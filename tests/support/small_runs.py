@@ -9,9 +9,9 @@ import safetensors.torch
 import torch
 
 from rdm_scale.config import RunConfig, parse_config
+from rdm_scale.data.captions import EncodedText, pack_text
 from rdm_scale.data.manifest import Codec, Shard, Tar, TextEncoding, read_manifest
 from rdm_scale.data.shards import Packed, ShardWriter, read_bytes, write_tar
-from rdm_scale.encoding.text import EncodedText, pack_text
 from rdm_scale.storage.location import Location
 
 TIMINGS = ("step_s", "tokens_per_s", "data_wait_s", "data_wait_share", "save_stall_s", "failed_saves")

@@ -1,32 +1,30 @@
-"""What a freshly initialised stack does to its stream and to a gradient, for every residual structure and depth.
+"""What a freshly initialized stack does to its stream and to a gradient, for every residual structure and depth.
 
 For each: the variance of the stream after the last block over that before the first, and the squared norm of a random
 cotangent pulled back through all blocks over its own; the mean over seeds of a model of width 64 with 16 tokens. With
 `--run` the same is reported of trained models, from the last profile in a run's depth.jsonl: between the first block's
 output and the last one's, and with the gradient of the loss in the place of the random cotangent.
 
-Draws docs/images/initialisation.png, prints Markdown and writes benchmarks/results/initialisation.json.
+Draws docs/images/initialization.png, prints Markdown and writes benchmarks/results/initialization.json.
 
-    python benchmarks/initialisation.py --run runs/quickstart
+    python benchmarks/initialization.py --run runs/quickstart
 """
 
 import argparse
 import json
 import statistics
-import sys
 from pathlib import Path
 
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests" / "models"))
 from test_init import config, gains  # noqa: E402
 
 from rdm_scale.config import GateConfig  # noqa: E402
-from rdm_scale.training.profiles import DEPTH, read_profiles  # noqa: E402
+from rdm_scale.training.depth_profiles import DEPTH, read_profiles  # noqa: E402
 
-RESULTS, PICTURE = ROOT / "benchmarks/results/initialisation.json", ROOT / "docs/images/initialisation.png"
+RESULTS, PICTURE = ROOT / "benchmarks/results/initialization.json", ROOT / "docs/images/initialization.png"
 DEPTHS = (12, 48, 192, 768)
 STRUCTURES = {
     "plain": {"residual": "plain"},

@@ -25,7 +25,7 @@ from rdm_scale.models.blocks import ResidualUnit
 from rdm_scale.models.gates import ResidualGate
 from rdm_scale.parallel.mesh import Mesh
 from rdm_scale.parallel.zero.engine import ZeroEngine
-from rdm_scale.training.profiles import Profile
+from rdm_scale.training.depth_profiles import Profile
 
 
 class DepthProbe:

@@ -1,6 +1,5 @@
 """Videos for tests: a real clip, clips of digits from the tool that makes them, and files of any kind by FFmpeg."""
 
-import importlib.util
 import io
 from collections.abc import Sequence
 from fractions import Fraction
@@ -13,14 +12,9 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-BUNNY = Path(__file__).parent / "clips/big_buck_bunny.mp4"  # 50 frames, 25 a second, 320 x 180, key frames at 12 k
+from rdm_scale.tools import make_digit_clips
 
-_spec = importlib.util.spec_from_file_location(
-    "make_digit_clips", Path(__file__).parents[2] / "tools/make_digit_clips.py"
-)
-assert _spec is not None and _spec.loader is not None
-make_digit_clips = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(make_digit_clips)
+BUNNY = Path(__file__).parent / "clips/big_buck_bunny.mp4"  # 50 frames, 25 a second, 320 x 180, key frames at 12 k
 
 
 def digit_clip(index: int = 0, container: str = "mp4", frames: int = 24, size: int = 32, fps: int = 24) -> bytes:

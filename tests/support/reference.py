@@ -5,17 +5,17 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from small_runs import metrics
 from torch import Tensor
 
 from rdm_scale.checkpoint import load_model
 from rdm_scale.config import RunConfig
+from rdm_scale.data.captions import empty_caption
 from rdm_scale.data.manifest import read_manifest
-from rdm_scale.data.prefetch import draw
 from rdm_scale.data.stream import LatentStream
 from rdm_scale.diffusion import build_objective
-from rdm_scale.encoding.text import empty_caption
+from rdm_scale.diffusion.training_draws import draw
 from rdm_scale.models import build_model
+from tests.support.small_runs import metrics
 
 
 class Reference(NamedTuple):

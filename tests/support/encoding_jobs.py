@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from clip_files import digit_clip
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor
@@ -19,6 +18,7 @@ from rdm_scale.encoding.job import Job
 from rdm_scale.encoding.planning import Bucket, Settings, inputs_digest, job_digest
 from rdm_scale.encoding.text import TextEncoder
 from rdm_scale.storage.location import Location
+from tests.support.clip_files import digit_clip
 
 CLIP_FRAMES = 10
 

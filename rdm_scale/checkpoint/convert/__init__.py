@@ -1,0 +1,1 @@
+"""Conversions of checkpoints: merging, other libraries' names and files, and growth in depth."""

@@ -1,0 +1,75 @@
+"""Timestep, noise and condition dropout of each training sample, drawn by key."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from rdm_scale import rng
+from rdm_scale.batch import LatentBatch, TrainingBatch
+from rdm_scale.conditions import TextCondition, replaced
+from rdm_scale.errors import DataError
+
+if TYPE_CHECKING:
+    from rdm_scale.diffusion import Objective
+
+
+def draw(
+    batch: LatentBatch,
+    *,
+    objective: "Objective",
+    seed: int,
+    num_classes: int | None,
+    condition_dropout: float,
+    empty_caption: TextCondition | None = None,
+    purpose: str = "train",
+) -> TrainingBatch:
+    """Draws timestep, noise and condition dropout of each sample, as functions of (seed, purpose, position) alone.
+
+    Args:
+        num_classes: also the null class, which stands for a label dropped or missing; None for a model without classes.
+        condition_dropout: probability with which a label or caption is dropped (classifier-free guidance, Ho & Salimans
+            2022).
+        empty_caption: the one that stands for a caption dropped; None for a model without text.
+
+    Raises:
+        DataError: a label that is not below num_classes.
+    """
+    positions = batch.positions.tolist()
+    shape = batch.latents.shape[1:]
+
+    def generators(what: str) -> Iterator[torch.Generator]:
+        return (rng.generator(seed, f"{purpose} {what}", position) for position in positions)
+
+    def dropped() -> Tensor:
+        uniform = torch.stack([torch.rand((), generator=g) for g in generators("condition dropout")])
+        return uniform < condition_dropout
+
+    condition, text = None, {}
+    if num_classes is not None:
+        _check_labels(batch, num_classes)
+        condition = batch.labels.masked_fill(dropped() | (batch.labels < 0), num_classes)
+    if empty_caption is not None:
+        assert batch.text is not None, "the stream must read captions"
+        captions = replaced(batch.text, dropped(), empty_caption)
+        text = {f"text_{name}": part for name, part in captions._asdict().items()}
+    return TrainingBatch(
+        step=batch.step,
+        positions=batch.positions,
+        ids=batch.ids,
+        latents=batch.latents,
+        noise=torch.stack([torch.randn(shape, generator=g) for g in generators("noise")]),
+        t=torch.tensor([objective.draw_timestep(g) for g in generators("timestep")], dtype=torch.float32),
+        condition=condition,
+        **text,
+    )
+
+
+def _check_labels(batch: LatentBatch, num_classes: int) -> None:
+    unknown = batch.labels >= num_classes
+    if unknown.any():
+        raise DataError(
+            f"the sample with id {batch.ids[unknown][0].item()} has label {batch.labels[unknown][0].item()}, "
+            f"and model.num_classes={num_classes}: set model.num_classes to the number of classes of the data"
+        )

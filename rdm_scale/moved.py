@@ -1,0 +1,103 @@
+"""Old import paths of public names, kept working with a DeprecationWarning.
+
+`from rdm_scale.data.images import decode` finds no such module any more; the finder installed here answers with one
+whose names come from the modules that hold them now. Nothing is imported before it is asked for.
+"""
+
+import importlib
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+# Old module: the modules that hold its content now. All below rdm_scale.
+MODULES: dict[str, tuple[str, ...]] = {
+    "checkpoint.diffusers": ("checkpoint.convert.dit_names",),
+    "checkpoint.growth": ("checkpoint.convert.grow",),
+    "checkpoint.importing": ("checkpoint.convert.import_weights",),
+    "checkpoint.inspection": ("checkpoint.summary",),
+    "checkpoint.merge": ("checkpoint.convert.merge",),
+    "checkpoint.model": ("checkpoint.trained_model",),
+    "checkpoint.pipeline": ("sampling.rdm_pipeline",),
+    "data.cache": ("storage.cache",),
+    "data.codecs": ("codecs",),
+    "data.codecs.codec": ("codecs.codec",),
+    "data.codecs.loading": ("codecs.registry",),
+    "data.encoding": ("encoding",),
+    "data.encoding.inspection": ("encoding.inspection",),
+    "data.encoding.job": ("encoding.job",),
+    "data.encoding.planning": ("encoding.planning",),
+    "data.images": ("encoding.images", "encoding.inputs"),
+    "data.inputs": ("encoding.inputs",),
+    "data.lists": ("encoding.lists",),
+    "data.media": ("encoding.media",),
+    "data.retry": ("storage.retries",),
+    "data.s3": ("storage.s3",),
+    "data.storage": ("storage.location",),
+    "data.videos": ("encoding.videos",),
+    "diffusion.schedule": ("diffusion.noise_schedule",),
+    "evaluation.pictures": ("sampling.image_grid", "evaluation.plots"),
+    "evaluation.sampling": ("sampling.generate",),
+    "models.init": ("models.initialization",),
+    "parallel.layout": ("parallel.plan",),
+}
+# Module that still exists: the names that left it, and where each lives now.
+NAMES: dict[str, dict[str, str]] = {
+    "data.captions": {"TextEncoder": "encoding.text", "encode_prompts": "encoding.text"},
+    "data.prefetch": {"TrainingBatch": "batch", "draw": "diffusion.training_draws"},
+    "data.stream": {"LatentBatch": "batch", "HeldOut": "data.held_out"},
+    "evaluation": dict.fromkeys(("animated_grid", "image_grid", "write_grid"), "sampling.image_grid"),
+}
+# Old name: new name, wherever it was looked for under an old path.
+RENAMED = {"normalise": "normalize", "denormalise": "denormalize", "initialise": "initialize"}
+_ROOT = "rdm_scale."
+
+
+def install() -> None:
+    """Make the old module paths importable."""
+    if not any(isinstance(finder, _MovedModules) for finder in sys.meta_path):
+        sys.meta_path.append(_MovedModules())
+
+
+def moved_names(module: str) -> Callable[[str], Any]:
+    """A module-level `__getattr__` for an existing module that some public names have left."""
+    homes = NAMES[module.removeprefix(_ROOT)]
+
+    def find(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        return _moved(module, name, [homes[name]])
+
+    return find
+
+
+class _MovedModules(MetaPathFinder, Loader):
+    """Finds modules under their old names, after every other finder has failed."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        old = name.removeprefix(_ROOT)
+        return ModuleSpec(name, self, is_package=True) if name.startswith(_ROOT) and old in MODULES else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        homes = MODULES[module.__name__.removeprefix(_ROOT)]
+        module.__doc__ = f"Moved to {' and '.join(_ROOT + home for home in homes)}."
+        module.__dict__["__getattr__"] = lambda name: _moved(module.__name__, name, homes)
+
+
+def _moved(module: str, name: str, homes: Sequence[str]) -> Any:
+    """The value of a moved name, found in the first of its new homes that has it."""
+    if not name.startswith("__"):
+        new = RENAMED.get(name, name)
+        for home in homes:
+            found = importlib.import_module(_ROOT + home)
+            if hasattr(found, new):
+                text = f"{module}.{name} has moved: import {new} from {_ROOT}{home}"
+                warnings.warn(text, DeprecationWarning, stacklevel=3)
+                return getattr(found, new)
+    raise AttributeError(f"module {module!r} has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""Pipeline parallelism: schedules, their execution, and the messages between stages."""

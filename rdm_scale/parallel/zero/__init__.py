@@ -1,0 +1,1 @@
+"""Data parallelism under DeepSpeed ZeRO: parameters, gradients and optimizer state sharded over the data ranks."""

@@ -1,0 +1,50 @@
+"""Old import paths: each gives the object that lives under the new one, with a DeprecationWarning."""
+
+import importlib
+
+import pytest
+
+from rdm_scale.moved import MODULES, NAMES
+
+PUBLIC = [
+    ("data.images", "decode", "encoding.images"),
+    ("data.images", "find_images", "encoding.inputs"),
+    ("data.videos", "decode_clip", "encoding.videos"),
+    ("data.inputs", "find_media", "encoding.inputs"),
+    ("data.storage", "Location", "storage.location"),
+    ("data.codecs", "load_codec", "codecs"),
+    ("checkpoint.pipeline", "RDMPipeline", "sampling"),
+    ("checkpoint.merge", "merge", "checkpoint.convert.merge"),
+    ("evaluation", "image_grid", "sampling.image_grid"),
+    ("data.prefetch", "draw", "diffusion.training_draws"),
+    ("data.captions", "TextEncoder", "encoding.text"),
+]
+
+
+@pytest.mark.parametrize(("old", "name", "new"), PUBLIC)
+def test_old_path_gives_the_same_object(old: str, name: str, new: str) -> None:
+    with pytest.warns(DeprecationWarning, match=f"rdm_scale.{old}.{name} has moved"):
+        found = getattr(importlib.import_module(f"rdm_scale.{old}"), name)
+    assert found is getattr(importlib.import_module(f"rdm_scale.{new}"), name)
+
+
+def test_renamed_function_is_found_under_its_old_name() -> None:
+    from rdm_scale.codecs import normalize
+
+    with pytest.warns(DeprecationWarning, match="import normalize from rdm_scale.codecs"):
+        assert importlib.import_module("rdm_scale.data.codecs").normalise is normalize
+
+
+def test_every_new_home_exists() -> None:
+    homes = [home for found in MODULES.values() for home in found] + [
+        h for names in NAMES.values() for h in names.values()
+    ]
+    for home in homes:
+        importlib.import_module(f"rdm_scale.{home}")
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = importlib.import_module("rdm_scale.data.images").nothing
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("rdm_scale.data.nothing")
