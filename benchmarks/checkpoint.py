@@ -140,7 +140,7 @@ class OneRank:
     def moments(self) -> dict[str, list[Tensor]]:
         return self._moments
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         return [value]
 
 

@@ -194,7 +194,7 @@ def measure(config: RunConfig, steps: int) -> dict[str, Any]:
         "bytes": dict(counter.bytes),
         "sent": dict(counter.sent),
     }
-    mesh.leave()
+    mesh.shutdown()
     return figures
 
 

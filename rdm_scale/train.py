@@ -49,19 +49,19 @@ def train(config: RunConfig) -> None:
 
     mesh = build_mesh(config.parallel)
     check_agreement(mesh, config)
-    facts, start = mesh.from_first(checked)
+    facts, start = mesh.broadcast(checked)
     lock = prepare(config, start) if mesh.is_first else None
 
     from rdm_scale.parallel.plan import memory_of_rank, plan
 
-    layout = plan(config, mesh.world_size, mesh.from_first(memory_of_rank(config)))
+    layout = plan(config, mesh.world_size, mesh.broadcast(memory_of_rank(config)))
     if mesh.is_first:
         print(layout.table(config), flush=True)
 
     from rdm_scale.training.trainer import Trainer
 
     Trainer(config, mesh, layout, facts, start).run()
-    mesh.leave()
+    mesh.shutdown()
     if lock is not None:
         lock.close()
 

@@ -207,7 +207,7 @@ class Saver:
             outcome = (work(), None)
         except (CheckpointError, OSError) as error:
             outcome = (None, str(error))
-        outcomes = self.mesh.gather(outcome)
+        outcomes = self.mesh.all_gather_object(outcome)
         failures = [message for _, message in outcomes if message is not None]
         if failures:
             raise CheckpointError(failures[0])

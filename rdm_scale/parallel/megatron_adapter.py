@@ -89,8 +89,8 @@ def initialize_axes(tensor: int, pipeline: int, timeout: timedelta) -> dict[str,
     return axes
 
 
-def forget_axes() -> None:
-    """Lets go of the process groups, so that another mesh can be laid."""
+def destroy_axes() -> None:
+    """Forget the process groups, so that another mesh can be built in the same process."""
     parallel_state.destroy_model_parallel()
 
 

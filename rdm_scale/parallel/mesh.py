@@ -50,34 +50,34 @@ class Mesh:
         """True for the one rank of each replica of the model that reads samples, and shares them with its peers."""
         return self.tensor_rank == 0 and self.pipeline_rank == 0
 
-    def sum(self, values: Sequence[float]) -> list[float]:
+    def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
         """Element-wise sum over all ranks."""
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return total.tolist()
 
-    def sum_over_data(self, values: Sequence[float] | torch.Tensor) -> torch.Tensor:
+    def all_reduce_sum_over_data(self, values: Sequence[float] | torch.Tensor) -> torch.Tensor:
         """Element-wise float64 sum over the data-parallel ranks, on the CPU."""
         total = torch.as_tensor(values, dtype=torch.float64).to(self.device)
         dist.all_reduce(total, group=self.data_group)
         return total.cpu()
 
-    def gather(self, value: Any) -> list[Any]:
-        """A small object of every rank, in rank order, on every rank. Not for what strangers wrote: it pickles."""
+    def all_gather_object(self, value: Any) -> list[Any]:
+        """Small objects of all ranks, in rank order, on every rank. They are pickled: never pass untrusted data."""
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
 
-    def from_first(self, value: Any) -> Any:
-        """Rank 0's small object, on every rank."""
-        box = [value]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
+    def broadcast(self, value: Any) -> Any:
+        """Small object of rank 0, on every rank; what other ranks pass is ignored."""
+        objects = [value]
+        dist.broadcast_object_list(objects, src=0)
+        return objects[0]
 
-    def leave(self) -> None:
-        """Parts from the other ranks, when all have come to their end."""
-        self.sum([0.0])  # dist.barrier would guess which GPU is this rank's
-        megatron.forget_axes()
+    def shutdown(self) -> None:
+        """Wait for all ranks, then destroy the process groups."""
+        self.all_reduce_sum([0.0])  # dist.barrier would guess which GPU is this rank's
+        megatron.destroy_axes()
         dist.destroy_process_group()
 
 
@@ -108,7 +108,7 @@ def build_mesh(config: ParallelConfig) -> Mesh:
 def check_agreement(mesh: Mesh, config: RunConfig) -> None:
     """Raises ConfigError on every rank unless all ranks hold the same configuration and library versions."""
     mine = {"configuration": config.digest()} | {name: metadata.version(name) for name in _LIBRARIES}
-    everyone = mesh.gather((mine, socket.gethostname()))
+    everyone = mesh.all_gather_object((mine, socket.gethostname()))
     for rank, (theirs, host) in enumerate(everyone):
         differing = [name for name in mine if theirs[name] != everyone[0][0][name]]
         if differing:

@@ -113,7 +113,7 @@ class SampleGrid:
         latents = draw_latents(
             model, self.config, labels[first : first + share].to(self.mesh.device), seed=0, first_index=first
         )
-        parts = self.mesh.gather((self.mesh.data_rank, latents.cpu()))
+        parts = self.mesh.all_gather_object((self.mesh.data_rank, latents.cpu()))
         if self.codec is None:
             return None
         whole = torch.cat([part for _, part in sorted(dict(parts).items())])[:count]

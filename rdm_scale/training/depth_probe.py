@@ -124,10 +124,10 @@ class DepthProbe:
 
     def _shared_sums(self) -> dict[str, list[float]]:
         """Over all ranks, of which each has seen some blocks."""
-        names = sorted({name for theirs in self.mesh.gather(list(self._sums)) for name in theirs})
+        names = sorted({name for theirs in self.mesh.all_gather_object(list(self._sums)) for name in theirs})
         depth = self.config.model.depth
         mine = [self._sums[name] if name in self._sums else torch.zeros(depth) for name in names]
-        total = self.mesh.sum(torch.cat([values.double().cpu() for values in mine]).tolist())
+        total = self.mesh.all_reduce_sum(torch.cat([values.double().cpu() for values in mine]).tolist())
         return {name: total[i * depth : (i + 1) * depth] for i, name in enumerate(names)}
 
 

@@ -110,7 +110,7 @@ class Trainer:
         micro_batches = batch.split(self.config.train.micro_batch_size or len(batch))
         loss_B = self.model.accumulate(micro_batches, self.model_inputs, self.loss_of).double()
         news = self.stream.lost.news() if self.stream else []
-        total, stop, waited_s, lost, saving = self.mesh.sum(
+        total, stop, waited_s, lost, saving = self.mesh.all_reduce_sum(
             [
                 loss_B.sum().item(),
                 float(self.stop_requested),
@@ -168,7 +168,7 @@ class Trainer:
                 assert batch.weights is not None
                 loss_B = self.loss_of(self.model(*self.model_inputs(batch)), batch)
                 total += torch.stack([(loss_B.double() * batch.weights).sum(), batch.weights.sum()]).cpu()
-        loss, samples = self.mesh.sum_over_data(total).tolist()
+        loss, samples = self.mesh.all_reduce_sum_over_data(total).tolist()
         return loss / samples
 
     def state(self) -> dict[str, Any]:
@@ -227,7 +227,7 @@ class Trainer:
 
     def _share_losses(self, news: list[str]) -> None:
         """Lets every rank know which shards are lost, and tells the user."""
-        everyone = self.mesh.gather((news, self.stream.lost.known if self.stream else []))
+        everyone = self.mesh.all_gather_object((news, self.stream.lost.known if self.stream else []))
         for line in (line for told, _ in everyone for line in told):
             self.monitor.say(f"warning: {line}")
         if self.stream:
@@ -262,7 +262,7 @@ class Trainer:
         self.saver.finish()
         bad = (~loss_B.isfinite()).cpu()
         suspects = bad if what == "loss" else torch.ones_like(bad)  # a gradient does not say where it went wrong
-        samples = [number for ids in self.mesh.gather(batch.ids[suspects].tolist()) for number in ids]
+        samples = [number for ids in self.mesh.all_gather_object(batch.ids[suspects].tolist()) for number in ids]
         where = Path(self.config.run.dir) / f"non_finite_step_{self.step + 1:08d}.json"
         if self.mesh.is_first:
             where.write_text(json.dumps({"step": self.step + 1, "what": what, "sample_ids": samples}))

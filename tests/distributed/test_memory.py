@@ -66,7 +66,7 @@ def state_of(config: RunConfig) -> tuple[int, int, int]:
         )
         model.step(1e-4)
     stage = layout.stages[model.mesh.pipeline_rank]
-    model.mesh.leave()
+    model.mesh.shutdown()
     return measured[-1], stage.state.total - stage.state.average, int(stage.working)
 
 
@@ -119,7 +119,7 @@ def peak_of_building(config: RunConfig) -> tuple[float, float]:
     stage = model.layout.stages[model.mesh.pipeline_rank]
     block = 4 * cost.block_parameters(config.model).on_rank(config.parallel.tensor)
     dist.barrier()
-    model.mesh.leave()
+    model.mesh.shutdown()
     return built, stage.state.total - stage.state.average + block
 
 

@@ -76,7 +76,7 @@ def run_toy(schedule: str, ranks: int, chunks: int, micro_batches: int, u: bool)
     for step in range(2):
         toy.step = step
         pipeline.run(toy)
-    mesh.leave()
+    mesh.shutdown()
     return {k: w.grad.tolist() for k, w in toy.weights.items() if w.grad is not None}
 
 
