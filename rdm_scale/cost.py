@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from rdm_scale.config import ModelConfig, RunConfig
+from rdm_scale.dtypes import FLOAT32, PRECISIONS
 
-BYTES = {"fp32": 4, "bf16": 2}
 TIMESTEP_FREQUENCIES = 256
 
 
@@ -150,7 +150,7 @@ def block_activation_bytes(config: RunConfig, samples: int, policy: str, block: 
     and its copy (3 c), its keys and values apart. `selective` keeps the products' outputs only, and the block's input.
     """
     model, train, parallel = config.model, config.train, config.parallel
-    r, c = BYTES[train.residual_dtype], BYTES[train.precision]
+    r, c = PRECISIONS[train.residual_dtype].bytes, PRECISIONS[train.precision].bytes
     stream = model.tokens * samples * model.hidden_size
     tokens = parallel.tensor if parallel.sequence else 1
     ratio, skips, text = model.mlp_size / model.hidden_size, _skips(model, block), _reads_text(model)
@@ -168,7 +168,7 @@ def _turned_bytes(config: RunConfig, c: int) -> int:
     takes (2 c) and, of a norm, what it read and what it made before its scales, in fp32 where that is another type."""
     model = config.model
     turned = model.qk_norm or model.positions == "rotary"
-    return 2 * c * turned + model.qk_norm * (8 if c == BYTES["fp32"] else 16)
+    return 2 * c * turned + model.qk_norm * (8 if c == FLOAT32.bytes else 16)
 
 
 def blocks_activation_bytes(config: RunConfig, samples: int, blocks: Iterable[int]) -> float:
@@ -198,7 +198,7 @@ class StateBytes:
 
 def state_bytes(config: RunConfig, parameters: int, data: int, keep_gathered: bool) -> StateBytes:
     """What `parameters` parameters on a rank take there, with `data` data-parallel ranks."""
-    stage, compute = config.parallel.zero_stage, BYTES[config.train.precision]
+    stage, compute = config.parallel.zero_stage, PRECISIONS[config.train.precision].bytes
     share = math.ceil(parameters / data)
     sharded = share if stage else parameters
     held = share if stage == 3 else parameters

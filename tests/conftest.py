@@ -10,7 +10,8 @@ import fsspec
 import pytest
 import torch
 
-from rdm_scale.data.shards import DTYPES, ShardWriter
+from rdm_scale.data.shards import ShardWriter
+from rdm_scale.dtypes import STORED_DTYPES
 from rdm_scale.storage.location import Location
 from tests.support.latent_sets import IDENTITY, LatentSet, WriteSet
 from tests.support.rank_pool import RankPool
@@ -44,7 +45,7 @@ def write_set(tmp_path: Path) -> WriteSet:
         C, T, H, W = options["shape"]
         stored = (samples, 2 * C if options["kind"] == "moments" else C, T, H, W)
         generator = torch.Generator().manual_seed(samples)
-        latents = torch.randn(stored, generator=generator).to(DTYPES[options["dtype"]])
+        latents = torch.randn(stored, generator=generator).to(STORED_DTYPES[options["dtype"]].torch)
         ids, labels = torch.arange(samples) + 1000, torch.arange(samples) % 4 - 1
         folder = place or Location(tmp_path / f"set-{uuid.uuid4().hex}")
         writer = ShardWriter(folder, **options)

@@ -52,16 +52,15 @@ def merge(options: argparse.Namespace) -> None:
         raise ConfigError("--average writes our own format: average first, then export that folder with --to diffusers")
     if not 0 < options.max_file_gb < math.inf:
         raise ConfigError("--max-file-gb must be above 0")
-    import torch
-
     from rdm_scale.checkpoint.convert.merge import elements, export_diffusers, merge, refuse_taken
     from rdm_scale.checkpoint.sources import open_model
+    from rdm_scale.dtypes import PRECISIONS
     from rdm_scale.storage.location import Location
 
     out = Location(output)
     refuse_taken(out)
     sources = [open_model(path, "weights" if options.weights == "raw" else "ema") for path in inputs]
-    dtype = torch.float32 if options.dtype == "fp32" else torch.bfloat16
+    dtype = PRECISIONS[options.dtype].torch
     limit = int(options.max_file_gb * 1e9)
     with tqdm(total=elements(sources), unit="", unit_scale=True, desc="writing", leave=False) as bar:
         if options.to:

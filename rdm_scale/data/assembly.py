@@ -19,7 +19,7 @@ from rdm_scale.data.reader import (
     open_set,
     stack_as_float,
 )
-from rdm_scale.data.shards import DTYPES
+from rdm_scale.dtypes import STORED_DTYPES
 from rdm_scale.errors import ConfigError
 
 Sources = str | Path | Sequence[DataSource]
@@ -47,10 +47,10 @@ def assemble(
     """
     if manifest.kind == "moments":
         noise = [torch.randn(shape, generator=rng.generator(seed, purpose, position)) for position in positions]
-        moments = stack_as_float(found, manifest.stored_shape(shape), DTYPES[manifest.dtype])
+        moments = stack_as_float(found, manifest.stored_shape(shape), STORED_DTYPES[manifest.dtype].torch)
         latents = normalize_(posterior_sample(moments, torch.stack(noise)), manifest.codec)
     else:
-        latents = stack_as_float(found, shape, DTYPES[manifest.dtype], manifest.codec)
+        latents = stack_as_float(found, shape, STORED_DTYPES[manifest.dtype].torch, manifest.codec)
     return LatentBatch(
         step=step,
         positions=_integers(positions),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rdm_scale.conditions import TextCondition
 from rdm_scale.data.manifest import TextEncoding
-from rdm_scale.data.shards import DTYPES
+from rdm_scale.dtypes import STORED_DTYPES
 from rdm_scale.errors import DataError
 from rdm_scale.moved import moved_names
 
@@ -92,7 +92,7 @@ def empty_caption(how: TextEncoding) -> TextCondition:
         content = base64.b64decode(how.empty, validate=True)
     except ValueError as error:
         raise DataError(f"{where} is not base64 ({error}): {_REMEDY}") from None
-    text = unpack_text(content, 1, how.width, how.pooled_width, DTYPES[how.dtype], where)
+    text = unpack_text(content, 1, how.width, how.pooled_width, STORED_DTYPES[how.dtype].torch, where)
     return TextCondition.of([(text.tokens, text.pooled[0])])
 
 

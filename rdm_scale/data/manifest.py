@@ -12,6 +12,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from rdm_scale.dtypes import STORED_DTYPES
 from rdm_scale.errors import DataError
 from rdm_scale.storage.location import Location
 
@@ -134,7 +135,7 @@ class Header(_Record):
 
     def sample_bytes(self, shape: Shape) -> int:
         """Bytes of the latents of one sample as they are stored."""
-        return math.prod(self.stored_shape(shape)) * (4 if self.dtype == "float32" else 2)
+        return math.prod(self.stored_shape(shape)) * STORED_DTYPES[self.dtype].bytes
 
 
 class Manifest(Header):

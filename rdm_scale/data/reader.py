@@ -20,7 +20,8 @@ from rdm_scale.data.buffer_pool import MEMORY, as_bytes
 from rdm_scale.data.captions import unpack_text
 from rdm_scale.data.manifest import Codec, Manifest, Tar, read_manifest
 from rdm_scale.data.order import Run
-from rdm_scale.data.shards import DTYPES, pack_samples, read_run, span, unpack_samples
+from rdm_scale.data.shards import pack_samples, read_run, span, unpack_samples
+from rdm_scale.dtypes import STORED_DTYPES
 from rdm_scale.errors import DataError
 from rdm_scale.storage.cache import MemberCache
 from rdm_scale.storage.location import Location, Stat
@@ -195,12 +196,12 @@ class RunReader:
         record = manifest.shards[run.shard]
         content, members = self._content(record, run)
         shape = manifest.stored_shape(manifest.shape_of(record))
-        size = math.prod(shape) * DTYPES[manifest.dtype].itemsize
+        size = math.prod(shape) * STORED_DTYPES[manifest.dtype].bytes
         found = Samples(content, array("q"), size, array("q"), array("q"), [])
         begin = record.members[run.first].offset
         for number, member in enumerate(members, run.first):
             part = record.members[number]
-            tensors = _in_place(member, part.samples, shape, DTYPES[manifest.dtype])
+            tensors = _in_place(member, part.samples, shape, STORED_DTYPES[manifest.dtype].torch)
             if tensors is None or min(tensors.labels) < -1 or max(tensors.labels) >= len(manifest.class_names):
                 tensors = _rewritten(member, unpack_samples(bytes(member), folder, manifest, run.shard, number))
             first = part.offset - begin + tensors.start
@@ -219,7 +220,9 @@ class RunReader:
         captions: list[Caption] = []
         for content, part in zip(self._content(tar, run)[1], tar.members[run.first : run.end], strict=True):
             where = f"{folder / tar.name}, member {part.name}"
-            text = unpack_text(bytes(content), part.samples, how.width, how.pooled_width, DTYPES[how.dtype], where)
+            text = unpack_text(
+                bytes(content), part.samples, how.width, how.pooled_width, STORED_DTYPES[how.dtype].torch, where
+            )
             if text.ids.tolist() != ids[len(captions) : len(captions) + part.samples]:
                 raise DataError(f"{where} has captions of other samples than its shard: encode the data again")
             captions += zip(text.tokens.split(text.offsets.diff().tolist()), text.pooled, strict=True)

@@ -21,10 +21,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from rdm_scale.data.manifest import NAME, Codec, Header, Manifest, Member, Shape, Shard, Tar
+from rdm_scale.dtypes import STORED_DTYPES
 from rdm_scale.errors import DataError
 from rdm_scale.storage.location import Location, Stat
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def sample_id(key: str, clip: int = 0, view: int = 0) -> int:
@@ -203,7 +202,7 @@ def write_tar(folder: Location, name: str, members: Sequence[Packed]) -> Tar:
 
 def check_samples(header: Header, shape: Shape, latents: Tensor, ids: Tensor, labels: Tensor, folder: Location) -> None:
     """Raises DataError unless `folder` can take these samples: shape, dtype, finite values, ids and labels."""
-    dtype, stored = DTYPES[header.dtype], header.stored_shape(shape)
+    dtype, stored = STORED_DTYPES[header.dtype].torch, header.stored_shape(shape)
     if latents.dtype != dtype or latents.ndim != 5 or latents.shape[1:] != stored:
         raise DataError(
             f"{folder} takes latents {['K', *stored]} in {dtype}, not {list(latents.shape)} in {latents.dtype}"
@@ -328,7 +327,7 @@ def _describe(place: Location, part: Member, member: int) -> str:
 
 def _check_member(tensors: dict[str, Tensor], header: Header, shape: Shape, samples: int, where: str) -> None:
     expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-        "latents": ((samples, *header.stored_shape(shape)), DTYPES[header.dtype]),
+        "latents": ((samples, *header.stored_shape(shape)), STORED_DTYPES[header.dtype].torch),
         "ids": ((samples,), torch.int64),
         "labels": ((samples,), torch.int64),
     }

@@ -14,7 +14,8 @@ from rdm_scale.config import DataSource
 from rdm_scale.data.captions import unpack_text
 from rdm_scale.data.manifest import NAME, Manifest, Shape, Statistics, Tar, read_manifest
 from rdm_scale.data.reader import OpenSet, open_set
-from rdm_scale.data.shards import DTYPES, read_member, unpack_samples
+from rdm_scale.data.shards import read_member, unpack_samples
+from rdm_scale.dtypes import STORED_DTYPES
 from rdm_scale.errors import DataError
 from rdm_scale.storage.location import Location
 
@@ -104,7 +105,9 @@ def _caption_ids(content: bytes, manifest: Manifest, folder: Location, tar: Tar,
     member, text = tar.members[number], manifest.text
     assert text is not None
     where = f"member {member.name} of {folder / tar.name}"
-    return unpack_text(content, member.samples, text.width, text.pooled_width, DTYPES[text.dtype], where).ids
+    return unpack_text(
+        content, member.samples, text.width, text.pooled_width, STORED_DTYPES[text.dtype].torch, where
+    ).ids
 
 
 def _repeated(ids: dict[str, Tensor]) -> Iterator[str]:

@@ -22,7 +22,7 @@ import torch
 from rdm_scale.codecs import LatentCodec
 from rdm_scale.data.captions import pack_text
 from rdm_scale.data.manifest import NAME, Header, Manifest, TextEncoding, read_manifest
-from rdm_scale.data.shards import DTYPES
+from rdm_scale.dtypes import STORED_DTYPES
 from rdm_scale.encoding.inputs import MediaSet
 from rdm_scale.encoding.pixels import READERS, load, probe
 from rdm_scale.encoding.planning import SIDES, Plan, PlannedShard, Probe, Settings, make_plan, needs_probes
@@ -379,7 +379,7 @@ def _text_encoding(job: Job) -> TextEncoding | None:
     if job.text is None:
         return None
     record, dtype = job.text.record, job.settings.dtype
-    empty = pack_text(job.text.encode([""]), torch.zeros(1, dtype=torch.int64), DTYPES[dtype])
+    empty = pack_text(job.text.encode([""]), torch.zeros(1, dtype=torch.int64), STORED_DTYPES[dtype].torch)
     return TextEncoding(
         encoder=record.name,
         location=record.location,

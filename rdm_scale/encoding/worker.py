@@ -15,7 +15,8 @@ from torch import Tensor
 from rdm_scale.codecs import LatentCodec, normalize
 from rdm_scale.data.captions import pack_text
 from rdm_scale.data.manifest import Codec, Shard, Tar
-from rdm_scale.data.shards import DTYPES, Packed, pack_samples, sample_id, write_tar
+from rdm_scale.data.shards import Packed, pack_samples, sample_id, write_tar
+from rdm_scale.dtypes import STORED_DTYPES
 from rdm_scale.encoding.inputs import MediaSet
 from rdm_scale.encoding.pixels import READERS, load
 from rdm_scale.encoding.planning import Item, PlannedShard, Settings
@@ -187,7 +188,7 @@ class Worker:
         settings, codec = self.settings, self.codec
         moments = codec.encode(pixels)
         kept = moments if settings.kind == "moments" else moments[:, : codec.channels]
-        latents = kept.to("cpu", DTYPES[settings.dtype])
+        latents = kept.to("cpu", STORED_DTYPES[settings.dtype].torch)
         finite = latents.flatten(1).isfinite().all(dim=1)
         if not finite.all():
             worst = self.source.files[items[int(finite.int().argmin())].file]
@@ -220,7 +221,7 @@ class Worker:
             name = f"{planned.number * settings.members_per_shard + len(members):08d}.safetensors"
             members.append(Packed(name, len(ids[part]), pack_samples(latents[part], ids[part], labels[part])))
             if self.text is not None:
-                content = pack_text(self.text.encode(captions[part]), ids[part], DTYPES[settings.dtype])
+                content = pack_text(self.text.encode(captions[part]), ids[part], STORED_DTYPES[settings.dtype].torch)
                 texts.append(Packed(name, len(ids[part]), content))
         # The side-car first: beside a shard that is there, its captions are.
         side_car: Tar | None = write_tar(folder, f"text-{planned.number:06d}.tar", texts) if texts else None

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from rdm_scale.batch import TrainingBatch
 from rdm_scale.conditions import Condition
 from rdm_scale.config import RunConfig
+from rdm_scale.dtypes import PRECISIONS
 from rdm_scale.models.blocks import Block
 from rdm_scale.models.layers import LayerFactory
 from rdm_scale.parallel.host_memory import returning_freed_memory
@@ -22,7 +23,6 @@ from rdm_scale.parallel.stage import build_stage, materialize
 from rdm_scale.parallel.zero.engine import Zero012, Zero3, ZeroEngine
 
 Inputs = tuple[Tensor, Tensor, Condition]  # latents, timesteps, condition
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class ParallelModel:
@@ -91,7 +91,8 @@ class ParallelModel:
         model, train, tensor = self.config.model, self.config.train, self.mesh.tensor_size
         tokens = model.tokens_of(latents.shape[2:]) // (tensor if self.config.parallel.sequence else 1)
         batch, width = len(latents), model.hidden_size
-        return [((tokens, batch, width), _DTYPES[train.residual_dtype]), ((batch, width), _DTYPES[train.precision])]
+        residual, compute = PRECISIONS[train.residual_dtype].torch, PRECISIONS[train.precision].torch
+        return [((tokens, batch, width), residual), ((batch, width), compute)]
 
     @property
     def _holds_last(self) -> bool:

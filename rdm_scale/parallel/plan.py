@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from rdm_scale import cost
 from rdm_scale.config import RunConfig
+from rdm_scale.dtypes import PRECISIONS
 from rdm_scale.parallel.pipeline.schedules import Placement, operations, placement, simulate
 
 _GIB = 2**30
@@ -194,7 +195,7 @@ def _working_bytes(config: RunConfig, samples: int, parameters: int, data: int, 
     if config.parallel.zero_stage == 3:
         # By block: two blocks gathered, one's gradients before and during their reduction. At once: all gradients
         # during their reduction, where there is one.
-        compute = cost.BYTES[config.train.precision]
+        compute = PRECISIONS[config.train.precision].bytes
         at_once = 4 * parameters if data > 1 else 0
         working += at_once if keep else 2 * compute * block + 8 * block
     else:

@@ -8,13 +8,12 @@ from torch import nn
 
 from rdm_scale.conditions import Condition, TextCondition
 from rdm_scale.config import ModelConfig, RunConfig
+from rdm_scale.dtypes import PRECISIONS
 from rdm_scale.models import DiffusionTransformer, Part
 from rdm_scale.models.initialization import initialize
 from rdm_scale.models.layers import LayerFactory
 from rdm_scale.parallel.mesh import Mesh
 from rdm_scale.parallel.plan import Layout
-
-_RESIDUAL_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Stage(DiffusionTransformer):
@@ -67,7 +66,7 @@ def build_stage(config: RunConfig, mesh: Mesh, layout: Layout, layers: LayerFact
     }
     with torch.device("meta"):
         stage = Stage(config.model, layers, parts)
-    stage.residual_dtype = _RESIDUAL_DTYPES[config.train.residual_dtype]
+    stage.residual_dtype = PRECISIONS[config.train.residual_dtype].torch
     return stage
 
 

@@ -15,16 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rdm_scale.dtypes import SAFETENSORS_DTYPES
 from rdm_scale.errors import CheckpointError
 from rdm_scale.storage.location import Location
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_NAMES = {dtype.torch: name for name, dtype in SAFETENSORS_DTYPES.items()}
 _MAX_HEADER_BYTES = 100_000_000  # as in safetensors itself
 _MAX_JSON_BYTES = 2**26
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
@@ -133,9 +128,11 @@ def _entry(file: Location, begin: int, name: str, value: Any) -> _Entry:
     try:
         shape, (first, last) = tuple(value["shape"]), value["data_offsets"]
         integers = all(type(n) is int and 0 <= n < 2**60 for n in (*shape, first, last))
-        dtype = DTYPES[value["dtype"]]
+        dtype = SAFETENSORS_DTYPES[value["dtype"]].torch
     except KeyError as error:
-        raise ValueError(f"{name} lacks, or has an unknown, {error}; known types are {', '.join(DTYPES)}") from None
+        raise ValueError(
+            f"{name} lacks, or has an unknown, {error}; known types are {', '.join(SAFETENSORS_DTYPES)}"
+        ) from None
     except TypeError:
         integers = False
     if not integers or len(shape) > 64 or math.prod(shape) * dtype.itemsize != last - first or first == last:
@@ -204,7 +201,7 @@ def _header(shapes: Mapping[str, Shape], dtype: torch.dtype) -> bytes:
     end = 0
     for name, shape in shapes.items():
         begin, end = end, end + math.prod(shape) * dtype.itemsize
-        tree[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        tree[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(tree, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

@@ -7,7 +7,7 @@ from rdm_scale.config import DataSource
 from rdm_scale.data.manifest import Codec
 from rdm_scale.data.order import Run
 from rdm_scale.data.reader import RunReader, open_set, stack, stack_as_float
-from rdm_scale.data.shards import DTYPES
+from rdm_scale.dtypes import STORED_DTYPES
 from rdm_scale.errors import DataError
 from rdm_scale.storage.location import Location
 from tests.support.latent_sets import LatentSet, WriteSet
@@ -50,7 +50,7 @@ def test_samples_become_float_as_they_are_asked_for(
 ) -> None:
     latents = write_set(9, shape=shape, dtype=dtype)
     (first, second) = reader_of(latents).get(keys(latents)[:2])  # of 4 samples each
-    found = stack_as_float([(second, 3), (first, 0), (second, 1)], shape, DTYPES[dtype])
+    found = stack_as_float([(second, 3), (first, 0), (second, 1)], shape, STORED_DTYPES[dtype].torch)
     assert found.dtype == torch.float32
     assert torch.equal(found, latents.latents[[7, 0, 5]].float())
 

@@ -13,7 +13,8 @@ from rdm_scale import rng
 from rdm_scale.codecs import load_codec, normalize
 from rdm_scale.data.captions import unpack_text
 from rdm_scale.data.manifest import read_manifest
-from rdm_scale.data.shards import DTYPES, read_bytes, read_member, sample_id
+from rdm_scale.data.shards import read_bytes, read_member, sample_id
+from rdm_scale.dtypes import STORED_DTYPES
 from rdm_scale.encoding.job import Ranks, check_output, encode
 from rdm_scale.encoding.planning import Bucket
 from rdm_scale.encoding.text import TextEncoder
@@ -64,14 +65,14 @@ def test_every_image_is_there_once_in_keyed_order(digits, tmp_path):
     assert_done(tmp_path / "out")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", STORED_DTYPES)
 @pytest.mark.parametrize("kind", ["mode", "moments"])
 def test_latents_are_those_of_a_plain_encoding(large_digits, tmp_path, kind, dtype):
     encoded = encode(make_job(large_digits, tmp_path / "out", 32, codec="digits", kind=kind, dtype=dtype))
     manifest, data = read_all(tmp_path / "out")
     codec, by_id = load_codec("digits"), ids_of(large_digits)
     plain = codec.encode(torch.stack([pixels_of(by_id[i]) for i in data["ids"].tolist()]))
-    expected = (plain if kind == "moments" else plain[:, :4]).to(DTYPES[dtype])
+    expected = (plain if kind == "moments" else plain[:, :4]).to(STORED_DTYPES[dtype].torch)
     assert (manifest.kind, manifest.dtype, manifest.shape) == (kind, dtype, (4, 1, 8, 8))
     assert manifest.codec == codec.record
     # other batches: the last bits may differ
