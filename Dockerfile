@@ -19,7 +19,7 @@ ENV PATH=/opt/venv/bin:$PATH
 
 WORKDIR /work
 # constraints.txt pins the CPU build of torch by its version alone; the index below serves the CUDA build of it.
-COPY constraints.txt setup.py pyproject.toml README.md ./
+COPY constraints.txt setup.py pyproject.toml README.md LICENSE ./
 RUN pip install torch==2.13.0
 
 # FusedAdam (optional; rdm_scale falls back to PyTorch's fused AdamW). PyPI's `apex` is another package.
@@ -29,12 +29,12 @@ RUN git clone --depth 1 --branch ${APEX_VERSION} https://github.com/NVIDIA/apex 
     && APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install -v --no-build-isolation /tmp/apex \
     && rm -r /tmp/apex
 
+COPY configs configs
+COPY tools tools
 COPY rdm_scale rdm_scale
 # No kernel is compiled at the first step: what DeepSpeed would build then is built here.
 RUN grep -v '^torch==' constraints.txt > /tmp/constraints.txt \
     && DS_BUILD_FUSED_ADAM=1 pip install --no-build-isolation -c /tmp/constraints.txt deepspeed==0.19.8 \
     && pip install -c /tmp/constraints.txt .
-COPY configs configs
 COPY launch launch
-COPY tools tools
 CMD ["python", "-m", "rdm_scale.train", "--help"]

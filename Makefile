@@ -34,7 +34,7 @@ lint: .venv/ready
 	$(BIN)/mypy
 
 # torch first and pinned, so that no other package's requirement picks a build for us.
-.venv/ready: setup.py constraints.txt
+.venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -c constraints.txt torch==2.13.0
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"

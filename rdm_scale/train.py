@@ -8,6 +8,8 @@ Megatron are imported, so that a mistake costs a second.
 
 import argparse
 import os
+import sys
+from pathlib import Path
 
 from rdm_scale.config import RunConfig, describe_keys, load_config
 from rdm_scale.parallel.failures import end_with_launcher, run_main
@@ -68,7 +70,7 @@ def train(config: RunConfig) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m rdm_scale.train",
+        prog="rdm-train" if Path(sys.argv[0]).name == "rdm-train" else "python -m rdm_scale.train",
         description="Trains a model. Start it under torchrun or deepspeed for more than one rank.",
         epilog="keys of the configuration, with their defaults:\n\n" + describe_keys(),
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from rdm_scale import __version__
 from rdm_scale.config import ParallelConfig, RunConfig
 from rdm_scale.device import own_device
 from rdm_scale.errors import ConfigError
 from rdm_scale.parallel import megatron_adapter as megatron
 from rdm_scale.parallel.failures import REPORTER
 
-_LIBRARIES = ("rdm_scale", "torch", "deepspeed", "megatron-core")
+_LIBRARIES = ("torch", "deepspeed", "megatron-core")
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,8 @@ def build_mesh(config: ParallelConfig) -> Mesh:
 
 def check_agreement(mesh: Mesh, config: RunConfig) -> None:
     """Raises ConfigError on every rank unless all ranks hold the same configuration and library versions."""
-    mine = {"configuration": config.digest()} | {name: metadata.version(name) for name in _LIBRARIES}
+    mine = {"configuration": config.digest(), "rdm_scale": __version__}
+    mine |= {name: metadata.version(name) for name in _LIBRARIES}
     everyone = mesh.all_gather_object((mine, socket.gethostname()))
     for rank, (theirs, host) in enumerate(everyone):
         differing = [name for name in mine if theirs[name] != everyone[0][0][name]]
