@@ -117,7 +117,7 @@ def test_held_out_samples_go_to_their_own_folder(digits, tmp_path):
 
 
 def test_captions_lie_beside_their_samples(digits, tmp_path):
-    from test_captions import bert_folder  # imports transformers
+    from tests.support.text_encoders import bert_folder  # imports transformers
 
     source = tmp_path / "in"
     shutil.copytree(digits / "7", source)

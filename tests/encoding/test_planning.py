@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from rdm_scale import rng
+from rdm_scale.data.manifest import Codec
+from rdm_scale.encoding.inputs import MediaFile, MediaSet
 from rdm_scale.encoding.planning import (
     Bucket,
     Probe,
@@ -15,7 +17,9 @@ from rdm_scale.encoding.planning import (
     needs_probes,
     split,
 )
+from rdm_scale.encoding.text import TextRecord
 from rdm_scale.errors import ConfigError, DataError
+from rdm_scale.storage.location import Location
 from tests.support.encoding_jobs import media
 
 ONE = (Bucket(1, 8, 8),)
@@ -196,3 +200,41 @@ def test_settings_of_videos_make_no_sense_for_images(wrong):
 def test_no_side_may_be_empty(share, empty):
     with pytest.raises(DataError, match=f"of 300 inputs leaves the {empty} side empty"):
         make_plan(media(KEYS), Settings(ONE, holdout_share=share), None)
+
+
+def test_digests_and_plans_of_earlier_versions() -> None:
+    """A job begun by an earlier version is resumed: its digests, and with them its records, must not change."""
+    files = tuple(
+        MediaFile(f"{i % 2}/{i:02d}", i % 2, "a caption" if i else "", Location("/nowhere"), "x") for i in range(6)
+    )
+    source = MediaSet(files, "video", ("cat", "dog"), captioned=True, ignored=3)
+    settings = Settings(
+        (Bucket(1, 8, 8), Bucket(4, 8, 16)),
+        kind="moments",
+        dtype="bfloat16",
+        seed=3,
+        flips=True,
+        fps=12.5,
+        stride=2,
+        clip_step=3,
+        holdout_share=0.3,
+        batch_size=2,
+        samples_per_member=2,
+        members_per_shard=2,
+    )
+    inputs = inputs_digest(source, settings)
+    assert inputs == "5129007bf2608c67897aa8565686358a"
+    codec = Codec(name="digits", location="digits", digest="ab", shift=(0.5,), scale=(2.0,)).model_dump_json()
+    text = TextRecord("BertModel", "/bert", "cd", width=16, pooled_width=12, max_tokens=40)
+    assert job_digest(inputs, codec=codec, text=repr(None)) == inputs + "e592d48aba6d1351c52d9bf067741721"
+    assert job_digest(inputs, codec=codec, text=repr(text)) == inputs + "3f6128abcc64ab726af0c669cd2e9e8c"
+    sizes = [Probe(9, 10, 20), Probe(1, 8, 8), "broken", Probe(20, 8, 8), Probe(3, 4, 4), Probe(7, 8, 15)]
+    plan = make_plan(source, settings, sizes)
+    assert [(shard.side, shard.number, str(shard.bucket), shard.digest(source)) for shard in plan.shards] == [
+        ("train", 0, "8x8", "b8316925454d"),
+        ("train", 1, "4x8x16", "27d7eae43c89"),
+        ("holdout", 0, "4x8x16", "449c2d2a43e6"),
+        ("holdout", 1, "4x8x16", "dcfd9154286f"),
+        ("holdout", 2, "4x8x16", "caddefdd13d2"),
+    ]
+    assert plan.shards[1].items == ((0, 0, 0), (0, 0, 1), (5, 0, 1), (5, 0, 0)) and plan.unfit == {2: "broken"}
