@@ -45,7 +45,8 @@ from data_remote import LATER, compare, first_batch
 from matplotlib.ticker import LogLocator, NullFormatter
 from tqdm import tqdm
 
-from rdm_scale.data.manifest import Codec, Manifest
+from rdm_scale.codecs.record import CodecRecord
+from rdm_scale.data.manifest import Manifest
 from rdm_scale.data.shards import ShardWriter
 from rdm_scale.storage.location import Location
 
@@ -209,7 +210,7 @@ def write(kind: Kind, folder: Location, samples: int, raw: Path | None = None) -
         kind="mode",
         dtype="float16",
         shape=kind.shape,
-        codec=Codec(name="identity", location="identity", scale=(SCALE,)),
+        codec=CodecRecord(name="identity", location="identity", scale=(SCALE,)),
         class_names=tuple(map(str, range(1000))),
         samples_per_member=kind.samples_per_member,
         members_per_shard=kind.members_per_shard,

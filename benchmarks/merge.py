@@ -25,8 +25,8 @@ from torch import Tensor
 from rdm_scale.checkpoint import CheckpointDirectory
 from rdm_scale.checkpoint.convert.checkpoint_writer import write_checkpoint
 from rdm_scale.checkpoint.sources import parameter_shapes
+from rdm_scale.codecs.record import CodecRecord
 from rdm_scale.config import parse_config
-from rdm_scale.data.manifest import Codec
 from rdm_scale.storage.location import Location
 
 RESULTS = Path(__file__).parent / "results" / "merge.json"
@@ -68,7 +68,7 @@ def write(folder: Path) -> int:
     state = {
         "step": 1,
         "config": config.model_dump(mode="json"),
-        "codec": Codec(name="identity", location="identity").model_dump(mode="json"),
+        "codec": CodecRecord(name="identity", location="identity").model_dump(mode="json"),
         "class_names": [],
         "layout": {},
     }

@@ -47,12 +47,18 @@ MODULES: dict[str, tuple[str, ...]] = {
 # Module that still exists: the names that left it, and where each lives now.
 NAMES: dict[str, dict[str, str]] = {
     "data.captions": {"TextEncoder": "encoding.text", "encode_prompts": "encoding.text"},
+    "data.manifest": {"Codec": "codecs.record"},
     "data.prefetch": {"TrainingBatch": "batch", "draw": "diffusion.training_draws"},
     "data.stream": {"LatentBatch": "batch", "HeldOut": "data.held_out"},
     "evaluation": dict.fromkeys(("animated_grid", "image_grid", "write_grid"), "sampling.image_grid"),
 }
 # Old name: new name, wherever it was looked for under an old path.
-RENAMED = {"normalise": "normalize", "denormalise": "denormalize", "initialise": "initialize"}
+RENAMED = {
+    "Codec": "CodecRecord",
+    "denormalise": "denormalize",
+    "initialise": "initialize",
+    "normalise": "normalize",
+}
 _ROOT = "rdm_scale."
 
 

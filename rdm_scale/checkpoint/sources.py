@@ -15,8 +15,9 @@ from torch import Tensor
 
 from rdm_scale.checkpoint.directory import CheckpointDirectory, is_checkpoint, open_checkpoint
 from rdm_scale.checkpoint.format.reader import TensorReader
+from rdm_scale.codecs.record import CodecRecord
 from rdm_scale.config import ModelConfig, RunConfig, parse_config
-from rdm_scale.data.manifest import Codec, TextEncoding
+from rdm_scale.data.manifest import TextEncoding
 from rdm_scale.errors import CheckpointError
 from rdm_scale.models import build_model
 from rdm_scale.storage.location import Location
@@ -41,7 +42,7 @@ class MergedConfig(BaseModel):
     step: int
     averaged: tuple[str, ...] = ()  # the checkpoints that these weights are the mean of
     config: dict[str, Any]
-    codec: Codec
+    codec: CodecRecord
     class_names: tuple[str, ...]
     text: TextEncoding | None = None
 
@@ -54,7 +55,7 @@ class ModelSource:
     weights: Weights
     step: int
     config: RunConfig
-    codec: Codec
+    codec: CodecRecord
     class_names: tuple[str, ...]
     text: TextEncoding | None
     shapes: dict[str, Shape]  # in the order of the model's parameters
@@ -166,12 +167,12 @@ def _open_merged(folder: Location) -> ModelSource:
 
 def _described(
     state: dict[str, Any], folder: Location
-) -> tuple[RunConfig, Codec, tuple[str, ...], TextEncoding | None]:
+) -> tuple[RunConfig, CodecRecord, tuple[str, ...], TextEncoding | None]:
     missing = [key for key in ("config", "codec", "class_names") if key not in state]
     if missing:
         raise CheckpointError(f"{folder} does not say its {missing[0]}: it is not one of ours")
     try:
-        codec = Codec.model_validate(state["codec"])
+        codec = CodecRecord.model_validate(state["codec"])
         text = None if state.get("text") is None else TextEncoding.model_validate(state["text"])
     except ValidationError as error:
         raise CheckpointError(f"{folder} does not say validly how its data were made: {error}") from None

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 
 from rdm_scale.checkpoint.sources import Weights, open_model
+from rdm_scale.codecs.record import CodecRecord
 from rdm_scale.config import RunConfig
-from rdm_scale.data.manifest import Codec, TextEncoding
+from rdm_scale.data.manifest import TextEncoding
 from rdm_scale.models import DiffusionTransformer, build_model
 
 
@@ -17,7 +18,7 @@ class TrainedModel:
     model: DiffusionTransformer
     config: RunConfig
     step: int
-    codec: Codec
+    codec: CodecRecord
     class_names: tuple[str, ...]
     text: TextEncoding | None  # how the captions that it was trained on were encoded
 

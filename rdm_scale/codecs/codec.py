@@ -7,18 +7,24 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from rdm_scale.data.manifest import Codec
+from rdm_scale.codecs.record import CodecRecord
 from rdm_scale.errors import DataError
 
-MIN_LOG_VARIANCE = -30.0  # diffusers' DiagonalGaussianDistribution clamps here; exp of it is nothing
+# The bounds of latent diffusion (Rombach et al. 2022) and of diffusers' DiagonalGaussianDistribution.
+MIN_LOG_VARIANCE, MAX_LOG_VARIANCE = -30.0, 20.0
 
 
-def normalize(raw: Tensor, record: Codec) -> Tensor:
+def clamp_log_variance(log_variance: Tensor) -> Tensor:
+    """The log-variance of a posterior within the bounds that keep its exponential finite."""
+    return log_variance.clamp(MIN_LOG_VARIANCE, MAX_LOG_VARIANCE)
+
+
+def normalize(raw: Tensor, record: CodecRecord) -> Tensor:
     """Raw latents [B, C, T, H, W] to unit scale: (raw - shift) * scale."""
     return normalize_(raw.clone(), record)
 
 
-def normalize_(raw: Tensor, record: Codec) -> Tensor:
+def normalize_(raw: Tensor, record: CodecRecord) -> Tensor:
     """`normalize` in place: memory for the result would cost far more than the arithmetic."""
     if any(record.shift):
         raw.sub_(_per_channel(record.shift, raw))
@@ -27,7 +33,7 @@ def normalize_(raw: Tensor, record: Codec) -> Tensor:
     return raw
 
 
-def denormalize(latents: Tensor, record: Codec) -> Tensor:
+def denormalize(latents: Tensor, record: CodecRecord) -> Tensor:
     """The inverse of `normalize`."""
     shift, scale = (_per_channel(v, latents) for v in (record.shift, record.scale))
     return latents / scale + shift
@@ -69,7 +75,7 @@ class LatentCodec:
 
     def __init__(
         self,
-        record: Codec,
+        record: CodecRecord,
         geometry: Geometry,
         encode: Callable[[Tensor], Tensor],
         decode: Callable[[Tensor], Tensor],

@@ -1,4 +1,4 @@
-"""From a name, or the record in a manifest, to a codec that is ready to use."""
+"""Loading of codecs, by name or by the record in a manifest."""
 
 import math
 from pathlib import Path
@@ -9,8 +9,8 @@ from torch import Tensor
 
 from rdm_scale.codecs.codec import LatentCodec
 from rdm_scale.codecs.files import CONFIG, CodecFiles, read_files
+from rdm_scale.codecs.record import CodecRecord
 from rdm_scale.codecs.vaes import IDENTITY_GEOMETRY, VAES, Vae
-from rdm_scale.data.manifest import Codec
 from rdm_scale.errors import DataError
 from rdm_scale.storage.location import Location
 
@@ -21,51 +21,48 @@ def load_codec(name: str, device: str | torch.device = "cpu") -> LatentCodec:
     """The codec called `identity` or `digits`, or the one in the folder (path or URL) `name`.
 
     Raises:
-        DataError: no such folder, a model of another class than those known, damaged or pickled weights.
+        DataError: no such folder, a model of an unknown class, damaged or pickled weights.
     """
-    return _load(name, torch.device(device), expected_digest=None)
+    return _load(name, torch.device(device), recorded=None)
 
 
-def codec_of(record: Codec, device: str | torch.device = "cpu", location: str | None = None) -> LatentCodec:
-    """The codec that made the latents of a manifest, from its recorded place or from where it has moved to.
+def codec_of(record: CodecRecord, device: str | torch.device = "cpu", location: str | None = None) -> LatentCodec:
+    """The codec that encoded a data set, loaded from its recorded location or from `location`, if it has moved.
 
-    It keeps the record's normalization, which the data was made with.
+    The codec has the record's normalization, which the data was encoded with, not that of its configuration.
 
     Raises:
         DataError: as `load_codec`, or the weights there are not those that the data was encoded with.
     """
-    codec = _load(location or record.location, torch.device(device), expected_digest=record.digest)
-    if (codec.record.name, codec.record.digest) != (record.name, record.digest):
-        raise DataError(f"the data was encoded with the codec {record.name}, but {codec.record.location} holds another")
-    codec.record = record
-    return codec
+    return _load(location or record.location, torch.device(device), record)
 
 
-def _load(name: str, device: torch.device, expected_digest: str | None) -> LatentCodec:
+def _load(name: str, device: torch.device, recorded: CodecRecord | None) -> LatentCodec:
     if name == "identity":
-        record = Codec(name="identity", location="identity")
-        return LatentCodec(record, IDENTITY_GEOMETRY, _same, _same, device, has_posterior=False)
+        identity = _checked(CodecRecord(name="identity", location="identity"), recorded)
+        return LatentCodec(identity, IDENTITY_GEOMETRY, _same, _same, device, has_posterior=False)
     folder = Location(DIGITS_FOLDER if name == "digits" else name)
     files = read_files(folder)
     if files.kind not in VAES:
         raise DataError(
-            f"{folder} holds a {files.kind}: the codecs known are identity, digits and the VAEs {', '.join(VAES)}"
+            f"{folder} holds a {files.kind}, which is not supported: use identity, digits, or one of the VAEs "
+            f"{', '.join(VAES)}"
         )
     digest = files.digest
-    if expected_digest is not None and digest != expected_digest:
+    if recorded is not None and digest != recorded.digest:
         raise DataError(
             f"the weights in {folder} are not those that the data was encoded with (sha256 {digest}, the manifest "
-            f"says {expected_digest or 'none'}): bring back the old ones or encode the data again"
+            f"says {recorded.digest or 'none'}): restore the old weights or encode the data again"
         )
     known = VAES[files.kind]
     model = _build(folder, files)
     geometry = known.geometry(model)
     shift, scale = _normalization(folder, known, model, geometry.channels)
-    known_as = ("digits", "digits") if name == "digits" else (files.kind, str(folder))
-    record = Codec(name=known_as[0], location=known_as[1], digest=digest, shift=shift, scale=scale)
+    kind, location = ("digits", "digits") if name == "digits" else (files.kind, str(folder))
+    found = CodecRecord(name=kind, location=location, digest=digest, shift=shift, scale=scale)
     model.to(device).eval().requires_grad_(False)
     return LatentCodec(
-        record,
+        _checked(found, recorded),
         geometry,
         lambda pixels: known.encode(model, pixels),
         lambda raw: known.decode(model, raw),
@@ -74,12 +71,25 @@ def _load(name: str, device: torch.device, expected_digest: str | None) -> Laten
     )
 
 
+def _checked(found: CodecRecord, recorded: CodecRecord | None) -> CodecRecord:
+    """The record for a codec to keep: `recorded`, if there is one and it describes the codec that was found."""
+    if recorded is None:
+        return found
+    if (found.name, found.digest) != (recorded.name, recorded.digest):
+        raise DataError(f"the data was encoded with the codec {recorded.name}, but {found.location} holds another")
+    return recorded
+
+
 def _same(values: Tensor) -> Tensor:
     return values
 
 
 def _build(folder: Location, files: CodecFiles) -> Any:
-    """The model, whose memory comes from the files of weights alone, however large the configuration says it is."""
+    """The model of a configuration and its weights.
+
+    It is built on the meta device, so that its memory is bounded by the weight files, whatever sizes an untrusted
+    configuration names.
+    """
     import diffusers  # takes seconds to import
     from safetensors.torch import load
 
@@ -105,7 +115,10 @@ def _build(folder: Location, files: CodecFiles) -> Any:
 
 
 def _check_depth(config: dict[str, Any], tensors: int) -> None:
-    """Layers cost memory and time even without weights: there can be no more of them than tensors in the files."""
+    """Raise ValueError if a configuration has more layers than the files have tensors.
+
+    Even on the meta device, each layer costs memory and time.
+    """
     for key, value in config.items():
         values = value if isinstance(value, list) else [value]
         counts = [v for v in values if isinstance(v, int)] if "layers" in key or "blocks" in key else []
@@ -116,7 +129,7 @@ def _check_depth(config: dict[str, Any], tensors: int) -> None:
 def _normalization(
     folder: Location, known: Vae, model: Any, channels: int
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(shift, scale) of `Codec`: one number for all channels, or one for each."""
+    """(shift, scale) of `CodecRecord`: one number for all channels, or one for each."""
     try:
         shift, scale = (tuple(map(float, values)) for values in known.normalization(model))
         fits = len(shift) in (1, channels) and len(scale) in (1, channels)

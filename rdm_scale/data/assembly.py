@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rdm_scale import rng
 from rdm_scale.batch import LatentBatch
-from rdm_scale.codecs.codec import normalize_
+from rdm_scale.codecs.codec import clamp_log_variance, normalize_
 from rdm_scale.conditions import TextCondition
 from rdm_scale.config import DataConfig, DataSource
 from rdm_scale.data.manifest import Manifest, Shape
@@ -66,12 +66,9 @@ def _integers(values: Sequence[int]) -> Tensor:
 
 
 def posterior_sample(moments: Tensor, noise: Tensor) -> Tensor:
-    """A draw from the posterior: moments [B, 2C, T, H, W] and noise [B, C, T, H, W] to raw latents [B, C, T, H, W].
-
-    The log-variance is clamped as in latent diffusion (Rombach et al. 2022) and diffusers.
-    """
+    """A draw from the posterior: moments [B, 2C, T, H, W] and noise [B, C, T, H, W] to raw latents [B, C, T, H, W]."""
     mean, log_variance = moments.chunk(2, dim=1)
-    return mean + (0.5 * log_variance.clamp(-30, 20)).exp() * noise
+    return mean + (0.5 * clamp_log_variance(log_variance)).exp() * noise
 
 
 def check_ranks(dp_rank: int, dp_size: int) -> None:

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
+from rdm_scale.codecs.record import CodecRecord
 from rdm_scale.config import DataSource, ModelConfig, RunConfig
-from rdm_scale.data.manifest import Codec, Manifest, Shape, TextEncoding, read_manifest
+from rdm_scale.data.manifest import Manifest, Shape, TextEncoding, read_manifest
 from rdm_scale.errors import DataError
 
 
@@ -16,7 +17,7 @@ class DataFacts:
     """
 
     identity: dict[str, Any]
-    codec: Codec
+    codec: CodecRecord
     class_names: tuple[str, ...]
     text: TextEncoding | None = None  # how captions were encoded, where the model takes them
 

@@ -12,8 +12,10 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from rdm_scale.codecs.record import CodecRecord
 from rdm_scale.dtypes import STORED_DTYPES
 from rdm_scale.errors import DataError
+from rdm_scale.moved import moved_names
 from rdm_scale.storage.location import Location
 
 NAME = "manifest.json"
@@ -24,19 +26,6 @@ Shape = tuple[int, int, int, int]  # C, T, H, W
 
 class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Codec(_Record):
-    """How pixels became latents, and what brings raw latents to unit scale.
-
-    Normalized latents are (raw - shift) * scale, with one number for all channels or one for each.
-    """
-
-    name: str = Field(description="identity, digits (the packaged VAE), or the class of a diffusers VAE")
-    location: str = Field(description="what load_codec takes to load it again")
-    digest: str = Field("", description="sha256 of the codec's weights; empty for identity")
-    shift: tuple[float, ...] = (0.0,)
-    scale: tuple[float, ...] = (1.0,)
 
 
 class Member(_Record):
@@ -113,7 +102,7 @@ class Header(_Record):
     kind: Literal["mode", "moments"] = Field(description="latents [K,C,T,H,W], or mean and log-variance [K,2C,T,H,W]")
     dtype: Literal["float32", "float16", "bfloat16"]
     shape: Shape = Field(description="[C, T, H, W] of one latent, for kind moments too; a shard may have another")
-    codec: Codec
+    codec: CodecRecord
     class_names: tuple[str, ...] = Field((), description="name of label i; empty for unlabelled data")
     text: TextEncoding | None = None
 
@@ -214,3 +203,6 @@ def read_manifest(url: str, options: dict[str, Any] | None = None) -> tuple[Mani
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "it"
         raise DataError(f"{location} is not a valid manifest: {where}: {first['msg']}") from None
+
+
+__getattr__ = moved_names(__name__)

@@ -15,10 +15,11 @@ import xxhash
 from torch import Tensor
 
 from rdm_scale.codecs.codec import normalize_
+from rdm_scale.codecs.record import CodecRecord
 from rdm_scale.config import DataConfig, DataSource
 from rdm_scale.data.buffer_pool import MEMORY, as_bytes
 from rdm_scale.data.captions import unpack_text
-from rdm_scale.data.manifest import Codec, Manifest, Tar, read_manifest
+from rdm_scale.data.manifest import Manifest, Tar, read_manifest
 from rdm_scale.data.order import Run
 from rdm_scale.data.shards import pack_samples, read_run, span, unpack_samples
 from rdm_scale.dtypes import STORED_DTYPES
@@ -277,7 +278,7 @@ def stack(found: Sequence[tuple[Samples, int]], shape: Sequence[int], dtype: tor
 
 
 def stack_as_float(
-    found: Sequence[tuple[Samples, int]], shape: Sequence[int], dtype: torch.dtype, codec: Codec | None = None
+    found: Sequence[tuple[Samples, int]], shape: Sequence[int], dtype: torch.dtype, codec: CodecRecord | None = None
 ) -> Tensor:
     """`stack` in float32 and, with a codec, brought to unit scale.
 

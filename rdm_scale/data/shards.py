@@ -20,7 +20,8 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
-from rdm_scale.data.manifest import NAME, Codec, Header, Manifest, Member, Shape, Shard, Tar
+from rdm_scale.codecs.record import CodecRecord
+from rdm_scale.data.manifest import NAME, Header, Manifest, Member, Shape, Shard, Tar
 from rdm_scale.dtypes import STORED_DTYPES
 from rdm_scale.errors import DataError
 from rdm_scale.storage.location import Location, Stat
@@ -55,7 +56,7 @@ class ShardWriter:
         kind: Literal["mode", "moments"],
         dtype: Literal["float32", "float16", "bfloat16"],
         shape: Shape,
-        codec: Codec,
+        codec: CodecRecord,
         class_names: tuple[str, ...],
         samples_per_member: int = 64,
         members_per_shard: int = 64,

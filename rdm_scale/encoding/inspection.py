@@ -10,6 +10,7 @@ import xxhash
 from torch import Tensor
 
 from rdm_scale.codecs import LatentCodec, normalize
+from rdm_scale.codecs.codec import clamp_log_variance
 from rdm_scale.config import DataSource
 from rdm_scale.data.captions import unpack_text
 from rdm_scale.data.manifest import NAME, Manifest, Shape, Statistics, Tar, read_manifest
@@ -139,7 +140,7 @@ def measure(url: str, progress: Progress = lambda samples: None) -> Manifest:
                 raise DataError(f"member {member.name} of {folder / shard.name} holds latents that are not finite")
             mean, variance = latents[:, :channels], torch.zeros(())
             if manifest.kind == "moments":
-                variance = latents[:, channels:].clamp(-30, 20).exp()
+                variance = clamp_log_variance(latents[:, channels:]).exp()
             count += mean[:, 0].numel()
             total += mean.sum((0, 2, 3, 4))
             squares += (mean.square() + variance).sum((0, 2, 3, 4))

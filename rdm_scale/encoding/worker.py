@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from rdm_scale.codecs import LatentCodec, normalize
+from rdm_scale.codecs.record import CodecRecord
 from rdm_scale.data.captions import pack_text
-from rdm_scale.data.manifest import Codec, Shard, Tar
+from rdm_scale.data.manifest import Shard, Tar
 from rdm_scale.data.shards import Packed, pack_samples, sample_id, write_tar
 from rdm_scale.dtypes import STORED_DTYPES
 from rdm_scale.encoding.inputs import MediaSet
@@ -49,7 +50,7 @@ class Statistics:
     total: float = 0.0
     squares: float = 0.0
 
-    def add(self, latents: Tensor, record: Codec, kind: str) -> None:
+    def add(self, latents: Tensor, record: CodecRecord, kind: str) -> None:
         """Takes in raw latents [B, C or 2C, T, H, W]."""
         mean, log_variance = latents.double(), None
         if kind == "moments":

@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 
 from rdm_scale.codecs import CONFIG, WEIGHTS, codec_of, denormalize, load_codec, normalize
-from rdm_scale.data.manifest import Codec
+from rdm_scale.codecs.record import CodecRecord
 from rdm_scale.errors import DataError
 
 
@@ -95,7 +95,7 @@ def test_normalization_by_channel(tmp_path):
 def test_the_record_identifies_the_weights(scalar_vae):
     folder, _ = scalar_vae
     record = load_codec(str(folder)).record
-    assert record == Codec(
+    assert record == CodecRecord(
         name="AutoencoderKL",
         location=str(folder),
         digest=hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest(),
@@ -145,7 +145,7 @@ def test_identity_is_exact():
     torch.testing.assert_close(moments[:, :3], x, rtol=0, atol=0)
     assert (0.5 * moments[:, 3:]).exp().max() < 1e-6  # the standard deviation of the posterior
     torch.testing.assert_close(codec.decode(moments[:, :3]), x, rtol=0, atol=0)
-    assert codec_of(codec.record).record == Codec(name="identity", location="identity")
+    assert codec_of(codec.record).record == CodecRecord(name="identity", location="identity")
 
 
 def test_what_does_not_fit(scalar_vae):

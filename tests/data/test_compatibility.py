@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
+from rdm_scale.codecs.record import CodecRecord
 from rdm_scale.config import RunConfig
 from rdm_scale.data.compatibility import DataFacts, check_data
-from rdm_scale.data.manifest import Codec
 from rdm_scale.errors import DataError
 from tests.support.latent_sets import LatentSet, WriteSet
 
@@ -49,7 +49,7 @@ def test_unlabelled_data_suits_an_unconditional_model_only(write_set: WriteSet) 
 
 
 def test_validation_must_come_from_the_same_codec(write_set: WriteSet) -> None:
-    other = write_set(5, codec=Codec(name="identity", location="identity", scale=(2.0,)))
+    other = write_set(5, codec=CodecRecord(name="identity", location="identity", scale=(2.0,)))
     with pytest.raises(DataError, match="with other weights or scale: encode both with the same codec"):
         check_data(config_for(write_set(9), other))
     with pytest.raises(DataError, match=r"data.validation holds latents of shape"):

@@ -5,7 +5,8 @@ from itertools import chain, islice
 import numpy as np
 import pytest
 
-from rdm_scale.data.manifest import Codec, Manifest, Member, Shard
+from rdm_scale.codecs.record import CodecRecord
+from rdm_scale.data.manifest import Manifest, Member, Shard
 from rdm_scale.data.order import GlobalOrder, Place, Run, permutation
 
 # (samples of each member, by shard; C): even; uneven; C does not divide N; C > N; one sample; one stream; ...
@@ -37,7 +38,7 @@ def manifest_of(counts: list[list[int]]) -> Manifest:
         kind="mode",
         dtype="float16",
         shape=(1, 1, 1, 1),
-        codec=Codec(name="identity", location="identity"),
+        codec=CodecRecord(name="identity", location="identity"),
         samples=sum(map(sum, counts)),
         shards=tuple(shard(i, samples) for i, samples in enumerate(counts)),
     )

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from rdm_scale.codecs.record import CodecRecord
 from rdm_scale.config import DataSource
-from rdm_scale.data.manifest import Codec
 from rdm_scale.data.order import Run
 from rdm_scale.data.reader import RunReader, open_set, stack, stack_as_float
 from rdm_scale.dtypes import STORED_DTYPES
@@ -59,7 +59,7 @@ def test_samples_become_float_as_they_are_asked_for(
 def test_samples_are_brought_to_unit_scale_as_they_become_float(
     write_set: WriteSet, shape: tuple[int, int, int, int]
 ) -> None:
-    codec = Codec(name="vae", location="vae", shift=(1.0, -2.0), scale=(0.5, 4.0))
+    codec = CodecRecord(name="vae", location="vae", shift=(1.0, -2.0), scale=(0.5, 4.0))
     latents = write_set(9, shape=shape, dtype="float16", codec=codec)
     (members,) = reader_of(latents).get(keys(latents)[1:2])  # samples 4 to 7
     found = stack_as_float([(members, 2), (members, 0), (members, 2)], shape, torch.float16, codec)

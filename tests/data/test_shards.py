@@ -15,7 +15,8 @@ import webdataset
 import xxhash
 from torch import Tensor
 
-from rdm_scale.data.manifest import NAME, Codec, Member, read_manifest
+from rdm_scale.codecs.record import CodecRecord
+from rdm_scale.data.manifest import NAME, Member, read_manifest
 from rdm_scale.data.shards import ShardWriter, read_member, sample_id
 from rdm_scale.errors import DataError
 from rdm_scale.storage.location import Location
@@ -177,7 +178,7 @@ def test_bad_samples_are_refused_and_nothing_is_left(
     ("changes", "message"),
     [
         ({"shape": (0, 1, 3, 3)}, "shape"),
-        ({"codec": Codec(name="x", location="x", scale=(1.0,) * 3)}, "1 or 2 entries"),
+        ({"codec": CodecRecord(name="x", location="x", scale=(1.0,) * 3)}, "1 or 2 entries"),
     ],
 )
 def test_an_impossible_set_is_refused_before_anything_is_encoded(

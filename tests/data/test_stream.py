@@ -10,11 +10,12 @@ import torch
 
 from rdm_scale import rng
 from rdm_scale.batch import LatentBatch
+from rdm_scale.codecs.record import CodecRecord
 from rdm_scale.config import DataConfig
 from rdm_scale.data import LatentStream
 from rdm_scale.data.assembly import posterior_sample
 from rdm_scale.data.held_out import HeldOut
-from rdm_scale.data.manifest import NAME, Codec
+from rdm_scale.data.manifest import NAME
 from rdm_scale.errors import ConfigError, DataError
 from rdm_scale.storage.location import Location
 from tests.support.latent_sets import LatentSet, WriteSet
@@ -125,7 +126,7 @@ def test_a_member_in_use_is_read_once(write_set: WriteSet, monkeypatch: pytest.M
 
 
 def test_latents_are_brought_to_unit_scale(write_set: WriteSet) -> None:
-    codec = Codec(name="vae", location="vae", shift=(1.0, -2.0), scale=(0.5, 4.0))
+    codec = CodecRecord(name="vae", location="vae", shift=(1.0, -2.0), scale=(0.5, 4.0))
     latents = write_set(8, codec=codec, dtype="float16")
     batch = take(latents, 1)[0]
     raw = latents.latents[batch.ids - 1000].float()
@@ -135,7 +136,7 @@ def test_latents_are_brought_to_unit_scale(write_set: WriteSet) -> None:
 
 def test_moments_are_sampled_by_position(write_set: WriteSet) -> None:
     """Against a plain formula; and the second epoch draws anew."""
-    codec = Codec(name="vae", location="vae", shift=(0.25,), scale=(2.0,))
+    codec = CodecRecord(name="vae", location="vae", shift=(0.25,), scale=(2.0,))
     latents = write_set(8, kind="moments", codec=codec)
     one, two = take(latents, 2)
     for batch in (one, two):

@@ -12,8 +12,8 @@ from rdm_scale.checkpoint.convert.import_weights import import_weights, open_pub
 from rdm_scale.checkpoint.convert.merge import export_diffusers, merge
 from rdm_scale.checkpoint.sources import open_model
 from rdm_scale.checkpoint.summary import gates, summarize, verify
+from rdm_scale.codecs.record import CodecRecord
 from rdm_scale.config import RunConfig, parse_config
-from rdm_scale.data.manifest import Codec
 from rdm_scale.errors import CheckpointError
 from rdm_scale.models import build_model
 from rdm_scale.storage.location import Location
@@ -38,7 +38,7 @@ def save(url: str, config: RunConfig) -> torch.nn.Module:
         "step": STEP,
         "config": config.model_dump(mode="json"),
         "identity": config.identity(),
-        "codec": Codec(name="identity", location="identity").model_dump(mode="json"),
+        "codec": CodecRecord(name="identity", location="identity").model_dump(mode="json"),
         "class_names": list("abcde"),
         "layout": {"tensor": 1, "pipeline": 1, "data": 1},
     }

@@ -7,9 +7,10 @@ from itertools import islice
 import pytest
 import torch
 
+from rdm_scale.codecs.record import CodecRecord
 from rdm_scale.config import DataConfig, DataSource
 from rdm_scale.data import LatentStream
-from rdm_scale.data.manifest import Codec, Manifest
+from rdm_scale.data.manifest import Manifest
 from rdm_scale.data.shards import ShardWriter
 from rdm_scale.errors import DataError
 from rdm_scale.storage.location import Location
@@ -22,7 +23,7 @@ QUICK = Retry(attempts=4, budget_s=30.0, stall_s=1.0, first_wait_s=0.02, longest
 
 
 def write(url: str, samples: int, per_member: int = 4, members_per_shard: int = 20) -> Manifest:
-    codec = Codec(name="identity", location="identity")
+    codec = CodecRecord(name="identity", location="identity")
     with ShardWriter(
         Location(url),
         kind="mode",

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from rdm_scale.data.manifest import Codec, Manifest
+from rdm_scale.codecs.record import CodecRecord
+from rdm_scale.data.manifest import Manifest
 from rdm_scale.storage.location import Location
 
-IDENTITY = Codec(name="identity", location="identity")
+IDENTITY = CodecRecord(name="identity", location="identity")
 
 
 @dataclass

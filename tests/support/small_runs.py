@@ -8,9 +8,10 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from rdm_scale.codecs.record import CodecRecord
 from rdm_scale.config import RunConfig, parse_config
 from rdm_scale.data.captions import EncodedText, pack_text
-from rdm_scale.data.manifest import Codec, Shard, Tar, TextEncoding, read_manifest
+from rdm_scale.data.manifest import Shard, Tar, TextEncoding, read_manifest
 from rdm_scale.data.shards import Packed, ShardWriter, read_bytes, write_tar
 from rdm_scale.storage.location import Location
 
@@ -29,7 +30,7 @@ def write_latents(
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(samples) % classes
     latents = torch.randn(samples, channels, *size, generator=generator) * 0.5 + (labels - 1.5).view(-1, 1, 1, 1, 1)
-    codec = Codec(name="identity", location="identity")
+    codec = CodecRecord(name="identity", location="identity")
     names = tuple(f"class {i}" for i in range(classes))
     writer = ShardWriter(
         Location(folder),

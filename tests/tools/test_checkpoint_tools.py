@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from rdm_scale.checkpoint import load_model
 from rdm_scale.checkpoint.convert.checkpoint_writer import write_checkpoint
 from rdm_scale.checkpoint.directory import CheckpointDirectory
-from rdm_scale.data.manifest import Codec
+from rdm_scale.codecs.record import CodecRecord
 from rdm_scale.models import build_model
 from rdm_scale.storage.location import Location
 from tests.support.forked import Result, Running
@@ -33,7 +33,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         state = {
             "step": step,
             "config": config.model_dump(mode="json"),
-            "codec": Codec(name="identity", location="identity").model_dump(mode="json"),
+            "codec": CodecRecord(name="identity", location="identity").model_dump(mode="json"),
             "class_names": [f"class {i}" for i in range(4)],
             "layout": {"tensor": 2, "pipeline": 3, "data": 4},
         }

@@ -20,8 +20,8 @@ from rdm_scale.checkpoint.convert.dit_names import (
 )
 from rdm_scale.checkpoint.directory import CheckpointDirectory
 from rdm_scale.checkpoint.sources import CONFIG, compare_shapes
+from rdm_scale.codecs.record import CodecRecord
 from rdm_scale.config import ModelConfig, RunConfig, flatten, parse_config
-from rdm_scale.data.manifest import Codec
 from rdm_scale.errors import CheckpointError
 from rdm_scale.storage.location import Location
 from rdm_scale.storage.safetensors_folder import SafetensorsReader, Shape, read_json
@@ -77,7 +77,7 @@ def import_weights(
     published: Published,
     out: Location,
     config: RunConfig | None = None,
-    codec: Codec | None = None,
+    codec: CodecRecord | None = None,
     class_names: tuple[str, ...] = (),
     progress: Callable[[int], object] = lambda elements: None,
 ) -> Location:
@@ -104,7 +104,7 @@ def import_weights(
         "samples": 0,
         "config": config.model_dump(mode="json"),
         "identity": {k: v for k, v in config.identity().items() if k.startswith("model.") and ".gate." not in k},
-        "codec": (codec or Codec(name="identity", location="identity")).model_dump(mode="json"),
+        "codec": (codec or CodecRecord(name="identity", location="identity")).model_dump(mode="json"),
         "class_names": list(class_names) or [str(i) for i in range(published.model.num_classes)],
         "lost_shards": [],
         "layout": {"imported_from": str(published.where)},

@@ -15,8 +15,8 @@ from rdm_scale.checkpoint.convert.checkpoint_writer import write_checkpoint
 from rdm_scale.checkpoint.convert.import_weights import import_weights, open_published
 from rdm_scale.checkpoint.convert.merge import export_diffusers
 from rdm_scale.checkpoint.sources import open_model
+from rdm_scale.codecs.record import CodecRecord
 from rdm_scale.config import ModelConfig, RunConfig, parse_config
-from rdm_scale.data.manifest import Codec
 from rdm_scale.errors import CheckpointError
 from rdm_scale.models import build_model
 from rdm_scale.storage.location import Location
@@ -53,7 +53,7 @@ def saved(tmp_path: Path, config: RunConfig) -> tuple[torch.nn.Module, Location]
     state = {
         "step": 9,
         "config": config.model_dump(mode="json"),
-        "codec": Codec(name="identity", location="identity").model_dump(mode="json"),
+        "codec": CodecRecord(name="identity", location="identity").model_dump(mode="json"),
         "class_names": list("abcde"),
         "layout": {"tensor": 1},
     }

@@ -15,14 +15,14 @@ from rdm_scale.checkpoint.convert.checkpoint_writer import write_checkpoint
 from rdm_scale.checkpoint.convert.merge import merge
 from rdm_scale.checkpoint.sources import open_model
 from rdm_scale.checkpoint.summary import gates, summarize, verify
+from rdm_scale.codecs.record import CodecRecord
 from rdm_scale.config import RunConfig, parse_config
-from rdm_scale.data.manifest import Codec
 from rdm_scale.errors import CheckpointError
 from rdm_scale.models import build_model
 from rdm_scale.sampling.rdm_pipeline import RDMPipeline
 from rdm_scale.storage.location import Location
 
-CODEC = Codec(name="identity", location="identity")
+CODEC = CodecRecord(name="identity", location="identity")
 
 
 def run_config(**model: Any) -> RunConfig:
