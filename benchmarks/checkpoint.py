@@ -14,7 +14,6 @@ Prints Markdown, writes benchmarks/results/checkpoint.json.
 """
 
 import argparse
-import json
 import math
 import os
 import statistics
@@ -26,11 +25,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoint_storage import FIELDS, shapes_of
-from memory import forget_peak, peak_since, rss
-from plain_file import load_plain, save_plain
 from torch import Tensor
 
+from benchmarks.checkpoint_storage import FIELDS, shapes_of
+from benchmarks.memory import forget_peak, peak_since, rss
+from benchmarks.plain_file import load_plain, save_plain
+from benchmarks.report import read_results, write_results
 from rdm_scale.checkpoint.directory import CheckpointDirectory, open_checkpoint
 from rdm_scale.checkpoint.format.coverage import spans_of
 from rdm_scale.checkpoint.format.index import DATA, INDEX, FileRecord, blocks_in, digest, encode_index
@@ -43,7 +43,6 @@ from rdm_scale.models.layers import WHOLE, Slice
 from rdm_scale.parallel.zero.engine import Shard
 from rdm_scale.storage.location import Location
 
-RESULTS = Path(__file__).parent / "results" / "checkpoint.json"
 SETS = {"30 large tensors": {f"w{i}": (1440, 1536) for i in range(30)}, "56,000 small tensors": shapes_of(1000, 36)}
 BLOCKS, WIDTH = 1000, 1024  # of the planned model: 15 billion parameters
 
@@ -261,9 +260,9 @@ def main() -> None:
     parser.add_argument("--dir", help="folder on the disk to measure (default: the system's temporary)")
     parser.add_argument("--only", choices=("bandwidth", "stall", "planning"))
     args = parser.parse_args()
-    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    found = read_results(__file__)
     found |= dict(sections(args)) | {"torch": torch.__version__}
-    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    write_results(__file__, found)
 
 
 if __name__ == "__main__":

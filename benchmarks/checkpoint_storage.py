@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from plain_file import load_plain, save_plain
 from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
+from benchmarks.plain_file import load_plain, save_plain
 from rdm_scale.checkpoint.directory import CheckpointDirectory
 from rdm_scale.checkpoint.format.overlap import padded
 from rdm_scale.checkpoint.format.slices import Pieces

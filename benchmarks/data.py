@@ -40,19 +40,19 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from data_loaders import SCALE, Spec
-from data_remote import LATER, compare, first_batch
 from matplotlib.ticker import LogLocator, NullFormatter
 from tqdm import tqdm
 
+from benchmarks.data_loaders import SCALE, Spec
+from benchmarks.data_remote import LATER, compare, first_batch
+from benchmarks.report import IMAGES, write_results
 from rdm_scale.codecs.record import CodecRecord
 from rdm_scale.data.manifest import Manifest
 from rdm_scale.data.shards import ShardWriter
 from rdm_scale.storage.location import Location
 
 HERE = Path(__file__).parent
-RESULTS = HERE / "results" / "data.json"
-PLOT = HERE.parent / "docs" / "images" / "data.png"
+PLOT = IMAGES / "data.png"
 PEERS = {"mds": "mosaicml-streaming==0.13.0", "litdata": "litdata==0.2.76"}
 IMPORTED = (
     "numpy lightning-utilities tifffile obstore boto3 botocore s3transfer jmespath python-dateutil six Brotli xxhash "
@@ -75,7 +75,7 @@ class Kind:
     loaders: tuple[str, ...]
 
 
-IMAGES = Kind(
+IMAGE_KIND = Kind(
     65536,
     (4, 1, 32, 32),
     64,
@@ -85,7 +85,7 @@ IMAGES = Kind(
 )
 # The server reads a whole chunk for any range of it, and makes them of 4 MB unless it is told otherwise.
 SERVER = ("-filer.maxMB=1",)
-MORE_IMAGES = replace(IMAGES, samples=2**18)
+MORE_IMAGES = replace(IMAGE_KIND, samples=2**18)
 MORE_IN_LARGE_MEMBERS = replace(MORE_IMAGES, samples_per_member=512, members_per_shard=8)
 VIDEOS = Kind(
     1024,
@@ -93,7 +93,7 @@ VIDEOS = Kind(
     8,
     8,
     8,
-    (*IMAGES.loaders, "mds raw", "litdata raw"),
+    (*IMAGE_KIND.loaders, "mds raw", "litdata raw"),
 )
 
 
@@ -108,13 +108,13 @@ def main() -> None:
         print(INSTALL)
     result: dict[str, Any] = {"cores": os.cpu_count(), "rounds": options.rounds, "versions": versions(options)}
     with tempfile.TemporaryDirectory(dir=options.dir) as folder:
-        for name, kind in (("images", IMAGES), ("videos", VIDEOS)):
+        for name, kind in (("images", IMAGE_KIND), ("videos", VIDEOS)):
             result[name] = local(kind, Path(folder) / name, options)
             print_local(name, result[name])
         result["first_batch"] = [first_batch(str(Path(folder) / "images" / "ours"), batch) for batch in (8, 256)]
         result["s3"] = remote(Path(folder) / "s3", options)
     print_rest(result)
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    write_results(__file__, result)
     plot(result)
 
 
@@ -236,7 +236,7 @@ def remote(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     with S3Server(folder, options=SERVER) as server:
         os.environ.update(server.environment())
         kinds = {
-            "images, 0.5 GiB": IMAGES,
+            "images, 0.5 GiB": IMAGE_KIND,
             "images, 2 GiB": MORE_IMAGES,
             "images, 2 GiB, large members": MORE_IN_LARGE_MEMBERS,
             "videos, 0.5 GiB": VIDEOS,

@@ -14,19 +14,18 @@ Prints Markdown and writes benchmarks/results/depth.json.
 
 import argparse
 import gc
-import json
 import os
 import statistics
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.report import write_results
 from rdm_scale.batch import TrainingBatch
 from rdm_scale.config import RunConfig, parse_config
 from rdm_scale.models import build_model
@@ -35,7 +34,6 @@ from rdm_scale.parallel.parallelize import ParallelModel, parallelize
 from rdm_scale.parallel.plan import plan
 from rdm_scale.training.optimizer import build_optimizer
 
-RESULTS = Path(__file__).parent / "results" / "depth.json"
 SHALLOW, DEEP = 28, 1000
 STARTED = (28, 250, 500, 1000)  # depths whose start-up is timed
 Step = Callable[[], None]
@@ -166,7 +164,7 @@ def report(
     print("\n| blocks | start-up (s) | for each block (ms) |\n|---|---|---|")
     for depth, seconds in start_s.items():
         print(f"| {depth} | {seconds:.2f} | {1e3 * seconds / depth:.1f} |")
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    write_results(__file__, result)
 
 
 if __name__ == "__main__":

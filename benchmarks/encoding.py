@@ -15,7 +15,6 @@ writes benchmarks/results/encoding.json.
 
 import argparse
 import io
-import json
 import os
 import tempfile
 import threading
@@ -31,6 +30,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.report import write_results
 from rdm_scale.codecs import load_codec
 from rdm_scale.device import own_device
 from rdm_scale.encoding import worker
@@ -39,7 +39,6 @@ from rdm_scale.encoding.job import Job, encode
 from rdm_scale.encoding.planning import Bucket, Settings, inputs_digest, job_digest
 from rdm_scale.storage.location import Location
 
-RESULTS = Path(__file__).parent / "results" / "encoding.json"
 JPEG_SIZE = (384, 512)  # height and width: cropped and resized to the size that is encoded
 
 
@@ -61,7 +60,7 @@ def main() -> None:
             job = job_of(folder / f"{vae}-images", folder / vae, folder / f"{vae}-latents", options)
             result[vae] = measure(job, images)
     report(result)
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    write_results(__file__, result)
 
 
 def save_vae(name: str, folder: Path) -> None:

@@ -22,13 +22,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.report import ROOT, read_results, write_results
 from rdm_scale import cost
 from rdm_scale.batch import TrainingBatch
 from rdm_scale.checkpoint import CheckpointDirectory, Saver
@@ -41,8 +41,6 @@ from rdm_scale.storage.location import Location
 from rdm_scale.training.ema import Ema
 from rdm_scale.training.optimizer import build_optimizer
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "gpu.json"
 GIB = 2**30
 # (configuration, samples of a micro-batch, recompute, ZeRO)
 STEPS = [
@@ -67,11 +65,11 @@ def main() -> None:
     if options.row:
         print("@" + json.dumps(rows[options.row]()))
         return
-    result = json.loads(RESULTS.read_text()) if options.only and RESULTS.exists() else {}
+    result = read_results(__file__) if options.only else {}
     result |= {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
     for name in tqdm([name for name in rows if options.only in name], unit="row"):
         result[name] = of_a_process(name, options.steps)
-        RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+        write_results(__file__, result)
     report(result)
 
 

@@ -8,7 +8,6 @@ benchmarks/results/merge.json.
 """
 
 import argparse
-import json
 import math
 import os
 import shutil
@@ -22,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.report import write_results
 from rdm_scale.checkpoint import CheckpointDirectory
 from rdm_scale.checkpoint.convert.checkpoint_writer import write_checkpoint
 from rdm_scale.checkpoint.sources import parameter_shapes
@@ -29,7 +29,6 @@ from rdm_scale.codecs.record import CodecRecord
 from rdm_scale.config import parse_config
 from rdm_scale.storage.location import Location
 
-RESULTS = Path(__file__).parent / "results" / "merge.json"
 TOOL = Path(__file__).parents[1] / "tools" / "merge_checkpoint.py"
 MODEL = {
     "hidden_size": 1536,
@@ -54,7 +53,7 @@ def main() -> None:
     print("\n| | checkpoint GB | s | peak GB |\n|---|---|---|---|")
     for name, row in rows.items():
         print(f"| {name} | {row['checkpoint_bytes'] / 1e9:.2f} | {row['s']:.1f} | {row['peak_bytes'] / 1e9:.2f} |")
-    RESULTS.write_text(json.dumps({"torch": torch.__version__, **rows}, indent=1) + "\n")
+    write_results(__file__, {"torch": torch.__version__, **rows})
 
 
 def write(folder: Path) -> int:

@@ -21,30 +21,27 @@ Prints Markdown, writes benchmarks/results/parallel.json and docs/images/paralle
 
 import argparse
 import itertools
-import json
 import os
 import statistics
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from memory import KINDS, forget_peak, give_memory_back, live_storages, looking_at_the_end, peak_since, rss
 from torch import Tensor
 from tqdm import tqdm
-from traffic import TrafficCounter
 
+from benchmarks.memory import KINDS, forget_peak, give_memory_back, live_storages, looking_at_the_end, peak_since, rss
+from benchmarks.report import IMAGES, read_results, write_results
+from benchmarks.traffic import TrafficCounter
 from rdm_scale.batch import TrainingBatch
 from rdm_scale.config import RunConfig, parse_config
 from rdm_scale.parallel.pipeline.schedules import Operation, operations, simulate
 from rdm_scale.parallel.plan import Layout, plan
+from tests.support.rank_pool import RankPool
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "parallel.json"
-PICTURE = ROOT / "docs" / "images" / "parallel.png"
-from tests.support.rank_pool import RankPool  # noqa: E402
+PICTURE = IMAGES / "parallel.png"
 
 MIB = 2**20
 AXES = ("tensor", "pipeline", "data", "other")
@@ -92,14 +89,14 @@ def main() -> None:
         exact = pool.run(world, measure, config, 0, timeout_s=300)
         ranks = [a | {key: b[key] for key in ("live", "peak", "start_peak")} for a, b in zip(timed, exact, strict=True)]
         result[part][name] = summary(config, world, ranks)
-        RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+        write_results(__file__, result)
     layouts = {name: result["layouts"][name] for name in LAYOUTS if name in result["layouts"]}
     print(f"\n{table(layouts)}\n\n{memory_table(layouts)}\n\n{observed_table(result['observed'])}")
     draw(layouts)
 
 
 def earlier() -> dict[str, Any]:
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {"layouts": {}, "observed": {}}
+    return read_results(__file__) or {"layouts": {}, "observed": {}}
 
 
 def configuration(parallel: dict[str, Any]) -> RunConfig:

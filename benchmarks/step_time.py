@@ -9,13 +9,11 @@ come and go; all others get the original back for their turns. Prints a table, w
 """
 
 import argparse
-import json
 import os
 import statistics
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 from diffusers import DiTTransformer2DModel
@@ -23,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
+from benchmarks.report import write_results
 from rdm_scale.config import RunConfig, load_config
 from rdm_scale.models import build_model
 from rdm_scale.parallel.mesh import Mesh, build_mesh
@@ -31,7 +30,6 @@ from rdm_scale.parallel.plan import plan
 from rdm_scale.training.optimizer import build_optimizer
 
 LINEAR = functional.linear
-RESULTS = Path(__file__).parent / "results" / "step_time.json"
 KEPT, BY_BLOCK = "ours, ZeRO-3 kept gathered", "ours, ZeRO-3 by block"
 Step = Callable[[Tensor, Tensor, Tensor, Tensor], None]  # latents [B, 4, 32, 32], timesteps, labels, target
 
@@ -141,7 +139,7 @@ def report(options: argparse.Namespace, times: dict[str, list[float]], parameter
         "median_s": medians,
         "ratio_to_diffusers": ratios,
     }
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    write_results(__file__, result)
 
 
 if __name__ == "__main__":

@@ -10,22 +10,20 @@ benchmarks/results/zero_bubble.json.
 """
 
 import argparse
-import json
 import statistics
 import time
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
+from benchmarks.report import write_results
 from rdm_scale.config import ModelConfig
 from rdm_scale.models import build_model
 from rdm_scale.models.blocks import SideInputs
 from rdm_scale.parallel.pipeline.schedules import operations, placement, simulate
 from rdm_scale.parallel.recompute import recompute_blocks
 
-RESULTS = Path(__file__).parent / "results" / "zero_bubble.json"
 GRID = (1, 16, 16)
 Times = dict[str, float]  # seconds of F, whole backward, B and W
 
@@ -61,7 +59,7 @@ def main() -> None:
         for recompute in ("none", "full"):
             times = result[recompute]  # type: ignore[assignment]
             print(f"| {p} | {m} | {recompute} | {(p - 1) / (m + p - 1):.1%} | {gain(p, m, times):.3f} |")
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    write_results(__file__, result)
 
 
 SIZES = [(2, 4), (2, 8), (4, 8), (4, 16), (4, 32), (8, 16), (8, 32), (8, 64)]

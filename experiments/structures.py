@@ -1,17 +1,16 @@
-"""Residual structures compared: at 4, 16 and 64 blocks, with the base of benchmarks/transfer.py, and in the quickstart.
+"""Residual structures compared at 4, 16 and 64 blocks, with the base of experiments/transfer.py, and in the quickstart.
 
 The first part trains as that benchmark does, each structure at some learning rates, and compares the best of each. The
 second trains the quickstart's whole configuration (its model, batches and 1,200 steps) with some of them. Validation
 losses at the end, means and ranges over seeds.
 
-Draws docs/images/structures.png, prints Markdown and writes benchmarks/results/structures.json. What is found in
---work is used again; after benchmarks/transfer.py with the same steps, a part of the first part is there.
+Draws docs/images/structures.png, prints Markdown and writes experiments/results/structures.json. What is found in
+--work is used again; after experiments/transfer.py with the same steps, a part of the first part is there.
 
-    OMP_NUM_THREADS=1 python benchmarks/structures.py --steps 160 --seeds 3
+    OMP_NUM_THREADS=1 python experiments/structures.py --steps 160 --seeds 3
 """
 
 import argparse
-import json
 import multiprocessing
 import statistics
 from concurrent.futures import ProcessPoolExecutor
@@ -19,12 +18,13 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transfer import ROOT, SIZES, Job, once, run
 
+from benchmarks.report import IMAGES, ROOT, write_results
+from experiments.transfer import SIZES, Job, once, run
 from rdm_scale.config import load_config
 from rdm_scale.models import build_model
 
-RESULTS, PICTURE = ROOT / "benchmarks/results/structures.json", ROOT / "docs/images/structures.png"
+PICTURE = IMAGES / "structures.png"
 STRUCTURES: dict[str, tuple[str, ...]] = {
     "neural_rdm": (),
     "neural_rdm, m0 = 0.3": ("model.gate.multiplier=0.3",),
@@ -73,7 +73,7 @@ def main() -> None:
         "parameters": {name: parameters(STRUCTURES[name]) for name in IN_QUICKSTART},
         "depths": {f"{name}, {depth} blocks, 2^{e}": losses for (name, depth, e), losses in swept.items()},
     }
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    write_results(__file__, result)
     plot(swept)
     report(swept, quickstart)
 

@@ -1,17 +1,17 @@
 """1,000 blocks in training: Neural-RDM's gates and plain residuals, each beside its sibling of 100 blocks.
 
-The arms called `base 4` take their rates from benchmarks/transfer.py: the learning rate that it found best at 4 blocks,
-with model.base_depth=4. The others have the same learning rate and no base.
+The arms called `base 4` take their rates from experiments/transfer.py: the learning rate that it found best at 4
+blocks, with model.base_depth=4. The others have the same learning rate and no base.
 
 Real runs on the quickstart's data (`make quickstart-data` first) with its objective, a narrow model and small batches:
 all arms take the same samples, noise and learning rates for the same number of steps, one process each, two at a time;
 then the deep Neural-RDM with a base takes the first of those steps once more on four ranks, two pipeline stages x two
 ranks under ZeRO-3, whose losses are compared with those of the one process.
 
-Draws docs/images/thousand.png, prints Markdown and writes benchmarks/results/thousand.json. What is found in --work is
+Draws docs/images/thousand.png, prints Markdown and writes experiments/results/thousand.json. What is found in --work is
 used again, so that an interrupted call goes on.
 
-    OMP_NUM_THREADS=1 python benchmarks/thousand.py --steps 100
+    OMP_NUM_THREADS=1 python experiments/thousand.py --steps 100
 """
 
 import argparse
@@ -24,8 +24,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-RESULTS, PICTURE = ROOT / "benchmarks/results/thousand.json", ROOT / "docs/images/thousand.png"
+from benchmarks.report import IMAGES, ROOT, write_results
+
+PICTURE = IMAGES / "thousand.png"
 DEEP, SHALLOW = 1000, 100
 KINDS: dict[str, dict[str, Any]] = {
     "neural_rdm, base 4": {"model.base_depth": 4},
@@ -71,7 +72,7 @@ def main() -> None:
     pairs = zip(arms[names[first, DEEP]]["loss"], curves(folder)["loss"], strict=False)
     distances = [abs(four / one - 1) for one, four in pairs]
     result = {"steps": options.steps, "settings": SETTINGS, "arms": arms, "four_ranks_relative_distance": distances}
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    write_results(__file__, result)
     plot(arms)
     report(arms, distances)
 

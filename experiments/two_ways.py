@@ -4,7 +4,7 @@ RUN is a run (or checkpoint) with model.residual=adaln_zero and model.timestep_s
 
     python -m rdm_scale.train configs/quickstart.yaml model.residual=adaln_zero model.timestep_spacing=diffusers \
         run.dir=runs/adaln
-    python benchmarks/two_ways.py runs/adaln
+    python experiments/two_ways.py runs/adaln
 """
 
 import argparse
@@ -32,7 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run")
     parser.add_argument("--picture", type=Path, default=Path("docs/images/two_ways.png"))
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/two_ways.json"))
+    parser.add_argument("--out", type=Path, default=Path("experiments/results/two_ways.json"))
     args = parser.parse_args()
     trained = load_trained(args.run)
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,23 +1,19 @@
 """How samplers come near the probability flow, and backpropagation the adjoint equation.
 
-Prints tables, writes benchmarks/results/theory.json, draws docs/images/probability_flow.png and adjoint.png.
+Prints tables, writes experiments/results/theory.json, draws docs/images/probability_flow.png and adjoint.png.
 
-    python benchmarks/theory.py
+    python experiments/theory.py
 """
-
-import json
-from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
 
-ROOT = Path(__file__).parents[1]
-from test_probability_flow import DDPM, FLOW, draw, path_error  # noqa: E402
-from test_sensitivity import PLACES, continuous  # noqa: E402
-
-from rdm_scale.models.sensitivity import sensitivities, trajectory  # noqa: E402
-from tests.support.mixture import wasserstein  # noqa: E402
-from tests.support.smooth_chain import SmoothChain  # noqa: E402
+from benchmarks.report import IMAGES, write_results
+from rdm_scale.models.sensitivity import sensitivities, trajectory
+from tests.diffusion.test_probability_flow import DDPM, FLOW, draw, path_error
+from tests.models.test_sensitivity import PLACES, continuous
+from tests.support.mixture import wasserstein
+from tests.support.smooth_chain import SmoothChain
 
 STEPS = (10, 20, 40, 80, 160)
 LENGTHS = (16, 32, 64, 128, 256, 512, 1024)
@@ -64,14 +60,14 @@ def plot(errors: dict[str, dict[str, list[float]]], distances: list[float]) -> N
         axes.set(xlabel="steps", title=title)
         axes.grid(alpha=0.3, which="both")
         axes.legend()
-    figure.savefig(ROOT / "docs" / "images" / "probability_flow.png")
+    figure.savefig(IMAGES / "probability_flow.png")
     figure = Figure(figsize=(6, 4.2), dpi=110, layout="constrained")
     axes = figure.add_subplot(xlabel="residual units L", title="discrete adjoint against the adjoint equation")
     axes.loglog(LENGTHS, distances, marker="o", label="largest relative distance")
     axes.loglog(LENGTHS, [distances[0] * LENGTHS[0] / n for n in LENGTHS], "k:", label="1 / L")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
-    figure.savefig(ROOT / "docs" / "images" / "adjoint.png")
+    figure.savefig(IMAGES / "adjoint.png")
 
 
 def main() -> None:
@@ -84,7 +80,7 @@ def main() -> None:
     print(f"| distance of the adjoints | {' | '.join(f'{value:.5f}' for value in distances)} |")
     plot(errors, distances)
     result = {"steps": STEPS, "errors": errors, "lengths": LENGTHS, "distances": distances}
-    (ROOT / "benchmarks" / "results" / "theory.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_results(__file__, result)
 
 
 if __name__ == "__main__":

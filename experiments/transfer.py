@@ -6,10 +6,10 @@ model, optimizer, schedule, data order and noise, one process a run. Learning ra
 of a size is at the end of its row, the row is prolonged. What is compared is the validation loss at the end, the mean
 over seeds.
 
-Draws docs/images/transfer.png, prints Markdown and writes benchmarks/results/transfer.json. What is found in --work is
+Draws docs/images/transfer.png, prints Markdown and writes experiments/results/transfer.json. What is found in --work is
 used again, so that an interrupted call goes on.
 
-    OMP_NUM_THREADS=1 python benchmarks/transfer.py --steps 160 --seeds 3
+    OMP_NUM_THREADS=1 python experiments/transfer.py --steps 160 --seeds 3
 """
 
 import argparse
@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
+from benchmarks.report import IMAGES, ROOT, write_results
 from rdm_scale.batch import TrainingBatch
 from rdm_scale.config import RunConfig, load_config
 from rdm_scale.data.held_out import HeldOut
@@ -34,8 +35,7 @@ from rdm_scale.diffusion.training_draws import draw
 from rdm_scale.models import build_model
 from rdm_scale.training.optimizer import build_optimizer, learning_rate
 
-ROOT = Path(__file__).parents[1]
-RESULTS, PICTURE = ROOT / "benchmarks/results/transfer.json", ROOT / "docs/images/transfer.png"
+PICTURE = IMAGES / "transfer.png"
 SIZES = {"depth": (4, 16, 64), "width": (32, 128, 256)}
 WIDTH, DEPTH, HEAD = 32, 4, 16  # what does not vary
 EXPONENTS = range(-10, -5)  # learning rates to begin with, as powers of 2
@@ -107,7 +107,7 @@ def main() -> None:
         "seeds": options.seeds,
         "losses": {job.file.removesuffix(".json"): loss for job, loss in sorted(losses.items())},
     }
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    write_results(__file__, result)
     plot(table)
     report(table)
 

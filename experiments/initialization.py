@@ -5,26 +5,24 @@ cotangent pulled back through all blocks over its own; the mean over seeds of a 
 `--run` the same is reported of trained models, from the last profile in a run's depth.jsonl: between the first block's
 output and the last one's, and with the gradient of the loss in the place of the random cotangent.
 
-Draws docs/images/initialization.png, prints Markdown and writes benchmarks/results/initialization.json.
+Draws docs/images/initialization.png, prints Markdown and writes experiments/results/initialization.json.
 
-    python benchmarks/initialization.py --run runs/quickstart
+    python experiments/initialization.py --run runs/quickstart
 """
 
 import argparse
-import json
 import statistics
 from pathlib import Path
 
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-ROOT = Path(__file__).parents[1]
-from test_init import config, gains  # noqa: E402
+from benchmarks.report import IMAGES, write_results
+from rdm_scale.config import GateConfig
+from rdm_scale.training.depth_profiles import DEPTH, read_profiles
+from tests.models.test_initialization import config, gains
 
-from rdm_scale.config import GateConfig  # noqa: E402
-from rdm_scale.training.depth_profiles import DEPTH, read_profiles  # noqa: E402
-
-RESULTS, PICTURE = ROOT / "benchmarks/results/initialization.json", ROOT / "docs/images/initialization.png"
+PICTURE = IMAGES / "initialization.png"
 DEPTHS = (12, 48, 192, 768)
 STRUCTURES = {
     "plain": {"residual": "plain"},
@@ -50,7 +48,7 @@ def main() -> None:
     for name, changes in tqdm(STRUCTURES.items(), unit="structure"):
         initial[name] = [mean_gains(depth, changes, options.seeds) for depth in DEPTHS]
     result = {"seeds": options.seeds, "depths": DEPTHS, "initial": initial, "trained": trained}
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    write_results(__file__, result)
     plot(initial)
     report(initial, trained)
 

@@ -7,10 +7,10 @@ goes on from. The learning rate is the same function of the operations spent in 
 takes 50 steps: then constant, and in the last phase down to a twentieth along half a cosine. Arms that begin alike
 share those phases.
 
-Draws docs/images/growth.png, prints Markdown and writes benchmarks/results/growth.json. What is found in --work is
+Draws docs/images/growth.png, prints Markdown and writes experiments/results/growth.json. What is found in --work is
 used again, so that an interrupted call goes on.
 
-    OMP_NUM_THREADS=1 python benchmarks/growth.py --steps 600
+    OMP_NUM_THREADS=1 python experiments/growth.py --steps 600
 """
 
 import argparse
@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.report import IMAGES, ROOT, write_results
 from rdm_scale.checkpoint import load_trained
 from rdm_scale.checkpoint.trained_model import Weights
 from rdm_scale.config import RunConfig, load_config
@@ -34,9 +35,8 @@ from rdm_scale.data.held_out import HeldOut
 from rdm_scale.diffusion import build_objective
 from rdm_scale.diffusion.training_draws import draw
 
-ROOT = Path(__file__).parents[1]
 CONFIG = "configs/quickstart.yaml"
-RESULTS, PICTURE = ROOT / "benchmarks/results/growth.json", ROOT / "docs/images/growth.png"
+PICTURE = IMAGES / "growth.png"
 DEEP = 24
 VALIDATIONS = 8  # of each phase
 WARMUP = 50  # steps
@@ -69,7 +69,7 @@ def main() -> None:
     curves = {name: run(arm, options.steps, options.work) for name, arm in ARMS.items()}
     result: dict[str, Any] = {"steps": options.steps, "batch": load_config(CONFIG).train.global_batch_size}
     result["seed"], result["arms"] = load_config(CONFIG).train.seed, curves
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    write_results(__file__, result)
     plot(curves)
     report(curves)
 
