@@ -32,7 +32,7 @@ from PIL import Image
 
 from benchmarks.report import write_results
 from rdm_scale.codecs import load_codec
-from rdm_scale.device import own_device
+from rdm_scale.device import local_device
 from rdm_scale.encoding import worker
 from rdm_scale.encoding.inputs import find_media
 from rdm_scale.encoding.job import Job, encode
@@ -102,7 +102,7 @@ def write_jpegs(folder: Path, count: int) -> None:
 def job_of(images: Path, vae: Path, output: Path, options: argparse.Namespace) -> Job:
     source = find_media(str(images))
     settings = Settings((Bucket(1, options.size, options.size),), batch_size=options.batch_size)
-    codec = load_codec(str(vae), own_device())
+    codec = load_codec(str(vae), local_device())
     digest = job_digest(inputs_digest(source, settings), codec=codec.record.model_dump_json(), text="None")
     return Job(source, settings, codec, None, Location(output), None, digest, max_rejected=0.0)
 

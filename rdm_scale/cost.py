@@ -114,7 +114,7 @@ def block_flops(model: ModelConfig, block: int = 0) -> int:
     N (4 W + 4 S) D, W the encoder's width, against 4 S D D of the queries and output, which are counted."""
     S, D, M, V = model.tokens, model.hidden_size, model.mlp_size, _modulations(model, block)
     frames, rows, columns = model.grid
-    seen = {"all": S, "space": rows * columns, "time": frames}[model.attends_among(block)]  # by each token
+    seen = {"full": S, "spatial": rows * columns, "temporal": frames}[model.attention_scope(block)]  # by each token
     products = 4 * D * D + 2 * D * M + 2 * D * D * (_skips(model, block) + _reads_text(model))
     return 2 * S * products + 4 * S * seen * D + 2 * V * D * D
 

@@ -7,7 +7,7 @@ import torch
 from rdm_scale.errors import ConfigError
 
 
-def own_device() -> torch.device:
+def local_device() -> torch.device:
     """The GPU of this process's local rank (its launcher's LOCAL_RANK, or the first), or the CPU where there is none.
 
     Raises:

@@ -46,6 +46,7 @@ MODULES: dict[str, tuple[str, ...]] = {
 }
 # Module that still exists: the names that left it, and where each lives now.
 NAMES: dict[str, dict[str, str]] = {
+    "config": {"Among": "config.model"},
     "data.captions": {"TextEncoder": "encoding.text", "encode_prompts": "encoding.text"},
     "data.manifest": {"Codec": "codecs.record"},
     "data.prefetch": {"TrainingBatch": "batch", "draw": "diffusion.training_draws"},
@@ -54,6 +55,7 @@ NAMES: dict[str, dict[str, str]] = {
 }
 # Old name: new name, wherever it was looked for under an old path.
 RENAMED = {
+    "Among": "AttentionScope",
     "Codec": "CodecRecord",
     "denormalise": "denormalize",
     "initialise": "initialize",

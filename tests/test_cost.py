@@ -100,7 +100,7 @@ def test_activations_are_what_autograd_keeps(policy: str, precision: str, change
     recompute_blocks([block], policy)
     S, B, D = config.model.tokens, 16, config.model.hidden_size
     z = torch.randn(S, B, D, requires_grad=True)
-    text = TextCondition.of([(torch.randn(3, TEXT.width), torch.randn(TEXT.pooled_width))] * B)
+    text = TextCondition.from_captions([(torch.randn(3, TEXT.width), torch.randn(TEXT.pooled_width))] * B)
     side = model.side_inputs(torch.randn(B, D, dtype=dtype, requires_grad=True), config.model.grid, text)
     given: list[Any] = [z, side]
     if number:

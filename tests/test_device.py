@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rdm_scale.device import own_device
+from rdm_scale.device import local_device
 from rdm_scale.errors import ConfigError
 
 
@@ -22,11 +22,11 @@ def test_a_gpu_each_or_the_cpu(
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     if local_rank is not None:
         monkeypatch.setenv("LOCAL_RANK", local_rank)
-    assert own_device() == torch.device(expected)
+    assert local_device() == torch.device(expected)
 
 
 def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     set_gpus(monkeypatch, 2)
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(ConfigError, match=r"2 GPUs .* more ranks: start one rank a GPU, or set CUDA_VISIBLE_DEVICES="):
-        own_device()
+        local_device()

@@ -35,6 +35,13 @@ def test_renamed_function_is_found_under_its_old_name() -> None:
         assert importlib.import_module("rdm_scale.data.codecs").normalise is normalize
 
 
+def test_renamed_type_of_the_configuration_is_found_under_its_old_name() -> None:
+    from rdm_scale import config
+
+    with pytest.warns(DeprecationWarning, match=r"import AttentionScope from rdm_scale\.config\.model"):
+        assert config.Among is config.AttentionScope
+
+
 def test_every_new_home_exists() -> None:
     homes = [home for found in MODULES.values() for home in found] + [
         h for names in NAMES.values() for h in names.values()

@@ -170,7 +170,7 @@ def bar(name: str, total: int, **options: Any) -> Any:
 
 
 def encode(options: argparse.Namespace) -> None:
-    from rdm_scale.data.manifest import NAME
+    from rdm_scale.data.manifest import MANIFEST_NAME
     from rdm_scale.encoding.job import REJECTED, Ranks, check_output
     from rdm_scale.encoding.job import encode as run
 
@@ -180,7 +180,7 @@ def encode(options: argparse.Namespace) -> None:
         if ranks.rank == 0:
             if job.work.exists():  # cut off when nothing else was left to do
                 job.work.remove()
-            print(f"{job.folder / NAME}: complete already, nothing to do")
+            print(f"{job.folder / MANIFEST_NAME}: complete already, nothing to do")
         return
     bars = Bars(ranks.rank == 0, job.codec.device)
     try:
@@ -192,7 +192,7 @@ def encode(options: argparse.Namespace) -> None:
     for folder, manifest in zip(job.folders.values(), (encoded.train, encoded.holdout), strict=False):
         assert manifest is not None
         shapes = ", ".join(str(list(shape)) for shape in manifest.buckets)
-        print(f"{folder / NAME}: {manifest.samples} samples, latents {shapes} [C, T, H, W]")
+        print(f"{folder / MANIFEST_NAME}: {manifest.samples} samples, latents {shapes} [C, T, H, W]")
     if encoded.train.rejected:
         print(f"{encoded.train.rejected} inputs could not be encoded: see {job.folder / REJECTED}")
     if job.text is not None and encoded.truncated:
@@ -211,7 +211,7 @@ def encode(options: argparse.Namespace) -> None:
 def _job(options: argparse.Namespace, speaks: bool) -> "Job":
     """Looks at the input and loads the models; what is wrong with the folders is said before that takes its time."""
     from rdm_scale.codecs import load_codec
-    from rdm_scale.device import own_device
+    from rdm_scale.device import local_device
     from rdm_scale.encoding.inputs import Columns, find_media
     from rdm_scale.encoding.job import Job, check_output
     from rdm_scale.encoding.planning import Bucket, Settings, inputs_digest, job_digest
@@ -241,7 +241,7 @@ def _job(options: argparse.Namespace, speaks: bool) -> "Job":
     folder, holdout = Location(options.paths[1]), Location(options.holdout) if options.holdout else None
     inputs = inputs_digest(source, settings)
     check_output([folder, holdout] if holdout else [folder], inputs)
-    device = own_device()
+    device = local_device()
     codec = load_codec(options.codec, device)
     if settings.kind == "moments" and not codec.has_posterior:
         raise DataError(f"the codec {options.codec} has no posterior to sample from: leave out --latents moments")
@@ -339,14 +339,14 @@ def stats(options: argparse.Namespace) -> None:
 def decode(options: argparse.Namespace) -> None:
     from rdm_scale.codecs import codec_of
     from rdm_scale.data.manifest import read_manifest
-    from rdm_scale.device import own_device
+    from rdm_scale.device import local_device
     from rdm_scale.encoding.inspection import decoded
     from rdm_scale.sampling.image_grid import write_grid
     from rdm_scale.storage.location import Location
 
     url = options.paths[0]
     manifest, _ = read_manifest(url)
-    codec = codec_of(manifest.codec, own_device(), location=options.codec)
+    codec = codec_of(manifest.codec, local_device(), location=options.codec)
     found = decoded(url, codec, options.decode)
     for (_, frames, height, width), pixels in found.items():
         suffix = f"-{frames}x{height}x{width}" if len(found) > 1 else ""

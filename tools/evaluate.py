@@ -62,9 +62,9 @@ def judge(options: argparse.Namespace) -> None:
 
     from rdm_scale.checkpoint import load_trained
     from rdm_scale.codecs import codec_of
-    from rdm_scale.conditions import TextCondition, taken
+    from rdm_scale.conditions import TextCondition, select_conditions
     from rdm_scale.data.captions import empty_caption
-    from rdm_scale.device import own_device
+    from rdm_scale.device import local_device
     from rdm_scale.encoding.inputs import find_media
     from rdm_scale.encoding.text import encode_prompts
     from rdm_scale.evaluation.labels import label_accuracy
@@ -72,7 +72,7 @@ def judge(options: argparse.Namespace) -> None:
     from rdm_scale.sampling.image_grid import write_grid
     from rdm_scale.storage.location import Location
 
-    device = own_device()
+    device = local_device()
     trained = load_trained(options.checkpoint, options.weights, device)
     kind = trained.config.model.condition
     if kind == "none":
@@ -92,7 +92,7 @@ def judge(options: argparse.Namespace) -> None:
                 f"the model takes captions: give --prompt {classes} times, for the classes {names} in turn"
             )
         prompts = encode_prompts(trained.text, options.prompt, options.text_encoder)
-        condition, empty = taken(prompts, labels), empty_caption(trained.text)
+        condition, empty = select_conditions(prompts, labels), empty_caption(trained.text)
     with tqdm(total=len(labels), unit="sample", desc="drawing") as bar:
         pixels = draw_pixels(
             trained.model,

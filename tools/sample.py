@@ -46,16 +46,16 @@ def draw(options: argparse.Namespace) -> None:
 
     from rdm_scale.checkpoint import load_trained
     from rdm_scale.codecs import codec_of
-    from rdm_scale.conditions import TextCondition, taken
+    from rdm_scale.conditions import TextCondition, select_conditions
     from rdm_scale.config import parse_config
     from rdm_scale.data.captions import empty_caption
-    from rdm_scale.device import own_device
+    from rdm_scale.device import local_device
     from rdm_scale.encoding.text import encode_prompts
     from rdm_scale.sampling.generate import draw_pixels
     from rdm_scale.sampling.image_grid import write_grid
     from rdm_scale.storage.location import Location
 
-    device = own_device()
+    device = local_device()
     trained = load_trained(options.checkpoint, options.weights, device)
     given = {k: v for k in ("steps", "guidance", "sampler") if (v := getattr(options, k)) is not None}
     tree = trained.config.model_dump(mode="json")
@@ -72,7 +72,7 @@ def draw(options: argparse.Namespace) -> None:
             raise ConfigError("the model takes captions: give --prompt, once or more")
         names, columns, empty = options.prompt, len(options.prompt), empty_caption(trained.text)
         prompts = encode_prompts(trained.text, options.prompt, options.text_encoder)
-        condition = taken(prompts, torch.arange(columns).repeat(options.rows))
+        condition = select_conditions(prompts, torch.arange(columns).repeat(options.rows))
     samples = columns * options.rows
     with tqdm(total=samples, unit="sample", desc="drawing") as bar:
         pixels = draw_pixels(

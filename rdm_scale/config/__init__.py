@@ -5,7 +5,7 @@ file: `load_config` needs neither data nor a world size.
 """
 
 from rdm_scale.config.loading import describe_keys, load_config, parse_config, to_yaml
-from rdm_scale.config.model import Among, GateConfig, InputConfig, ModelConfig, TextConfig
+from rdm_scale.config.model import AttentionScope, GateConfig, InputConfig, ModelConfig, TextConfig
 from rdm_scale.config.schema import (
     CheckpointConfig,
     DataConfig,
@@ -20,9 +20,10 @@ from rdm_scale.config.schema import (
     TrainConfig,
     flatten,
 )
+from rdm_scale.moved import moved_names
 
 __all__ = [
-    "Among",
+    "AttentionScope",
     "CheckpointConfig",
     "DataConfig",
     "DataSource",
@@ -44,3 +45,5 @@ __all__ = [
     "parse_config",
     "to_yaml",
 ]
+
+__getattr__ = moved_names(__name__)

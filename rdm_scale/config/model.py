@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from rdm_scale.config.section import Section
 
-Among = Literal["all", "space", "time"]
+AttentionScope = Literal["full", "spatial", "temporal"]
 
 
 class InputConfig(Section):
@@ -123,11 +123,11 @@ class ModelConfig(Section):
     def head_size(self) -> int:
         return self.hidden_size // self.num_heads
 
-    def attends_among(self, block: int) -> Among:
+    def attention_scope(self, block: int) -> AttentionScope:
         """Which tokens attend to each other in a block: all, or by turns those of a frame and those of a place."""
         if self.attention == "joint":
-            return "all"
-        return "time" if block % 2 else "space"
+            return "full"
+        return "temporal" if block % 2 else "spatial"
 
     def skip_source(self, block: int) -> int | None:
         """The block whose output a block takes by a long skip, if it does."""

@@ -14,9 +14,9 @@ from rdm_scale.conditions import TextCondition
 from rdm_scale.config import DataConfig, DataSource
 from rdm_scale.data.manifest import Manifest, Shape
 from rdm_scale.data.reader import (
-    OpenSet,
+    OpenDataset,
     Samples,
-    open_set,
+    open_dataset,
     stack_as_float,
 )
 from rdm_scale.dtypes import STORED_DTYPES
@@ -25,11 +25,11 @@ from rdm_scale.errors import ConfigError
 Sources = str | Path | Sequence[DataSource]
 
 
-def open_sets(sources: Sources, config: DataConfig | None) -> tuple[list[OpenSet], DataConfig]:
+def open_datasets(sources: Sources, config: DataConfig | None) -> tuple[list[OpenDataset], DataConfig]:
     if isinstance(sources, str | Path):
         sources = [DataSource(path=str(sources))]
     config = config or DataConfig(train=tuple(sources))
-    return [open_set(source, config.options) for source in sources], config
+    return [open_dataset(source, config.options) for source in sources], config
 
 
 def assemble(
@@ -57,7 +57,7 @@ def assemble(
         ids=_integers([samples.ids[index] for samples, index in found]),
         labels=_integers([samples.labels[index] for samples, index in found]),
         latents=latents,
-        text=TextCondition.of([run.captions[i] for run, i in found]) if found[0][0].captions else None,
+        text=TextCondition.from_captions([run.captions[i] for run, i in found]) if found[0][0].captions else None,
     )
 
 

@@ -93,7 +93,7 @@ def empty_caption(how: TextEncoding) -> TextCondition:
     except ValueError as error:
         raise DataError(f"{where} is not base64 ({error}): {_REMEDY}") from None
     text = unpack_text(content, 1, how.width, how.pooled_width, STORED_DTYPES[how.dtype].torch, where)
-    return TextCondition.of([(text.tokens, text.pooled[0])])
+    return TextCondition.from_captions([(text.tokens, text.pooled[0])])
 
 
 _REMEDY = "copy the shards and their manifest again from where they came from, or encode the data again"

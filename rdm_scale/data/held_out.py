@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rdm_scale.batch import LatentBatch
 from rdm_scale.config import DataConfig
-from rdm_scale.data.assembly import Sources, assemble, check_ranks, open_sets
+from rdm_scale.data.assembly import Sources, assemble, check_ranks, open_datasets
 from rdm_scale.data.manifest import Manifest
 from rdm_scale.data.order import Run
 from rdm_scale.data.reader import (
@@ -52,15 +52,22 @@ class HeldOut:
         check_ranks(dp_rank, dp_size)
         if samples < 1 or batch_size < 1:
             raise ConfigError(f"a held-out set of {samples} samples in batches of {batch_size}: use at least 1")
-        self.sets, config = open_sets(sources, config)
-        for reason in (reason for one in self.sets for reason in one.damaged.values()):
+        self.datasets, config = open_datasets(sources, config)
+        for reason in (reason for one in self.datasets for reason in one.damaged.values()):
             raise reason  # validation losses can be compared only when they are of the same samples
         self.batch_size, self.dp_rank, self.dp_size = batch_size, dp_rank, dp_size
         self._groups = self._choose(samples)
         self.samples = sum(len(places) for _, places in self._groups)
-        largest = max(member.bytes for one in self.sets for shard in one.manifest.shards for member in shard.members)
+        largest = max(
+            member.bytes for one in self.datasets for shard in one.manifest.shards for member in shard.members
+        )
         self._reader = RunReader(
-            self.sets, streams=1, largest=largest, workers=config.workers, cache=open_cache(config), captions=captions
+            self.datasets,
+            streams=1,
+            largest=largest,
+            workers=config.workers,
+            cache=open_cache(config),
+            captions=captions,
         )
 
     def __len__(self) -> int:
@@ -78,7 +85,7 @@ class HeldOut:
                     members = self._reader.get(runs)
                 except UnreadableError as failed:
                     raise failed.reason from None
-                positions, manifest = [first_position + index for index in present], self.sets[which].manifest
+                positions, manifest = [first_position + index for index in present], self.datasets[which].manifest
                 found = list(zip(members, samples, strict=True))
                 shape = manifest.shape_of(manifest.shards[runs[0].shard])
                 batch = assemble(next(numbers), positions, found, shape, manifest, 0, "held-out posterior")
@@ -90,9 +97,9 @@ class HeldOut:
 
     def _choose(self, samples: int) -> list[tuple[int, list[tuple[Run, int]]]]:
         """The places of each set and shape."""
-        total = sum(one.weight for one in self.sets)
+        total = sum(one.weight for one in self.datasets)
         groups = []
-        for s, one in enumerate(self.sets):
+        for s, one in enumerate(self.datasets):
             manifest = one.manifest
             of_set = min(max(1, round(samples * one.weight / total)), manifest.samples)
             for shards in manifest.buckets.values():

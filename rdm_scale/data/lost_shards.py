@@ -27,7 +27,7 @@ class LostShards:
         self._manifests, self._budget, self._seed = manifests, budget, seed
         self._lost: set[tuple[int, int]] = set()  # set, shard
         self._untold: list[str] = []
-        self.learn(known)
+        self.merge(known)
         self._untold.clear()
 
     def __len__(self) -> int:
@@ -44,7 +44,7 @@ class LostShards:
         named = ((self._manifests[s].digest, self._manifests[s].shards[shard].name) for s, shard in tuple(self._lost))
         return sorted(map(list, named))
 
-    def lose(self, which: int, shard: int, reason: DataError) -> None:
+    def mark_lost(self, which: int, shard: int, reason: DataError) -> None:
         """Takes a shard for lost. Raises `reason` where there is no budget for any, DataError where it is spent."""
         if self._budget == 0:
             raise reason
@@ -54,19 +54,19 @@ class LostShards:
         self._check_budget(reason)
         self._untold.append(f"lost {self._manifests[which].shards[shard].name}: {reason}")
 
-    def learn(self, known: Sequence[Sequence[str]]) -> None:
+    def merge(self, known: Sequence[Sequence[str]]) -> None:
         """Takes for lost what another rank, or an earlier run, has found to be lost. Raises DataError: too many."""
         names = {(digest, name) for digest, name in known}
         for s, manifest in enumerate(self._manifests) if names else ():
             self._lost |= {(s, i) for i, shard in enumerate(manifest.shards) if (manifest.digest, shard.name) in names}
         self._check_budget(DataError(f"unreadable are {', '.join(sorted(name for _, name in names))}"))
 
-    def news(self) -> list[str]:
+    def take_warnings(self) -> list[str]:
         """What this rank has lost since the last call, each with its reason."""
         untold, self._untold = self._untold, []
         return untold
 
-    def stand_in(self, run: Run) -> Run:
+    def substitute(self, run: Run) -> Run:
         """The run itself where its shard is whole; where it is lost, one of another shard, perhaps of other size."""
         if (run.set, run.shard) not in self._lost:
             return run

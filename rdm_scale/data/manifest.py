@@ -18,7 +18,7 @@ from rdm_scale.errors import DataError
 from rdm_scale.moved import moved_names
 from rdm_scale.storage.location import Location
 
-NAME = "manifest.json"
+MANIFEST_NAME = "manifest.json"
 _MAX_BYTES = 2**30  # a manifest from elsewhere is untrusted; this one would describe about 10 million members
 
 Shape = tuple[int, int, int, int]  # C, T, H, W
@@ -28,7 +28,7 @@ class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class Member(_Record):
+class TarMember(_Record):
     """One safetensors file inside a tar: `samples` samples, `bytes` long, starting at byte `offset` of the tar."""
 
     name: str
@@ -38,13 +38,13 @@ class Member(_Record):
     xxh3: str = Field(pattern=r"^[0-9a-f]{16}$", description="xxh3_64 of the member's bytes, in hexadecimal")
 
 
-class Tar(_Record):
+class TarIndex(_Record):
     """A tar beside the manifest: its members in order, none overlapping another."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="file name beside the manifest")
     bytes: int = Field(ge=1)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    members: tuple[Member, ...] = Field(min_length=1)
+    members: tuple[TarMember, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
     def _check_members(self) -> Self:
@@ -56,12 +56,12 @@ class Tar(_Record):
         return self
 
 
-class Shard(Tar):
+class Shard(TarIndex):
     """Latents of one shape and, where the set has captions, the side-car with those of the same samples."""
 
     samples: int = Field(ge=1)
     shape: Shape | None = Field(None, description="[C, T, H, W] where it is not that of the set")
-    text: Tar | None = None
+    text: TarIndex | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -87,14 +87,14 @@ class TextEncoding(_Record):
     empty: str = Field(description="a text member (safetensors, base64) with the empty caption alone")
 
 
-class Statistics(_Record):
+class ChannelStatistics(_Record):
     """Of the raw latents of all samples, for each channel, over positions and (for moments) the posterior."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
 
-class Header(_Record):
+class ManifestHeader(_Record):
     """What holds for every latent of a set."""
 
     format: Literal["rdm_scale.latents"] = "rdm_scale.latents"
@@ -127,13 +127,13 @@ class Header(_Record):
         return math.prod(self.stored_shape(shape)) * STORED_DTYPES[self.dtype].bytes
 
 
-class Manifest(Header):
+class Manifest(ManifestHeader):
     """All that a reader needs to know of a folder of latent shards."""
 
     job: str = Field("", description="what encoded it: a hash of its inputs and settings")
     samples: int = Field(ge=1)
     rejected: int = Field(0, ge=0, description="inputs that could not be encoded: see rejected.jsonl")
-    statistics: Statistics | None = None
+    statistics: ChannelStatistics | None = None
     shards: tuple[Shard, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -188,7 +188,7 @@ def read_manifest(url: str, options: dict[str, Any] | None = None) -> tuple[Mani
     """
     location = Location(url, options)
     if not re.search(r"\.json$", location.name):
-        location = location / NAME
+        location = location / MANIFEST_NAME
     try:
         if location.size() > _MAX_BYTES:
             raise DataError(f"{location} is larger than a manifest can be ({location.size()} bytes)")

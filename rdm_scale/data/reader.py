@@ -19,7 +19,7 @@ from rdm_scale.codecs.record import CodecRecord
 from rdm_scale.config import DataConfig, DataSource
 from rdm_scale.data.buffer_pool import MEMORY, as_bytes
 from rdm_scale.data.captions import unpack_text
-from rdm_scale.data.manifest import Manifest, Tar, read_manifest
+from rdm_scale.data.manifest import Manifest, TarIndex, read_manifest
 from rdm_scale.data.order import Run
 from rdm_scale.data.shards import pack_samples, read_run, span, unpack_samples
 from rdm_scale.dtypes import STORED_DTYPES
@@ -32,7 +32,7 @@ _LARGE_BYTES = 2**16  # of a sample: to make a tensor of it costs nothing beside
 _BLOCK_BYTES = 2**20  # of small samples that are gathered and converted at a time
 
 
-class OpenSet(NamedTuple):
+class OpenDataset(NamedTuple):
     """A set of shards whose manifest has been read and whose files have been looked at."""
 
     manifest: Manifest
@@ -75,7 +75,7 @@ class UnreadableError(DataError):
         self.reason = reason
 
 
-def open_set(source: DataSource, options: dict[str, object] | None = None) -> OpenSet:
+def open_dataset(source: DataSource, options: dict[str, object] | None = None) -> OpenDataset:
     """A set, all of whose files have been looked at in one listing. Raises DataError: its manifest's fault."""
     manifest, folder = read_manifest(source.path, options)
     try:
@@ -87,10 +87,10 @@ def open_set(source: DataSource, options: dict[str, object] | None = None) -> Op
         for tar in (shard, shard.text):
             if tar is not None and (wrong := _wrong_size(folder / tar.name, tar, found.get(tar.name))):
                 damaged.setdefault(index, DataError(f"{wrong}: copy or encode the data again"))
-    return OpenSet(manifest, folder, found, damaged, source.weight)
+    return OpenDataset(manifest, folder, found, damaged, source.weight)
 
 
-def _wrong_size(place: Location, tar: Tar, found: Stat | None) -> str | None:
+def _wrong_size(place: Location, tar: TarIndex, found: Stat | None) -> str | None:
     if found is None:
         return f"{place} is missing, and the manifest lists it"
     if found.bytes != tar.bytes:
@@ -112,7 +112,7 @@ class RunReader:
 
     def __init__(
         self,
-        sets: Sequence[OpenSet],
+        sets: Sequence[OpenDataset],
         *,
         streams: int,
         largest: int,
@@ -120,7 +120,7 @@ class RunReader:
         cache: MemberCache | None,
         captions: bool = False,
     ) -> None:
-        self.sets, self.workers, self._captions = sets, workers, captions
+        self.datasets, self.workers, self._captions = sets, workers, captions
         if captions:
             tars = [(shard.bytes, shard.text) for one in sets for shard in one.manifest.shards]
             largest = int(largest * max(1 + text.bytes / size for size, text in tars if text))
@@ -193,7 +193,7 @@ class RunReader:
         return samples
 
     def _read(self, run: Run) -> Samples:
-        manifest, folder = self.sets[run.set][:2]
+        manifest, folder = self.datasets[run.set][:2]
         record = manifest.shards[run.shard]
         content, members = self._content(record, run)
         shape = manifest.stored_shape(manifest.shape_of(record))
@@ -215,7 +215,7 @@ class RunReader:
 
     def _read_captions(self, run: Run, ids: list[int]) -> list[Caption]:
         """Those of the samples of a run."""
-        manifest, folder = self.sets[run.set][:2]
+        manifest, folder = self.datasets[run.set][:2]
         tar, how = manifest.shards[run.shard].text, manifest.text
         assert tar is not None and how is not None
         captions: list[Caption] = []
@@ -229,9 +229,9 @@ class RunReader:
             captions += zip(text.tokens.split(text.offsets.diff().tolist()), text.pooled, strict=True)
         return captions
 
-    def _content(self, tar: Tar, run: Run) -> tuple[memoryview, list[memoryview]]:
+    def _content(self, tar: TarIndex, run: Run) -> tuple[memoryview, list[memoryview]]:
         """The bytes of a run of a tar, and those of each of its members."""
-        _, folder, found = self.sets[run.set][:3]
+        _, folder, found = self.datasets[run.set][:3]
         buffer = as_bytes(MEMORY.take(span(tar, run.first, run.end)))
         parts = tar.members[run.first : run.end]
         names = [f"{part.xxh3}-{part.bytes}" for part in parts]
@@ -259,7 +259,7 @@ class RunReader:
         return True
 
     def _size(self, run: Run) -> int:
-        shard = self.sets[run.set].manifest.shards[run.shard]
+        shard = self.datasets[run.set].manifest.shards[run.shard]
         text = span(shard.text, run.first, run.end) if self._captions and shard.text else 0
         return span(shard, run.first, run.end) + text
 

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from rdm_scale.codecs.record import CodecRecord
-from rdm_scale.data.manifest import NAME, Header, Manifest, Member, Shape, Shard, Tar
+from rdm_scale.data.manifest import MANIFEST_NAME, Manifest, ManifestHeader, Shape, Shard, TarIndex, TarMember
 from rdm_scale.dtypes import STORED_DTYPES
 from rdm_scale.errors import DataError
 from rdm_scale.storage.location import Location, Stat
@@ -63,13 +63,13 @@ class ShardWriter:
     ) -> None:
         self.folder = folder
         try:
-            taken = [name for name in folder.names() if name == NAME or re.fullmatch(r"shard-\d+\.tar", name)]
+            taken = [name for name in folder.names() if name == MANIFEST_NAME or re.fullmatch(r"shard-\d+\.tar", name)]
         except OSError as error:
             raise self._explained(error) from None
         if taken:
             raise DataError(f"{folder} already holds {taken[0]}: choose another folder, or remove what is in this one")
         try:
-            self._header = Header(kind=kind, dtype=dtype, shape=shape, codec=codec, class_names=class_names)
+            self._header = ManifestHeader(kind=kind, dtype=dtype, shape=shape, codec=codec, class_names=class_names)
         except ValidationError as error:
             raise DataError(f"{folder} cannot hold such latents: {error.errors()[0]['msg']}") from None
         self._samples_per_member, self._members_per_shard = samples_per_member, members_per_shard
@@ -116,7 +116,7 @@ class ShardWriter:
             if self._pending_samples():
                 self._write_shard(self._pending_samples())
             manifest = Manifest(**dict(self._header), samples=len(self._ids), shards=tuple(self._shards))
-            (self.folder / NAME).write(manifest.to_json())
+            (self.folder / MANIFEST_NAME).write(manifest.to_json())
         except BaseException as error:
             self.discard()
             raise self._explained(error) from None
@@ -182,7 +182,7 @@ def pack_samples(latents: Tensor, ids: Tensor, labels: Tensor) -> bytes:
     return safetensors.torch.save({"latents": latents.contiguous(), "ids": ids.clone(), "labels": labels.clone()})
 
 
-def write_tar(folder: Location, name: str, members: Sequence[Packed]) -> Tar:
+def write_tar(folder: Location, name: str, members: Sequence[Packed]) -> TarIndex:
     """Writes the members as one tar, whole or not at all, with no trace of when or by whom it was made. OSError."""
     buffer, offsets = io.BytesIO(), []
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
@@ -195,13 +195,15 @@ def write_tar(folder: Location, name: str, members: Sequence[Packed]) -> Tar:
     folder.make_dir()
     (folder / name).write(content)
     records = (
-        Member(name=n, offset=o, bytes=len(c), samples=k, xxh3=xxhash.xxh3_64_hexdigest(c))
+        TarMember(name=n, offset=o, bytes=len(c), samples=k, xxh3=xxhash.xxh3_64_hexdigest(c))
         for (n, k, c), o in zip(members, offsets, strict=True)
     )
-    return Tar(name=name, bytes=len(content), sha256=hashlib.sha256(content).hexdigest(), members=tuple(records))
+    return TarIndex(name=name, bytes=len(content), sha256=hashlib.sha256(content).hexdigest(), members=tuple(records))
 
 
-def check_samples(header: Header, shape: Shape, latents: Tensor, ids: Tensor, labels: Tensor, folder: Location) -> None:
+def check_samples(
+    header: ManifestHeader, shape: Shape, latents: Tensor, ids: Tensor, labels: Tensor, folder: Location
+) -> None:
     """Raises DataError unless `folder` can take these samples: shape, dtype, finite values, ids and labels."""
     dtype, stored = STORED_DTYPES[header.dtype].torch, header.stored_shape(shape)
     if latents.dtype != dtype or latents.ndim != 5 or latents.shape[1:] != stored:
@@ -243,7 +245,7 @@ def read_member(folder: Location, manifest: Manifest, shard: int, member: int) -
     return unpack_samples(read_bytes(folder, record, member), folder, manifest, shard, member)
 
 
-def read_bytes(folder: Location, tar: Tar, member: int, opened: Stat | None = None) -> bytes:
+def read_bytes(folder: Location, tar: TarIndex, member: int, opened: Stat | None = None) -> bytes:
     """The member of a tar as it was written. Arguments and errors are those of `read_run`."""
     content = bytearray(tar.members[member].bytes)
     read_run(folder, tar, member, member + 1, memoryview(content), opened)
@@ -251,7 +253,7 @@ def read_bytes(folder: Location, tar: Tar, member: int, opened: Stat | None = No
 
 
 def read_run(
-    folder: Location, tar: Tar, first: int, end: int, buffer: memoryview, opened: Stat | None = None
+    folder: Location, tar: TarIndex, first: int, end: int, buffer: memoryview, opened: Stat | None = None
 ) -> list[memoryview]:
     """Members `first` .. `end` - 1 of a tar as they were written, by one request; each is a part of the buffer.
 
@@ -279,14 +281,14 @@ def read_run(
     return contents
 
 
-def span(tar: Tar, first: int, end: int) -> int:
+def span(tar: TarIndex, first: int, end: int) -> int:
     """Bytes from the beginning of a member to the end of another, member `end` - 1."""
     last = tar.members[end - 1]
     return last.offset + last.bytes - tar.members[first].offset
 
 
 def _not_as_written(
-    place: Location, tar: Tar, member: int, checksum: str | None, opened: Stat | None, found: Stat
+    place: Location, tar: TarIndex, member: int, checksum: str | None, opened: Stat | None, found: Stat
 ) -> DataError:
     """checksum: of what was found, None where the file ended before the end of the member."""
     part = tar.members[member]
@@ -322,11 +324,11 @@ def unpack_samples(content: bytes, folder: Location, manifest: Manifest, shard: 
 _REMEDY = "copy the shards and their manifest again from where they came from, or encode the data again"
 
 
-def _describe(place: Location, part: Member, member: int) -> str:
+def _describe(place: Location, part: TarMember, member: int) -> str:
     return f"member {part.name} ({member}, bytes {part.offset} to {part.offset + part.bytes}) of {place}"
 
 
-def _check_member(tensors: dict[str, Tensor], header: Header, shape: Shape, samples: int, where: str) -> None:
+def _check_member(tensors: dict[str, Tensor], header: ManifestHeader, shape: Shape, samples: int, where: str) -> None:
     expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         "latents": ((samples, *header.stored_shape(shape)), STORED_DTYPES[header.dtype].torch),
         "ids": ((samples,), torch.int64),

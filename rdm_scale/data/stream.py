@@ -9,7 +9,7 @@ from rdm_scale import rng
 from rdm_scale.batch import LatentBatch
 from rdm_scale.config import DataConfig
 from rdm_scale.data import mixing
-from rdm_scale.data.assembly import Sources, assemble, check_ranks, open_sets
+from rdm_scale.data.assembly import Sources, assemble, check_ranks, open_datasets
 from rdm_scale.data.lost_shards import LostShards
 from rdm_scale.data.order import RUN_BYTES, GlobalOrder, Piece
 from rdm_scale.data.reader import (
@@ -72,10 +72,10 @@ class LatentStream:
                 f"train.global_batch_size={global_batch_size} cannot be shared by {dp_size} data-parallel ranks: "
                 f"use a multiple of {dp_size}"
             )
-        self.sets, config = open_sets(sources, config)
+        self.datasets, config = open_datasets(sources, config)
         self.seed, self.dp_rank, self.dp_size, self.start_step = seed, dp_rank, dp_size, start_step
         self.global_batch_size = global_batch_size
-        lanes = sum(len(one.manifest.buckets) for one in self.sets)
+        lanes = sum(len(one.manifest.buckets) for one in self.datasets)
         run_bytes = min(RUN_BYTES, _RUNS_BYTES // (global_batch_size * lanes))
         self._lanes = [
             [
@@ -89,21 +89,21 @@ class LatentStream:
                 )
                 for b, of in enumerate(one.manifest.buckets.values())
             ]
-            for s, one in enumerate(self.sets)
+            for s, one in enumerate(self.datasets)
         ]
-        self._turns = mixing.weighted([one.weight for one in self.sets], seed)
+        self._turns = mixing.weighted([one.weight for one in self.datasets], seed)
         self._turns_within = [
             mixing.by_size([order.samples for order in orders], global_batch_size, rng.key(seed, "buckets", s))
             for s, orders in enumerate(self._lanes)
         ]
-        self.lost = LostShards([one.manifest for one in self.sets], config.lost_shards, seed, lost)
-        for s, one in enumerate(self.sets):
+        self.lost_shards = LostShards([one.manifest for one in self.datasets], config.lost_shards, seed, lost)
+        for s, one in enumerate(self.datasets):
             for shard, reason in one.damaged.items():
-                self.lost.lose(s, shard, reason)
+                self.lost_shards.mark_lost(s, shard, reason)
         streams = global_batch_size // dp_size * lanes  # of every lane a share is in use
         largest = max(order.largest_run for orders in self._lanes for order in orders)
         self._reader = RunReader(
-            self.sets,
+            self.datasets,
             streams=streams,
             largest=largest,
             workers=config.workers,
@@ -111,7 +111,7 @@ class LatentStream:
             captions=captions,
         )
         self._in_use: dict[tuple[int, int], dict[Piece, Samples]] = {}  # of each lane, by its step that was read last
-        self._losses = len(self.lost)  # when these were read
+        self._losses = len(self.lost_shards)  # when these were read
 
     def __iter__(self) -> Iterator[LatentBatch]:
         """Reads ahead; what is read ahead of its use does not depend on what was asked for before."""
@@ -141,26 +141,26 @@ class LatentStream:
     def _expect(self, planned: _Planned) -> None:
         in_use = self._in_use.get(planned.lane, {})
         ahead = [piece for piece in planned.pieces if piece not in in_use]
-        self._reader.expect(self.lost.stand_in(piece.run) for piece in ahead)
+        self._reader.expect(self.lost_shards.substitute(piece.run) for piece in ahead)
 
     def _read(self, planned: _Planned) -> LatentBatch:
         found = list(zip(self._found(planned), planned.nth, strict=True))
         which, bucket = planned.lane
-        manifest = self.sets[which].manifest
+        manifest = self.datasets[which].manifest
         shape = tuple(manifest.buckets)[bucket]
         return assemble(planned.step, planned.positions, found, shape, manifest, self.seed, "posterior")
 
     def _found(self, planned: _Planned) -> list[Samples]:
         """Of each sample what was read of its piece."""
         while True:
-            if len(self.lost) != self._losses:  # all ranks take what stands in from the same step on
+            if len(self.lost_shards) != self._losses:  # all ranks take what stands in from the same step on
                 self._in_use.clear()
-                self._losses = len(self.lost)
+                self._losses = len(self.lost_shards)
             try:
                 found = self._in_use[planned.lane] = self._opened(planned)
                 return [found[piece] for piece in planned.pieces]
             except UnreadableError as failed:
-                self.lost.lose(failed.set, failed.shard, failed.reason)
+                self.lost_shards.mark_lost(failed.set, failed.shard, failed.reason)
 
     def _opened(self, planned: _Planned) -> dict[Piece, Samples]:
         """The pieces of a step: most of them were in use before, others are read."""
@@ -169,8 +169,8 @@ class LatentStream:
         if not added:
             return before
         now = set(planned.pieces)
-        self._reader.release(self.lost.stand_in(piece.run) for piece in before if piece not in now)
-        read = self._reader.get([self.lost.stand_in(piece.run) for piece in added])
+        self._reader.release(self.lost_shards.substitute(piece.run) for piece in before if piece not in now)
+        read = self._reader.get([self.lost_shards.substitute(piece.run) for piece in added])
         kept = {piece: samples for piece, samples in before.items() if piece in now}
         return kept | {piece: run.take(piece.samples) for piece, run in zip(added, read, strict=True)}
 

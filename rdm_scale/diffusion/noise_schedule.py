@@ -57,7 +57,7 @@ class NoiseSchedule:
         self.xk_weights = (1 - previous) * (1 - betas).sqrt() / (1 - alphas_bar)
 
     @classmethod
-    def of(cls, config: DiffusionConfig) -> Self:
+    def from_config(cls, config: DiffusionConfig) -> Self:
         """The chain of `config`, which training uses. Raises ConfigError where its betas would reach 1."""
         betas = {"linear": linear_betas, "cosine": cosine_betas}[config.noise_schedule](config.num_timesteps)
         return cls((1 - betas).cumprod(0), torch.arange(config.num_timesteps))

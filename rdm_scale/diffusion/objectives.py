@@ -70,7 +70,7 @@ class DdpmObjective(Objective):
     """
 
     def __init__(self, config: DiffusionConfig, learned_variance: bool) -> None:
-        self.schedule = NoiseSchedule.of(config)
+        self.schedule = NoiseSchedule.from_config(config)
         self.learned_variance = learned_variance
 
     def draw_timestep(self, generator: torch.Generator) -> float:
@@ -96,7 +96,7 @@ class DdpmObjective(Objective):
         mean = chain.posterior_mean(chain.predicted_x0(x_t, noise, k), x_t, k)
         log_variance = chain.learned_log_variance(fraction, k)
         divergence = normal_kl(chain.posterior_mean(x0, x_t, k), chain.posterior_log_variance(k), mean, log_variance)
-        nats = torch.where((k == 0).view(-1, 1, 1, 1, 1), discretised_normal_nll(x0, mean, log_variance), divergence)
+        nats = torch.where((k == 0).view(-1, 1, 1, 1, 1), discretized_normal_nll(x0, mean, log_variance), divergence)
         return nats.flatten(1).mean(1) / math.log(2)
 
 
@@ -119,7 +119,7 @@ def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2
     return 0.5 * (ratio.exp() + (mean1 - mean2) ** 2 * (-log_variance2).exp() - 1 - ratio)
 
 
-def discretised_normal_nll(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
+def discretized_normal_nll(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
     """-log P(the bin of x) in nats under a normal whose axis is cut into the 256 levels of [-1, 1].
 
     Bins reach 1/255 to either side; the first and the last reach to infinity (Ho et al. 2020, eq. 13).

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rdm_scale import rng
-from rdm_scale.conditions import Condition, TextCondition, joined, repeated
+from rdm_scale.conditions import Condition, TextCondition, concatenate_conditions, repeat_caption
 from rdm_scale.config import DiffusionConfig
 from rdm_scale.diffusion.noise_schedule import NoiseSchedule
 from rdm_scale.diffusion.objectives import Objective, build_objective
@@ -80,7 +80,7 @@ def sample(
     condition = None if condition is None else condition.to(device)
     predict: Predict = partial(call, condition)
     if condition is not None and guidance != 1:
-        predict = _guided(call, joined(condition, _null(condition, null_condition)), guidance)
+        predict = _guided(call, concatenate_conditions(condition, _null(condition, null_condition)), guidance)
     draw_noise = _keyed_noise(shape, seed, first_index, device)
 
     for done, latents in enumerate(walk(predict, draw_noise, steps, diffusion), start=1):  # noqa: B007
@@ -94,7 +94,7 @@ def _ddpm(predict: Predict, draw_noise: DrawNoise, steps: int, diffusion: Diffus
 
     The variance is the posterior's ("fixed small"), or the learned one where the prediction holds one.
     """
-    chain, x = NoiseSchedule.of(diffusion).respaced(steps), draw_noise()
+    chain, x = NoiseSchedule.from_config(diffusion).respaced(steps), draw_noise()
     for k, t in _backwards(chain, x.device):
         noise, *fraction = predict(x, t).split(x.shape[1], dim=1)
         mean = chain.posterior_mean(chain.predicted_x0(x, noise, k), x, k)
@@ -105,7 +105,7 @@ def _ddpm(predict: Predict, draw_noise: DrawNoise, steps: int, diffusion: Diffus
 
 def _ddim(predict: Predict, draw_noise: DrawNoise, steps: int, diffusion: DiffusionConfig) -> Iterator[Tensor]:
     """The deterministic sampler of the same chain (Song et al. 2021, arXiv 2010.02502, eq. 12 with sigma = 0)."""
-    chain, x = NoiseSchedule.of(diffusion).respaced(steps), draw_noise()
+    chain, x = NoiseSchedule.from_config(diffusion).respaced(steps), draw_noise()
     for k, t in _backwards(chain, x.device):
         noise = predict(x, t)[:, : x.shape[1]]
         x = chain.previous(chain.predicted_x0(x, noise, k), noise, k)
@@ -203,7 +203,7 @@ def _null(condition: Tensor | TextCondition, null: Condition | int) -> Tensor | 
     """What stands for no condition, one for each sample."""
     if isinstance(condition, TextCondition):
         assert isinstance(null, TextCondition)
-        return repeated(null.to(condition.pooled.device), len(condition.pooled))
+        return repeat_caption(null.to(condition.pooled.device), len(condition.pooled))
     return torch.as_tensor(null, device=condition.device, dtype=condition.dtype).expand_as(condition)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rdm_scale import rng
 from rdm_scale.batch import LatentBatch, TrainingBatch
-from rdm_scale.conditions import TextCondition, replaced
+from rdm_scale.conditions import TextCondition, replace_captions
 from rdm_scale.errors import DataError
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def draw(
         condition = batch.labels.masked_fill(dropped() | (batch.labels < 0), num_classes)
     if empty_caption is not None:
         assert batch.text is not None, "the stream must read captions"
-        captions = replaced(batch.text, dropped(), empty_caption)
+        captions = replace_captions(batch.text, dropped(), empty_caption)
         text = {f"text_{name}": part for name, part in captions._asdict().items()}
     return TrainingBatch(
         step=batch.step,

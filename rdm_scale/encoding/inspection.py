@@ -13,8 +13,8 @@ from rdm_scale.codecs import LatentCodec, normalize
 from rdm_scale.codecs.codec import clamp_log_variance
 from rdm_scale.config import DataSource
 from rdm_scale.data.captions import unpack_text
-from rdm_scale.data.manifest import NAME, Manifest, Shape, Statistics, Tar, read_manifest
-from rdm_scale.data.reader import OpenSet, open_set
+from rdm_scale.data.manifest import MANIFEST_NAME, ChannelStatistics, Manifest, Shape, TarIndex, read_manifest
+from rdm_scale.data.reader import OpenDataset, open_dataset
 from rdm_scale.data.shards import read_member, unpack_samples
 from rdm_scale.dtypes import STORED_DTYPES
 from rdm_scale.errors import DataError
@@ -37,7 +37,7 @@ def verify(url: str, progress: Progress = lambda samples: None) -> tuple[Manifes
     Raises:
         DataError: there is no valid manifest.
     """
-    opened = open_set(DataSource(path=url))
+    opened = open_dataset(DataSource(path=url))
     ids: dict[str, Tensor] = {}  # of each member
     faults: list[str] = []
     for index, shard in enumerate(opened.manifest.shards):
@@ -49,7 +49,7 @@ def verify(url: str, progress: Progress = lambda samples: None) -> tuple[Manifes
     return opened.manifest, [*faults, *_repeated(ids)]
 
 
-def _verify_shard(opened: OpenSet, index: int, ids: dict[str, Tensor]) -> Iterator[str]:
+def _verify_shard(opened: OpenDataset, index: int, ids: dict[str, Tensor]) -> Iterator[str]:
     manifest, folder = opened.manifest, opened.folder
     shard = manifest.shards[index]
     contents: list[list[bytes | None]] = []  # of the members of the shard, and of its side-car
@@ -75,7 +75,7 @@ def _verify_shard(opened: OpenSet, index: int, ids: dict[str, Tensor]) -> Iterat
             yield f"{where} and the captions beside it are not of the same samples: encode the data again"
 
 
-def _read_tar(place: Location, tar: Tar) -> tuple[list[bytes | None], list[str]]:
+def _read_tar(place: Location, tar: TarIndex) -> tuple[list[bytes | None], list[str]]:
     """The members of a tar, None for those that are not what was written, and what is wrong with it."""
     try:
         content = place.read()
@@ -102,7 +102,7 @@ def _read_tar(place: Location, tar: Tar) -> tuple[list[bytes | None], list[str]]
     return members, faults
 
 
-def _caption_ids(content: bytes, manifest: Manifest, folder: Location, tar: Tar, number: int) -> Tensor:
+def _caption_ids(content: bytes, manifest: Manifest, folder: Location, tar: TarIndex, number: int) -> Tensor:
     member, text = tar.members[number], manifest.text
     assert text is not None
     where = f"member {member.name} of {folder / tar.name}"
@@ -147,9 +147,9 @@ def measure(url: str, progress: Progress = lambda samples: None) -> Manifest:
             progress(member.samples)
     mean = total / count
     std = (squares / count - mean.square()).clamp(min=0).sqrt()
-    statistics = Statistics(mean=tuple(mean.tolist()), std=tuple(std.tolist()))
+    statistics = ChannelStatistics(mean=tuple(mean.tolist()), std=tuple(std.tolist()))
     measured = manifest.model_copy(update={"statistics": statistics})
-    place = Location(url) if url.endswith(".json") else folder / NAME
+    place = Location(url) if url.endswith(".json") else folder / MANIFEST_NAME
     try:
         place.write(measured.to_json())
     except OSError as error:

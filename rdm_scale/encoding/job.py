@@ -21,7 +21,7 @@ import torch
 
 from rdm_scale.codecs import LatentCodec
 from rdm_scale.data.captions import pack_text
-from rdm_scale.data.manifest import NAME, Header, Manifest, TextEncoding, read_manifest
+from rdm_scale.data.manifest import MANIFEST_NAME, Manifest, ManifestHeader, TextEncoding, read_manifest
 from rdm_scale.dtypes import STORED_DTYPES
 from rdm_scale.encoding.inputs import MediaSet
 from rdm_scale.encoding.pixels import READERS, load, probe
@@ -37,7 +37,7 @@ _PLAN = "plan.json"
 _POLL_S = 0.5
 _PROBES_AT_ONCE = 4096
 _SHARD = re.compile(r"(shard|text)-\d+\.tar(\.partial-\d+)?")  # partial: what a process that is killed leaves behind
-_OTHERS = re.compile(rf"{re.escape(WORK)}|({NAME}|{REJECTED})(\.partial-\d+)?")
+_OTHERS = re.compile(rf"{re.escape(WORK)}|({MANIFEST_NAME}|{REJECTED})(\.partial-\d+)?")
 
 Progress = Callable[[str, int, int], object]
 
@@ -114,7 +114,7 @@ def _is_done(folder: Location, digest: str) -> bool:
     if folder.exists() and not folder.is_dir():
         raise DataError(f"the output {folder} is a file, not a folder")
     names = folder.names()
-    if NAME in names:
+    if MANIFEST_NAME in names:
         if not read_manifest(str(folder))[0].job.startswith(digest):
             raise DataError(
                 f"{folder} already holds encoded data, of other inputs or made with other settings: "
@@ -151,7 +151,8 @@ def encode(job: Job, ranks: Ranks = _ALONE, progress: Progress = lambda stage, d
             return None
         plan = make_plan(job.source, job.settings, agreed.probes)
         watch = _Watch(plan, Records(job.work, plan, job.source), progress)
-        if ranks.rank and NAME in job.folder.names():  # all is done, and records that were not seen may be gone
+        if ranks.rank and MANIFEST_NAME in job.folder.names():
+            # The data set is complete, so records that this rank has not seen may have been removed.
             return None
         mine = [shard for index, shard in enumerate(plan.shards) if index % ranks.size == ranks.rank]
         worker = Worker(job.source, job.settings, job.codec, job.text, job.folders.__getitem__)
@@ -219,7 +220,7 @@ def _agree(job: Job, ranks: Ranks, progress: Progress) -> _Agreed | None:
         try:
             return _read_plan(job.folder, job.digest)
         except FileNotFoundError:
-            if NAME in job.folder.names():  # the other ranks have finished before this one has begun
+            if MANIFEST_NAME in job.folder.names():  # the other ranks have finished before this one has begun
                 return None
             time.sleep(_POLL_S)
 
@@ -305,7 +306,7 @@ def _finish(job: Job, plan: Plan, kept: Records) -> Encoded:
     manifests = {side: _manifest(job, records, side, len(rejected)) for side in job.folders}
     for side in reversed(SIDES):  # that of the training set last: with it all is done
         if side in manifests:
-            (job.folders[side] / NAME).write(manifests[side].to_json())
+            (job.folders[side] / MANIFEST_NAME).write(manifests[side].to_json())
     job.work.remove()
     trained = [record for shard, record in records.items() if shard.side == "train"]
     count = max(1, sum(record.count for record in trained))
@@ -358,7 +359,7 @@ def _manifest(job: Job, records: dict[PlannedShard, Record], side: str, rejected
         raise DataError(f"none of the inputs of the {side} side could be encoded: see {job.folder / REJECTED}")
     shape = shards[0].shape
     assert shape is not None
-    header = Header(
+    header = ManifestHeader(
         kind=job.settings.kind,
         dtype=job.settings.dtype,
         shape=shape,

@@ -15,7 +15,7 @@ from torch import Tensor
 from rdm_scale.codecs import LatentCodec, normalize
 from rdm_scale.codecs.record import CodecRecord
 from rdm_scale.data.captions import pack_text
-from rdm_scale.data.manifest import Shard, Tar
+from rdm_scale.data.manifest import Shard, TarIndex
 from rdm_scale.data.shards import Packed, pack_samples, sample_id, write_tar
 from rdm_scale.dtypes import STORED_DTYPES
 from rdm_scale.encoding.inputs import MediaSet
@@ -225,7 +225,7 @@ class Worker:
                 content = pack_text(self.text.encode(captions[part]), ids[part], STORED_DTYPES[settings.dtype].torch)
                 texts.append(Packed(name, len(ids[part]), content))
         # The side-car first: beside a shard that is there, its captions are.
-        side_car: Tar | None = write_tar(folder, f"text-{planned.number:06d}.tar", texts) if texts else None
+        side_car: TarIndex | None = write_tar(folder, f"text-{planned.number:06d}.tar", texts) if texts else None
         tar = write_tar(folder, f"shard-{planned.number:06d}.tar", members)
         shape = self.codec.latent_shape(*planned.bucket)
         return Shard(**dict(tar), samples=len(ids), shape=shape, text=side_car)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rdm_scale.conditions import TextCondition
-from rdm_scale.config import Among, ModelConfig
+from rdm_scale.config import AttentionScope, ModelConfig
 from rdm_scale.models.embeddings import rotated
 from rdm_scale.models.gates import ResidualGate
 from rdm_scale.models.layers import LayerFactory
@@ -60,7 +60,7 @@ class Attention(nn.Module):
     The rows of qkv are ordered (head, q/k/v, channel), so that a contiguous part of them holds whole heads.
     """
 
-    def __init__(self, config: ModelConfig, layers: LayerFactory, among: Among) -> None:
+    def __init__(self, config: ModelConfig, layers: LayerFactory, among: AttentionScope) -> None:
         super().__init__()
         self.among = among
         self.head_size = config.head_size
@@ -77,10 +77,10 @@ class Attention(nn.Module):
     def forward(self, x_SBD: Tensor, side: SideInputs) -> Tensor:
         qkv = self.qkv(x_SBD)
         S, B, width = qkv.shape  # width: of the heads that are here
-        frames = 1 if self.among == "all" else side.grid[0]
+        frames = 1 if self.among == "full" else side.grid[0]
         qkv = qkv.view(frames, S // frames, B * width // (3 * self.head_size), 3, self.head_size)
         # In each group of tokens that attend to each other: [group, sample and head, token, channel].
-        order = (1, 2, 0, 3) if self.among == "time" else (0, 2, 1, 3)
+        order = (1, 2, 0, 3) if self.among == "temporal" else (0, 2, 1, 3)
         q, k, v = qkv.unbind(3)
         if self.norm is not None:
             q, k = self.norm(q, k)
@@ -88,7 +88,7 @@ class Attention(nn.Module):
             rotation = side.rotation.view(2, frames, S // frames, 1, -1)
             q, k = rotated(q, rotation), rotated(k, rotation)
         heads = self.attend(*(x.permute(order) for x in (q, k, v)))
-        back = (2, 0, 1, 3) if self.among == "time" else (0, 2, 1, 3)
+        back = (2, 0, 1, 3) if self.among == "temporal" else (0, 2, 1, 3)
         return self.out(heads.permute(back).reshape(S, B, -1))
 
 
@@ -206,7 +206,7 @@ class Block(nn.Module):
         super().__init__()
         skips = config.skip_source(number) is not None
         self.skip = ResidualUnit(LongSkip(config, layers), ResidualGate(config)) if skips else None
-        attention = Attention(config, layers, config.attends_among(number))
+        attention = Attention(config, layers, config.attention_scope(number))
         self.attention = ResidualUnit(attention, ResidualGate(config))
         text = config.condition == "text"
         self.cross_attention = ResidualUnit(CrossAttention(config, layers), ResidualGate(config)) if text else None

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from rdm_scale import __version__
 from rdm_scale.config import ParallelConfig, RunConfig
-from rdm_scale.device import own_device
+from rdm_scale.device import local_device
 from rdm_scale.errors import ConfigError
 from rdm_scale.parallel import megatron_adapter as megatron
 from rdm_scale.parallel.failures import REPORTER
@@ -87,7 +87,7 @@ def build_mesh(config: ParallelConfig) -> Mesh:
 
     Needs the variables that torchrun and deepspeed set; without any, the process is a world of its own.
     """
-    device = own_device()
+    device = local_device()
     use_cuda = device.type == "cuda"
     _default_environment(use_cuda)
     if use_cuda:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rdm_scale.codecs import LatentCodec, codec_of
-from rdm_scale.conditions import TextCondition, taken
+from rdm_scale.conditions import TextCondition, select_conditions
 from rdm_scale.conditions import batch_size as batch_size_of
 from rdm_scale.config import RunConfig
 from rdm_scale.data.compatibility import DataFacts
@@ -79,7 +79,7 @@ def draw_pixels(
     """
     parts, samples = [], batch_size_of(condition)
     for first in range(0, samples, batch_size):
-        part = taken(condition, slice(first, first + batch_size))
+        part = select_conditions(condition, slice(first, first + batch_size))
         latents = draw_latents(model, config, part, seed, empty_caption=empty_caption, first_index=first)
         parts.append(codec.decode(latents).cpu())
         if progress is not None:

@@ -109,7 +109,7 @@ class Trainer:
     def _update(self, batch: TrainingBatch, waited_s: float, began: float) -> tuple[dict[str, Any], bool]:
         micro_batches = batch.split(self.config.train.micro_batch_size or len(batch))
         loss_B = self.model.accumulate(micro_batches, self.model_inputs, self.loss_of).double()
-        news = self.stream.lost.news() if self.stream else []
+        news = self.stream.lost_shards.take_warnings() if self.stream else []
         total, stop, waited_s, lost, saving = self.mesh.all_reduce_sum(
             [
                 loss_B.sum().item(),
@@ -147,7 +147,7 @@ class Trainer:
             record |= {"save_stall_s": self.saver.stall_s, "failed_saves": self.saver.failures}
             self.saver.stall_s = None
         if self.stream and self.config.data.lost_shards:
-            record |= {"lost_shards": len(self.stream.lost), "lost_samples": self.stream.lost.samples}
+            record |= {"lost_shards": len(self.stream.lost_shards), "lost_samples": self.stream.lost_shards.samples}
         return record, stop > 0
 
     def model_inputs(self, batch: TrainingBatch) -> tuple[Tensor, Tensor, Condition]:
@@ -181,7 +181,7 @@ class Trainer:
             "codec": self.facts.codec.model_dump(mode="json"),
             "class_names": list(self.facts.class_names),
             "text": None if self.facts.text is None else self.facts.text.model_dump(mode="json"),
-            "lost_shards": self.stream.lost.known if self.stream else [],
+            "lost_shards": self.stream.lost_shards.known if self.stream else [],
             "layout": {
                 "tensor": self.mesh.tensor_size,
                 "pipeline": self.mesh.pipeline_size,
@@ -227,11 +227,11 @@ class Trainer:
 
     def _share_losses(self, news: list[str]) -> None:
         """Lets every rank know which shards are lost, and tells the user."""
-        everyone = self.mesh.all_gather_object((news, self.stream.lost.known if self.stream else []))
+        everyone = self.mesh.all_gather_object((news, self.stream.lost_shards.known if self.stream else []))
         for line in (line for told, _ in everyone for line in told):
             self.monitor.say(f"warning: {line}")
         if self.stream:
-            self.stream.lost.learn([shard for _, known in everyone for shard in known])
+            self.stream.lost_shards.merge([shard for _, known in everyone for shard in known])
 
     def _observe(self, record: dict[str, Any]) -> None:
         """What is looked at after a step: validation loss and samples, each in its own rhythm."""

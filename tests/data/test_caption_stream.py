@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rdm_scale.batch import TrainingBatch
-from rdm_scale.conditions import TextCondition, joined, replaced
+from rdm_scale.conditions import TextCondition, concatenate_conditions, replace_captions
 from rdm_scale.config import DiffusionConfig
 from rdm_scale.data.captions import empty_caption
 from rdm_scale.data.compatibility import check_data
@@ -88,11 +88,11 @@ def test_dropped_captions_become_the_empty_one(captioned: str) -> None:
 
 
 def test_conditions_of_different_lengths_are_joined() -> None:
-    one, two = (TextCondition.of([(torch.full((n, 2), float(n)), torch.zeros(3))]) for n in (1, 3))
-    both = joined(one, two)
+    one, two = (TextCondition.from_captions([(torch.full((n, 2), float(n)), torch.zeros(3))]) for n in (1, 3))
+    both = concatenate_conditions(one, two)
     assert both.mask.tolist() == [[True, False, False], [True, True, True]]
     assert both.tokens[:, :, 0].tolist() == [[1, 0, 0], [3, 3, 3]]
-    assert replaced(two, torch.tensor([True]), one).mask.tolist() == [[True, False, False]]
+    assert replace_captions(two, torch.tensor([True]), one).mask.tolist() == [[True, False, False]]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from rdm_scale.data.manifest import NAME, read_manifest
+from rdm_scale.data.manifest import MANIFEST_NAME, read_manifest
 from rdm_scale.errors import DataError, RdmError
 from rdm_scale.storage.location import Location
 from tests.support.latent_sets import WriteSet
@@ -15,7 +15,7 @@ from tests.support.latent_sets import WriteSet
 def test_it_is_read_from_the_file_or_its_folder(write_set: WriteSet, memory: Location) -> None:
     for place in (None, memory):
         latents = write_set(10, place=place)
-        for url in (latents.url, latents.url + "/", f"{latents.url}/{NAME}"):
+        for url in (latents.url, latents.url + "/", f"{latents.url}/{MANIFEST_NAME}"):
             manifest, folder = read_manifest(url)
             assert manifest == latents.manifest and str(folder) == latents.url
 
@@ -23,7 +23,7 @@ def test_it_is_read_from_the_file_or_its_folder(write_set: WriteSet, memory: Loc
 def test_the_digest_is_the_identity_of_the_data(write_set: WriteSet) -> None:
     one, again, other = write_set(10), write_set(10), write_set(11)
     assert one.manifest.digest == again.manifest.digest != other.manifest.digest
-    place = one.folder / NAME
+    place = one.folder / MANIFEST_NAME
     place.write(json.dumps(json.loads(place.read())).encode())  # other white space, the same data
     assert read_manifest(one.url)[0].digest == one.manifest.digest
 
@@ -75,7 +75,7 @@ def alter(tree: Any, path: str, value: Any) -> None:
 )
 def test_a_manifest_that_does_not_add_up_is_refused(write_set: WriteSet, path: str, value: Any, message: str) -> None:
     latents = write_set(10, members_per_shard=2)
-    place = latents.folder / NAME
+    place = latents.folder / MANIFEST_NAME
     tree = json.loads(place.read())
     alter(tree, path, value)
     place.write(json.dumps(tree).encode())
@@ -86,6 +86,6 @@ def test_a_manifest_that_does_not_add_up_is_refused(write_set: WriteSet, path: s
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff\xfe", b"[" * 100_000, b'{"samples": NaN}'])
 def test_what_is_no_manifest_is_refused(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / NAME).write_bytes(content)
+    (tmp_path / MANIFEST_NAME).write_bytes(content)
     with pytest.raises(DataError, match="not a valid manifest"):
         read_manifest(str(tmp_path))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rdm_scale.codecs.record import CodecRecord
-from rdm_scale.data.manifest import Manifest, Member, Shard
+from rdm_scale.data.manifest import Manifest, Shard, TarMember
 from rdm_scale.data.order import GlobalOrder, Place, Run, permutation
 
 # (samples of each member, by shard; C): even; uneven; C does not divide N; C > N; one sample; one stream; ...
@@ -28,7 +28,7 @@ def manifest_of(counts: list[list[int]]) -> Manifest:
 
     def shard(number: int, samples: list[int]) -> Shard:
         members = tuple(
-            Member(name=f"{m}", offset=1024 * m + 512, bytes=512, samples=n, xxh3="0" * 16)
+            TarMember(name=f"{m}", offset=1024 * m + 512, bytes=512, samples=n, xxh3="0" * 16)
             for m, n in enumerate(samples)
         )
         size, name = 1024 * (len(samples) + 1), f"shard-{number:06d}.tar"

@@ -6,7 +6,7 @@ import torch
 from rdm_scale.codecs.record import CodecRecord
 from rdm_scale.config import DataSource
 from rdm_scale.data.order import Run
-from rdm_scale.data.reader import RunReader, open_set, stack, stack_as_float
+from rdm_scale.data.reader import RunReader, open_dataset, stack, stack_as_float
 from rdm_scale.dtypes import STORED_DTYPES
 from rdm_scale.errors import DataError
 from rdm_scale.storage.location import Location
@@ -24,7 +24,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def reader_of(latents: LatentSet, streams: int = 1, workers: int = 1, largest: int = 1) -> RunReader:
     return RunReader(
-        [open_set(DataSource(path=latents.url))], streams=streams, largest=largest, workers=workers, cache=None
+        [open_dataset(DataSource(path=latents.url))], streams=streams, largest=largest, workers=workers, cache=None
     )
 
 

@@ -16,7 +16,7 @@ import xxhash
 from torch import Tensor
 
 from rdm_scale.codecs.record import CodecRecord
-from rdm_scale.data.manifest import NAME, Member, read_manifest
+from rdm_scale.data.manifest import MANIFEST_NAME, TarMember, read_manifest
 from rdm_scale.data.shards import ShardWriter, read_member, sample_id
 from rdm_scale.errors import DataError
 from rdm_scale.storage.location import Location
@@ -83,7 +83,7 @@ def test_what_was_written_is_read(write_set: WriteSet, memory: Location, kind: s
 def test_members_and_shards_are_filled_in_order(write_set: WriteSet) -> None:
     """29 samples in members of 4, 3 members a shard: 7 full members and one of 1, in 2 full shards and one of 2."""
     latents = write_set(29)
-    assert latents.folder.names() == [NAME, "shard-000000.tar", "shard-000001.tar", "shard-000002.tar"]
+    assert latents.folder.names() == [MANIFEST_NAME, "shard-000000.tar", "shard-000001.tar", "shard-000002.tar"]
     assert [[m.samples for m in shard.members] for shard in latents.manifest.shards] == [[4, 4, 4], [4, 4, 4], [4, 1]]
     names = [member.name for shard in latents.manifest.shards for member in shard.members]
     assert names == [f"{i:08d}.safetensors" for i in range(8)]
@@ -188,7 +188,7 @@ def test_an_impossible_set_is_refused_before_anything_is_encoded(
         writer_in(Location(tmp_path), **changes)
 
 
-@pytest.mark.parametrize("name", [NAME, "shard-000007.tar"])
+@pytest.mark.parametrize("name", [MANIFEST_NAME, "shard-000007.tar"])
 def test_a_folder_in_use_is_refused_and_left_alone(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"x")
     with pytest.raises(DataError, match=f"already holds {name}: choose another folder"):
@@ -232,7 +232,7 @@ def flip(content: bytes, at: int) -> bytes:
     return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
 
 
-def end_of(member: Member) -> int:
+def end_of(member: TarMember) -> int:
     return member.offset + member.bytes
 
 
@@ -315,10 +315,10 @@ def test_a_forged_member_with_a_good_checksum_is_refused(write_set: WriteSet, co
     shard = place.read()
     content = content.ljust(4 * latents.manifest.sample_bytes(latents.manifest.shape), b" ")
     place.write(shard[: member.offset] + content + shard[member.offset + len(content) :])
-    tree = json.loads((latents.folder / NAME).read())
+    tree = json.loads((latents.folder / MANIFEST_NAME).read())
     checksum = xxhash.xxh3_64(content).hexdigest()
     tree["shards"][0]["members"][0] |= {"bytes": len(content), "xxh3": checksum}
-    (latents.folder / NAME).write(json.dumps(tree).encode())
+    (latents.folder / MANIFEST_NAME).write(json.dumps(tree).encode())
     manifest, folder = read_manifest(latents.url)
     with pytest.raises(DataError, match=message):
         read_member(folder, manifest, 0, 0)

@@ -15,7 +15,7 @@ from rdm_scale.config import DataConfig
 from rdm_scale.data import LatentStream
 from rdm_scale.data.assembly import posterior_sample
 from rdm_scale.data.held_out import HeldOut
-from rdm_scale.data.manifest import NAME
+from rdm_scale.data.manifest import MANIFEST_NAME
 from rdm_scale.errors import ConfigError, DataError
 from rdm_scale.storage.location import Location
 from tests.support.latent_sets import LatentSet, WriteSet
@@ -81,7 +81,7 @@ def test_a_loss_that_another_rank_has_found_counts_from_the_next_step_on(write_s
     batches = iter(stream)
     shard = int(next(batches).ids[0] - 1000) // 12  # of three members of four samples
     lost = [[latents.manifest.digest, latents.manifest.shards[shard].name]]
-    stream.lost.learn(lost)
+    stream.lost_shards.merge(lost)
     knowing = LatentStream(latents.url, global_batch_size=4, seed=5, config=config, start_step=1, lost=lost)
     for one, other in zip(islice(batches, 30), knowing, strict=False):
         assert_equal(one, other)
@@ -197,7 +197,7 @@ def test_a_flipped_byte_is_found_when_its_member_is_read(write_set: WriteSet) ->
 def test_an_altered_manifest_does_not_hide_a_sample(write_set: WriteSet) -> None:
     """A manifest that adds up but moves a sample from one member to another."""
     latents = write_set(29, shape=(1, 1, 1, 1))
-    place = latents.folder / NAME
+    place = latents.folder / MANIFEST_NAME
     tree = json.loads(place.read())
     tree["shards"][0]["members"][0]["samples"] -= 1
     tree["shards"][0]["members"][1]["samples"] += 1

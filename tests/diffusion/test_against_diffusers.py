@@ -45,7 +45,7 @@ def close(mine: Tensor, theirs: Tensor) -> None:
 
 @pytest.mark.parametrize("schedule", DDPM)
 def test_noise_schedules(schedule: str) -> None:
-    chain = NoiseSchedule.of(DiffusionConfig(objective="ddpm", noise_schedule=schedule))
+    chain = NoiseSchedule.from_config(DiffusionConfig(objective="ddpm", noise_schedule=schedule))
     theirs = DDPMScheduler(1000, beta_schedule=DDPM[schedule])
     torch.testing.assert_close(chain.alphas_bar.float(), theirs.alphas_cumprod, rtol=2e-3, atol=1e-9)
 

@@ -11,7 +11,7 @@ from rdm_scale.errors import ConfigError
 
 
 def chain(**changes: object) -> NoiseSchedule:
-    return NoiseSchedule.of(DiffusionConfig(objective="ddpm", **changes))
+    return NoiseSchedule.from_config(DiffusionConfig(objective="ddpm", **changes))
 
 
 def steps(*k: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from rdm_scale import rng
 from rdm_scale.config import DiffusionConfig
 from rdm_scale.diffusion import Objective, build_objective
-from rdm_scale.diffusion.objectives import discretised_normal_nll, normal_kl
+from rdm_scale.diffusion.objectives import discretized_normal_nll, normal_kl
 from rdm_scale.errors import ConfigError
 
 SHAPE = (4, 3, 1, 4, 4)
@@ -88,10 +88,10 @@ def test_normal_kl_is_the_integral() -> None:
     assert normal_kl(mean1, log_variance1, mean1, log_variance1) == 0
 
 
-def test_discretised_nll_is_the_integral_over_the_bin() -> None:
+def test_discretized_nll_is_the_integral_over_the_bin() -> None:
     mean, log_variance = torch.tensor(0.13), torch.tensor(2 * math.log(0.02))
     x = torch.linspace(-1, 1, 256)
-    nll = discretised_normal_nll(x, mean, log_variance)
+    nll = discretized_normal_nll(x, mean, log_variance)
     near = (x - mean).abs() < 0.08
     for value, got in zip(x[near].double(), nll[near], strict=True):
         bin_ = torch.linspace(value - 1 / 255, value + 1 / 255, 401, dtype=torch.float64)
@@ -104,14 +104,14 @@ def test_the_probabilities_of_all_bins_add_up_to_one() -> None:
     """With the ends open, wherever the mean lies."""
     x = torch.linspace(-1, 1, 256)
     for mean in (-1.4, -1.0, 0.0, 0.9, 1.3):
-        total = (-discretised_normal_nll(x, torch.tensor(mean), torch.tensor(2 * math.log(0.3)))).exp().sum()
+        total = (-discretized_normal_nll(x, torch.tensor(mean), torch.tensor(2 * math.log(0.3)))).exp().sum()
         assert total.item() == pytest.approx(1, abs=1e-5)
 
 
 def test_the_upper_tail_is_as_exact_as_the_lower() -> None:
     """Five standard deviations out, where 1 - P(below) has no digits left in float32."""
     x, mean, log_variance = torch.tensor([-0.8, 0.8]), torch.tensor(0.0), torch.tensor(2 * math.log(0.15))
-    lower, upper = discretised_normal_nll(x, mean, log_variance)
+    lower, upper = discretized_normal_nll(x, mean, log_variance)
     assert lower == upper
     tail = [0.5 * math.erfc((0.8 + s / 255) / 0.15 / math.sqrt(2)) for s in (-1, 1)]
     assert lower.item() == pytest.approx(-math.log(tail[0] - tail[1]), rel=1e-3)

@@ -10,7 +10,7 @@ import torch
 
 from rdm_scale.codecs import load_codec
 from rdm_scale.data.captions import EncodedText, pack_text
-from rdm_scale.data.manifest import Manifest, Statistics, TextEncoding, read_manifest
+from rdm_scale.data.manifest import ChannelStatistics, Manifest, TextEncoding, read_manifest
 from rdm_scale.data.shards import Packed, pack_samples, write_tar
 from rdm_scale.encoding.inspection import decoded, measure, verify
 from rdm_scale.encoding.job import encode
@@ -222,7 +222,9 @@ def test_statistics_of_moments_are_of_the_posterior(copy):
     mean, log_variance = read_all(copy)[1]["latents"].double().chunk(2, 1)
     noise = torch.randn(200, *mean.shape, generator=generator, dtype=torch.float64)
     drawn = (mean + (log_variance / 2).exp() * noise).flatten(0, 1).numpy()
-    assert measured.statistics == read_manifest(str(copy))[0].statistics and isinstance(measured.statistics, Statistics)
+    assert measured.statistics == read_manifest(str(copy))[0].statistics and isinstance(
+        measured.statistics, ChannelStatistics
+    )
     np.testing.assert_allclose(measured.statistics.mean, drawn.mean((0, 2, 3, 4)), atol=0.01)
     np.testing.assert_allclose(measured.statistics.std, drawn.std((0, 2, 3, 4)), rtol=0.01)
 

@@ -165,7 +165,7 @@ def test_rotary_models_take_other_sizes_and_tell_places_apart() -> None:
 
 def captions(model: DiffusionTransformer, lengths: tuple[int, ...]) -> TextCondition:
     text, generator = model.config.text, torch.Generator().manual_seed(3)
-    return TextCondition.of(
+    return TextCondition.from_captions(
         [(torch.randn(n, text.width, generator=generator), torch.randn(text.pooled_width)) for n in lengths]
     )
 
@@ -192,7 +192,7 @@ def test_a_caption_reaches_the_model_by_its_tokens_and_by_its_pooled_vector() ->
     assert model.config.branches == 6
     latents, t, text = torch.randn(B, 2, 3, 4, 8), torch.rand(B), captions(model, (4, 3))
     out = model(latents, t, text)
-    assert torch.allclose(model(latents, t, text.padded(9)), out, atol=1e-5)
+    assert torch.allclose(model(latents, t, text.pad_to(9)), out, atol=1e-5)
     others = text.tokens.clone()
     others[1, 3:] = 7.0  # behind the end of the second caption
     assert torch.allclose(model(latents, t, text._replace(tokens=others)), out, atol=1e-5)

@@ -61,8 +61,10 @@ def test_captions_are_drawn_for_in_batches_and_guided_from_the_empty_one() -> No
 
     config = CONFIG.model_copy(update={"model": CONFIG.model.model_copy(update={"condition": "text"})})
     points = (0.1, 0.2, 0.3)
-    captions = TextCondition.of([(torch.ones(n, 1), torch.tensor([p])) for n, p in enumerate(points, start=1)])
-    empty = TextCondition.of([(torch.ones(5, 1), torch.tensor([0.05]))])
+    captions = TextCondition.from_captions(
+        [(torch.ones(n, 1), torch.tensor([p])) for n, p in enumerate(points, start=1)]
+    )
+    empty = TextCondition.from_captions([(torch.ones(5, 1), torch.tensor([0.05]))])
     model, codec = to_the_pooled_value, load_codec("identity")
     pixels = draw_pixels(model, config, codec, captions, seed=0, batch_size=2, empty_caption=empty)
     assert pixels[:, 0, 0, 0, 0].tolist() == pytest.approx([0.05 + 3 * (p - 0.05) for p in points], abs=1e-5)

@@ -35,7 +35,7 @@ def posterior_means(x: Tensor, scale: Tensor, noise: Tensor) -> tuple[Tensor, Te
 
 def ideal(diffusion: DiffusionConfig) -> Model:
     """The best possible prediction, of velocity or noise."""
-    alphas_bar = NoiseSchedule.of(diffusion).alphas_bar if diffusion.objective == "ddpm" else torch.zeros(0)
+    alphas_bar = NoiseSchedule.from_config(diffusion).alphas_bar if diffusion.objective == "ddpm" else torch.zeros(0)
 
     def predict(x: Tensor, timesteps: Tensor, condition: Tensor | None) -> Tensor:
         if diffusion.objective == "flow":

@@ -11,7 +11,7 @@ import torch
 from rdm_scale.codecs.record import CodecRecord
 from rdm_scale.config import RunConfig, parse_config
 from rdm_scale.data.captions import EncodedText, pack_text
-from rdm_scale.data.manifest import Shard, Tar, TextEncoding, read_manifest
+from rdm_scale.data.manifest import Shard, TarIndex, TextEncoding, read_manifest
 from rdm_scale.data.shards import Packed, ShardWriter, read_bytes, write_tar
 from rdm_scale.storage.location import Location
 
@@ -56,7 +56,7 @@ def add_captions(manifest_path: str, width: int = 6, pooled_width: int = 5) -> N
         tokens = torch.randn(1 + key % 5, width, generator=generator)
         return EncodedText(tokens, torch.randn(pooled_width, generator=generator))
 
-    def side_car(shard: Shard) -> Tar:
+    def side_car(shard: Shard) -> TarIndex:
         packed = []
         for number, member in enumerate(shard.members):
             ids = safetensors.torch.load(read_bytes(folder, shard, number))["ids"]
