@@ -9,9 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
 from rdm_scale.errors import DataError, RdmError
+from rdm_scale.progress import track
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,7 +58,7 @@ def report(run: Path) -> str:
             f"{run / DEPTH} holds no profiles: give a run's directory, trained with monitor.depth_every > 0"
         )
     parts = []
-    for name in tqdm(profiles[-1], desc="drawing", unit="quantity", disable=None):
+    for name in track(profiles[-1], "drawing", "figure"):
         there = [(step, profile[name]) for step, profile in zip(steps, profiles, strict=True) if name in profile]
         explanation = EXPLAINED.get(name.rpartition(".")[2], "")
         picture = draw(name, [step for step, _ in there], as_array([values for _, values in there]))

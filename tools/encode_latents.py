@@ -20,9 +20,8 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from rdm_scale.errors import DataError, RdmError
+from rdm_scale.progress import ProgressReporter
 
 if TYPE_CHECKING:
     from rdm_scale.encoding.job import Job
@@ -31,7 +30,6 @@ HOLDOUT_SHARE = 0.1
 MAX_REJECTED = 0.01
 AT_ONCE = {"image": 64, "video": 8}  # samples in a batch and in a member
 PREVIEW_COLUMNS = 10
-FILE_INTERVAL_S = 10.0
 UNIT_STD = (0.5, 2.0)  # beyond these the noise levels of training do not fit the latents
 
 
@@ -145,28 +143,24 @@ def _held_share(text: str) -> float:
     return number
 
 
-class Bars:
-    """A progress bar for each stage, made when it begins: what an earlier call has done says nothing of the speed."""
+class StageProgress:
+    """Progress of the stages of encoding. A stage's rate counts from its first report: earlier calls did the rest."""
 
     def __init__(self, shown: bool, device: object) -> None:
-        self._bars: dict[str, Any] = {}
-        self._shown, self._names = shown, {"looking": "looking", "encoding": f"encoding ({device})"}
+        self._shown, self._titles = shown, {"looking": "looking", "encoding": f"encoding ({device})"}
+        self._stage: str | None = None
+        self._reporter: ProgressReporter | None = None
 
     def show(self, stage: str, done: int, total: int) -> None:
-        if stage not in self._bars:
+        if self._reporter is None or stage != self._stage:
             self.close()
-            self._bars[stage] = bar(self._names[stage], total, initial=done, disable=not self._shown)
-        self._bars[stage].update(max(0, done - self._bars[stage].n))
+            self._stage = stage
+            self._reporter = ProgressReporter(self._titles[stage], total, initial=done, shown=self._shown)
+        self._reporter.advance_to(done)
 
     def close(self) -> None:
-        for one in self._bars.values():
-            one.close()
-
-
-def bar(name: str, total: int, **options: Any) -> Any:
-    """In a file, which keeps all of it, a progress bar is written seldom."""
-    interval = 0.1 if sys.stderr.isatty() else FILE_INTERVAL_S
-    return tqdm(desc=name, total=total, unit="sample", mininterval=interval, maxinterval=2 * interval, **options)
+        if self._reporter is not None:
+            self._reporter.close()
 
 
 def encode(options: argparse.Namespace) -> None:
@@ -182,11 +176,11 @@ def encode(options: argparse.Namespace) -> None:
                 job.work.remove()
             print(f"{job.folder / MANIFEST_NAME}: complete already, nothing to do")
         return
-    bars = Bars(ranks.rank == 0, job.codec.device)
+    progress = StageProgress(ranks.rank == 0, job.codec.device)
     try:
-        encoded = run(job, ranks, bars.show)
+        encoded = run(job, ranks, progress.show)
     finally:
-        bars.close()
+        progress.close()
     if encoded is None:
         return
     for folder, manifest in zip(job.folders.values(), (encoded.train, encoded.holdout), strict=False):
@@ -308,7 +302,7 @@ def verify(options: argparse.Namespace) -> None:
     from rdm_scale.encoding.inspection import verify as check
 
     url = options.paths[0]
-    with bar("verifying", read_manifest(url)[0].samples) as progress:
+    with ProgressReporter("verifying", read_manifest(url)[0].samples) as progress:
         manifest, faults = check(url, progress.update)
     for fault in faults:
         print(fault)
@@ -324,7 +318,7 @@ def stats(options: argparse.Namespace) -> None:
     from rdm_scale.storage.location import Location
 
     url = options.paths[0]
-    with bar("measuring", read_manifest(url)[0].samples) as progress:
+    with ProgressReporter("measuring", read_manifest(url)[0].samples) as progress:
         manifest = measure(url, progress.update)
     figures = manifest.statistics
     assert figures is not None

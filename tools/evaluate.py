@@ -10,9 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
 from rdm_scale.errors import ConfigError, DataError, RdmError
+from rdm_scale.progress import ProgressReporter, track
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -93,7 +92,7 @@ def judge(options: argparse.Namespace) -> None:
             )
         prompts = encode_prompts(trained.text, options.prompt, options.text_encoder)
         condition, empty = select_conditions(prompts, labels), empty_caption(trained.text)
-    with tqdm(total=len(labels), unit="sample", desc="drawing") as bar:
+    with ProgressReporter("drawing", len(labels)) as progress:
         pixels = draw_pixels(
             trained.model,
             trained.config,
@@ -102,7 +101,7 @@ def judge(options: argparse.Namespace) -> None:
             options.seed,
             batch_size=options.batch_size,
             empty_caption=empty,
-            progress=lambda done, _: bar.update(done - bar.n),
+            progress=lambda done, _: progress.advance_to(done),
         )
     if options.picture:
         shown, fps = pixels[: options.rows * classes], options.fps or 8.0
@@ -139,7 +138,8 @@ def real_pixels(source: "MediaSet", frames: int, height: int, width: int, option
             )
 
     with ThreadPoolExecutor(READERS) as pool:
-        return torch.stack(list(pool.map(load, source.files)))
+        found = pool.map(load, source.files)
+        return torch.stack(list(track(found, f"reading {options.real}", source.kind, len(source.files))))
 
 
 if __name__ == "__main__":

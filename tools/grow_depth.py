@@ -7,10 +7,10 @@ changed; with --restart it begins at step 0. Any residual structure but plain ca
 
 import argparse
 import sys
-from typing import get_args
 
-from rdm_scale.checkpoint.convert.depth_growth import Placement
 from rdm_scale.errors import RdmError
+
+PLACEMENTS = ("interleaved", "appended", "stacked")  # those of depth_growth.Placement, without importing torch for it
 
 
 def main() -> None:
@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("--depth", type=int, required=True, help="number of blocks to grow to")
     parser.add_argument(
         "--placement",
-        choices=get_args(Placement),
+        choices=PLACEMENTS,
         default="interleaved",
         help="fresh blocks between the old ones or behind them (appended), or closed copies of the whole stack "
         "behind it (stacked; multiples of the old depth) (default: %(default)s)",

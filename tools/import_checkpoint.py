@@ -8,9 +8,8 @@ start from it: needed for a file, and useful always, since everything is then ch
 import argparse
 import sys
 
-from tqdm import tqdm
-
 from rdm_scale.errors import RdmError
+from rdm_scale.progress import ProgressReporter
 
 
 def main() -> None:
@@ -35,14 +34,14 @@ def import_checkpoint(options: argparse.Namespace) -> None:
 
     facts = check_data(config) if config else None
     published = open_published(options.source, config.model if config else None)
-    with tqdm(total=elements(published), unit="", unit_scale=True, desc="importing", leave=False) as bar:
+    with ProgressReporter("importing", elements(published), "parameter", scaled=True) as progress:
         folder = import_weights(
             published,
             Location(options.out),
             config,
             facts.codec if facts else None,
             facts.class_names if facts else (),
-            bar.update,
+            progress.update,
         )
     print(f"{elements(published):,} parameters are in {folder}; train from them with")
     print(f"  python -m rdm_scale.train {options.config or 'CONFIG'} checkpoint.resume={folder}")

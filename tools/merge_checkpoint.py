@@ -12,9 +12,8 @@ import json
 import math
 import sys
 
-from tqdm import tqdm
-
 from rdm_scale.errors import CheckpointError, ConfigError, RdmError
+from rdm_scale.progress import ProgressReporter
 
 
 def main() -> None:
@@ -62,11 +61,11 @@ def merge(options: argparse.Namespace) -> None:
     sources = [open_model(path, "weights" if options.weights == "raw" else "ema") for path in inputs]
     dtype = PRECISIONS[options.dtype].torch
     limit = int(options.max_file_gb * 1e9)
-    with tqdm(total=elements(sources), unit="", unit_scale=True, desc="writing", leave=False) as bar:
+    with ProgressReporter("writing", elements(sources), "parameter", scaled=True) as progress:
         if options.to:
-            export_diffusers(sources[0], out, dtype, limit, bar.update)
+            export_diffusers(sources[0], out, dtype, limit, progress.update)
         else:
-            merge(sources, out, dtype, limit, bar.update)
+            merge(sources, out, dtype, limit, progress.update)
     kind = {"ema": "averaged", "weights": "last"}[sources[0].weights]
     origin = f"the mean of {len(sources)} checkpoints" if options.average else f"step {sources[0].step}"
     print(f"the {kind} weights of {origin} are in {out}")
@@ -101,8 +100,8 @@ def verify(path: str, options: argparse.Namespace) -> None:
     folder = Location(path)
     if not (folder / "state.json").exists() and not (folder / "commit.json").exists():  # of a damaged one, say what
         folder = find_checkpoint(path)
-    with tqdm(unit="B", unit_scale=True, desc="verifying", leave=False) as bar:
-        problems = verify(folder, bar.update)
+    with ProgressReporter("verifying", unit="B", scaled=True) as progress:
+        problems = verify(folder, progress.update)
     if problems:
         raise CheckpointError("\n  ".join([f"{folder} has {len(problems)} damaged blocks:", *problems]))
     print(f"{folder} is whole: every checksum matches")

@@ -4,9 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from tqdm import tqdm
-
 from rdm_scale.errors import ConfigError, RdmError
+from rdm_scale.progress import ProgressReporter
 
 
 def main() -> None:
@@ -74,7 +73,7 @@ def draw(options: argparse.Namespace) -> None:
         prompts = encode_prompts(trained.text, options.prompt, options.text_encoder)
         condition = select_conditions(prompts, torch.arange(columns).repeat(options.rows))
     samples = columns * options.rows
-    with tqdm(total=samples, unit="sample", desc="drawing") as bar:
+    with ProgressReporter("drawing", samples) as progress:
         pixels = draw_pixels(
             trained.model,
             config,
@@ -83,7 +82,7 @@ def draw(options: argparse.Namespace) -> None:
             options.seed,
             batch_size=options.batch_size,
             empty_caption=empty,
-            progress=lambda done, _: bar.update(done - bar.n),
+            progress=lambda done, _: progress.advance_to(done),
         )
     files = write_grid(pixels, Location(options.output), columns, names, fps=options.fps)
     print(f"{samples} samples of step {trained.step} are in {' and '.join(map(str, files))}")

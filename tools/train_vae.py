@@ -19,10 +19,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
-from rdm_scale import rng
 from rdm_scale.errors import DataError, RdmError
+from rdm_scale.progress import ProgressReporter
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,6 +82,8 @@ def build_vae(size: int, width: int, seed: int) -> Any:
     import torch
     from diffusers import AutoencoderKL
 
+    from rdm_scale import rng
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.key(seed, "vae init"))
         return AutoencoderKL(
@@ -101,10 +101,12 @@ def train(vae: Any, images: "Sequence[MediaFile]", options: argparse.Namespace) 
     import torch
     import torch.nn.functional as F
 
+    from rdm_scale import rng
+
     optimizer = torch.optim.AdamW(vae.parameters(), lr=options.lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, options.steps, pct_start=0.1)
-    progress = tqdm(batches(images, options), total=options.steps, unit="step")
-    for step, pixels in enumerate(progress):
+    progress = ProgressReporter("training", options.steps, "step")
+    for step, pixels in enumerate(batches(images, options)):
         posterior = vae.encode(pixels).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=rng.generator(options.seed, "vae noise", step))
         restored = vae.decode(posterior.mean + posterior.std * noise).sample
@@ -115,13 +117,15 @@ def train(vae: Any, images: "Sequence[MediaFile]", options: argparse.Namespace) 
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        progress.set_postfix(mse=f"{mse.item():.5f}", kl=f"{kl.item():.3f}")
+        progress.update(mse=f"{mse.item():.5f}", kl=f"{kl.item():.3f}")
+    progress.close()
 
 
 def batches(images: "Sequence[MediaFile]", options: argparse.Namespace) -> "Iterator[Tensor]":
     """One batch [B, 3, size, size] a step; every epoch takes the images in another order, and tails carry over."""
     import torch
 
+    from rdm_scale import rng
     from rdm_scale.encoding.images import decode
 
     epoch = 0

@@ -96,7 +96,7 @@ def test_the_whole_command(digits, tmp_path, call):
     assert f"{out}/manifest.json: {train.samples} samples, latents [4, 1, 8, 8]" in result.stdout
     assert f"{held}/manifest.json: {validation.samples} samples" in result.stdout
     assert "standard deviation 1." in result.stdout or "standard deviation 0.9" in result.stdout
-    assert f"{COUNT}/{COUNT}" in result.stderr and "sample/s" in result.stderr  # progress
+    assert f"{COUNT}/{COUNT}" in result.stderr and "samples/s" in result.stderr  # progress
     assert result.stderr.count("\r") < 5 and "warning" not in result.stderr
 
     # Originals above reconstructions: the halves of the picture are nearly the same.

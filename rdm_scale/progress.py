@@ -1,0 +1,137 @@
+"""Progress of long work: a bar on a terminal, a plain line every few seconds in a file or a pipe."""
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sized
+from types import TracebackType
+from typing import NoReturn, Self, TextIO, TypeVar
+
+from tqdm import tqdm
+
+Item = TypeVar("Item")
+
+
+class ProgressReporter:
+    """Report how much of a piece of work is done, at what rate, and how long the rest will take.
+
+    On a terminal this is tqdm's bar. Elsewhere it is a line without carriage returns: the first after a second, then
+    one every `interval_s`, and always one at the end. Rates are averages since the reporter was made.
+
+    Args:
+        title: what is being done, for instance "encoding".
+        total: units in all; None where that is not known.
+        unit: one unit of work, in the singular; "B" for bytes.
+        initial: units done earlier, which do not count towards the rate.
+        scaled: print large numbers with SI prefixes.
+        shown: False on the ranks that are to stay silent.
+        stream: where to write (default: sys.stderr).
+        clock: seconds; read for the lines only.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        total: int | None = None,
+        unit: str = "sample",
+        *,
+        initial: int = 0,
+        scaled: bool = False,
+        shown: bool = True,
+        stream: TextIO | None = None,
+        interval_s: float = 5.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.done = initial
+        self._initial, self._total, self._shown = initial, total, shown
+        self._stream = sys.stderr if stream is None else stream
+        self._bar: tqdm[NoReturn] | None = None
+        if shown and self._stream.isatty():
+            self._bar = tqdm(
+                desc=title,
+                total=total,
+                unit=unit,
+                unit_scale=scaled,
+                initial=initial,
+                file=self._stream,
+                dynamic_ncols=True,
+            )
+        self._line = _Line(title, total, unit, scaled)
+        self._figures: dict[str, str] = {}
+        self._clock, self._interval_s, self._started = clock, interval_s, clock()
+        self._due = self._started + min(1.0, interval_s)
+        self._reported: int | None = None
+
+    def update(self, count: int = 1, **figures: str) -> None:
+        """Count `count` more units as done. `figures` are shown beside the progress, for instance loss="0.12"."""
+        self.done += count
+        self._figures = figures or self._figures
+        if self._bar is not None:
+            if figures:
+                self._bar.set_postfix(figures, refresh=False)
+            self._bar.update(count)
+        elif self._shown and self._clock() >= self._due:
+            self._write()
+
+    def advance_to(self, done: int) -> None:
+        """Count `done` units as done in all, unless it were more already."""
+        if done > self.done:
+            self.update(done - self.done)
+
+    def close(self) -> None:
+        """End the report; without a terminal, with a line that gives the final state if none did."""
+        if self._bar is not None:
+            self._bar.close()
+        elif self._shown and self.done and self.done != self._reported:
+            self._write()
+        self._shown, self._bar = False, None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def _write(self) -> None:
+        now = self._clock()
+        text = self._line.text(self.done, self.done - self._initial, now - self._started, self._figures)
+        print(text, file=self._stream, flush=True)
+        self._due, self._reported = now + self._interval_s, self.done
+
+
+def track(items: Iterable[Item], title: str, unit: str, total: int | None = None) -> Iterator[Item]:
+    """Iterate over `items` and report the progress, an item a unit.
+
+    Args:
+        total: number of items, where `items` has no length.
+    """
+    if total is None and isinstance(items, Sized):
+        total = len(items)
+    with ProgressReporter(title, total, unit) as progress:
+        for item in items:
+            yield item
+            progress.update()
+
+
+class _Line:
+    """Text of one report: `drawing: 125/250 samples, 41.7 samples/s, 00:03 left`."""
+
+    def __init__(self, title: str, total: int | None, unit: str, scaled: bool) -> None:
+        self._title, self._total, self._scaled = title, total, scaled
+        self._unit = unit if unit == "B" else f" {unit}s"
+
+    def text(self, done: int, counted: int, elapsed_s: float, figures: dict[str, str]) -> str:
+        rate = counted / elapsed_s if elapsed_s > 0 else 0.0
+        total = "" if self._total is None else f"/{self._number(self._total)}"
+        parts = [f"{self._title}: {self._number(done)}{total}{self._unit}"]
+        if rate:
+            parts.append(f"{self._number(rate)}{self._unit}/s")
+        if self._total is not None and done >= self._total:
+            parts.append(f"{tqdm.format_interval(elapsed_s)} in all")
+        elif self._total is not None and rate:
+            parts.append(f"{tqdm.format_interval((self._total - done) / rate)} left")
+        return ", ".join(parts + [f"{name} {value}" for name, value in figures.items()])
+
+    def _number(self, value: float) -> str:
+        if self._scaled:
+            return str(tqdm.format_sizeof(value))
+        return f"{value:,}" if isinstance(value, int) else f"{value:,.3g}" if value < 1000 else f"{value:,.0f}"
