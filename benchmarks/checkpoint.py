@@ -32,12 +32,12 @@ from benchmarks.memory import forget_peak, peak_since, rss
 from benchmarks.plain_file import load_plain, save_plain
 from benchmarks.report import read_results, write_results
 from rdm_scale.checkpoint.directory import CheckpointDirectory, open_checkpoint
-from rdm_scale.checkpoint.format.coverage import spans_of
+from rdm_scale.checkpoint.format.coverage import coverage_bounds
 from rdm_scale.checkpoint.format.index import DATA, INDEX, FileRecord, blocks_in, digest, encode_index
-from rdm_scale.checkpoint.format.slices import Pieces
+from rdm_scale.checkpoint.format.slices import SliceTable
 from rdm_scale.checkpoint.format.writer import write_tensors
 from rdm_scale.checkpoint.saver import Saver
-from rdm_scale.checkpoint.sharded_state import pieces_of
+from rdm_scale.checkpoint.sharded_state import slice_table
 from rdm_scale.config.schema import CheckpointConfig
 from rdm_scale.models.layers import WHOLE, Slice
 from rdm_scale.parallel.zero.engine import Shard
@@ -64,18 +64,18 @@ def forget_pages(folder: Path) -> None:
             os.close(descriptor)
 
 
-def save_ours(folder: Path, flats: dict[str, Tensor], pieces: Pieces) -> None:
+def save_ours(folder: Path, flats: dict[str, Tensor], pieces: SliceTable) -> None:
     directory = CheckpointDirectory(Location(folder))
     directory.commit(1, {"step": 1}, write_tensors(directory.begin(1), 0, pieces, flats))
 
 
-def plan_ours(folder: Path, pieces: Pieces) -> None:
+def plan_ours(folder: Path, pieces: SliceTable) -> None:
     """What loading does before it reads the first tensor."""
     _, reader = open_checkpoint(CheckpointDirectory(Location(folder)).folder(1), pieces)
     reader.plan(pieces)
 
 
-def load_ours(folder: Path, flats: dict[str, Tensor], pieces: Pieces) -> None:
+def load_ours(folder: Path, flats: dict[str, Tensor], pieces: SliceTable) -> None:
     _, reader = open_checkpoint(CheckpointDirectory(Location(folder)).folder(1), pieces)
     for field, flat in flats.items():
         reader.fill(pieces, field, flat)
@@ -87,7 +87,7 @@ def bandwidth(name: str, rounds: int, where: str | None) -> dict[str, Any]:
     flats = {field: torch.randn(elements) for field in FIELDS}
     loaded = {field: torch.zeros(elements) for field in FIELDS}
     size = 4 * elements * len(FIELDS)
-    ways = {"plain": (save_plain, load_plain, ()), "ours": (save_ours, load_ours, (pieces_of(shards),))}
+    ways = {"plain": (save_plain, load_plain, ()), "ours": (save_ours, load_ours, (slice_table(shards),))}
     rates: dict[str, list[float]] = {}
     plans: list[float] = []
     for _ in range(rounds):
@@ -203,8 +203,8 @@ _SHAPES = shapes_of(BLOCKS, WIDTH)
 def write_index(arguments: tuple[str, tuple[int, int, int], int]) -> list[FileRecord]:
     """Index of a rank whose data are not there; the data file is sparse."""
     folder, layout, rank = arguments
-    pieces = pieces_of(rank_shards(*layout, rank))
-    elements = int(pieces.boxes.numel.sum())
+    pieces = slice_table(rank_shards(*layout, rank))
+    elements = int(pieces.slices.numel.sum())
     size = 512 + 16 * elements
     stem = Path(folder) / f"rank_{rank:05d}"
     content = encode_index(pieces, list(FIELDS), 512, [0] * (1 + len(FIELDS) * blocks_in(elements)))
@@ -213,7 +213,7 @@ def write_index(arguments: tuple[str, tuple[int, int, int], int]) -> list[FileRe
         file.truncate(size)
     return [
         FileRecord(name=stem.name + DATA, bytes=size),
-        FileRecord(name=stem.name + INDEX, bytes=len(content), xxh3=digest(content), spans=spans_of(pieces)),
+        FileRecord(name=stem.name + INDEX, bytes=len(content), xxh3=digest(content), spans=coverage_bounds(pieces)),
     ]
 
 
@@ -229,7 +229,7 @@ def planning(written: tuple[int, int, int], read: tuple[int, int, int], where: s
         commit = (Path(str(folder)) / "commit.json").stat().st_size
         seconds, opened = [], []
         for rank in (0, world // 3, world - 1):
-            pieces = pieces_of(rank_shards(*read, rank))
+            pieces = slice_table(rank_shards(*read, rank))
             begin = time.perf_counter()
             _, reader = open_checkpoint(folder, pieces)
             reader.plan(pieces)

@@ -26,8 +26,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 
 from benchmarks.plain_file import load_plain, save_plain
 from rdm_scale.checkpoint.directory import CheckpointDirectory
-from rdm_scale.checkpoint.format.overlap import padded
-from rdm_scale.checkpoint.format.slices import Pieces
+from rdm_scale.checkpoint.format.slices import SliceTable, pad_rows
 from rdm_scale.checkpoint.format.writer import write_tensors
 from rdm_scale.storage.location import Location
 
@@ -61,7 +60,7 @@ class Storage:
 
 def storages(shapes: dict[str, tuple[int, ...]]) -> list[Storage]:
     """The four to compare; each takes {field: flat tensor of all parameters}."""
-    pieces = Pieces.whole(list(shapes), padded(list(shapes.values()), 2))
+    pieces = SliceTable.of_tensors(list(shapes), pad_rows(list(shapes.values()), 2))
 
     def by_name(flats: dict[str, Tensor]) -> dict[str, Tensor]:
         sizes = [math.prod(shape) for shape in shapes.values()]

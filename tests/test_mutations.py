@@ -114,11 +114,11 @@ MUTATIONS = [
         f"{LAYOUTS}[tp4 pp1 dp2, ZeRO 2, 1f1b, recompute full]",
     ),
     Mutation(
-        "a checkpoint takes a part of a tensor for its beginning",
+        "every tensor-parallel rank saves its slice of a tensor as the first one",
         "checkpoint/sharded_state.py",
-        "rectangle.shifted(offset)",
-        "rectangle",
-        f"{LAYOUTS}[tp4 pp1 dp2, ZeRO 2, 1f1b, recompute full]",
+        "slices.offset + shift[:, slices.tensor]",
+        "slices.offset",
+        "tests/checkpoint/test_sharded_state.py::test_slices_hold_the_elements_of_the_rank_s_buffer",
     ),
     Mutation(
         "every parameter has the scheduled learning rate, whatever the width",

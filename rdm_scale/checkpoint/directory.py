@@ -10,13 +10,13 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rdm_scale.checkpoint.format.index import FileRecord, digest
 from rdm_scale.checkpoint.format.reader import TensorReader
-from rdm_scale.checkpoint.format.slices import Pieces
+from rdm_scale.checkpoint.format.slices import SliceTable
 from rdm_scale.errors import CheckpointError, IncompleteError
 from rdm_scale.storage.location import Location
 
@@ -38,6 +38,13 @@ class _Commit(BaseModel):
     def of(files: Sequence[FileRecord]) -> "_Commit":
         content = "\n".join(file.model_dump_json() for file in files)
         return _Commit(files=tuple(files), xxh3=digest(content.encode()))
+
+
+class OpenedCheckpoint(NamedTuple):
+    """State and tensors of a checkpoint."""
+
+    state: dict[str, Any]
+    reader: TensorReader
 
 
 class CheckpointDirectory:
@@ -101,7 +108,7 @@ class CheckpointDirectory:
             _sync(folder)
             _sync(self.root)
 
-    def open(self, step: int) -> tuple[dict[str, Any], TensorReader]:
+    def open(self, step: int) -> OpenedCheckpoint:
         """State and tensors of the checkpoint of `step`. Raises CheckpointError as `open_checkpoint` does."""
         return open_checkpoint(self.folder(step))
 
@@ -153,18 +160,18 @@ def read_state(folder: Location) -> dict[str, Any]:
     return _read_state(folder, _read_commit(folder))
 
 
-def open_checkpoint(folder: Location, pieces: Pieces | None = None) -> tuple[dict[str, Any], TensorReader]:
+def open_checkpoint(folder: Location, needed: SliceTable | None = None) -> OpenedCheckpoint:
     """State and tensors of the checkpoint in `folder`, after the sizes of all its files have been verified.
 
     Args:
-        pieces: what of it will be read, see TensorReader.
+        needed: the slices that will be read, see TensorReader.
 
     Raises:
         CheckpointError: it was never completed, or a file is missing, truncated or damaged (IncompleteError); or it
             cannot be read. The message says which.
     """
     commit = _verified_commit(folder)
-    return _read_state(folder, commit), TensorReader(folder, commit.files, pieces)
+    return OpenedCheckpoint(_read_state(folder, commit), TensorReader(folder, commit.files, needed))
 
 
 def _verified_commit(folder: Location) -> _Commit:

@@ -17,7 +17,7 @@ from torch import Tensor
 from rdm_scale.checkpoint.directory import CheckpointDirectory
 from rdm_scale.checkpoint.format.index import FileRecord
 from rdm_scale.checkpoint.format.writer import write_tensors
-from rdm_scale.checkpoint.sharded_state import pieces_of
+from rdm_scale.checkpoint.sharded_state import slice_table
 from rdm_scale.config.schema import CheckpointConfig
 from rdm_scale.errors import CheckpointError
 
@@ -65,7 +65,7 @@ class Saver:
         )  # fmt: skip
         self.failures = 0
         self.stall_s: float | None = None  # that the last save meant for training
-        self._pieces = pieces_of(engine.writes)
+        self._pieces = slice_table(engine.writes)
         self._host: dict[str, Tensor] = {}
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._save: _Save | None = None

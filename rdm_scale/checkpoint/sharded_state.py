@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from rdm_scale.checkpoint.directory import open_checkpoint
-from rdm_scale.checkpoint.format.overlap import boxes_of_ranges, padded
-from rdm_scale.checkpoint.format.slices import Pieces, most_dimensions
+from rdm_scale.checkpoint.format.slices import SliceTable, max_dimensions, pad_rows, slices_of_ranges
 from rdm_scale.storage.location import Location
 
 if TYPE_CHECKING:
@@ -22,7 +21,7 @@ def load(url: str, engine: "ZeroEngine", ema: list[Tensor]) -> None:
     Raises:
         CheckpointError: it is incomplete, damaged, or lacks a part of this model.
     """
-    pieces = pieces_of(engine.shards)
+    pieces = slice_table(engine.shards)
     state, reader = open_checkpoint(Location(url), pieces)
     size = sum(flat.numel() for flat in ema)
 
@@ -36,17 +35,18 @@ def load(url: str, engine: "ZeroEngine", ema: list[Tensor]) -> None:
     engine.set_masters(engine.masters)
 
 
-def pieces_of(shards: "list[Shard]") -> Pieces:
-    """A rank's ranges as rectangles of the logical tensors."""
+def slice_table(shards: "list[Shard]") -> SliceTable:
+    """Slices of the logical tensors that a rank's parameter ranges hold."""
     held = [shard for shard in shards if shard.count]
     rows = [shard.shape for shard in held]
-    dimensions = most_dimensions(rows)
-    shapes = padded(rows, dimensions)
+    dimensions = max_dimensions(rows)
+    shapes = pad_rows(rows, dimensions)
     first, count, start = np.array([(s.first, s.count, s.start) for s in held], np.int64).reshape(-1, 3).T
-    boxes = boxes_of_ranges(np.maximum(shapes, 1), first, count, start)
-    cut = {i: shard.part for i, shard in enumerate(held) if shard.part.count > 1}
-    offset = np.zeros_like(shapes)
-    for i, part in cut.items():
-        offset[part.dim, i] = shapes[part.dim, i] * part.index
+    slices = slices_of_ranges(np.maximum(shapes, 1), first, count, start)
+    tensor_parallel = {i: shard.part for i, shard in enumerate(held) if shard.part.count > 1}
+    shift = np.zeros_like(shapes)
+    for i, part in tensor_parallel.items():
+        shift[part.dim, i] = shapes[part.dim, i] * part.index
         shapes[part.dim, i] *= part.count
-    return Pieces([shard.name for shard in held], shapes, replace(boxes, offset=boxes.offset + offset[:, boxes.tensor]))
+    slices = replace(slices, offset=slices.offset + shift[:, slices.tensor])
+    return SliceTable([shard.name for shard in held], shapes, slices)

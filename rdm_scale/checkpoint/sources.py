@@ -98,8 +98,8 @@ def open_model(path: str, weights: Weights = "ema") -> ModelSource:
         return _open_merged(here)
     folder = find_checkpoint(path)
     state, reader = open_checkpoint(folder)
-    if weights not in reader.fields():
-        raise CheckpointError(f"{folder} has no {weights}; it has {', '.join(reader.fields())}")
+    if weights not in reader.entries():
+        raise CheckpointError(f"{folder} has no {weights}; it has {', '.join(reader.entries())}")
     shapes = {name: reader.shape(name) for name in reader.names()}
     config, codec, names, text = _described(state, folder)
     return ModelSource(

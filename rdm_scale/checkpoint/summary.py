@@ -9,7 +9,7 @@ import torch
 
 from rdm_scale.checkpoint.directory import open_checkpoint
 from rdm_scale.checkpoint.format.index import BLOCK_BYTES, IndexedFile
-from rdm_scale.checkpoint.format.range_reader import Scratch, fetch_blocks
+from rdm_scale.checkpoint.format.range_reader import ThreadBuffer, read_blocks
 from rdm_scale.checkpoint.format.reader import TensorReader
 from rdm_scale.checkpoint.sources import ModelSource, parameter_shapes
 from rdm_scale.config import parse_config
@@ -42,7 +42,7 @@ def _summaries(reader: TensorReader, state: dict[str, Any], folder: Location) ->
     known = parameter_shapes(config) if config and config.depth <= len(there) else {}
     names = [name for name in known if name in there]
     for name in (*names, *sorted(there - set(names))):
-        norms = {field: torch.linalg.vector_norm(reader.read(field, name)).item() for field in reader.fields()}
+        norms = {field: torch.linalg.vector_norm(reader.read(field, name)).item() for field in reader.entries()}
         yield TensorSummary(name, reader.shape(name), norms)
 
 
@@ -80,13 +80,13 @@ def verify(folder: Location, progress: Callable[[int], object] = lambda size: No
             missing or cut off, or an index or `state.json` is damaged. It names the file.
     """
     _, reader = open_checkpoint(folder)
-    scratch = Scratch()
+    scratch = ThreadBuffer()
 
     def damage(block: tuple[IndexedFile, int]) -> str | None:
         file, number = block
         begin, end = file.block_range(number)
         try:
-            fetch_blocks(file, range(number, number + 1), scratch.take(end - begin))
+            read_blocks(file, range(number, number + 1), scratch.take(end - begin))
         except CheckpointError as error:
             return str(error)
         return None

@@ -11,8 +11,7 @@ import torch
 
 from rdm_scale.checkpoint.directory import CheckpointDirectory, is_checkpoint, open_checkpoint, read_state
 from rdm_scale.checkpoint.format.index import FileRecord
-from rdm_scale.checkpoint.format.overlap import Rectangle
-from rdm_scale.checkpoint.format.slices import Piece, Pieces
+from rdm_scale.checkpoint.format.slices import Region, SliceTable, TensorSlice
 from rdm_scale.checkpoint.format.writer import write_tensors
 from rdm_scale.errors import CheckpointError, IncompleteError
 from rdm_scale.storage.location import Location
@@ -25,9 +24,11 @@ def write(directory: CheckpointDirectory, step: int, elements: int = 0) -> list[
     shape = (2, elements // 2) if elements else SHAPE
     records = []
     for rank in range(2):
-        half = Rectangle((rank * shape[0] // 2, 0), (shape[0] // 2, shape[1]))
+        half = Region((rank * shape[0] // 2, 0), (shape[0] // 2, shape[1]))
         values = torch.full((half.numel,), float(step))
-        records += write_tensors(directory.folder(step), rank, Pieces.of([Piece("w", shape, half, 0)]), {"ema": values})
+        records += write_tensors(
+            directory.folder(step), rank, SliceTable.of([TensorSlice("w", shape, half, 0)]), {"ema": values}
+        )
     return records
 
 

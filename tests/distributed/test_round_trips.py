@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rdm_scale.checkpoint.convert.checkpoint_writer import STATE_ENTRIES
 from rdm_scale.checkpoint.directory import CheckpointDirectory, open_checkpoint
 from rdm_scale.config import RunConfig
 from rdm_scale.storage.location import Location
@@ -12,7 +13,6 @@ from tests.support.layouts import Case
 from tests.support.rank_pool import RankPool
 from tests.support.small_runs import metrics, run_config, train, write_latents
 
-FIELDS = ("weights", "exp_avg", "exp_avg_sq", "ema")
 # Uneven stages (9 blocks), chunks, cut qkv, ranges of 3 ranks, all ZeRO stages, on both sides.
 PAIRS = {
     Case(2, 2, 2, "3 kept", "1f1b", "none", True): [
@@ -72,10 +72,10 @@ def test_any_layout_to_any_layout(source: Case, ranks: RankPool, data: str, tmp_
         ranks.run(target.world, train_after_a_copy, config, str(tmp_path / str(i) / "copy"))
 
         state_again, again = CheckpointDirectory(Location(tmp_path / str(i) / "copy")).open(5)
-        assert sorted(again.names()) == sorted(names) and again.fields() == list(FIELDS)
-        for field in FIELDS:
-            mine, theirs = again.read_many(field, names), reader.read_many(field, names)
-            assert all(torch.equal(mine[name], theirs[name]) for name in names), (target, field)
+        assert sorted(again.names()) == sorted(names) and again.entries() == list(STATE_ENTRIES)
+        for entry in STATE_ENTRIES:
+            mine, theirs = again.read_many(entry, names), reader.read_many(entry, names)
+            assert all(torch.equal(mine[name], theirs[name]) for name in names), (target, entry)
         for key in ("step", "samples", "identity", "codec", "class_names", "lost_shards"):
             assert state_again[key] == state[key]
         losses = [[r["loss"] for r in metrics(run.run.dir) if r["step"] > 5] for run in (config, whole)]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rdm_scale.checkpoint import CheckpointDirectory, load_model
-from rdm_scale.checkpoint.convert.checkpoint_writer import FIELDS, write_checkpoint
+from rdm_scale.checkpoint.convert.checkpoint_writer import STATE_ENTRIES, write_checkpoint
 from rdm_scale.checkpoint.convert.grow import grow_checkpoint
 from rdm_scale.checkpoint.convert.import_weights import import_weights, open_published
 from rdm_scale.checkpoint.convert.merge import export_diffusers, merge
@@ -43,7 +43,8 @@ def save(url: str, config: RunConfig) -> torch.nn.Module:
         "layout": {"tensor": 1, "pipeline": 1, "data": 1},
     }
     tensors = (
-        (name, {field: p + i for i, field in enumerate(reversed(FIELDS))}) for name, p in model.named_parameters()
+        (name, {entry: p + i for i, entry in enumerate(reversed(STATE_ENTRIES))})
+        for name, p in model.named_parameters()
     )
     write_checkpoint(CheckpointDirectory(Location(f"{url}/checkpoints")), state, tensors, FILE_ELEMENTS)
     return model.eval().requires_grad_(False)

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from rdm_scale.checkpoint.directory import CheckpointDirectory
-from rdm_scale.checkpoint.format.overlap import Rectangle
-from rdm_scale.checkpoint.format.slices import Piece, Pieces
+from rdm_scale.checkpoint.format.slices import Region, SliceTable, TensorSlice
 from rdm_scale.checkpoint.format.writer import write_tensors
 from rdm_scale.config import RunConfig
 from rdm_scale.errors import CheckpointError
@@ -32,9 +31,11 @@ def writes(request: Request) -> bool:
 
 
 def save(directory: CheckpointDirectory, step: int, elements: int) -> None:
-    piece = Piece("w", (elements,), Rectangle((0,), (elements,)), 0)
+    piece = TensorSlice("w", (elements,), Region((0,), (elements,)), 0)
     folder = directory.begin(step)
-    records = write_tensors(folder, 0, Pieces.of([piece]), {"ema": torch.arange(elements, dtype=torch.float32) + step})
+    records = write_tensors(
+        folder, 0, SliceTable.of([piece]), {"ema": torch.arange(elements, dtype=torch.float32) + step}
+    )
     directory.commit(step, {"step": step}, records)
 
 

@@ -1,4 +1,4 @@
-"""Small tensors, and the ways in which ranks of several layouts hold them."""
+"""Small tensors, and the slices of them that the ranks of several layouts hold."""
 
 import itertools
 import math
@@ -7,9 +7,8 @@ import random
 import torch
 from torch import Tensor
 
-from rdm_scale.checkpoint.format.index import FileRecord
-from rdm_scale.checkpoint.format.overlap import Rectangle, rectangles_of_range
-from rdm_scale.checkpoint.format.slices import Piece, Pieces
+from rdm_scale.checkpoint.format.index import BLOCK_BYTES, FileRecord
+from rdm_scale.checkpoint.format.slices import Region, SliceTable, TensorSlice, regions_of_range, shape_of
 from rdm_scale.checkpoint.format.writer import write_tensors
 from rdm_scale.storage.location import Location
 
@@ -22,15 +21,16 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "positions": (1, 6, 5),
 }
 ROWS, COLUMNS = {"qkv.weight"}, {"out.weight"}
-PADDING = -7.0  # what must neither be written nor overwritten
+PADDING = -7.0  # value of elements that must be neither written nor overwritten
 
 
-def layout(tensor_size: int, data_size: int, uneven: bool = False) -> list[list[Piece]]:
-    """Pieces of every rank: slices of some tensors, each flattened slice then cut into ZeRO-3 ranges with padding."""
+def layout(tensor_size: int, data_size: int, uneven: bool = False) -> list[list[TensorSlice]]:
+    """Slices of every rank: some tensors are split for tensor parallelism, and each flattened part is then split into
+    ZeRO-3 ranges with padding."""
     rng = random.Random(0)
     ranks = []
     for tensor_rank, data_rank in itertools.product(range(tensor_size), range(data_size)):
-        pieces, start = [], rng.randint(0, 3)
+        slices, start = [], rng.randint(0, 3)
         for name, shape in SHAPES.items():
             local, offset = list(shape), [0] * len(shape)
             if name in ROWS | COLUMNS:
@@ -46,32 +46,47 @@ def layout(tensor_size: int, data_size: int, uneven: bool = False) -> list[list[
             first = min(data_rank * share, size)
             count = size - first if data_rank == data_size - 1 else min(share, size - first)
             position = start
-            for box in rectangles_of_range(local, first, count):
-                pieces.append(Piece(name, shape, shifted(box, offset), position))
-                position += box.numel
+            for region in regions_of_range(local, first, count):
+                slices.append(TensorSlice(name, shape, shifted(region, offset), position))
+                position += region.numel
             start += max(share, count) + rng.randint(0, 2)
-        ranks.append(pieces)
+        ranks.append(slices)
     return ranks
 
 
-def shifted(box: Rectangle, offset: list[int]) -> Rectangle:
-    return Rectangle(tuple(a + b for a, b in zip(box.offset, offset, strict=True)), box.extent)
+def shifted(region: Region, offset: list[int]) -> Region:
+    return Region(tuple(a + b for a, b in zip(region.offset, offset, strict=True)), region.extent)
 
 
-def cut(tensor: Tensor, box: Rectangle) -> Tensor:
-    return tensor[tuple(slice(o, o + n) for o, n in zip(box.offset, box.extent, strict=True))]
+def select(tensor: Tensor, region: Region) -> Tensor:
+    """The region's elements of a logical tensor."""
+    return tensor[tuple(slice(o, o + n) for o, n in zip(region.offset, region.extent, strict=True))]
 
 
-def flat(pieces: list[Piece], values: dict[str, Tensor]) -> Tensor:
-    out = torch.full((max((p.start + p.rectangle.numel for p in pieces), default=0) + 2,), PADDING)
-    for piece in pieces:
-        out[piece.start : piece.start + piece.rectangle.numel] = cut(values[piece.name], piece.rectangle).flatten()
+def listed(table: SliceTable) -> list[TensorSlice]:
+    """The slices of a table, one by one."""
+    arrays = table.slices
+    columns = zip(arrays.tensor, arrays.offset.T.tolist(), arrays.extent.T.tolist(), arrays.start.tolist(), strict=True)
+    found = []
+    for tensor, offset, extent, start in columns:
+        shape = shape_of(table.shapes, tensor)
+        n = len(shape)
+        assert offset[n:] == [0] * (len(offset) - n) and extent[n:] == [1] * (len(extent) - n)
+        found.append(TensorSlice(table.names[tensor], shape, Region(tuple(offset[:n]), tuple(extent[:n])), start))
+    return found
+
+
+def flat(slices: list[TensorSlice], values: dict[str, Tensor]) -> Tensor:
+    """Flat buffer with the slices of these logical tensors; all other elements are `PADDING`."""
+    out = torch.full((max((s.start + s.region.numel for s in slices), default=0) + 2,), PADDING)
+    for item in slices:
+        out[item.start : item.start + item.region.numel] = select(values[item.name], item.region).flatten()
     return out
 
 
-FIELDS = {
-    field: {name: torch.randn(shape, generator=torch.Generator().manual_seed(i)) for name, shape in SHAPES.items()}
-    for i, field in enumerate(("weights", "exp_avg", "exp_avg_sq", "ema"))
+ENTRIES = {
+    entry: {name: torch.randn(shape, generator=torch.Generator().manual_seed(i)) for name, shape in SHAPES.items()}
+    for i, entry in enumerate(("weights", "exp_avg", "exp_avg_sq", "ema"))
 }
 LAYOUTS = {
     "1": layout(1, 1),
@@ -85,11 +100,10 @@ LAYOUTS = {
 }
 
 
-def write(folder: Location, ranks: list[list[Piece]]) -> list[FileRecord]:
-    return [
-        record
-        for rank, pieces in enumerate(ranks)
-        for record in write_tensors(
-            folder, rank, Pieces.of(pieces), {f: flat(pieces, values) for f, values in FIELDS.items()}
-        )
-    ]
+def write(folder: Location, ranks: list[list[TensorSlice]], block_bytes: int = BLOCK_BYTES) -> list[FileRecord]:
+    """Write the files of all ranks and return their records."""
+    records = []
+    for rank, slices in enumerate(ranks):
+        flats = {entry: flat(slices, values) for entry, values in ENTRIES.items()}
+        records += write_tensors(folder, rank, SliceTable.of(slices), flats, block_bytes)
+    return records

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rdm_scale.checkpoint import CheckpointDirectory, load_trained
-from rdm_scale.checkpoint.convert.checkpoint_writer import FIELDS, write_checkpoint
+from rdm_scale.checkpoint.convert.checkpoint_writer import STATE_ENTRIES, write_checkpoint
 from rdm_scale.checkpoint.convert.grow import grow_checkpoint
 from rdm_scale.checkpoint.directory import open_checkpoint
 from rdm_scale.errors import CheckpointError, ConfigError
@@ -70,8 +70,8 @@ def test_a_restart_begins_at_step_0_without_moments(ranks: RankPool, run: Path, 
     assert done.returncode == 0, done.stderr
     state, reader = open_checkpoint(Location(tmp_path / "grown" / "step_00000000"))
     assert (state["step"], state["samples"], state["identity"]["model.depth"]) == (0, 0, 9)
-    for field in ("exp_avg", "exp_avg_sq"):
-        assert not any(value.any() for value in reader.read_many(field, reader.names()).values())
+    for entry in ("exp_avg", "exp_avg_sq"):
+        assert not any(value.any() for value in reader.read_many(entry, reader.names()).values())
     expected = outputs(run, "weights")
     assert ((outputs(tmp_path / "grown", "weights") - expected).norm() / expected.norm()).item() < 1e-6
     # Found by itself where a run's checkpoints are.
@@ -110,9 +110,9 @@ def handmade(tmp_path: Path, residual: str = "neural_rdm", **changes: object) ->
     """A checkpoint of 2 blocks in which every tensor is one number; `changes` are to its state or, by name, tensors."""
     config = run_config(tmp_path, "none", model__depth=2, model__residual=residual)
     state = {"step": 4, "config": config.model_dump(mode="json"), "identity": config.identity(), "layout": ALONE}
-    numbers = dict(zip(FIELDS, (1.0, 2.0, 4.0, 8.0), strict=True))
+    numbers = dict(zip(STATE_ENTRIES, (1.0, 2.0, 4.0, 8.0), strict=True))
     tensors = {
-        name: {field: torch.full(parameter.shape, number) for field, number in numbers.items()}
+        name: {entry: torch.full(parameter.shape, number) for entry, number in numbers.items()}
         for name, parameter in build_model(config.model).named_parameters()
     }
     for key, value in changes.items():
@@ -125,13 +125,14 @@ def handmade(tmp_path: Path, residual: str = "neural_rdm", **changes: object) ->
     return tmp_path / "hand"
 
 
-def test_every_field_of_a_checkpoint_is_grown(tmp_path: Path) -> None:
+def test_every_state_entry_of_a_checkpoint_is_grown(tmp_path: Path) -> None:
     """From 2 to 8 blocks gates are multiplied by 2, gradients halved; block 4 is the old block 1, block 5 is new."""
     grown = grow_checkpoint(str(handmade(tmp_path)), 8, str(tmp_path / "grown"))
     state, reader = open_checkpoint(grown.folder)
     assert (state["config"]["model"]["depth"], state["grown_from"]["depth"]) == (8, 2)
     values = [
-        {name: sorted(set(reader.read(field, name).flatten().tolist())) for name in reader.names()} for field in FIELDS
+        {name: sorted(set(reader.read(entry, name).flatten().tolist())) for name in reader.names()}
+        for entry in STATE_ENTRIES
     ]
     for name, expected in {
         "blocks.4.mlp.gate.a": [2.0, 1.0, 1.0, 16.0],
@@ -154,8 +155,11 @@ def test_every_field_of_a_checkpoint_is_grown(tmp_path: Path) -> None:
         ({"config": {"model": {"depth": 1}}}, "run is missing"),
         ({"identity": [1]}, "does not say what run it belongs to"),
         ({"head.out.bias": None}, "lacks the tensor head.out.bias"),
-        ({"blocks.2.mlp.gate.a": dict.fromkeys(FIELDS, torch.ones(32))}, "has the tensor blocks.2.mlp.gate.a"),
-        ({"head.out.bias": dict.fromkeys(FIELDS, torch.ones(3))}, r"head.out.bias has shape \[3\], not as configured"),
+        ({"blocks.2.mlp.gate.a": dict.fromkeys(STATE_ENTRIES, torch.ones(32))}, "has the tensor blocks.2.mlp.gate.a"),
+        (
+            {"head.out.bias": dict.fromkeys(STATE_ENTRIES, torch.ones(3))},
+            r"head.out.bias has shape \[3\], not as configured",
+        ),
     ],
 )
 def test_a_checkpoint_that_is_not_what_it_says_is_refused(tmp_path: Path, changes: dict, message: str) -> None:

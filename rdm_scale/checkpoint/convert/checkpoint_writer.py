@@ -9,12 +9,11 @@ from torch import Tensor
 
 from rdm_scale.checkpoint.directory import CheckpointDirectory
 from rdm_scale.checkpoint.format.index import FileRecord
-from rdm_scale.checkpoint.format.overlap import rectangles_of_range
-from rdm_scale.checkpoint.format.slices import Piece, Pieces
+from rdm_scale.checkpoint.format.slices import SliceTable, TensorSlice, regions_of_range
 from rdm_scale.checkpoint.format.writer import write_tensors
 from rdm_scale.storage.location import Location
 
-FIELDS = ("weights", "exp_avg", "exp_avg_sq", "ema")  # of a checkpoint that training goes on from
+STATE_ENTRIES = ("weights", "exp_avg", "exp_avg_sq", "ema")  # of a checkpoint that training goes on from
 FILE_ELEMENTS = 2**24  # of each field in one file: 64 MiB, what the writer holds in memory
 
 Named = tuple[str, Mapping[str, Tensor]]
@@ -55,11 +54,11 @@ def write_checkpoint(
     return folder
 
 
-def _filled(tensors: Iterable[Named], capacity: int) -> Iterator[tuple[Pieces, dict[str, Tensor]]]:
+def _filled(tensors: Iterable[Named], capacity: int) -> Iterator[tuple[SliceTable, dict[str, Tensor]]]:
     """The tensors one after the other in flat buffers, which are handed out as often as they are full."""
     seen: set[str] = set()
     buffers: dict[str, Tensor] = {}
-    pieces: list[Piece] = []
+    pieces: list[TensorSlice] = []
     start = 0
     for name, fields in tensors:
         if name in seen:
@@ -71,17 +70,17 @@ def _filled(tensors: Iterable[Named], capacity: int) -> Iterator[tuple[Pieces, d
             raise ValueError(f"{name} must have the fields {', '.join(buffers)}, all of one shape")
         shape = shapes.pop()
         for first, count in _ranges(math.prod(shape), capacity, start):
-            for box in rectangles_of_range(shape, first, count):
+            for box in regions_of_range(shape, first, count):
                 where = tuple(slice(o, o + n) for o, n in zip(box.offset, box.extent, strict=True))
                 for field, tensor in fields.items():
                     buffers[field][start : start + box.numel].view(box.extent).copy_(tensor[where])
-                pieces.append(Piece(name, shape, box, start))
+                pieces.append(TensorSlice(name, shape, box, start))
                 start += box.numel
             if start == capacity:
-                yield Pieces.of(pieces), buffers
+                yield SliceTable.of(pieces), buffers
                 pieces, start = [], 0
     if pieces:
-        yield Pieces.of(pieces), buffers
+        yield SliceTable.of(pieces), buffers
 
 
 def _ranges(elements: int, capacity: int, start: int) -> Iterator[tuple[int, int]]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rdm_scale.checkpoint.convert.checkpoint_writer import FIELDS, write_checkpoint
+from rdm_scale.checkpoint.convert.checkpoint_writer import STATE_ENTRIES, write_checkpoint
 from rdm_scale.checkpoint.convert.depth_growth import Growth, Placement
 from rdm_scale.checkpoint.directory import CheckpointDirectory, open_checkpoint
 from rdm_scale.checkpoint.format.reader import TensorReader
@@ -100,13 +100,13 @@ def _tensors(
     for _, group in itertools.groupby(shapes, lambda name: name.split(".")[:2]):
         names = list(group)
         sources = {name: old for name in names if (old := growth.source(name)) is not None}
-        values = {field: reader.read_many(field, list(sources.values())) for field in FIELDS}
+        values = {field: reader.read_many(field, list(sources.values())) for field in STATE_ENTRIES}
         for name in names:
             tensors = {
                 field: growth.carried(name, field, values[field][sources[name]])
                 if name in sources
                 else growth.fresh(name, field, shapes[name], seed)
-                for field in FIELDS
+                for field in STATE_ENTRIES
             }
             if not keeps_moments:
                 tensors |= {field: torch.zeros(shapes[name]) for field in ("exp_avg", "exp_avg_sq")}

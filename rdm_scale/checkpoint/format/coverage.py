@@ -1,30 +1,28 @@
-"""Which files of a checkpoint can hold what a rank needs, found without opening them.
+"""Coverage bounds: find the files of a checkpoint that may hold what a rank needs, without opening them.
 
-A file's spans are a coarse upper bound of its pieces, small enough to stand in the commit: a range of tensor names,
-and a range of each of those tensors from its first to its last element, as fractions of the flattened whole. With
-thousands of ranks a reader then opens the indices of some dozens of files instead of all; what exactly they hold is
-for those indices to say. A span may claim more than is there, never less.
+The coverage bounds of a file are a coarse upper bound of its slices, small enough to be stored in `commit.json`: a
+range of tensor names, and for each of these tensors a range from the first to the last element, as fractions of the
+flattened tensor. With thousands of ranks, a reader then opens dozens of indices instead of all of them. The bounds may
+claim more than a file holds, never less.
 """
 
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 from functools import lru_cache
-from typing import Annotated, Any
+from typing import Annotated, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from rdm_scale.checkpoint.format.overlap import Ints, strides_of
-from rdm_scale.checkpoint.format.slices import Pieces
+from rdm_scale.checkpoint.format.slices import Ints, SliceTable, strides_of
 
-_STEPS = 64  # tensors of a file are bounded together where they lie in the same steps of the way through
-Fractions = NDArray[np.float64]
+_STEPS = 64  # tensors of a file share their bounds if these lie in the same 64ths of the flattened tensor
 _Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
-class Span(BaseModel):
+class CoverageBounds(BaseModel):
     """Tensors from `first` to `last` in the order of `name_order`, each from `low` to `high` of its elements."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -36,55 +34,64 @@ class Span(BaseModel):
 
 
 @lru_cache(2**17)
-def name_order(name: str) -> tuple[Any, ...]:
-    """Sorts blocks.9 before blocks.10, so that neighbours in a model are neighbours in this order."""
+def name_order(name: str) -> tuple[tuple[int, int | str], ...]:
+    """Sort key that puts blocks.9 before blocks.10, so that neighbors in a model are neighbors in this order."""
     return tuple((0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"(\d+)", name))
 
 
-def spans_of(pieces: Pieces) -> tuple[Span, ...]:
-    """The spans of a file that holds these pieces."""
-    held, low, high = _reach(pieces)
-    steps = np.floor(low * _STEPS) * (_STEPS + 1) + np.ceil(high * _STEPS)
+def coverage_bounds(table: SliceTable) -> tuple[CoverageBounds, ...]:
+    """Coverage bounds of a file that holds these slices."""
+    reach = _tensor_reach(table)
+    steps = np.floor(reach.low * _STEPS) * (_STEPS + 1) + np.ceil(reach.high * _STEPS)
     _, group = np.unique(steps, return_inverse=True)
     found = []
     for i in range(group.max(initial=-1) + 1):
         members = np.flatnonzero(group == i)
-        names = [pieces.names[tensor] for tensor in held[members].tolist()]
+        names = [table.names[tensor] for tensor in reach.tensor[members].tolist()]
         first, last = min(names, key=name_order), max(names, key=name_order)
-        found.append(Span(first=first, last=last, low=low[members].min(), high=high[members].max()))
+        low, high = reach.low[members].min(), reach.high[members].max()
+        found.append(CoverageBounds(first=first, last=last, low=low, high=high))
     return tuple(found)
 
 
-class Wanted:
-    """Pieces made ready to be asked which spans may meet them."""
+class CoverageQuery:
+    """Slices prepared for queries whether a file may hold some of them."""
 
-    def __init__(self, pieces: Pieces) -> None:
-        held, low, high = _reach(pieces)
-        orders = [name_order(pieces.names[tensor]) for tensor in held.tolist()]
-        ranks = sorted(range(len(orders)), key=orders.__getitem__)
-        self._order = [orders[i] for i in ranks]
-        self._low, self._high = low[ranks], high[ranks]
+    def __init__(self, table: SliceTable) -> None:
+        reach = _tensor_reach(table)
+        keys = [name_order(table.names[tensor]) for tensor in reach.tensor.tolist()]
+        order = sorted(range(len(keys)), key=keys.__getitem__)
+        self._keys = [keys[i] for i in order]
+        self._low, self._high = reach.low[order], reach.high[order]
 
-    def meets(self, spans: Iterable[Span]) -> bool:
-        return any(self._meets(span) for span in spans)
+    def may_overlap(self, bounds: Iterable[CoverageBounds]) -> bool:
+        """True unless none of the slices is within the bounds of a file."""
+        return any(self._may_overlap(one) for one in bounds)
 
-    def _meets(self, span: Span) -> bool:
-        first = bisect_left(self._order, name_order(span.first))
-        last = bisect_right(self._order, name_order(span.last))
-        # inclusive: a fraction is rounded, and neighbours that only touch do no harm
-        return bool(((self._low[first:last] <= span.high) & (self._high[first:last] >= span.low)).any())
+    def _may_overlap(self, bounds: CoverageBounds) -> bool:
+        first = bisect_left(self._keys, name_order(bounds.first))
+        last = bisect_right(self._keys, name_order(bounds.last))
+        # Inclusive, because fractions are rounded, and a neighbor that only touches does no harm.
+        return bool(((self._low[first:last] <= bounds.high) & (self._high[first:last] >= bounds.low)).any())
 
 
-def _reach(pieces: Pieces) -> tuple[Ints, Fractions, Fractions]:
-    """The tensors that there are pieces of, and how far these reach, from the first to the last element, as fractions
-    of each tensor."""
-    boxes, shapes = pieces.boxes, np.maximum(pieces.shapes, 1)
-    strides = strides_of(shapes)[:, boxes.tensor]
-    begin = (boxes.offset * strides).sum(axis=0)
-    end = begin + ((boxes.extent - 1) * strides).sum(axis=0) + 1
+class _TensorReach(NamedTuple):
+    """Range of each tensor from the first to the last element in a slice, as fractions of the flattened tensor."""
+
+    tensor: Ints
+    low: NDArray[np.float64]
+    high: NDArray[np.float64]
+
+
+def _tensor_reach(table: SliceTable) -> _TensorReach:
+    """Compute the range of each tensor of which there are slices."""
+    slices, shapes = table.slices, np.maximum(table.shapes, 1)
+    strides = strides_of(shapes)[:, slices.tensor]
+    begin = (slices.offset * strides).sum(axis=0)
+    end = begin + ((slices.extent - 1) * strides).sum(axis=0) + 1
     total = shapes.prod(axis=0)
     low, high = total.copy(), np.zeros_like(total)
-    np.minimum.at(low, boxes.tensor, begin)
-    np.maximum.at(high, boxes.tensor, end)
-    held = np.flatnonzero(high)
-    return held, low[held] / total[held], high[held] / total[held]
+    np.minimum.at(low, slices.tensor, begin)
+    np.maximum.at(high, slices.tensor, end)
+    tensor = np.flatnonzero(high)
+    return _TensorReach(tensor, low[tensor] / total[tensor], high[tensor] / total[tensor])

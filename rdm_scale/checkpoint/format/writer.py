@@ -1,37 +1,35 @@
-"""Writing of a rank's slices: one file of tensors and its index."""
+"""Writer of a rank's slices: one data file in safetensors format and its index."""
 
 import json
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import IO, NamedTuple
 
 import numpy as np
 import torch
 import xxhash
 from torch import Tensor
 
-from rdm_scale.checkpoint.format.coverage import spans_of
-from rdm_scale.checkpoint.format.index import (
-    BLOCK_BYTES,
-    DATA,
-    INDEX,
-    FileRecord,
-    digest,
-    encode_index,
-)
-from rdm_scale.checkpoint.format.slices import Pieces
+from rdm_scale.checkpoint.format.coverage import coverage_bounds
+from rdm_scale.checkpoint.format.index import BLOCK_BYTES, DATA, INDEX, FileRecord, digest, encode_index
+from rdm_scale.checkpoint.format.slices import SliceTable
 from rdm_scale.errors import CheckpointError
 from rdm_scale.storage.location import Location
 
-_ALIGNMENT = 64  # of fields, in bytes: tensors in memory have it, and copies between unlike alignments take longer
+_ALIGNMENT = 64  # bytes; tensors in memory have it, and copies between different alignments take longer
 
 
-def write_tensors(folder: Location, rank: int, pieces: Pieces, fields: Mapping[str, Tensor]) -> list[FileRecord]:
-    """Writes a rank's share: the pieces' elements of every field, streamed without a copy of the whole.
+def write_tensors(
+    folder: Location, rank: int, table: SliceTable, entries: Mapping[str, Tensor], block_bytes: int = BLOCK_BYTES
+) -> list[FileRecord]:
+    """Write a rank's slices of every state entry, streamed without a copy.
 
     Args:
-        pieces: what lies where in the flat tensors; elements that no piece covers (padding) are left out.
-        fields: flat fp32 CPU tensors of one length, such as weights, exp_avg, exp_avg_sq and ema.
+        folder: the checkpoint's folder.
+        rank: number in the file names.
+        table: the slices in the flat tensors; elements that no slice covers (padding) are not written.
+        entries: flat fp32 CPU tensors of one length, such as weights, exp_avg, exp_avg_sq and ema.
+        block_bytes: bytes per checksum.
 
     Returns:
         Records of the two files, for the commit.
@@ -39,28 +37,28 @@ def write_tensors(folder: Location, rank: int, pieces: Pieces, fields: Mapping[s
     Raises:
         CheckpointError: the files cannot be written; says where, why and how many bytes they need.
     """
-    length, elements = int(pieces.ends.max(initial=0)), int(pieces.boxes.numel.sum())
-    for name, flat in fields.items():
+    length, elements = table.buffer_elements, int(table.slices.numel.sum())
+    for name, flat in entries.items():
         if flat.dtype != torch.float32 or flat.ndim != 1 or flat.device.type != "cpu" or flat.numel() < length:
             raise ValueError(f"{name} must be a flat fp32 CPU tensor of at least {length} elements")
-    header = _safetensors_header(list(fields), elements)
-    stem, total = f"rank_{rank:05d}", len(header) + len(fields) * elements * 4
+    header = _safetensors_header(list(entries), elements)
+    stem, total = f"rank_{rank:05d}", len(header) + len(entries) * elements * 4
     data, index = folder / (stem + DATA), folder / (stem + INDEX)
     try:
         folder.make_dir()
         with data.open("wb") as file:
             file.write(header)
-            blocks, runs = _BlockWriter(file), _runs(pieces)
-            for flat in fields.values():
+            blocks, ranges = _BlockWriter(file, block_bytes), _contiguous_ranges(table)
+            for flat in entries.values():
                 values = flat.detach().contiguous().numpy()
-                for begin, end in runs:
+                for begin, end in ranges:
                     blocks.write(values[begin:end].view(np.uint8).data)
                 blocks.end()
             if data.is_local:
                 file.flush()
                 os.fsync(file.fileno())
         digests = [xxhash.xxh3_64_intdigest(header), *blocks.digests]
-        content = encode_index(pieces, list(fields), len(header), digests)
+        content = encode_index(table, list(entries), len(header), digests)
         index.write(content)
     except OSError as error:
         raise CheckpointError(
@@ -69,36 +67,41 @@ def write_tensors(folder: Location, rank: int, pieces: Pieces, fields: Mapping[s
         ) from error
     return [
         FileRecord(name=data.name, bytes=total),
-        FileRecord(name=index.name, bytes=len(content), xxh3=digest(content), spans=spans_of(pieces)),
+        FileRecord(name=index.name, bytes=len(content), xxh3=digest(content), spans=coverage_bounds(table)),
     ]
 
 
-def _safetensors_header(fields: list[str], elements: int) -> bytes:
+def _safetensors_header(entries: list[str], elements: int) -> bytes:
     size = 4 * elements
     tensors = {
         name: {"dtype": "F32", "shape": [elements], "data_offsets": [i * size, (i + 1) * size]}
-        for i, name in enumerate(fields)
+        for i, name in enumerate(entries)
     }
     text = json.dumps(tensors).encode()
     text += b" " * (-(8 + len(text)) % _ALIGNMENT)
     return len(text).to_bytes(8, "little") + text
 
 
-def _runs(pieces: Pieces) -> list[tuple[int, int]]:
-    """Longest ranges of the flat buffer that the pieces cover one after the other."""
-    begins, ends = pieces.boxes.start, pieces.ends
+class _BufferRange(NamedTuple):
+    begin: int
+    end: int
+
+
+def _contiguous_ranges(table: SliceTable) -> list[_BufferRange]:
+    """Longest ranges of the flat buffer that consecutive slices cover without a gap."""
+    begins, ends = table.slices.start, table.ends
     gaps = begins[1:] != ends[:-1]
     first, last = np.append(True, gaps)[: len(begins)], np.append(gaps, True)[: len(begins)]
-    return list(zip(begins[first].tolist(), ends[last].tolist(), strict=True))
+    return [_BufferRange(*bounds) for bounds in zip(begins[first].tolist(), ends[last].tolist(), strict=True)]
 
 
 class _BlockWriter:
-    """Passes bytes on to a file, and takes the checksum of every block."""
+    """Writes to a file and computes the checksum of every block."""
 
-    def __init__(self, file: Any) -> None:
+    def __init__(self, file: IO[bytes], block_bytes: int) -> None:
         self.digests: list[int] = []
-        self._file = file
-        self._hash, self._room = xxhash.xxh3_64(), BLOCK_BYTES
+        self._file, self._block_bytes = file, block_bytes
+        self._hash, self._room = xxhash.xxh3_64(), block_bytes
 
     def write(self, data: memoryview) -> None:
         while data:
@@ -110,7 +113,7 @@ class _BlockWriter:
                 self.end()
 
     def end(self) -> None:
-        """Ends a block that is not full yet, if there is one."""
-        if self._room < BLOCK_BYTES:
+        """End a block that is not full yet, if there is one."""
+        if self._room < self._block_bytes:
             self.digests.append(self._hash.intdigest())
-            self._hash, self._room = xxhash.xxh3_64(), BLOCK_BYTES
+            self._hash, self._room = xxhash.xxh3_64(), self._block_bytes

@@ -39,7 +39,7 @@ def test_what_was_written_is_read(directory: CheckpointDirectory, capacity: int,
     assert folder.path == directory.folder(7).path
     assert len([name for name in folder.names() if name.endswith(INDEX)]) == files
     state, reader = directory.open(7)
-    assert (state, reader.fields()) == (STATE, ["weights", "exp_avg", "ema"])
+    assert (state, reader.entries()) == (STATE, ["weights", "exp_avg", "ema"])
     for name, tensor in TENSORS.items():
         assert torch.equal(reader.read("weights", name), tensor)
         assert torch.equal(reader.read("exp_avg", name), torch.zeros_like(tensor))

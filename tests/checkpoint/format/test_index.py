@@ -1,4 +1,4 @@
-"""Indices from elsewhere: what is damaged, impossible or made to harm is refused, and says what is wrong."""
+"""Untrusted indices: damaged, impossible and malicious ones are refused with the reason."""
 
 import json
 from collections.abc import Callable
@@ -16,14 +16,14 @@ from rdm_scale.errors import CheckpointError
 from rdm_scale.storage.location import Location
 from tests.support.tensor_layouts import LAYOUTS, write
 
-Contents = dict[str, Any]  # arrays of an index, and `header`: its JSON
+Contents = dict[str, Any]  # arrays of an index by name, and its JSON metadata as `header`
 
 
-def lie(key: str, value: Any) -> Callable[[Contents], None]:
+def set_header(key: str, value: Any) -> Callable[[Contents], None]:
     return lambda contents: contents["header"].update({key: value})
 
 
-def put(array: str, place: Any, value: int) -> Callable[[Contents], None]:
+def set_element(array: str, place: Any, value: int) -> Callable[[Contents], None]:
     return lambda contents: contents[array].__setitem__(place, value)
 
 
@@ -32,49 +32,49 @@ def replace(array: str, change: Callable[[Any], Any]) -> Callable[[Contents], No
 
 
 HUGE = 2**59
-LIES = {
-    "a header beyond the file": (lie("header_bytes", HUGE), "do not make a file"),
-    "no field": (lie("fields", []), "fields: List should have at least 1 item"),
-    "a field twice": (lie("fields", ["ema"] * 4), "occurs twice"),
-    "a field more": (lie("fields", ["a", "b", "c", "d", "e"]), "do not make a file"),
-    "a field that is none": (lie("fields", ["../ema"]), "fields.0"),
-    "another format": (lie("format", "pickle"), "format"),
-    "another version": (lie("version", 1), "version"),
-    "an unknown key": (lie("code", "import os"), "code"),
+HOSTILE = {
+    "a header beyond the file": (set_header("header_bytes", HUGE), "do not make a file"),
+    "no state entry": (set_header("fields", []), "fields: List should have at least 1 item"),
+    "a state entry twice": (set_header("fields", ["ema"] * 4), "occurs twice"),
+    "an additional state entry": (set_header("fields", ["a", "b", "c", "d", "e"]), "do not make a file"),
+    "an impossible name of a state entry": (set_header("fields", ["../ema"]), "fields.0"),
+    "another format": (set_header("format", "pickle"), "format"),
+    "another version": (set_header("version", 1), "version"),
+    "an unknown key": (set_header("code", "import os"), "code"),
     "no header": (lambda c: c.update(header=None), "Invalid JSON"),
-    "a checksum less": (replace("blocks", lambda a: a[1:]), "number of checksums"),
+    "a missing checksum": (replace("blocks", lambda a: a[1:]), "number of checksums"),
     "no checksums": (lambda c: c.pop("blocks"), "lacks blocks"),
-    "an array more": (lambda c: c.update(code=np.zeros(3, np.uint8)), "code is no array of an index"),
-    "fractions": (replace("pieces", lambda a: a.astype(np.float64)), "pieces is no array of an index, or of another"),
-    "smaller integers": (replace("shapes", lambda a: a.astype(np.int32)), "shapes is no array of an index"),
-    "a dimension less": (replace("pieces", lambda a: a.ravel()), "pieces is no array of an index"),
+    "an additional array": (lambda c: c.update(code=np.zeros(3, np.uint8)), "code is not an array of an index"),
+    "floats": (replace("pieces", lambda a: a.astype(np.float64)), "pieces is not an array of an index, or has another"),
+    "smaller integers": (replace("shapes", lambda a: a.astype(np.int32)), "shapes is not an array of an index"),
+    "a missing dimension": (replace("pieces", lambda a: a.ravel()), "pieces is not an array of an index"),
     "too many dimensions": (replace("shapes", lambda a: np.repeat(a[-1:] * 0, 65, axis=0)), "dimensions"),
     "no dimensions": (replace("shapes", lambda a: a[:0]), "dimensions"),
-    "a shape less": (replace("shapes", lambda a: a[:, 1:].copy()), "dimensions"),
-    "a name less": (replace("names", lambda a: a[6:]), "dimensions"),
+    "a missing shape": (replace("shapes", lambda a: a[:, 1:].copy()), "dimensions"),
+    "a missing name": (replace("names", lambda a: a[6:]), "dimensions"),
     "a name twice": (replace("names", lambda a: np.frombuffer(bytes(a).replace(b"out", b"qkv"), np.uint8)), "twice"),
-    "names that are no text": (put("names", 0, 255), "utf-8"),
-    "a list cut off": (replace("pieces", lambda a: a[:-1]), "other dimensions"),
-    "a piece of no tensor": (put("pieces", (0, 0), 99), "of no tensor"),
-    "a piece of a tensor before the first": (put("pieces", (0, 0), -1), "of no tensor"),
-    "a piece beyond its tensor": (put("pieces", (-1, -1), HUGE), "beyond its tensor"),
-    "an offset beyond its tensor": (put("pieces", (1, 2), HUGE), "beyond its tensor"),
-    "an offset that wraps around": (put("pieces", (1, 2), 2**63 - 1), "beyond its tensor"),
-    "an empty piece": (put("pieces", (5, 2), 0), "beyond its tensor"),
-    "a negative offset": (put("pieces", (1, 2), -1), "beyond its tensor"),
-    "a huge tensor": (put("shapes", (slice(0, 2), 1), HUGE), "impossible shape"),
-    "a tensor beyond all floats": (replace("shapes", lambda a: np.full((64, a.shape[1]), HUGE)), "impossible shape"),
-    "a negative dimension": (put("shapes", (0, 1), -13), "impossible shape"),
-    "an empty tensor": (put("shapes", (0, 2), 0), "impossible shape"),
+    "names that are not UTF-8": (set_element("names", 0, 255), "utf-8"),
+    "a missing row of slices": (replace("pieces", lambda a: a[:-1]), "other dimensions"),
+    "a slice of no tensor": (set_element("pieces", (0, 0), 99), "tensor that does not exist"),
+    "a slice of a tensor before the first": (set_element("pieces", (0, 0), -1), "tensor that does not exist"),
+    "a slice beyond its tensor": (set_element("pieces", (-1, -1), HUGE), "beyond its tensor"),
+    "an offset beyond its tensor": (set_element("pieces", (1, 2), HUGE), "beyond its tensor"),
+    "an offset that wraps around": (set_element("pieces", (1, 2), 2**63 - 1), "beyond its tensor"),
+    "an empty slice": (set_element("pieces", (5, 2), 0), "beyond its tensor"),
+    "a negative offset": (set_element("pieces", (1, 2), -1), "beyond its tensor"),
+    "a huge tensor": (set_element("shapes", (slice(0, 2), 1), HUGE), "impossible shape"),
+    "a tensor too large for floats": (replace("shapes", lambda a: np.full((64, a.shape[1]), HUGE)), "impossible shape"),
+    "a negative dimension": (set_element("shapes", (0, 1), -13), "impossible shape"),
+    "an empty tensor": (set_element("shapes", (0, 2), 0), "impossible shape"),
     "too few elements": (replace("pieces", lambda a: a[:, 1:].copy()), "do not make a file"),
     "more elements than bytes": (replace("pieces", lambda a: np.concatenate([a, a], axis=1)), "do not make a file"),
 }
 
 
-@pytest.mark.parametrize("name", LIES)
+@pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_index_is_refused(tmp_path: Path, name: str) -> None:
-    """The checksum of the index is right: whoever wrote it meant it."""
-    change, reason = LIES[name]
+    """The checksum of the index is valid."""
+    change, reason = HOSTILE[name]
     data, _ = write(Location(tmp_path), LAYOUTS["1"])
     contents = index_contents(tmp_path)
     change(contents)
@@ -83,13 +83,13 @@ def test_a_hostile_index_is_refused(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("position", [0, 3, 9, 40, 100, -1])
-def test_an_index_that_is_no_safetensors_is_refused(tmp_path: Path, position: int) -> None:
+def test_an_index_that_is_not_safetensors_is_refused(tmp_path: Path, position: int) -> None:
     data, entry = write(Location(tmp_path), LAYOUTS["1"])
     content = bytearray((tmp_path / entry.name).read_bytes())
     content[position] ^= 0x80
     content = content[:-1] if position == -1 else content
     with pytest.raises(CheckpointError, match=r"rank_00000.index.safetensors is not a valid index"):
-        TensorReader(Location(tmp_path), [data, put_index(tmp_path, bytes(content))])
+        TensorReader(Location(tmp_path), [data, write_index(tmp_path, bytes(content))])
 
 
 def test_an_index_whose_metadata_are_null_is_refused(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_an_index_whose_metadata_are_null_is_refused(tmp_path: Path) -> None:
     text = json.dumps(json.loads(content[8 : 8 + size]) | {"__metadata__": None}).encode().ljust(size)
     assert len(text) == size
     with pytest.raises(CheckpointError, match=r"rank_00000.index.safetensors is not a valid index"):
-        TensorReader(Location(tmp_path), [data, put_index(tmp_path, content[:8] + text + content[8 + size :])])
+        TensorReader(Location(tmp_path), [data, write_index(tmp_path, content[:8] + text + content[8 + size :])])
 
 
 def index_contents(folder: Path) -> Contents:
@@ -112,10 +112,10 @@ def index_contents(folder: Path) -> Contents:
 def replace_index(folder: Path, contents: Contents) -> FileRecord:
     header = contents.pop("header")
     arrays = {name: np.ascontiguousarray(array) for name, array in contents.items()}
-    return put_index(folder, save(arrays, None if header is None else {"rdm_scale": json.dumps(header)}))
+    return write_index(folder, save(arrays, None if header is None else {"rdm_scale": json.dumps(header)}))
 
 
-def put_index(folder: Path, encoded: bytes) -> FileRecord:
+def write_index(folder: Path, encoded: bytes) -> FileRecord:
     (folder / "rank_00000.index.safetensors").write_bytes(encoded)
     return FileRecord(name="rank_00000.index.safetensors", bytes=len(encoded), xxh3=digest(encoded))
 
@@ -124,15 +124,15 @@ def test_a_hostile_size_is_refused_before_reading(tmp_path: Path) -> None:
     data, entry = write(Location(tmp_path), LAYOUTS["1"])
     with pytest.raises(CheckpointError, match="larger than an index can be"):
         TensorReader(Location(tmp_path), [data, entry.model_copy(update={"bytes": 2**40})])
-    with pytest.raises(CheckpointError, match="no part of the checkpoint"):
+    with pytest.raises(CheckpointError, match="not part of the checkpoint"):
         TensorReader(Location(tmp_path), [entry])
 
 
-def test_a_claimed_tensor_without_bytes_takes_no_memory(tmp_path: Path) -> None:
+def test_no_memory_is_allocated_for_a_tensor_without_bytes(tmp_path: Path) -> None:
     data, _ = write(Location(tmp_path), LAYOUTS["1"])
     contents = index_contents(tmp_path)
     contents["names"] = np.frombuffer(bytes(contents["names"]) + b"\nhuge", np.uint8)
     contents["shapes"] = np.concatenate([contents["shapes"], [[2**58], [0], [0], [0]]], axis=1)
     reader = TensorReader(Location(tmp_path), [data, replace_index(tmp_path, contents)])
-    with pytest.raises(CheckpointError, match="hole: of huge"):
+    with pytest.raises(CheckpointError, match="lacks elements of huge"):
         reader.read("ema", "huge")
