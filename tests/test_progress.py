@@ -1,5 +1,6 @@
 """Progress reports on a pseudo-terminal and in a pipe."""
 
+import contextlib
 import fcntl
 import os
 import pty
@@ -60,9 +61,9 @@ def test_a_terminal_gets_a_bar_with_the_time_left() -> None:
         progress.advance_to(4)
         progress.advance_to(3)
         assert progress.done == 4
-        progress.close()
-        text = ""
-        while "4/4" not in text:  # the kernel may hand over a part of it
+    text = ""
+    with contextlib.suppress(OSError):  # EIO: all was read, and the other end is closed
+        while True:
             text += os.read(outer, 100_000).decode()
     os.close(outer)
     assert "\r" in text

@@ -1,6 +1,7 @@
-"""The whole way, small: digits to latents, a Neural-RDM trained on two ranks, samples, and a judgement of them.
+"""Run every step once on small data: encode digits, train a Neural-RDM on two ranks, sample it, evaluate the samples.
 
-A second call says what exists; nothing is repeated or overwritten unless asked for.
+Reads and writes data/ and runs/ in the current folder. A second call lists what exists; nothing is repeated or
+overwritten unless asked for.
 """
 
 import argparse
@@ -13,24 +14,27 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import rdm_scale
+
+PACKAGE = Path(rdm_scale.__file__).parent
 SERVER = Path("data/quickstart-s3")
 BUCKET = "quickstart"
-
-
+COMMAND = "rdm-quickstart"  # its name where the package is installed without the checkout
 STRIDE = ("--stride", "3")  # 8 of a clip's 24 frames
 CLIPS = ("--frames", "8", *STRIDE)
 
 
 @dataclass(frozen=True)
 class Places:
-    """Where everything is: the run always on this machine, the data there too or on an S3 server."""
+    """Locations of one variant of the quickstart. The run is on this machine; the data may be on an S3 server."""
 
-    make: str  # what the user calls
+    make: str  # command with which the user starts it in a checkout
     data: str
     run: Path
-    config: str = "configs/quickstart.yaml"
+    config: str = "quickstart.yaml"
     overrides: tuple[str, ...] = ()
-    video: bool = False  # clips of moving digits, not scans
+    option: str = ""  # of this tool
+    video: bool = False  # clips of moving digits instead of images
 
     @property
     def digits(self) -> str:
@@ -58,7 +62,8 @@ VIDEO = Places(
     "make quickstart-video",
     "data/quickstart-video",
     Path("runs/quickstart-video"),
-    "configs/quickstart_video.yaml",
+    "quickstart_video.yaml",
+    option=" --video",
     video=True,
 )
 ON_S3 = Places(
@@ -71,17 +76,18 @@ ON_S3 = Places(
         f"checkpoint.dir=s3://{BUCKET}/checkpoints",
         "run.dir=runs/quickstart-s3",
     ),
+    option=" --s3",
 )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only-data", action="store_true", help="stop after the latents are made")
+    parser.add_argument("--only-data", action="store_true", help="stop after encoding the latents")
     kind = parser.add_mutually_exclusive_group()
-    kind.add_argument("--s3", action="store_true", help="data and checkpoints on an S3 server that is started here")
-    kind.add_argument("--video", action="store_true", help="clips of moving digits instead of images")
-    parser.add_argument("--continue", dest="go_on", action="store_true", help="go on with the run")
-    parser.add_argument("--steps", type=int, help="train to this step instead of the configuration's last")
+    kind.add_argument("--s3", action="store_true", help="keep data and checkpoints on a local S3 server")
+    kind.add_argument("--video", action="store_true", help="use clips of moving digits instead of images")
+    parser.add_argument("--continue", dest="go_on", action="store_true", help="resume the run")
+    parser.add_argument("--steps", type=int, help="last step to train (default: the configuration's)")
     options = parser.parse_args()
     places = ON_S3 if options.s3 else VIDEO if options.video else LOCAL
     if places.run.exists() and not (options.go_on or options.only_data):
@@ -91,25 +97,26 @@ def main() -> None:
                 print(f"  {places.run / name}")
         print(again(places))
         return
-    with served() if options.s3 else nullcontext():
+    with local_s3_server() if options.s3 else nullcontext():
         make_data(places)
         if not options.only_data:
             train(places, options.steps)
-            judge(places)
+            evaluate(places)
 
 
 @contextmanager
-def served() -> Iterator[None]:
-    """An S3 server on this machine, and the AWS_* variables with which all that runs within finds it."""
+def local_s3_server() -> Iterator[None]:
+    """Run an S3 server on this machine, with the AWS_* variables that lead clients to it in the environment."""
     from rdm_scale.tools.s3_server import S3Server
 
     with S3Server(SERVER.resolve(), buckets=(BUCKET,)) as server:
-        print(f"an S3 server keeps its data in {SERVER}; it is at {server.endpoint} until this ends")
+        print(f"an S3 server with its data in {SERVER} runs at {server.endpoint} until this command ends")
         os.environ |= server.environment()
         yield
 
 
 def make_data(places: Places) -> None:
+    """Write the digits and encode them, unless both sets of latents exist."""
     from rdm_scale.storage.location import Location
 
     complete = [(Location(folder) / "manifest.json").exists() for folder in (places.latents, places.validation)]
@@ -118,35 +125,39 @@ def make_data(places: Places) -> None:
         return
     if not Location(places.digits).exists():
         if places.video:
-            step("[1/5] 1,797 clips of moving digits in a webdataset tar", "tools/make_digit_clips.py", places.digits)
+            title = "[1/5] writing 1,797 clips of moving digits to a webdataset tar"
+            run_step(title, *tool("make_digit_clips"), places.digits)
         else:
-            step("[1/5] 1,797 scans of digits, as images in a webdataset tar", "tools/make_digits.py", places.digits)
-    step(
+            title = "[1/5] writing 1,797 scans of digits as images to a webdataset tar"
+            run_step(title, *tool("make_digits"), places.digits)
+    run_step(
         "[2/5] encoding them with the packaged VAE, a tenth held out",
-        *("tools/encode_latents.py", places.digits, places.latents, "--codec", "digits", "--size", "32"),
+        *(*tool("encode_latents"), places.digits, places.latents, "--codec", "digits", "--size", "32"),
         *("--holdout", places.validation, *(CLIPS if places.video else ("--preview", places.preview))),
     )
 
 
 def train(places: Places, steps: int | None) -> None:
+    """Train on two ranks, as far as `steps` or the configuration says."""
     overrides = [*places.overrides, *([] if steps is None else [f"train.steps={steps}"])]
-    step(
+    run_step(
         "[3/5] training on 2 ranks under DeepSpeed ZeRO-3 (the libraries take some seconds to load)",
         *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
-        *("-m", "rdm_scale.train", places.config, *overrides),
+        *("-m", "rdm_scale.train", config_file(places.config), *overrides),
         CUDA_VISIBLE_DEVICES="",  # two ranks need two devices, and every machine has two CPU cores
         OMP_NUM_THREADS="1",
     )
 
 
-def judge(places: Places) -> None:
+def evaluate(places: Places) -> None:
+    """Draw samples, measure how many are recognized as the digit asked for, and plot the loss."""
     from rdm_scale.evaluation.plots import plot_loss
 
     samples, loss = places.run / "samples.png", places.run / "loss.png"
-    step(
-        f"[4/5] drawing {'50 clips' if places.video else '250 digits'} from the averaged weights and [5/5] judging "
-        f"them by the real {'clips' if places.video else 'scans'}",
-        *("tools/evaluate.py", places.checkpoints, places.digits, "--picture", str(samples)),
+    run_step(
+        f"[4/5] drawing {'50 clips' if places.video else '250 digits'} with the EMA weights and [5/5] classifying "
+        f"them by their nearest real {'clips' if places.video else 'scans'}",
+        *(*tool("evaluate"), places.checkpoints, places.digits, "--picture", str(samples)),
         *("--per-class", "5", "--rows", "5", *STRIDE) if places.video else ("--per-class", "25"),
     )
     plot_loss(places.run / "metrics.jsonl", loss)
@@ -154,13 +165,18 @@ def judge(places: Places) -> None:
 
 
 def again(places: Places) -> str:
+    """The commands that resume the run and that start a new one."""
     data = SERVER if places is ON_S3 else places.data
+    installed = Path(sys.argv[0]).name == COMMAND
+    start = f"{COMMAND}{places.option}" if installed else places.make
+    resume = f"{start} --continue [--steps 3000]" if installed else f"{start} CONTINUE=1 [STEPS=3000]"
     return f"""\
-  to go on with the training:    {places.make} CONTINUE=1 [STEPS=3000]
-  to start afresh:               rm -r {places.run}   (and {data}, to encode again), then {places.make}"""
+  to go on with the training:    {resume}
+  to start afresh:               rm -r {places.run}   (and {data}, to encode again), then {start}"""
 
 
 def trained_so_far(run: Path) -> str:
+    """How far a run was trained, in words."""
     try:
         last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"]
     except (OSError, IndexError, ValueError):
@@ -168,8 +184,20 @@ def trained_so_far(run: Path) -> str:
     return f"trained for {last} steps"
 
 
-def step(title: str, *command: str, **environment: str) -> None:
-    """Runs a stage as its own process, as a user would; its failure is ours."""
+def tool(name: str) -> tuple[str, ...]:
+    """Arguments of python that run a tool: its file where the current folder is the checkout, else its module."""
+    file = Path("tools", f"{name}.py")
+    return (str(file),) if file.exists() and file.samefile(PACKAGE / file) else ("-m", f"rdm_scale.tools.{name}")
+
+
+def config_file(name: str) -> str:
+    """Path of a configuration that comes with the package, relative to the current folder if it is below that."""
+    file = (PACKAGE / "configs" / name).resolve()
+    return str(file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file)
+
+
+def run_step(title: str, *command: str, **environment: str) -> None:
+    """Run a step in a process of its own, as a user would, and exit with its status if it fails."""
     print(f"\n{title}\n$ python {' '.join(command)}", flush=True)
     code = subprocess.run([sys.executable, *command], env=os.environ | environment, check=False).returncode
     if code:
