@@ -1,9 +1,9 @@
 """Encodes images or videos into latent shards that rdm_scale.train reads, and looks at what was encoded.
 
-    encode_latents.py INPUT OUTPUT --codec CODEC --size 256     encode
-    encode_latents.py OUTPUT --verify                           read everything again and check it
-    encode_latents.py OUTPUT --stats                            mean and deviation of each channel, also as a plot
-    encode_latents.py OUTPUT --decode 40                        a picture (or a moving one) of decoded samples
+    %(prog)s INPUT OUTPUT --codec CODEC --size 256     encode
+    %(prog)s OUTPUT --verify                           read everything again and check it
+    %(prog)s OUTPUT --stats                            mean and deviation of each channel, also as a plot
+    %(prog)s OUTPUT --decode 40                        a picture (or a moving one) of decoded samples
 
 INPUT is a folder of images (PNG, JPEG, WebP) or videos (MP4, MOV, AVI, WebM, MKV) whose sub-folders are the classes, a
 webdataset tar or a folder or quoted glob of tars (`key.png` with its class in `key.cls`, its caption in `key.txt`), or

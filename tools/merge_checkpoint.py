@@ -1,10 +1,10 @@
 """Takes a checkpoint out of training: one folder of safetensors, here or for diffusers; or looks at it.
 
-merge_checkpoint.py RUN_OR_STEP OUT                  consolidated weights and configuration
-merge_checkpoint.py RUN_OR_STEP OUT --to diffusers   a folder for diffusers.DiTTransformer2DModel.from_pretrained
-merge_checkpoint.py --average A B C OUT              the mean of several checkpoints
-merge_checkpoint.py --inspect RUN_OR_STEP            its tensors, norms, gates and the layout that wrote it
-merge_checkpoint.py --verify RUN_OR_STEP             reads everything and compares all checksums
+%(prog)s RUN_OR_STEP OUT                  consolidated weights and configuration
+%(prog)s RUN_OR_STEP OUT --to diffusers   a folder for diffusers.DiTTransformer2DModel.from_pretrained
+%(prog)s --average A B C OUT              the mean of several checkpoints
+%(prog)s --inspect RUN_OR_STEP            its tensors, norms, gates and the layout that wrote it
+%(prog)s --verify RUN_OR_STEP             reads everything and compares all checksums
 """
 
 import argparse
