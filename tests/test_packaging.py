@@ -14,12 +14,22 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import yaml
 
 import rdm_scale
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-SOURCES = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "constraints.txt", "CHANGELOG.md")
+SOURCES = (
+    "pyproject.toml",
+    "setup.py",
+    "MANIFEST.in",
+    "README.md",
+    "LICENSE",
+    "constraints.txt",
+    "CHANGELOG.md",
+    "CITATION.cff",
+)
 FOLDERS = ("rdm_scale", "tools", "configs")
 BUILD = "import sys; from setuptools import build_meta; getattr(build_meta, sys.argv[1])(sys.argv[2])"
 
@@ -148,3 +158,10 @@ def test_the_quickstart_names_its_own_command(installation: Installation) -> Non
     assert done.returncode == 0, done.stderr
     assert "rdm-quickstart --video --continue [--steps 3000]" in done.stdout
     assert "make" not in done.stdout
+
+
+def test_the_version_is_the_same_everywhere(installation: Installation) -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == rdm_scale.__version__
+    assert f"## [{rdm_scale.__version__}]" in (ROOT / "CHANGELOG.md", "CITATION.cff").read_text()
+    assert list(installation.package.parent.glob(f"rdm_scale-{rdm_scale.__version__}.dist-info"))
