@@ -40,18 +40,19 @@ from rdm_scale.checkpoint.saver import Saver
 from rdm_scale.checkpoint.sharded_state import slice_table
 from rdm_scale.config.schema import CheckpointConfig
 from rdm_scale.models.layers import WHOLE, Slice
-from rdm_scale.parallel.zero.engine import Shard
+from rdm_scale.parallel.parallel_model import ShardedState
+from rdm_scale.parallel.zero.engine import ParameterRange
 from rdm_scale.storage.location import Location
 
 SETS = {"30 large tensors": {f"w{i}": (1440, 1536) for i in range(30)}, "56,000 small tensors": shapes_of(1000, 36)}
 BLOCKS, WIDTH = 1000, 1024  # of the planned model: 15 billion parameters
 
 
-def shards_of(shapes: dict[str, tuple[int, ...]]) -> list[Shard]:
+def shards_of(shapes: dict[str, tuple[int, ...]]) -> list[ParameterRange]:
     """What a single rank holds."""
     shards, start = [], 0
     for name, shape in shapes.items():
-        shards.append(Shard(name, shape, 0, math.prod(shape), start, WHOLE))
+        shards.append(ParameterRange(name, shape, 0, math.prod(shape), start, WHOLE))
         start += math.prod(shape)
     return shards
 
@@ -83,7 +84,7 @@ def load_ours(folder: Path, flats: dict[str, Tensor], pieces: SliceTable) -> Non
 
 def bandwidth(name: str, rounds: int, where: str | None) -> dict[str, Any]:
     shards = shards_of(SETS[name])
-    elements = sum(shard.count for shard in shards)
+    elements = sum(shard.numel for shard in shards)
     flats = {field: torch.randn(elements) for field in FIELDS}
     loaded = {field: torch.zeros(elements) for field in FIELDS}
     size = 4 * elements * len(FIELDS)
@@ -126,18 +127,17 @@ def timed(work: Any, *arguments: Any) -> float:
 
 
 class OneRank:
-    """As much of an engine and of a mesh as saving needs."""
+    """As much of a parallel model and of a mesh as saving needs."""
 
     rank, is_first, device = 0, True, torch.device("cpu")
 
     def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        self.writes = shards_of(shapes)
-        elements = sum(shard.count for shard in self.writes)
-        self.masters, self.ema = [torch.randn(elements)], [torch.randn(elements)]
-        self._moments = {name: [torch.randn(elements)] for name in ("exp_avg", "exp_avg_sq")}
+        self.owned_ranges = shards_of(shapes)
+        self.elements = sum(one.numel for one in self.owned_ranges)
+        self.buffers = ShardedState(*([torch.randn(self.elements)] for _ in ShardedState._fields))
 
-    def moments(self) -> dict[str, list[Tensor]]:
-        return self._moments
+    def state(self) -> ShardedState:
+        return self.buffers
 
     def all_gather_object(self, value: Any) -> list[Any]:
         return [value]
@@ -145,12 +145,10 @@ class OneRank:
 
 def stall(name: str, rounds: int, where: str | None) -> dict[str, Any]:
     rank = OneRank(SETS[name])
-    size = 16 * rank.masters[0].numel()
+    size = 16 * rank.elements
     stalls, totals = [], []
     with tempfile.TemporaryDirectory(dir=where) as folder:
-        saver = Saver(
-            CheckpointDirectory(Location(folder)), CheckpointConfig(keep=1), rank, rank.ema, rank, lambda line: None
-        )  # type: ignore[arg-type]
+        saver = Saver(CheckpointDirectory(Location(folder)), CheckpointConfig(keep=1), rank, rank, lambda line: None)  # type: ignore[arg-type]
         forget_peak()
         before = rss()
         for step in range(1, rounds + 2):  # the first save also makes the memory for its copy
@@ -175,7 +173,7 @@ def stall(name: str, rounds: int, where: str | None) -> dict[str, Any]:
     return found
 
 
-def rank_shards(tensor: int, pipeline: int, data: int, rank: int) -> list[Shard]:
+def rank_shards(tensor: int, pipeline: int, data: int, rank: int) -> list[ParameterRange]:
     """What a rank of a layout holds of the planned model under ZeRO-3; ranks count data first, then stages."""
     t, p, d = rank % tensor, rank // tensor // data, rank // tensor % data
     first, last = (BLOCKS * s // pipeline for s in (p, p + 1))
@@ -192,7 +190,7 @@ def rank_shards(tensor: int, pipeline: int, data: int, rank: int) -> list[Shard]
         begin = min(d * size, math.prod(mine))
         count = min(size, math.prod(mine) - begin)
         if count and (part.count > 1 or t == 0):
-            shards.append(Shard(name, mine, begin, count, start, part))
+            shards.append(ParameterRange(name, mine, begin, count, start, part))
             start += count
     return shards
 

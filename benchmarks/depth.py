@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.report import write_results
-from rdm_scale.batch import TrainingBatch
+from rdm_scale.batch import ModelInputs, TrainingBatch
 from rdm_scale.config import RunConfig, parse_config
 from rdm_scale.models import build_model
 from rdm_scale.parallel.mesh import Mesh, build_mesh
@@ -100,30 +100,32 @@ def ours(model: ParallelModel) -> Step:
     batch = random_batch(model.config)
 
     def step() -> None:
-        model.accumulate([batch], inputs_of, loss_of)
+        model.accumulate([batch], SquaredError())
         model.step(1e-4)
 
     return step
 
 
 def plain(config: RunConfig) -> Step:
-    model, batch = build_model(config.model), random_batch(config)
+    model, batch, objective = build_model(config.model), random_batch(config), SquaredError()
     optimizer = build_optimizer(config.optimizer, config.model, model)
 
     def step() -> None:
-        loss_of(model(*inputs_of(batch)), batch).mean().backward()
+        objective.sample_losses(model(*objective.model_inputs(batch)), batch).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
 
     return step
 
 
-def inputs_of(batch: TrainingBatch) -> tuple[Tensor, Tensor, Tensor | None]:
-    return batch.latents, batch.t, batch.condition
+class SquaredError:
+    """Objective without noising: predicts the batch's noise from its latents."""
 
+    def model_inputs(self, batch: TrainingBatch) -> ModelInputs:
+        return ModelInputs(batch.latents, batch.t, batch.condition)
 
-def loss_of(prediction: Tensor, batch: TrainingBatch) -> Tensor:
-    return (prediction - batch.noise).square().flatten(1).mean(1)
+    def sample_losses(self, prediction: Tensor, batch: TrainingBatch) -> Tensor:
+        return (prediction - batch.noise).square().flatten(1).mean(1)
 
 
 def random_batch(config: RunConfig) -> TrainingBatch:

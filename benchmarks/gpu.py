@@ -25,7 +25,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.report import ROOT, read_results, write_results
@@ -38,7 +37,6 @@ from rdm_scale.parallel.mesh import Mesh, build_mesh
 from rdm_scale.parallel.parallelize import ParallelModel, parallelize
 from rdm_scale.parallel.plan import Layout, memory_of_rank, plan
 from rdm_scale.storage.location import Location
-from rdm_scale.training.ema import Ema
 from rdm_scale.training.optimizer import build_optimizer
 
 GIB = 2**30
@@ -127,9 +125,8 @@ def measured(config: RunConfig, steps: int) -> dict[str, Any]:
     mesh = build_mesh(config.parallel)
     began = time.perf_counter()
     model, layout = built(mesh, config)
-    ema = Ema(model.zero.masters, 0.999)
     started_s = time.perf_counter() - began
-    step = step_of(model, ema)
+    step = step_of(model)
     seconds = median_s(step, steps)
     samples = config.train.global_batch_size
     return {
@@ -148,26 +145,15 @@ def built(mesh: Mesh, config: RunConfig) -> tuple[ParallelModel, Layout]:
     return parallelize(config, mesh, layout, partial(build_optimizer, config.optimizer, config.model)), layout
 
 
-def step_of(model: ParallelModel, ema: Ema) -> Callable[[], None]:
+def step_of(model: ParallelModel) -> Callable[[], None]:
     config = model.config
     objective = build_objective(config.diffusion, config.model.learned_variance)
     batch = random_batch(config)
-    taken = 0
-
-    def inputs(batch: TrainingBatch) -> tuple[Tensor, Tensor, Any]:
-        x_t = objective.noised(batch.latents, batch.noise, batch.t)
-        return x_t, objective.model_timesteps(batch.t), batch.condition
-
-    def loss(prediction: Tensor, batch: TrainingBatch) -> Tensor:
-        x_t = objective.noised(batch.latents, batch.noise, batch.t)
-        return objective.loss(prediction, batch.latents, batch.noise, batch.t, x_t)
 
     def step() -> None:
-        nonlocal taken
-        taken += 1
-        model.accumulate([batch], inputs, loss)
+        model.accumulate([batch], objective)
         model.step(1e-4)
-        ema.update(model.zero.masters, taken)
+        model.update_ema(0.999)
 
     return step
 
@@ -240,12 +226,11 @@ def saving() -> dict[str, Any]:
     config = configuration("dit_xl", 16, "none", "3 kept")
     mesh = build_mesh(config.parallel)
     model, _ = built(mesh, config)
-    ema = Ema(model.zero.masters, 0.999)
-    step = step_of(model, ema)
+    step = step_of(model)
     found: dict[str, Any] = {"bytes": 16 * cost.model_parameters(config.model).total}
     with tempfile.TemporaryDirectory() as folder:
         directory = CheckpointDirectory(Location(folder) / "checkpoints")
-        saver = Saver(directory, CheckpointConfig(keep=1), model.zero, ema.flats, mesh, print)
+        saver = Saver(directory, CheckpointConfig(keep=1), model, mesh, print)
         for number, name in enumerate(("first", "second"), start=1):
             step()
             torch.cuda.synchronize()

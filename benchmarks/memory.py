@@ -3,59 +3,38 @@
 import contextlib
 import ctypes
 import gc
-import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
+
+from rdm_scale.parallel.parallel_model import ParallelModel
 
 KINDS = ("parameters", "gradients", "optimizer", "average", "other")
 _M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 @contextlib.contextmanager
-def looking_at_the_end(model: Any, ema: Any, before: set[int], found: list[dict[str, int]]) -> Iterator[None]:
+def looking_at_the_end(model: ParallelModel, before: set[int], found: list[dict[str, int]]) -> Iterator[None]:
     """Within, finds out what is alive after the last backward of a step."""
-    accumulating = model.zero.accumulating
+    hook = model.on_action
 
-    @contextlib.contextmanager
-    def watched() -> Iterator[None]:
-        with accumulating():
-            yield
-            found.append(live_by_kind(model, ema, before))
+    def look(action: object) -> None:
+        if action is None:
+            found.append(live_by_kind(model, before))
 
-    model.zero.accumulating = watched
+    model.on_action = look
     yield
-    model.zero.accumulating = accumulating
+    model.on_action = hook
 
 
-def live_by_kind(model: Any, ema: Any, before: set[int]) -> dict[str, int]:
-    zero = model.zero
-    optimizer = [*zero.masters, *itertools.chain(*zero.moments().values())]
-    kind_of = {address(t): "optimizer" for t in optimizer} | {address(t): "average" for t in ema.flats}
-    for parameter in zero.parameters:
-        kind_of[address(parameter)] = "parameters"
-        if hasattr(parameter, "ds_tensor"):
-            kind_of[address(parameter.ds_tensor)] = "parameters"
-        for name in ("grad", "grad_accum"):  # DeepSpeed's below stage 3
-            if getattr(parameter, name, None) is not None:
-                kind_of[address(getattr(parameter, name))] = "gradients"
-    kind_of |= {address(t): "gradients" for t in partitioned_gradients(zero.optimizer.raw)}
+def live_by_kind(model: ParallelModel, before: set[int]) -> dict[str, int]:
+    kind_of = {address(t): kind for kind, tensors in model.tensors_by_kind().items() for t in tensors}
     sizes = dict.fromkeys(KINDS, 0)
     for storage, size in live_storages():
         if storage not in before:
             sizes[kind_of.get(storage, "other")] += size
     return sizes
-
-
-def partitioned_gradients(zero: Any) -> list[Tensor]:
-    """Where DeepSpeed keeps what it has reduced: stage 3, and stage 2."""
-    groups = [[getattr(zero, "grad_partitions_flat_buffer", None)]]
-    for name in ("averaged_gradients", "all_grad_tensors"):
-        found = getattr(zero, name, None)
-        groups += found.values() if isinstance(found, dict) else []
-    return [t for group in groups if group is not None for t in group if t is not None]
 
 
 def live_storages() -> set[tuple[int, int]]:

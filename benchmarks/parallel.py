@@ -35,8 +35,9 @@ from tqdm import tqdm
 from benchmarks.memory import KINDS, forget_peak, give_memory_back, live_storages, looking_at_the_end, peak_since, rss
 from benchmarks.report import IMAGES, read_results, write_results
 from benchmarks.traffic import TrafficCounter
-from rdm_scale.batch import TrainingBatch
+from rdm_scale.batch import ModelInputs, TrainingBatch
 from rdm_scale.config import RunConfig, parse_config
+from rdm_scale.parallel.parallel_model import ParallelModel
 from rdm_scale.parallel.pipeline.schedules import Operation, operations, simulate
 from rdm_scale.parallel.plan import Layout, plan
 from tests.support.rank_pool import RankPool
@@ -122,14 +123,10 @@ def configuration(parallel: dict[str, Any]) -> RunConfig:
 class Clock:
     """What each operation of the pipeline takes on this rank: seconds of CPU, and of wall time less receives."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: ParallelModel) -> None:
         self.marks: list[tuple[Operation | None, float, float, float]] = []
-        self.waited = 0.0
-        (pipeline,) = model._pipelines.values()
-        pipeline.on_operation = self._mark
-        if model._links is not None:
-            self._receive = model._links.receive
-            model._links.receive = self._timed_receive
+        self.channels = model.channels
+        model.on_action = self._mark
 
     def spans(self) -> list[tuple[Operation, float, float]]:
         """(operation, CPU, wall) of each operation."""
@@ -140,13 +137,8 @@ class Clock:
         ]
 
     def _mark(self, operation: Operation | None) -> None:
-        self.marks.append((operation, time.thread_time(), time.perf_counter(), self.waited))
-
-    def _timed_receive(self, *arguments: Any) -> Any:
-        began = time.perf_counter()
-        received = self._receive(*arguments)
-        self.waited += time.perf_counter() - began
-        return received
+        waited = 0.0 if self.channels is None else self.channels.waited_s
+        self.marks.append((operation, time.thread_time(), time.perf_counter(), waited))
 
 
 def measure(config: RunConfig, steps: int) -> dict[str, Any]:
@@ -155,7 +147,6 @@ def measure(config: RunConfig, steps: int) -> dict[str, Any]:
         give_memory_back()
     from rdm_scale.parallel.mesh import build_mesh
     from rdm_scale.parallel.parallelize import parallelize
-    from rdm_scale.training.ema import Ema
     from rdm_scale.training.optimizer import build_optimizer
 
     before, tensors_before = rss(), {storage for storage, _ in live_storages()}
@@ -163,22 +154,21 @@ def measure(config: RunConfig, steps: int) -> dict[str, Any]:
     layout = plan(config, mesh.world_size, None)
     began = time.perf_counter()
     model = parallelize(config, mesh, layout, partial(build_optimizer, config.optimizer, config.model))
-    ema = Ema(model.zero.masters, config.optimizer.ema_decay)
     start_s, start_peak = time.perf_counter() - began, peak_since(before)
     batches = random_batch(config, layout, mesh.data_rank).split(layout.micro_batch)
 
-    def step(number: int) -> None:
-        model.accumulate(batches, inputs_of, loss_of)
+    def step() -> None:
+        model.accumulate(batches, SquaredError())
         model.step(1e-4)
-        ema.update(model.zero.masters, number)
+        model.update_ema(config.optimizer.ema_decay)
 
-    step(1)  # allocates; makes the moments
+    step()  # allocates, and makes the optimizer state
     clock = Clock(model)
-    timed = [timed_step(partial(step, number), clock) for number in range(2, steps + 2)]
+    timed = [timed_step(step, clock) for _ in range(steps)]
     found: list[dict[str, int]] = []
     forget_peak()
-    with TrafficCounter(mesh, model._links) as counter, looking_at_the_end(model, ema, tensors_before, found):
-        step(steps + 2)
+    with TrafficCounter(mesh, model.channels) as counter, looking_at_the_end(model, tensors_before, found):
+        step()
     peak = peak_since(before)
     figures = {
         "pipeline_rank": mesh.pipeline_rank,
@@ -213,12 +203,14 @@ def timed_step(step: Any, clock: Clock) -> dict[str, Any]:
     }
 
 
-def inputs_of(batch: TrainingBatch) -> tuple[Tensor, Tensor, Tensor | None]:
-    return batch.latents, batch.t, batch.condition
+class SquaredError:
+    """Objective without noising: predicts the batch's noise from its latents."""
 
+    def model_inputs(self, batch: TrainingBatch) -> ModelInputs:
+        return ModelInputs(batch.latents, batch.t, batch.condition)
 
-def loss_of(prediction: Tensor, batch: TrainingBatch) -> Tensor:
-    return (prediction - batch.noise).square().flatten(1).mean(1)
+    def sample_losses(self, prediction: Tensor, batch: TrainingBatch) -> Tensor:
+        return (prediction - batch.noise).square().flatten(1).mean(1)
 
 
 def random_batch(config: RunConfig, layout: Layout, data_rank: int) -> TrainingBatch:

@@ -22,6 +22,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from benchmarks.report import write_results
+from rdm_scale.batch import ModelInputs, TrainingBatch
 from rdm_scale.config import RunConfig, load_config
 from rdm_scale.models import build_model
 from rdm_scale.parallel.mesh import Mesh, build_mesh
@@ -84,9 +85,9 @@ def zero_step(config: RunConfig, mesh: Mesh) -> Step:
     model = parallelize(config, mesh, plan(config, mesh.world_size, None), make_optimizer)
 
     def step(latents: Tensor, timesteps: Tensor, labels: Tensor, target: Tensor) -> None:
-        with model.zero.accumulating():
-            prediction = model.zero(0, (1, *latents.shape[2:]), labels, latents[:, :, None], timesteps)
-            model.zero.backward((loss_of(prediction.squeeze(2), target),), (None,))
+        numbers = torch.arange(len(labels))
+        batch = TrainingBatch(0, numbers, numbers, latents[:, :, None], target[:, :, None], timesteps, labels)
+        model.accumulate([batch], SquaredError())
         model.step(config.optimizer.lr)
 
     return step
@@ -107,6 +108,16 @@ def plain_step(
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.0, fused=True)
+
+
+class SquaredError:
+    """Objective without noising: predicts the target, which stands in the place of the noise."""
+
+    def model_inputs(self, batch: TrainingBatch) -> ModelInputs:
+        return ModelInputs(batch.latents, batch.t, batch.condition)
+
+    def sample_losses(self, prediction: Tensor, batch: TrainingBatch) -> Tensor:
+        return ((prediction - batch.noise) ** 2).flatten(1).mean(1)
 
 
 def loss_of(prediction: Tensor, target: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rdm_scale.parallel.mesh import Mesh
+from rdm_scale.parallel.pipeline.executor import Links
 
 _KINDS = {
     "allreduce_": "all-reduce",
@@ -45,11 +46,11 @@ class TrafficCounter(TorchDispatchMode):
     (all that is gathered, all that is reduced), `sent` those that leave this rank. The data axis includes groups of one
     rank, which send nothing; what spans several axes (a norm's sum) is "other"."""
 
-    def __init__(self, mesh: Mesh, links: Any = None) -> None:
+    def __init__(self, mesh: Mesh, channels: Links | None = None) -> None:
         super().__init__()
         groups = {"tensor": [mesh.tensor_group], "pipeline": [mesh.pipeline_group], "data": [mesh.data_group]}
-        if links is not None:
-            groups["pipeline"].append(links._down)
+        if channels is not None:
+            groups["pipeline"] += channels.groups
         self.axes = {group.group_name: axis for axis, members in groups.items() for group in members}
         self.calls: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()

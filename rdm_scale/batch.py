@@ -1,20 +1,25 @@
 """Batches of latents, as the data stream reads them and as a training step takes them."""
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from rdm_scale.conditions import Condition, TextCondition
 
-if TYPE_CHECKING:
-    pass
+
+class ModelInputs(NamedTuple):
+    """Arguments of a model's forward: noised latents [B, C, T, H, W], timesteps [B] and condition."""
+
+    latents: Tensor
+    timesteps: Tensor
+    condition: Condition = None
 
 
 @dataclass(frozen=True)
 class LatentBatch:
-    """The share of one rank of the samples of a step, all of one set and one shape, normalized to unit scale.
+    """One rank's samples of a step, all of one dataset and one shape, normalized to unit scale.
 
     positions, ids and labels int64 [B] (label -1: unlabelled); latents float32 [B, C, T, H, W].
     """
@@ -29,7 +34,7 @@ class LatentBatch:
 
 @dataclass(frozen=True)
 class TrainingBatch:
-    """A batch with all that is random about it.
+    """One rank's samples of a step with everything that is random about them.
 
     positions and ids int64 [B]; latents (x_0) and noise float32 [B, C, T, H, W]; t float32 [B], in the objective's
     units; condition int64 [B], or None for a model without classes; text_tokens float32 [B, N, D], text_mask bool
@@ -51,7 +56,7 @@ class TrainingBatch:
 
     @property
     def model_condition(self) -> Condition:
-        """What the model takes."""
+        """Condition in the form that the model takes."""
         if self.text_tokens is None or self.text_mask is None or self.text_pooled is None:
             return self.condition
         return TextCondition(self.text_tokens, self.text_mask, self.text_pooled)
@@ -60,20 +65,20 @@ class TrainingBatch:
         return len(self.positions)
 
     def split(self, micro_batch_size: int) -> "list[TrainingBatch]":
-        """The batch in order, in micro-batches of so many samples; the last one may be smaller."""
+        """Split into micro-batches, in order; the last one may be smaller."""
         parts = {name: value.split(micro_batch_size) for name, value in self.tensors().items()}
         number = len(parts["positions"])
-        return [self.of_tensors(self.step, {name: value[i] for name, value in parts.items()}) for i in range(number)]
+        return [self.from_tensors(self.step, {name: value[i] for name, value in parts.items()}) for i in range(number)]
 
     def to(self, device: torch.device | str) -> "TrainingBatch":
-        return self.of_tensors(self.step, {name: value.to(device) for name, value in self.tensors().items()})
+        return self.from_tensors(self.step, {name: value.to(device) for name, value in self.tensors().items()})
 
     def tensors(self) -> dict[str, Tensor]:
-        """Those of the fields that are there, by name."""
+        """Fields that hold a tensor, by name."""
         values = ((field.name, getattr(self, field.name)) for field in fields(self))
         return {name: value for name, value in values if isinstance(value, Tensor)}
 
     @classmethod
-    def of_tensors(cls, step: int, tensors: dict[str, Tensor]) -> Self:
-        """The inverse of `tensors`."""
+    def from_tensors(cls, step: int, tensors: dict[str, Tensor]) -> Self:
+        """Inverse of `tensors`."""
         return cls(step=step, **tensors)

@@ -23,7 +23,7 @@ from rdm_scale.errors import CheckpointError
 
 if TYPE_CHECKING:
     from rdm_scale.parallel.mesh import Mesh
-    from rdm_scale.parallel.zero.engine import ZeroEngine
+    from rdm_scale.parallel.parallel_model import ParallelModel
 
 _NOTABLE_S = 0.1  # shorter waits for the save before are not worth a word
 
@@ -47,7 +47,6 @@ class Saver:
     """Writes the checkpoints of a run, one at a time. All methods are collective.
 
     Args:
-        ema: flat fp32 averages of the engine's masters.
         say: tells the user something; of the first rank it reaches the console.
     """
 
@@ -55,17 +54,14 @@ class Saver:
         self,
         directory: CheckpointDirectory,
         config: CheckpointConfig,
-        engine: "ZeroEngine",
-        ema: list[Tensor],
+        model: "ParallelModel",
         mesh: "Mesh",
         say: Callable[[str], None],
     ) -> None:
-        self.directory, self.config, self.engine, self.ema, self.mesh, self.say = (
-            directory, config, engine, ema, mesh, say,
-        )  # fmt: skip
+        self.directory, self.config, self.model, self.mesh, self.say = directory, config, model, mesh, say
         self.failures = 0
         self.stall_s: float | None = None  # that the last save meant for training
-        self._pieces = slice_table(engine.writes)
+        self._pieces = slice_table(model.owned_ranges)
         self._host: dict[str, Tensor] = {}
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._save: _Save | None = None
@@ -75,6 +71,11 @@ class Saver:
     def busy(self) -> bool:
         """Whether this rank's part of a save is not done yet."""
         return self._save is not None and not self._save.work.done()
+
+    def take_stall(self) -> float | None:
+        """Seconds for which the last save stopped training, once; None where no save began since the last call."""
+        stall_s, self.stall_s = self.stall_s, None
+        return stall_s
 
     def start(self, state: Mapping[str, Any]) -> None:
         """Begins to save the weights as they are now as the checkpoint of `state["step"]`.
@@ -161,7 +162,7 @@ class Saver:
 
     def _copy_to_host(self) -> None:
         """The copy's memory is kept for the next save: to get new memory takes longer than to fill it."""
-        fields = {"weights": self.engine.masters, **self.engine.moments(), "ema": self.ema}
+        fields = self.model.state()._asdict()
         for name, parts in fields.items():  # in this order the fields will lie in the file
             if name not in self._host:
                 self._host[name] = torch.empty(sum(part.numel() for part in parts), pin_memory=parts[0].is_cuda)

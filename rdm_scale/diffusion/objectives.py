@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from rdm_scale.batch import ModelInputs, TrainingBatch
 from rdm_scale.config import DiffusionConfig
 from rdm_scale.diffusion.noise_schedule import NoiseSchedule
 from rdm_scale.errors import ConfigError
@@ -33,6 +34,16 @@ class Objective(ABC):
     @abstractmethod
     def loss(self, prediction: Tensor, x0: Tensor, noise: Tensor, t: Tensor, x_t: Tensor) -> Tensor:
         """Loss of each sample, a mean over its elements, in float32 whatever the type of the prediction."""
+
+    def model_inputs(self, batch: TrainingBatch) -> ModelInputs:
+        """Noised latents, timesteps and condition of a training batch."""
+        x_t = self.noised(batch.latents, batch.noise, batch.t)
+        return ModelInputs(x_t, self.model_timesteps(batch.t), batch.model_condition)
+
+    def sample_losses(self, prediction: Tensor, batch: TrainingBatch) -> Tensor:
+        """Loss [B] of each sample of a training batch."""
+        x_t = self.noised(batch.latents, batch.noise, batch.t)
+        return self.loss(prediction, batch.latents, batch.noise, batch.t, x_t)
 
 
 class FlowObjective(Objective):

@@ -51,6 +51,11 @@ class Mesh:
         """True for the one rank of each replica of the model that reads samples, and shares them with its peers."""
         return self.tensor_rank == 0 and self.pipeline_rank == 0
 
+    @property
+    def replica_size(self) -> int:
+        """Number of ranks that hold the model together, and work on the same samples."""
+        return self.world_size // self.data_size
+
     def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
         """Element-wise sum over all ranks."""
         total = torch.tensor(values, dtype=torch.float64, device=self.device)

@@ -23,36 +23,35 @@ from torch import Tensor, nn
 from rdm_scale.config import RunConfig
 from rdm_scale.models.blocks import ResidualUnit
 from rdm_scale.models.gates import ResidualGate
-from rdm_scale.parallel.mesh import Mesh
-from rdm_scale.parallel.zero.engine import ZeroEngine
+from rdm_scale.parallel.parallel_model import ParallelModel
 from rdm_scale.training.depth_profiles import Profile
 
 
 class DepthProbe:
-    """Watches the blocks of this rank in the steps in which it is asked to."""
+    """Measures this rank's blocks in the steps in which it is asked to."""
 
-    def __init__(self, config: RunConfig, zero: ZeroEngine, mesh: Mesh) -> None:
-        self.config, self.zero, self.mesh = config, zero, mesh
+    def __init__(self, config: RunConfig, model: ParallelModel) -> None:
+        self.config, self.model, self.mesh = config, model, model.mesh
         self._sums: dict[str, Tensor] = {}  # [depth] each
-        self._seen: set[int] = set()  # masters whose gradients have been looked at, by where they begin
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Around the forwards, the backwards and the update of one step."""
-        self._sums, self._seen = {}, set()
-        hooks = [hook for name, block in self.zero.blocks.items() for hook in self._watch(int(name), block)]
-        hooks.append(self.zero.optimizer.plain.register_step_pre_hook(self._saw_gradients))
+        """Context around the forwards, the backwards and the update of the step to measure."""
+        self._sums = {}
+        hooks = [hook for number, block in self.model.blocks.items() for hook in self._watch(number, block)]
         try:
-            yield
+            with self.model.recording_gradients() as squares:
+                yield
         finally:
             for hook in hooks:
                 hook.remove()
+        for block, square in squares.items():
+            self._add("gradient", block, square)
 
     def profile(self, grad_norm: float) -> Profile:
-        """Of the step that was watched, whose gradient norm before clipping is given. Collective."""
-        sums = self._shared_sums()
-        limit = self.config.optimizer.grad_clip
-        clipped = max(1.0, (grad_norm + 1e-6) / limit) if limit else 1.0  # as DeepSpeed does it
+        """Profile of the step that was measured, whose gradient norm before clipping is given. Collective."""
+        sums = self._all_reduced_sums()
+        clipped = self.model.clip_factor(grad_norm)
         found: Profile = {
             "stream": _ratio(sums, "stream", "stream.n", math.sqrt),
             "sensitivity": [math.sqrt(square) for square in sums["sensitivity"]],
@@ -103,27 +102,13 @@ class DepthProbe:
             self._add(f"{unit}.beta2", block, _square(gate.b) * gate.multiplier**2)
             self._add(f"{unit}.beta.n", block, gate.b.numel())
 
-    def _saw_gradients(self, *_: Any) -> None:
-        """Just before the plain optimizer steps some of the masters, with their gradients."""
-        start = 0
-        for master in self.zero.optimizer.masters:
-            end = start + master.numel()
-            if master.grad is not None and start not in self._seen:
-                self._seen.add(start)
-                gradient = master.grad.detach().flatten()
-                for shard in self.zero.writes:
-                    if start <= shard.start < end and shard.name.startswith("blocks."):
-                        part = gradient[shard.start - start :][: shard.count]
-                        self._add("gradient", int(shard.name.split(".")[1]), _square(part))
-            start = end
-
     def _add(self, quantity: str, block: int, value: Tensor | float) -> None:
         if quantity not in self._sums:
             self._sums[quantity] = torch.zeros(self.config.model.depth, dtype=torch.float64, device=self.mesh.device)
         self._sums[quantity][block] += value
 
-    def _shared_sums(self) -> dict[str, list[float]]:
-        """Over all ranks, of which each has seen some blocks."""
+    def _all_reduced_sums(self) -> dict[str, list[float]]:
+        """Sums over all ranks, each of which holds some of the blocks."""
         names = sorted({name for theirs in self.mesh.all_gather_object(list(self._sums)) for name in theirs})
         depth = self.config.model.depth
         mine = [self._sums[name] if name in self._sums else torch.zeros(depth) for name in names]

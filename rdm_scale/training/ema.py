@@ -1,21 +1,11 @@
-"""Exponential moving average of the master weights, sharded as they are."""
+"""Decay of the exponential moving average (EMA) of the weights."""
 
-import torch
-from torch import Tensor
+from rdm_scale.config import OptimizerConfig
 
 
-class Ema:
-    """Averages of this rank's flat fp32 master buffers.
+def ema_decay(config: OptimizerConfig, step: int) -> float:
+    """Decay at step `step`, counted from 1: min(ema_decay, (1 + step) / (10 + step)).
 
-    The decay warms up as min(decay, (1 + step) / (10 + step)), so that the average forgets the initial weights.
+    The warm-up lets the average forget the initial weights.
     """
-
-    def __init__(self, masters: list[Tensor], decay: float) -> None:
-        self.decay = decay
-        self.flats = [master.clone() for master in masters]
-
-    @torch.no_grad()
-    def update(self, masters: list[Tensor], step: int) -> None:
-        """Takes in the weights after step `step`, counted from 1."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.flats, masters, 1 - decay)
+    return min(config.ema_decay, (1 + step) / (10 + step))

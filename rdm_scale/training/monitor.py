@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, TensorBoard, the console, pictures. Only the first rank's monitor speaks."""
+"""Metric logging: metrics.jsonl, TensorBoard, the console, image grids; rank 0 only."""
 
 import json
 import time
@@ -8,29 +8,48 @@ from typing import IO, Any
 from rdm_scale.config import RunConfig
 from rdm_scale.evaluation.plots import heat_map
 from rdm_scale.training.depth_profiles import DEPTH, Profile, read_profiles
+from rdm_scale.training.step import StepResult
+
+Record = dict[str, Any]  # a line of metrics.jsonl: numbers by name
+
+
+def metrics_record(config: RunConfig, result: StepResult, step_s: float) -> Record:
+    """Metrics of a step that took `step_s` seconds with all that belongs to it."""
+    samples, waited_s = config.train.global_batch_size, result.statistics.data_wait_s
+    return {
+        "step": result.step,
+        "loss": result.loss,
+        "grad_norm": result.grad_norm,
+        "lr": result.lr,
+        "samples": result.step * samples,
+        "step_s": step_s,
+        "tokens_per_s": samples * config.model.tokens_of(result.size) / step_s,
+        "data_wait_s": waited_s,
+        "data_wait_share": waited_s / step_s,
+    }
 
 
 class Monitor:
-    """A monitor that says nothing; what all ranks but the first hold."""
+    """Monitor of the ranks that log nothing: all but rank 0."""
 
-    def step(self, record: dict[str, Any]) -> None:
-        """Takes the metrics of one step."""
+    def step(self, record: Record) -> None:
+        """Log the metrics of one step."""
 
     def depth(self, step: int, profile: Profile) -> None:
-        """Takes what one step was like along depth."""
+        """Log the profile of one step along depth."""
 
-    def pictures(self, step: int, image: Any) -> None:
-        """Takes a grid of samples (PIL.Image)."""
+    def image_grid(self, step: int, image: Any) -> None:
+        """Log a grid of samples (PIL.Image)."""
 
-    def say(self, message: str) -> None:
-        """Tells the user something that is not a metric."""
+    def report(self, message: str) -> None:
+        """Print a message that is not a metric."""
 
     def close(self) -> None:
-        """Flushes what is buffered."""
+        """Flush and close all files."""
 
 
 class RunMonitor(Monitor):
-    """Writes to the run's directory and to the console."""
+    """Monitor that writes to the run's directory and to the console."""
 
     def __init__(self, config: RunConfig, first_step: int) -> None:
         self.config = config
@@ -45,7 +64,7 @@ class RunMonitor(Monitor):
 
             self.board = SummaryWriter(str(self.dir / "tensorboard"), purge_step=first_step + 1)
 
-    def step(self, record: dict[str, Any]) -> None:
+    def step(self, record: Record) -> None:
         self.metrics.write(json.dumps(record) + "\n")
         self.metrics.flush()
         step = record["step"]
@@ -63,10 +82,10 @@ class RunMonitor(Monitor):
         self.profiles.append(profile)
         if self.board is not None:
             for name in profile:
-                picture = heat_map([each[name] for each in self.profiles if name in each])
-                self.board.add_image(f"depth/{name}", picture, step, dataformats="HWC")
+                image = heat_map([each[name] for each in self.profiles if name in each])
+                self.board.add_image(f"depth/{name}", image, step, dataformats="HWC")
 
-    def pictures(self, step: int, image: Any) -> None:
+    def image_grid(self, step: int, image: Any) -> None:
         folder = self.dir / "samples"
         folder.mkdir(exist_ok=True)
         image.save(folder / f"step_{step:08d}.png")
@@ -75,7 +94,7 @@ class RunMonitor(Monitor):
 
             self.board.add_image("samples", np.asarray(image), step, dataformats="HWC")
 
-    def say(self, message: str) -> None:
+    def report(self, message: str) -> None:
         print(message, flush=True)
 
     def close(self) -> None:
@@ -83,7 +102,7 @@ class RunMonitor(Monitor):
         if self.board is not None:
             self.board.close()
 
-    def _print(self, record: dict[str, Any]) -> None:
+    def _print(self, record: Record) -> None:
         step, steps = record["step"], self.config.train.steps
         left = (time.monotonic() - self.started) / (step - self.first_step) * (steps - step)
         parts = [

@@ -5,7 +5,7 @@ import torch
 
 from rdm_scale.checkpoint.sharded_state import slice_table
 from rdm_scale.models.layers import WHOLE, Slice
-from rdm_scale.parallel.zero.engine import Shard
+from rdm_scale.parallel.zero.engine import ParameterRange
 from tests.support.tensor_layouts import listed, select
 
 
@@ -22,9 +22,9 @@ def test_slices_hold_the_elements_of_the_rank_s_buffer() -> None:
         first, count = (1, size - 2) if size > 2 else (0, size)
         local = logical[name] if part is WHOLE else part.of(logical[name])
         buffer[start : start + count] = local.flatten()[first : first + count]
-        shards.append(Shard(name, shape, first, count, start, part))
+        shards.append(ParameterRange(name, shape, first, count, start, part))
         start += count + 2
-    shards.append(Shard("elsewhere", (4, 4), 16, 0, start, WHOLE))
+    shards.append(ParameterRange("elsewhere", (4, 4), 16, 0, start, WHOLE))
     table = slice_table(shards)
     assert table.names == list(logical)
     seen = np.zeros(200, bool)
@@ -37,4 +37,4 @@ def test_slices_hold_the_elements_of_the_rank_s_buffer() -> None:
 
 
 def test_a_rank_without_elements_has_no_slices() -> None:
-    assert listed(slice_table([])) == [] == listed(slice_table([Shard("a", (3,), 3, 0, 0, WHOLE)]))
+    assert listed(slice_table([])) == [] == listed(slice_table([ParameterRange("a", (3,), 3, 0, 0, WHOLE)]))

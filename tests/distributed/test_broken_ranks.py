@@ -17,14 +17,12 @@ RANKS, FAULTY = 4, 1
 SCRIPT = f"""
 import os, time
 from rdm_scale.training.trainer import Trainer
-train_step, loss_of = Trainer.train_step, Trainer.loss_of
-def faulty_loss(self, *arguments):
-    if self.step == 2:
-        {{fault}}
-    return loss_of(self, *arguments)
+train_step = Trainer.train_step
+def faulty_inputs(batch):
+    {{fault}}
 def faulty_step(self, batches):
     if self.step == 2 and self.mesh.rank == {FAULTY}:
-        self.model_inputs = lambda batch: faulty_loss(self)
+        self.objective.model_inputs = faulty_inputs
     return train_step(self, batches)
 Trainer.train_step = faulty_step
 from rdm_scale.train import main

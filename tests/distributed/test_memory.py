@@ -1,18 +1,21 @@
 """Memory on real ranks against the plan: states while training, and the peak while the model is built."""
 
-import contextlib
 import gc
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 from rdm_scale.batch import TrainingBatch
 from rdm_scale.config import RunConfig
+from rdm_scale.diffusion import build_objective
 from tests.support.rank_pool import RankPool
 from tests.support.small_runs import run_config
+
+if TYPE_CHECKING:
+    from rdm_scale.parallel.parallel_model import ParallelModel
 
 WIDE = {"model__hidden_size": 256, "model__depth": 8, "model__num_heads": 4, "train__global_batch_size": 8}
 
@@ -24,7 +27,7 @@ def random_batch(config: RunConfig, samples: int) -> TrainingBatch:
     return TrainingBatch(0, numbers, numbers, latents, torch.randn_like(latents), torch.rand(samples), numbers % 4)
 
 
-def parallel_model(config: RunConfig) -> Any:
+def parallel_model(config: RunConfig) -> "ParallelModel":
     from rdm_scale.parallel.mesh import build_mesh
     from rdm_scale.parallel.parallelize import parallelize
     from rdm_scale.parallel.plan import plan
@@ -44,30 +47,25 @@ def tensor_bytes() -> int:
 
 
 def state_of(config: RunConfig) -> tuple[int, int, int]:
-    """Bytes of parameters, gradients and optimizer at the end of a step's backwards: measured, planned, and planned
-    for the moment only (buffers that DeepSpeed keeps for reductions)."""
-    before = tensor_bytes()
+    """Bytes of parameters, gradients, optimizer and EMA at the end of a step's backwards: measured, planned, and
+    planned for the moment only (buffers that DeepSpeed keeps for reductions)."""
+    before, objective = tensor_bytes(), build_objective(config.diffusion, False)
     model = parallel_model(config)
     measured: list[int] = []
-    accumulating = model.zero.accumulating
 
-    @contextlib.contextmanager
-    def watched() -> Any:
-        with accumulating():
-            yield
+    def measure(action: object) -> None:
+        if action is None:
             measured.append(tensor_bytes() - before)
 
-    model.zero.accumulating = watched
+    model.on_action = measure
     layout = model.layout
     batches = random_batch(config, layout.micro_batch * layout.micro_batches).split(layout.micro_batch)
-    for _ in range(2):  # the moments are made in the first step
-        model.accumulate(
-            batches, lambda b: (b.latents, b.t, b.condition), lambda p, b: (p - b.noise).square().flatten(1).mean(1)
-        )
+    for _ in range(2):  # the optimizer state is made in the first step
+        model.accumulate(batches, objective)
         model.step(1e-4)
     stage = layout.stages[model.mesh.pipeline_rank]
     model.mesh.shutdown()
-    return measured[-1], stage.state.total - stage.state.average, int(stage.working)
+    return measured[-1], stage.state.total, int(stage.working)
 
 
 def uses_torchs_linear(config: RunConfig) -> bool:
@@ -120,7 +118,7 @@ def peak_of_building(config: RunConfig) -> tuple[float, float]:
     block = 4 * cost.block_parameters(config.model).on_rank(config.parallel.tensor)
     dist.barrier()
     model.mesh.shutdown()
-    return built, stage.state.total - stage.state.average + block
+    return built, stage.state.total + block
 
 
 def _resident(field: str) -> float:

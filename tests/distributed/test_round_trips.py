@@ -52,7 +52,7 @@ def train_after_a_copy(config: RunConfig, copy: str) -> None:
 
     def copy_and_run(self: Trainer) -> None:
         directory = CheckpointDirectory(Location(copy))
-        Saver(directory, config.checkpoint, self.zero, self.ema.flats, self.mesh, print).save(self.state())
+        Saver(directory, config.checkpoint, self.model, self.mesh, print).save(self.state())
         run(self)
 
     Trainer.run = copy_and_run  # type: ignore[method-assign]

@@ -37,7 +37,7 @@ def train_with(write: Callable[..., Any], config: RunConfig) -> str:
     saving.write_tensors = lambda folder, rank, *more: write(config, folder, rank, *more)
     from rdm_scale.training.monitor import RunMonitor
 
-    RunMonitor.say = lambda self, message: said.append(message)
+    RunMonitor.report = lambda self, message: said.append(message)
     train(config)
     return "\n".join(said)
 

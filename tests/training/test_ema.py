@@ -1,27 +1,12 @@
-"""The average against its recurrence, written out for a scalar."""
+"""The decay of the EMA weights, against its warm-up written out."""
 
 import pytest
-import torch
 
-from rdm_scale.training.ema import Ema
-
-
-def test_average_follows_its_recurrence_with_warm_up() -> None:
-    weights = [torch.tensor([2.0])]
-    ema = Ema(weights, decay=0.5)
-    expected = 2.0
-    for step in range(1, 12):
-        weights[0].fill_(float(step * step))
-        ema.update(weights, step)
-        decay = min(0.5, (1 + step) / (10 + step))  # 2/11, 3/12, ... until 1/2 at step 8
-        expected = decay * expected + (1 - decay) * step * step
-        assert ema.flats[0].item() == pytest.approx(expected, rel=1e-6)
+from rdm_scale.config import OptimizerConfig
+from rdm_scale.training.ema import ema_decay
 
 
-def test_average_of_constant_weights_is_the_weights() -> None:
-    weights = [torch.randn(5), torch.randn(3)]
-    ema = Ema(weights, decay=0.999)
-    for step in range(1, 50):
-        ema.update(weights, step)
-    for mean, weight in zip(ema.flats, weights, strict=True):
-        torch.testing.assert_close(mean, weight)
+def test_decay_warms_up_to_its_limit() -> None:
+    config = OptimizerConfig(ema_decay=0.5)
+    warm_up = [2 / 11, 3 / 12, 4 / 13, 5 / 14, 6 / 15, 7 / 16, 8 / 17, 0.5, 0.5, 0.5]
+    assert [ema_decay(config, step) for step in range(1, 11)] == pytest.approx(warm_up)

@@ -25,7 +25,7 @@ def test_metrics_console_and_tensorboard(tmp_path: Path, capsys: pytest.CaptureF
     for step in (1, 2, 3):
         monitor.step(record(step))
     monitor.step(record(4, validation_loss=0.125))
-    monitor.pictures(4, Image.new("RGB", (8, 6), "red"))
+    monitor.image_grid(4, Image.new("RGB", (8, 6), "red"))
     monitor.close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4] and lines[3]["validation_loss"] == 0.125

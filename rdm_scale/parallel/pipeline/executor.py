@@ -9,6 +9,7 @@ NCCL knows no tags, and two ranks that send to each other over one communicator 
 know all ranks' orders, so the receiver knows which message comes next and keeps what comes too early.
 """
 
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -55,7 +56,11 @@ class Chunks(Protocol):
 
 
 class Links:
-    """Messages between the ranks of one pipeline, first in, first out in each direction."""
+    """Messages between the ranks of one pipeline, first in, first out in each direction.
+
+    Attributes:
+        waited_s: seconds spent in `receive` so far, for measurements.
+    """
 
     def __init__(self, mesh: Mesh) -> None:
         self.rank, self.device = mesh.pipeline_rank, mesh.device
@@ -67,6 +72,12 @@ class Links:
             [list(range(first, mesh.world_size, pipelines)) for first in range(pipelines)], timeout=mesh.timeout
         )
         self._under_way: deque[tuple[Any, Tensor]] = deque()
+        self.waited_s = 0.0
+
+    @property
+    def groups(self) -> list[Any]:
+        """Process groups that messages travel on."""
+        return [self._up, self._down]
 
     def send(self, target: int, tensors: Tensors) -> None:
         """Returns at once."""
@@ -78,9 +89,11 @@ class Links:
             self._under_way.popleft()
 
     def receive(self, source: int, shapes: Shapes) -> Tensors:
+        began = time.perf_counter()
         tensors = tuple(torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in shapes)
         for tensor in tensors:
             dist.recv(tensor, self._global_ranks[source], group=self._group(source, self.rank))
+        self.waited_s += time.perf_counter() - began
         return tensors
 
     def wait(self) -> None:
@@ -93,8 +106,12 @@ class Links:
 
 
 class Pipeline:
-    """One rank's share of a schedule. `on_operation`, if set, is called before each operation and once after the last
-    (for measurements)."""
+    """One rank's share of a schedule.
+
+    Attributes:
+        on_action: measurement hook, called before each action with it and, with None, after the last one, when all
+            gradients are accumulated and not yet reduced over the data-parallel ranks.
+    """
 
     def __init__(self, place: Placement, orders: list[list[Operation]], rank: int, links: Links | None) -> None:
         self.place, self.rank, self.links = place, rank, links
@@ -104,15 +121,17 @@ class Pipeline:
             for source in range(place.ranks)
             if source != rank
         }
-        self.on_operation: Callable[[Operation | None], None] = lambda operation: None
+        self.on_action: Callable[[Operation | None], None] | None = None
 
     def run(self, chunks: Chunks) -> None:
         """All forwards and backwards of one step. Collective over the pipeline."""
         step = _Step(self, chunks)
         for operation in self.order:
-            self.on_operation(operation)
+            if self.on_action is not None:
+                self.on_action(operation)
             (step.backward if operation.backward else step.forward)(operation)
-        self.on_operation(None)
+        if self.on_action is not None:
+            self.on_action(None)
         if self.links is not None:
             self.links.wait()
 

@@ -134,6 +134,19 @@ class Optimizer:
         self.plain: torch.optim.Optimizer = self.raw.optimizer
         self.masters: list[Tensor] = []
 
+    def parameter_tensors(self, parameters: Sequence[Any]) -> list[Tensor]:
+        """Parameters as forwards use them and, with stage 3, this rank's shards of them."""
+        return [*parameters, *(p.ds_tensor for p in parameters if hasattr(p, "ds_tensor"))]
+
+    def gradient_tensors(self, parameters: Sequence[Any]) -> list[Tensor]:
+        """Gradients of parameters, accumulated and reduced ones: buffers differ from stage to stage."""
+        found = [getattr(p, name, None) for p in parameters for name in ("grad", "grad_accum")]
+        found.append(getattr(self.raw, "grad_partitions_flat_buffer", None))
+        for name in ("averaged_gradients", "all_grad_tensors"):
+            buffers = getattr(self.raw, name, None)
+            found += [t for group in buffers.values() for t in group or ()] if isinstance(buffers, dict) else []
+        return [tensor for tensor in found if tensor is not None]
+
     def begin_backward(self) -> None:
         self.raw.clear_backward_seen_flag()  # which DeepSpeed does in forwards only: the next backward would be lost
 

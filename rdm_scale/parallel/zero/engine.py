@@ -1,8 +1,8 @@
 """The data-parallel axis under DeepSpeed ZeRO.
 
-Every rank keeps, of its part of the model, flat fp32 buffers: the master weights, Adam's moments and whatever is
-averaged from them. `ZeroEngine.shards` says which ranges of which parameters these are, so that nothing
-above this module needs to know how DeepSpeed arranges its buffers.
+Every rank keeps, of its part of the model, flat fp32 buffers: master weights, optimizer state and EMA weights.
+`ZeroEngine.ranges` lists which ranges of which parameters they hold, so that nothing above this package needs to know
+how DeepSpeed arranges its buffers.
 
     stage 3  parameters, gradients and optimizer states sharded; parameters are gathered a block at a time for every
              forward and backward, or once a step (`keep_gathered`)
@@ -15,8 +15,7 @@ import contextlib
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -29,25 +28,34 @@ from rdm_scale.parallel.mesh import Mesh
 from rdm_scale.parallel.zero import deepspeed_adapter as deepspeed
 
 
-@dataclass(frozen=True)
-class Shard:
-    """A rank's range of one parameter: elements `first` to `first + count` of the flattened tensor of `shape`, found
-    from element `start` of the rank's flat buffers. The parameter itself may be a `part` of its logical tensor."""
+class ParameterRange(NamedTuple):
+    """Range of one parameter in a rank's flat buffers."""
 
     name: str
-    shape: tuple[int, ...]
-    first: int
-    count: int
-    start: int
-    part: Slice
+    shape: tuple[int, ...]  # of the parameter
+    first: int  # element of the flattened parameter where the range begins
+    numel: int  # of the range
+    start: int  # element of the flat buffers where the range lies
+    part: Slice  # of the logical tensor that the parameter holds
+
+
+class OptimizerState(NamedTuple):
+    """State of AdamW, as flat buffers."""
+
+    exp_avg: list[Tensor]
+    exp_avg_sq: list[Tensor]
 
 
 class ZeroEngine(ABC):
     """A rank's part of the model, with its gradients and optimizer states spread over the data-parallel ranks.
 
-    Calling it runs the module's forward. All of it is collective over the data-parallel group. `masters`, and the
-    tensors of `moments`, are this rank's flat fp32 buffers, all of one layout; `writes` are the shards that this rank
-    and no other puts into a checkpoint.
+    Calling it runs the module's forward. All methods are collective over the data-parallel group.
+
+    Attributes:
+        master_weights: this rank's flat fp32 buffers.
+        ranges: what those buffers, and those of the optimizer state, hold.
+        owned_ranges: the ranges that this rank and no other writes into a checkpoint.
+        blocks: the module's blocks by number.
     """
 
     def __init__(
@@ -62,7 +70,7 @@ class ZeroEngine(ABC):
         """`real` goes through the children of `module`, which is on the meta device, and makes one after the other
         real; the parameters of modules of the types `leaves` are gathered together."""
         self.mesh = mesh
-        self.blocks: dict[str, nn.Module] = dict(module.get_submodule("blocks").named_children())
+        self.blocks = {int(name): block for name, block in module.get_submodule("blocks").named_children()}
         self.parameters: list[Any] = []
         largest = max(sum(p.numel() for p in m.parameters()) for m in module.modules() if isinstance(m, tuple(leaves)))
         settings = deepspeed.settings(config, self._zero_settings(largest))
@@ -70,9 +78,9 @@ class ZeroEngine(ABC):
             child.to(torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
             self._take_in(list(child.parameters()), settings)
         self.optimizer = self._start(module, build_optimizer(module), settings, self._model_parallel_unit(), leaves)
-        self.masters: list[Tensor] = [flat.detach() for flat in self.optimizer.masters]
-        self.shards = list(self._shards({id(p): name for name, p in module.named_parameters()}))
-        self.writes = [shard for shard in self.shards if self._writes(shard)]
+        self.master_weights: list[Tensor] = [flat.detach() for flat in self.optimizer.masters]
+        self.ranges = list(self._ranges({id(p): name for name, p in module.named_parameters()}))
+        self.owned_ranges = [one for one in self.ranges if self._owns(one)]
 
     def __call__(self, *inputs: Any) -> Any:
         return self.optimizer.engine(*inputs)
@@ -96,42 +104,84 @@ class ZeroEngine(ABC):
             group["lr"] = lr * group["lr_scale"]
         return self.optimizer.step()
 
-    def moments(self, step: int | None = None) -> dict[str, list[Tensor]]:
-        """Adam's first and second moments; with `step`, they are (re)made to be filled, as after so many steps."""
-        optimizer, flats = self.optimizer.plain, self.optimizer.masters
-        if step is not None:
-            for flat in flats:
-                optimizer.state[flat] = {
-                    "step": torch.tensor(float(step), device=flat.device),
-                    "exp_avg": torch.zeros_like(flat.detach()),
-                    "exp_avg_sq": torch.zeros_like(flat.detach()),
-                }
-            for group in optimizer.param_groups:
-                if "step" in group:  # apex counts here
-                    group["step"] = step
-        return {name: [optimizer.state[flat][name] for flat in flats] for name in ("exp_avg", "exp_avg_sq")}
+    def optimizer_state(self) -> OptimizerState:
+        """Adam's state as flat buffers, laid out as the master weights."""
+        states = [self.optimizer.plain.state[flat] for flat in self.optimizer.masters]
+        return OptimizerState([state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states])
 
-    @torch.no_grad()
-    def set_masters(self, flats: list[Tensor]) -> None:
-        """Sets the weights: the masters, and what forward computes with."""
-        for master, flat in zip(self.masters, flats, strict=True):
-            if master is not flat:
-                master.copy_(flat)
+    def reset_optimizer_state(self, step: int) -> None:
+        """Make an optimizer state of zeros, to be filled by the caller, that counts `step` steps."""
+        for flat in self.optimizer.masters:
+            self.optimizer.plain.state[flat] = {
+                "step": torch.tensor(float(step), device=flat.device),
+                "exp_avg": torch.zeros_like(flat.detach()),
+                "exp_avg_sq": torch.zeros_like(flat.detach()),
+            }
+        for group in self.optimizer.plain.param_groups:
+            if "step" in group:  # apex counts here
+                group["step"] = step
+
+    def publish_master_weights(self) -> None:
+        """Make the next forward compute with the master weights as they are now."""
         self.optimizer.publish_masters()
 
     @contextlib.contextmanager
-    def holding(self, flats: list[Tensor]) -> Iterator[None]:
-        """Within, the model computes with other weights (their averages) and without dropout or gradients."""
-        kept = [master.clone() for master in self.masters]
-        self.set_masters(flats)
+    def recording_gradients(self) -> Iterator[dict[int, Tensor]]:
+        """Context in which `step` records squared gradient norms by block.
+
+        Yields:
+            By block number, the sum of the squares (float64) of the gradient's elements in this rank's owned ranges,
+            after clipping. Filled by the `step` within.
+        """
+        squares: dict[int, Tensor] = {}
+        seen: set[int] = set()  # flat buffers, by where they start: stage 3 may step them one by one
+
+        def record(*_: Any) -> None:
+            for start, flat in zip(_starts(self.master_weights), self.optimizer.masters, strict=True):
+                if flat.grad is not None and start not in seen:
+                    seen.add(start)
+                    gradient = flat.grad.detach().flatten()
+                    for one in self.owned_ranges:
+                        if start <= one.start < start + flat.numel() and one.name.startswith("blocks."):
+                            norm = torch.linalg.vector_norm(
+                                gradient[one.start - start :][: one.numel], dtype=torch.float32
+                            )
+                            block = int(one.name.split(".")[1])
+                            squares[block] = squares.get(block, norm.new_zeros((), dtype=torch.float64))
+                            squares[block] += norm.double().square()
+
+        hook = self.optimizer.plain.register_step_pre_hook(record)
         try:
-            with self.evaluating():
-                yield
+            yield squares
         finally:
-            self.set_masters(kept)
+            hook.remove()
+
+    @contextlib.contextmanager
+    def swapped_weights(self, weights: list[Tensor]) -> Iterator[None]:
+        """Context in which the model computes with other weights, given as flat buffers."""
+        kept = [master.clone() for master in self.master_weights]
+        self._load(weights)
+        try:
+            yield
+        finally:
+            self._load(kept)
+
+    @torch.no_grad()
+    def _load(self, weights: list[Tensor]) -> None:
+        torch._foreach_copy_(self.master_weights, weights)
+        self.publish_master_weights()
+
+    def parameter_tensors(self) -> list[Tensor]:
+        """Parameters as forwards use them and, with stage 3, this rank's shards of them."""
+        return self.optimizer.parameter_tensors(self.parameters)
+
+    def gradient_tensors(self) -> list[Tensor]:
+        """Buffers that hold gradients, or will when a backward runs."""
+        return self.optimizer.gradient_tensors(self.parameters)
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
+        """Context without gradients or dropout."""
         self.optimizer.engine.eval()
         try:
             with torch.no_grad():
@@ -148,8 +198,8 @@ class ZeroEngine(ABC):
     def _model_parallel_unit(self) -> Any:
         return ModelParallelUnit
 
-    def _writes(self, shard: Shard) -> bool:
-        return shard.count > 0 and (shard.part.count > 1 or self.mesh.tensor_rank == 0)
+    def _owns(self, one: ParameterRange) -> bool:
+        return one.numel > 0 and (one.part.count > 1 or self.mesh.tensor_rank == 0)
 
     @abstractmethod
     def _zero_settings(self, largest: int) -> dict[str, Any]:
@@ -160,8 +210,8 @@ class ZeroEngine(ABC):
         """DeepSpeed's optimizer of this stage."""
 
     @abstractmethod
-    def _shards(self, names: dict[int, str]) -> Iterator[Shard]:
-        """What the flat buffers hold, by parameter; `names` by id."""
+    def _ranges(self, names: dict[int, str]) -> Iterator[ParameterRange]:
+        """List what the flat buffers hold; `names` are those of the parameters, by id."""
 
 
 class Zero3(ZeroEngine):
@@ -273,14 +323,14 @@ class Zero3(ZeroEngine):
     def _start(self, *arguments: Any) -> deepspeed.Stage3Optimizer:
         return deepspeed.Stage3Optimizer(*arguments)
 
-    def _shards(self, names: dict[int, str]) -> Iterator[Shard]:
-        bases = _starts(self.masters)
+    def _ranges(self, names: dict[int, str]) -> Iterator[ParameterRange]:
+        bases = _starts(self.master_weights)
         for parameter in self.optimizer.parameters:
             group, offset, size = self.optimizer.share_of(parameter)
             shape, total = tuple(parameter.ds_shape), parameter.ds_numel
             first = min(size * self.mesh.data_rank, total)  # the last ranks' ranges end in padding
             count, start = min(size, total - first), bases[group] + offset
-            yield Shard(names[id(parameter)], shape, first, count, start, slice_of(parameter))
+            yield ParameterRange(names[id(parameter)], shape, first, count, start, slice_of(parameter))
 
 
 class Zero012(ZeroEngine):
@@ -324,18 +374,18 @@ class Zero012(ZeroEngine):
     def _start(self, *arguments: Any) -> deepspeed.Stage12Optimizer:
         return deepspeed.Stage12Optimizer(*arguments)
 
-    def _writes(self, shard: Shard) -> bool:
-        return super()._writes(shard) and (self.stage > 0 or self.mesh.data_rank == 0)
+    def _owns(self, one: ParameterRange) -> bool:
+        return super()._owns(one) and (self.stage > 0 or self.mesh.data_rank == 0)
 
-    def _shards(self, names: dict[int, str]) -> Iterator[Shard]:
+    def _ranges(self, names: dict[int, str]) -> Iterator[ParameterRange]:
         rank = self.mesh.data_rank if self.stage else 0
-        for base, (group, size) in zip(_starts(self.masters), self.optimizer.groups, strict=True):
+        for base, (group, size) in zip(_starts(self.master_weights), self.optimizer.groups, strict=True):
             begin, end = rank * size, (rank + 1) * size  # of this rank, in the concatenation of the group's parameters
             at = 0
             for parameter in group:
                 low, high = max(at, begin), min(at + parameter.numel(), end)
                 if low < high:
-                    yield Shard(
+                    yield ParameterRange(
                         names[id(parameter)],
                         tuple(parameter.shape),
                         low - at,

@@ -1,0 +1,58 @@
+"""Status of a rank, and the statistics of a step that all ranks sum in one all-reduce."""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple, Self
+
+from rdm_scale.checkpoint import Saver
+from rdm_scale.data.lost_shards import LostShards
+from rdm_scale.parallel.mesh import Mesh
+
+
+class StepStatistics(NamedTuple):
+    """Values of one rank in a step or, after `all_reduce`, their sums over all ranks."""
+
+    loss_sum: float  # of the losses of this rank's samples; ranks of a model replica share samples
+    stop_requests: float  # 1 on a rank that was asked to stop
+    data_wait_s: float  # this rank's share of the mean
+    lost_shards: float  # shards lost since the last step
+    saving: float  # 1 on a rank whose part of a checkpoint is still being written
+
+    def all_reduce(self, mesh: Mesh) -> Self:
+        """Sums over all ranks. Collective."""
+        return type(self)(*mesh.all_reduce_sum(self))
+
+
+@dataclass
+class RankStatus:
+    """State of this rank that the others learn in each step.
+
+    Attributes:
+        lost: None on ranks that read no data.
+        stop_requested: set by a signal.
+        data_wait_s: time for which this step waited for its batch.
+        warnings: one for each shard that this rank lost and has not yet reported to the others.
+    """
+
+    mesh: Mesh
+    saver: Saver
+    lost: LostShards | None
+    stop_requested: bool = False
+    data_wait_s: float = 0.0
+    warnings: list[str] = field(default_factory=list)
+
+    def statistics(self, loss_sum: float) -> StepStatistics:
+        """Statistics of the step under way, after its backwards."""
+        if self.lost is not None:
+            self.warnings += self.lost.take_warnings()
+        return StepStatistics(
+            loss_sum=loss_sum,
+            stop_requests=float(self.stop_requested),
+            data_wait_s=self.data_wait_s / self.mesh.world_size,
+            lost_shards=float(len(self.warnings)),
+            saving=float(self.saver.busy),
+        )
+
+    def take_warnings(self) -> list[str]:
+        """Warnings to report to the other ranks, once."""
+        warnings, self.warnings = self.warnings, []
+        return warnings
