@@ -1,39 +1,51 @@
-# Each target sets up what it needs: .venv is made and filled on first use, and refreshed when its inputs change.
+# Every target sets up what it needs: .venv is created on first use and refreshed when pyproject.toml or constraints.txt
+# change. `make` alone lists the targets.
 SHELL := /bin/bash
 PYTHON ?= python3.11
 BIN := .venv/bin
+QUICKSTART = $(BIN)/python tools/quickstart.py $(if $(CONTINUE),--continue) $(if $(STEPS),--steps $(STEPS))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart quickstart-data quickstart-s3 quickstart-video test test-full test-gpu lint
+.DEFAULT_GOAL := help
+.PHONY: help quickstart quickstart-data quickstart-s3 quickstart-video test test-quick test-full test-gpu lint docs
 
-quickstart: .venv/ready
-	$(BIN)/python tools/quickstart.py $(if $(CONTINUE),--continue) $(if $(STEPS),--steps $(STEPS))
+help: ## this list
+	@sed -nE 's/^([a-z0-9-]+):.*## (.*)$$/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
+		printf '  make %-18s %s\n' "$$name" "$$text"; done
 
-quickstart-s3: .venv/ready
-	$(BIN)/python tools/quickstart.py --s3 $(if $(CONTINUE),--continue) $(if $(STEPS),--steps $(STEPS))
+quickstart: .venv/ready ## encode digits, train, sample and evaluate on this machine [CONTINUE=1] [STEPS=n]
+	$(QUICKSTART)
 
-quickstart-video: .venv/ready
-	$(BIN)/python tools/quickstart.py --video $(if $(CONTINUE),--continue) $(if $(STEPS),--steps $(STEPS))
+quickstart-s3: .venv/ready ## the same with data and checkpoints on a local S3 server
+	$(QUICKSTART) --s3
 
-quickstart-data: .venv/ready
+quickstart-video: .venv/ready ## the same on clips of moving digits
+	$(QUICKSTART) --video
+
+quickstart-data: .venv/ready ## only the latents of the quickstart
 	$(BIN)/python tools/quickstart.py --only-data
 
-test: lint
+test: lint ## lint, types and all tests but the long and the GPU ones
 	$(BIN)/python -m pytest -m "not full and not gpu"
 
-test-full: lint
+test-quick: .venv/ready ## unit tests: none that starts ranks, servers or tools
+	$(BIN)/python -m pytest -m "not full and not gpu and not processes"
+
+test-full: lint ## all tests, also the long ones
 	$(BIN)/python -m pytest -m "not gpu"
 
-# Where torch is a build for NVIDIA GPUs; one GPU is enough.
-test-gpu: .venv/ready
+test-gpu: .venv/ready ## tests that need an NVIDIA GPU (one is enough) and torch built for it
 	$(BIN)/python -m pytest -m gpu tests/gpu
 
-lint: .venv/ready
+lint: .venv/ready ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# torch first and pinned, so that no other package's requirement picks a build for us.
+docs: .venv/ready ## build the documentation into site/, without network
+	$(BIN)/mkdocs build --strict
+
+# torch comes first and pinned, so that no requirement of another package selects a different build.
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -c constraints.txt torch==2.13.0

@@ -16,11 +16,27 @@ from rdm_scale.storage.location import Location
 from tests.support.latent_sets import IDENTITY, LatentSet, WriteSet
 from tests.support.rank_pool import RankPool
 
+TESTS = Path(__file__).parent
+# What starts ranks, servers, tools or other processes gets the mark `processes`, which `make test-quick` leaves out.
+PROCESS_FOLDERS = ("distributed", "gpu", "s3", "tools")
+PROCESS_FILES = ("test_mutations.py", "test_packaging.py")
+PROCESS_FIXTURES = {"ranks", "s3_server"}
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """All tests but those of tests/gpu are of the CPU, on a machine with GPUs too."""
     if config.getoption("markexpr") != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that start processes, by their folder, file or fixtures."""
+    for item in items:
+        place = item.path.relative_to(TESTS).parts
+        fixtures = set(getattr(item, "fixturenames", ()))
+        if place[0] in PROCESS_FOLDERS + PROCESS_FILES or fixtures & PROCESS_FIXTURES:
+            item.add_marker("processes")
 
 
 @pytest.fixture(scope="session")
