@@ -81,12 +81,11 @@ def ours(spec: Spec, raw: bool) -> Iterator[Iterator[Tensor]]:
     A new stream for each epoch, so that every member is read again: a set in earnest does not fit into memory.
     """
     from rdm_scale.data import LatentStream
-    from rdm_scale.data.reader import stack
+    from rdm_scale.data.assembly import stack_raw
 
     class RawStream(LatentStream):
-        def _read(self, planned: Any) -> Any:
-            found = list(zip(self._found(planned), planned.nth, strict=True))
-            return types.SimpleNamespace(latents=stack(found, spec.shape, torch.float16))
+        def assemble(self, plan: Any, samples: Any) -> Any:
+            return types.SimpleNamespace(latents=stack_raw(samples, spec.shape, torch.float16))
 
     kind = RawStream if raw else LatentStream
     steps = spec.samples // spec.batch

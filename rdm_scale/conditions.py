@@ -1,4 +1,4 @@
-"""What a model is conditioned on: nothing, classes, or text."""
+"""Conditions that a model takes: class labels, encoded captions, or none."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,16 +8,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-class TextCondition(NamedTuple):
-    """Encoded captions, padded to one length N."""
+class EncodedText(NamedTuple):
+    """One encoded caption: tokens [n, D], special tokens included and no padding, and a pooled vector [P]."""
 
-    tokens: Tensor  # [B, N, D], of any float type
-    mask: Tensor  # bool [B, N]: True where there is a token; at least one a caption
+    tokens: Tensor
+    pooled: Tensor
+
+
+class TextCondition(NamedTuple):
+    """Encoded captions of a batch, padded to a common length N."""
+
+    tokens: Tensor  # [B, N, D], any floating-point type
+    mask: Tensor  # bool [B, N], True at tokens and False at padding; at least one token per caption
     pooled: Tensor  # [B, P]
 
     @staticmethod
-    def from_captions(captions: Sequence[tuple[Tensor, Tensor]]) -> "TextCondition":
-        """Of captions (tokens [n, D], pooled [P]), in float32."""
+    def from_captions(captions: Sequence[EncodedText]) -> "TextCondition":
+        """Pad captions to the longest one and stack them, in float32."""
         longest = max(len(tokens) for tokens, _ in captions)
         tokens = torch.stack([F.pad(t.float(), (0, 0, 0, longest - len(t))) for t, _ in captions])
         mask = torch.stack([torch.arange(longest) < len(t) for t, _ in captions])
@@ -27,38 +34,40 @@ class TextCondition(NamedTuple):
         return TextCondition(*(part.to(device) for part in self))
 
     def pad_to(self, length: int) -> "TextCondition":
+        """Pad the captions to `length` tokens; `length` must be at least N."""
         more = length - self.tokens.shape[1]
         return TextCondition(F.pad(self.tokens, (0, 0, 0, more)), F.pad(self.mask, (0, more)), self.pooled)
 
 
-def replace_captions(captions: TextCondition, which_B: Tensor, by: TextCondition) -> TextCondition:
-    """Captions with some of them, bool [B], replaced by the one of `by`."""
-    longest = max(captions.tokens.shape[1], by.tokens.shape[1])
-    pairs = zip(captions.pad_to(longest), by.pad_to(longest), strict=True)
-    return TextCondition(*(torch.where(which_B.view(-1, *[1] * (a.ndim - 1)), b, a) for a, b in pairs))
-
-
-Condition = Tensor | TextCondition | None  # int64 labels [B], text, or nothing
+Condition = Tensor | TextCondition | None  # class labels int64 [B], captions, or no condition
 
 
 def batch_size(condition: Tensor | TextCondition) -> int:
+    """Number of samples B of a condition."""
     return len(condition.pooled) if isinstance(condition, TextCondition) else len(condition)
 
 
-def select_conditions(condition: Tensor | TextCondition, which: slice | Tensor) -> Tensor | TextCondition:
-    """The conditions of some of the samples."""
+def replace_captions(captions: TextCondition, mask_B: Tensor, replacement: TextCondition) -> TextCondition:
+    """Replace the captions where `mask_B` (bool [B]) is True by `replacement`, a TextCondition of one caption."""
+    longest = max(captions.tokens.shape[1], replacement.tokens.shape[1])
+    pairs = zip(captions.pad_to(longest), replacement.pad_to(longest), strict=True)
+    return TextCondition(*(torch.where(mask_B.view(-1, *[1] * (a.ndim - 1)), b, a) for a, b in pairs))
+
+
+def select_conditions(condition: Tensor | TextCondition, index: slice | Tensor) -> Tensor | TextCondition:
+    """Index the conditions of a batch by a slice, by sample indices or by a boolean mask."""
     if isinstance(condition, TextCondition):
-        return TextCondition(*(part[which] for part in condition))
-    return condition[which]
+        return TextCondition(*(part[index] for part in condition))
+    return condition[index]
 
 
-def repeat_caption(condition: TextCondition, number: int) -> TextCondition:
-    """One caption as that of so many samples."""
-    return TextCondition(*(part.expand(number, *part.shape[1:]) for part in condition))
+def repeat_caption(caption: TextCondition, count: int) -> TextCondition:
+    """Expand a TextCondition of one caption to `count` samples, without a copy."""
+    return TextCondition(*(part.expand(count, *part.shape[1:]) for part in caption))
 
 
 def concatenate_conditions(first: Tensor | TextCondition, second: Tensor | TextCondition) -> Tensor | TextCondition:
-    """The conditions of two batches as those of one."""
+    """Concatenate the conditions of two batches; both are labels or both are captions."""
     if isinstance(first, TextCondition) and isinstance(second, TextCondition):
         longest = max(first.tokens.shape[1], second.tokens.shape[1])
         pairs = zip(first.pad_to(longest), second.pad_to(longest), strict=True)

@@ -8,7 +8,7 @@ from rdm_scale.errors import ConfigError
 
 
 def local_device() -> torch.device:
-    """The GPU of this process's local rank (its launcher's LOCAL_RANK, or the first), or the CPU where there is none.
+    """The GPU with this process's local rank (LOCAL_RANK as set by the launcher, else 0), or the CPU without a GPU.
 
     Raises:
         ConfigError: the launcher started more processes on this node than it has GPUs.
@@ -18,7 +18,7 @@ def local_device() -> torch.device:
     local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if local_rank >= gpus:
         raise ConfigError(
-            f"this node has {gpus} GPUs and was asked for more ranks: start one rank a GPU, "
-            "or set CUDA_VISIBLE_DEVICES= (empty) to work on the CPU"
+            f"this node has {gpus} GPUs and was asked for more ranks: start one rank per GPU, "
+            "or set CUDA_VISIBLE_DEVICES= (empty) to run on the CPU"
         )
     return torch.device("cuda", local_rank)

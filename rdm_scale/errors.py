@@ -1,16 +1,16 @@
 """Errors that a user can act on.
 
-Every message says what is wrong, where, and what to do about it. The mains print these as one message
-without a traceback; any other exception is a bug and keeps its traceback.
+Every message says what is wrong, where, and what to do about it. The command-line programs print it without a
+traceback; any other exception is a bug and keeps its traceback.
 """
 
 
 class RdmError(Exception):
-    """Base of all errors that are a user's to mend."""
+    """Base class of all errors that the user can fix."""
 
 
 class ConfigError(RdmError):
-    """The configuration is wrong, or does not fit the world it is started in."""
+    """The configuration is invalid, or does not fit the number of ranks it is started with."""
 
 
 class DataError(RdmError):
@@ -22,8 +22,8 @@ class CheckpointError(RdmError):
 
 
 class IncompleteError(CheckpointError):
-    """A checkpoint was never completed, or is no longer whole."""
+    """A checkpoint was never completed, or some of its files are missing."""
 
 
 class NonFiniteError(RdmError):
-    """A loss or a gradient stopped being a finite number."""
+    """A loss or gradient is infinite or NaN."""

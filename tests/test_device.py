@@ -28,5 +28,5 @@ def test_a_gpu_each_or_the_cpu(
 def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     set_gpus(monkeypatch, 2)
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(ConfigError, match=r"2 GPUs .* more ranks: start one rank a GPU, or set CUDA_VISIBLE_DEVICES="):
+    with pytest.raises(ConfigError, match=r"2 GPUs .* start one rank per GPU, or set CUDA_VISIBLE_DEVICES="):
         local_device()

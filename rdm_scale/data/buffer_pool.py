@@ -1,8 +1,8 @@
-"""Memory that is used again.
+"""Reuse of memory buffers.
 
-Reading and batching take several MB at a time, again and again. The system hands out such memory page by page, each
-fetched on its first use and cleared, which costs more than to fill it; the C library gives it back as soon as it is
-free.
+Reading and batching take buffers of several MB at a high rate. Memory from the operating system arrives as zeroed pages
+that are faulted in on first use, which costs more than filling them, and the C library returns it as soon as it is
+freed.
 """
 
 import weakref
@@ -14,33 +14,38 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-_LEAST_BYTES = 2**16  # less is quickly had
+_SMALLEST_BYTES = 2**16  # smaller buffers are cheap to allocate
 
 
-class Memory:
-    """Hands out memory and takes it back when no tensor uses it any more. It keeps as much as was once in use."""
+class BufferPool:
+    """Buffers that return to the pool when no tensor refers to them any more.
+
+    The pool never shrinks: it holds as much memory as was in use at any one time. It may be used from several threads.
+    """
 
     def __init__(self) -> None:
-        self._spare: defaultdict[int, deque[npt.NDArray[np.uint8]]] = defaultdict(deque)  # by size
+        self._free: defaultdict[int, deque[npt.NDArray[np.uint8]]] = defaultdict(deque)  # by capacity
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes of the buffers that are waiting to be used again."""
+        return sum(capacity * len(buffers) for capacity, buffers in list(self._free.items()))
 
     def take(self, size: int) -> Tensor:
-        """uint8 [size], of any content. Its memory is its own until it and all its views are gone."""
-        if size < _LEAST_BYTES:
+        """uint8 [size] with arbitrary content, not shared with anything else until it and all its views are gone."""
+        if size < _SMALLEST_BYTES:
             return torch.empty(size, dtype=torch.uint8)
-        capacity = 1 << (size - 1).bit_length()  # pages that are never used cost nothing
-        spare = self._spare[capacity]
+        capacity = 1 << (size - 1).bit_length()  # pages that are never touched cost nothing
+        free = self._free[capacity]
         try:
-            block = spare.pop()
+            buffer = free.pop()
         except IndexError:
-            block = np.empty(capacity, np.uint8)
-        lent = block[:size]  # which the tensor's storage keeps alive, and nothing else does
-        weakref.finalize(lent, spare.append, block).atexit = False
+            buffer = np.empty(capacity, np.uint8)
+        lent = buffer[:size]  # only the tensor's storage keeps this view alive, so its end is the end of all views
+        weakref.finalize(lent, free.append, buffer).atexit = False
         return torch.from_numpy(lent)
 
 
-def as_bytes(tensor: Tensor) -> memoryview:
-    """The memory of a tensor uint8 [size]; it keeps it from being used again."""
+def as_memoryview(tensor: Tensor) -> memoryview:
+    """The memory of a uint8 tensor [size]; the view keeps the memory in use."""
     return cast(memoryview, cast(Any, tensor.numpy()).data)
-
-
-MEMORY = Memory()  # of this process: training and validation take turns

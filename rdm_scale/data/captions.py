@@ -1,4 +1,4 @@
-"""Captions in side-car shards: packing, unpacking, and the encoded empty caption of a set."""
+"""Captions in side-car shards: packing, unpacking, and the encoded empty caption of a data set."""
 
 import base64
 from collections.abc import Sequence
@@ -9,24 +9,17 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from rdm_scale.conditions import TextCondition
+from rdm_scale.conditions import EncodedText, TextCondition
 from rdm_scale.data.manifest import TextEncoding
+from rdm_scale.data.shards import REMEDY
 from rdm_scale.dtypes import STORED_DTYPES
 from rdm_scale.errors import DataError
 from rdm_scale.moved import moved_names
 
 
 @dataclass(frozen=True, eq=False)
-class EncodedText:
-    """One caption: tokens float32 [n, D], its special ones too and no padding, and the whole as one vector [P]."""
-
-    tokens: Tensor
-    pooled: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Text:
-    """Captions of K samples: those of sample k are tokens[offsets[k]:offsets[k + 1]]."""
+class CaptionMember:
+    """Captions of the K samples of a member; the tokens of sample k are tokens[offsets[k]:offsets[k + 1]]."""
 
     tokens: Tensor  # [sum n, D]
     offsets: Tensor  # int64 [K + 1]
@@ -35,15 +28,17 @@ class Text:
 
 
 def pack_text(texts: Sequence[EncodedText], ids: Tensor, dtype: torch.dtype) -> bytes:
-    """A member of a side-car shard: safetensors with the captions of K samples.
+    """Pack the captions of K samples as a member of a side-car shard, in safetensors format.
 
-    `tokens` [sum n, D] and `text_pooled` [K, P] in `dtype`, `offsets` int64 [K + 1] into the tokens, `ids` int64 [K].
+    It contains `tokens` [sum n, D] and `text_pooled` [K, P] in `dtype`, `offsets` int64 [K + 1] into the tokens, and
+    `ids` int64 [K].
 
     Raises:
-        DataError: a number is not finite in `dtype`.
+        DataError: a value is not finite in `dtype`.
+        ValueError: the ids are not int64 [K].
     """
     if ids.dtype != torch.int64 or ids.shape != (len(texts),):
-        raise ValueError(f"ids must be int64 [{len(texts)}], one a caption, not {ids.dtype} {list(ids.shape)}")
+        raise ValueError(f"ids must be int64 [{len(texts)}], one per caption, not {ids.dtype} {list(ids.shape)}")
     lengths = torch.tensor([0, *(len(text.tokens) for text in texts)])
     tensors = {
         "tokens": torch.cat([text.tokens for text in texts]).to(dtype),
@@ -57,12 +52,19 @@ def pack_text(texts: Sequence[EncodedText], ids: Tensor, dtype: torch.dtype) -> 
 
 def unpack_text(
     content: bytes, samples: int, width: int, pooled_width: int, dtype: torch.dtype, where: str = "the captions' member"
-) -> Text:
-    """What `pack_text` packed, for K = samples. Raises DataError: it is anything else; the message holds `where`."""
+) -> CaptionMember:
+    """Unpack and check a member that `pack_text` made of K = `samples` captions.
+
+    Args:
+        where: description of the member for error messages.
+
+    Raises:
+        DataError: the content is not such a member.
+    """
     try:
         tensors = safetensors.torch.load(content)
     except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise DataError(f"{where} is not a safetensors file ({error}): {_REMEDY}") from None
+        raise DataError(f"{where} is not a safetensors file ({error}): {REMEDY}") from None
     expected: dict[str, tuple[list[int], torch.dtype]] = {
         "tokens": ([-1, width], dtype),
         "text_pooled": ([samples, pooled_width], dtype),
@@ -70,33 +72,36 @@ def unpack_text(
         "ids": ([samples], torch.int64),
     }
     if tensors.keys() != expected.keys():
-        raise DataError(f"{where} holds {sorted(tensors)} instead of {sorted(expected)}: {_REMEDY}")
+        raise DataError(f"{where} holds {sorted(tensors)} instead of {sorted(expected)}: {REMEDY}")
     for name, (shape, kind) in expected.items():
         found = tensors[name]
         if found.dtype != kind or found.ndim != len(shape) or not _fits(found.shape, shape):
             raise DataError(
-                f"{where} holds {name} {list(found.shape)} in {found.dtype}, expected {shape} in {kind}: {_REMEDY}"
+                f"{where} holds {name} {list(found.shape)} in {found.dtype}, expected {shape} in {kind}: {REMEDY}"
             )
-    text = Text(tensors["tokens"], tensors["offsets"], tensors["text_pooled"], tensors["ids"])
+    text = CaptionMember(tensors["tokens"], tensors["offsets"], tensors["text_pooled"], tensors["ids"])
     if text.offsets[0] != 0 or text.offsets[-1] != len(text.tokens) or (text.offsets.diff() < 0).any():
-        raise DataError(f"{where} has offsets that do not cut {len(text.tokens)} tokens into {samples}: {_REMEDY}")
+        raise DataError(
+            f"{where} has offsets that do not divide {len(text.tokens)} tokens into {samples} captions: {REMEDY}"
+        )
     if not (text.tokens.isfinite().all() and text.pooled.isfinite().all()):
-        raise DataError(f"{where} holds numbers that are not finite: {_REMEDY}")
+        raise DataError(f"{where} contains values that are not finite: {REMEDY}")
     return text
 
 
-def empty_caption(how: TextEncoding) -> TextCondition:
-    """The encoded empty caption of a set. Raises DataError: it is damaged."""
+def empty_caption(encoding: TextEncoding) -> TextCondition:
+    """The encoded empty caption of a data set.
+
+    Raises:
+        DataError: it is damaged.
+    """
     where = "the empty caption in the manifest"
     try:
-        content = base64.b64decode(how.empty, validate=True)
+        content = base64.b64decode(encoding.empty, validate=True)
     except ValueError as error:
-        raise DataError(f"{where} is not base64 ({error}): {_REMEDY}") from None
-    text = unpack_text(content, 1, how.width, how.pooled_width, STORED_DTYPES[how.dtype].torch, where)
-    return TextCondition.from_captions([(text.tokens, text.pooled[0])])
-
-
-_REMEDY = "copy the shards and their manifest again from where they came from, or encode the data again"
+        raise DataError(f"{where} is not base64 ({error}): {REMEDY}") from None
+    text = unpack_text(content, 1, encoding.width, encoding.pooled_width, STORED_DTYPES[encoding.dtype].torch, where)
+    return TextCondition.from_captions([EncodedText(text.tokens, text.pooled[0])])
 
 
 def _fits(found: Sequence[int], expected: Sequence[int]) -> bool:

@@ -1,7 +1,6 @@
-"""Whether the data that a configuration names fit the model that it describes; checked before anything is built."""
+"""Check that the data sets of a configuration fit its model, before anything is built."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from rdm_scale.codecs.record import CodecRecord
 from rdm_scale.config import DataSource, ModelConfig, RunConfig
@@ -11,19 +10,21 @@ from rdm_scale.errors import DataError
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What a run has to know of its data beside the samples.
+    """Properties of the data that a run needs beside the samples.
 
-    `identity` is what a resumed run must agree on.
+    Attributes:
+        identity: digests of the training data sets (with weights, if several), which a resumed run must agree on.
+        text: encoding of the captions, for models conditioned on text.
     """
 
-    identity: dict[str, Any]
+    identity: dict[str, str | list[list[str | float]]]
     codec: CodecRecord
     class_names: tuple[str, ...]
-    text: TextEncoding | None = None  # how captions were encoded, where the model takes them
+    text: TextEncoding | None = None
 
 
 def check_data(config: RunConfig) -> DataFacts:
-    """Reads the manifests of `data.train` and `data.validation`.
+    """Read the manifests of `data.train` and `data.validation` and check them against the configuration.
 
     Raises:
         DataError: a manifest is missing or damaged, or its latents, classes or codec do not fit.
@@ -51,7 +52,9 @@ def check_data(config: RunConfig) -> DataFacts:
                     f"{_few(manifest.class_names)} and {_few(first.class_names)}: encode them from inputs with the "
                     "same classes"
                 )
-    several = [[manifest.digest, source.weight] for manifest, source in zip(train, config.data.train, strict=True)]
+    several: list[list[str | float]] = [
+        [manifest.digest, source.weight] for manifest, source in zip(train, config.data.train, strict=True)
+    ]
     text = first.text if config.model.condition == "text" else None
     identity = {"train": first.digest if len(train) == 1 else several}
     return DataFacts(identity, first.codec, first.class_names, text)
@@ -62,7 +65,7 @@ def _read(config: RunConfig, source: DataSource) -> Manifest:
 
 
 def _check_shapes(config: RunConfig, manifest: Manifest, key: str, several: set[Shape]) -> None:
-    """Samples have the configured size, or one of several that take turns, the configured one among them."""
+    """Check that samples have the configured shape, or one of several training shapes that include it."""
     size = config.model.input
     expected = (size.channels, size.frames, size.height, size.width)
     for shape in manifest.buckets:
@@ -78,7 +81,7 @@ def _check_shapes(config: RunConfig, manifest: Manifest, key: str, several: set[
 
 
 def _check_bucket(config: RunConfig, shape: Shape, key: str) -> None:
-    """Whether the model can take samples of one of several sizes."""
+    """Check that the model can take samples of one of several sizes."""
     model, parallel = config.model, config.parallel
     for name, size, patch in zip(("frames", "height", "width"), shape[1:], model.patch_size, strict=True):
         if size % patch:
@@ -118,7 +121,9 @@ def _check_text(model: ModelConfig, manifest: Manifest, first: Manifest, key: st
             f"{text.width} and model.text.pooled_width={text.pooled_width}"
         )
     if first.text is None or (text.digest, text.empty) != (first.text.digest, first.text.empty):
-        raise DataError(f"{key} has captions of another text encoder than the first set: encode all with the same one")
+        raise DataError(
+            f"{key} has captions of another text encoder than the first data set: encode all with the same one"
+        )
 
 
 def _few(names: tuple[str, ...]) -> str:

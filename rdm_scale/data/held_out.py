@@ -1,41 +1,65 @@
-"""The held-out set of validation."""
+"""The held-out samples of validation."""
 
 from collections.abc import Iterator, Sequence
 from itertools import count
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rdm_scale.batch import LatentBatch
 from rdm_scale.config import DataConfig
-from rdm_scale.data.assembly import Sources, assemble, check_ranks, open_datasets
+from rdm_scale.data.assembly import assemble
+from rdm_scale.data.batch_plan import Bucket, check_data_parallel_rank
+from rdm_scale.data.buffer_pool import BufferPool
+from rdm_scale.data.dataset import Sources, open_sources
+from rdm_scale.data.loaded_samples import LoadedSample
 from rdm_scale.data.manifest import Manifest
-from rdm_scale.data.order import Run
-from rdm_scale.data.reader import (
-    RunReader,
-    UnreadableError,
-    open_cache,
-)
+from rdm_scale.data.order import ContiguousRead
+from rdm_scale.data.reader import ContiguousReader, UnreadableError, open_cache
 from rdm_scale.errors import ConfigError
 
 
-class HeldOut:
-    """The first samples of a set, in its order, for validation: each once over all ranks.
+class WeightedBatch(NamedTuple):
+    """A batch of held-out samples, and the weight of each in the validation loss, float64 [B]."""
 
-    Of a set with several shapes, and of several sets by their weights, it is the first samples of each in proportion.
-    Iterating yields (batch, weights [B] float64). Every rank gets the same number of batches of the same size, as
-    collectives need; what is lacking to fill them is a last sample again, with weight 0. A sample's position is its
-    index here. Moments are sampled with noise that belongs to the position alone, not to a run's seed, so that runs can
-    be compared.
+    batch: LatentBatch
+    weights: Tensor
+
+
+class _HeldOutSample(NamedTuple):
+    """A read of one member, and the index of a sample in it."""
+
+    read: ContiguousRead
+    sample: int
+
+
+class _Group(NamedTuple):
+    """The held-out samples of one bucket."""
+
+    bucket: Bucket
+    samples: list[_HeldOutSample]
+
+
+class HeldOut:
+    """The first samples of a data set, in its order, for validation: each once over all ranks.
+
+    Of a data set with several shapes, and of several data sets with weights, the first samples of each in proportion.
+    Iterating yields `WeightedBatch`es. Every rank gets the same number of batches of the same size, as collectives
+    need; the last batches are filled with repetitions of weight 0. The position of a sample is its index among the
+    held-out samples. Moments are sampled with noise keyed by the position alone, not by a run's seed, so that the
+    losses of different runs can be compared.
 
     Args:
-        samples: size of the held-out set, at most; attribute `samples` is how many there are.
-        batch_size: samples in a batch of one rank.
-        captions: read the samples' captions, too; all sets must have them.
+        samples: number of held-out samples, at most; the attribute `samples` is the actual number.
+        batch_size: samples per batch and rank.
+        captions: read the samples' captions, too; all data sets must have them.
+        buffers: memory to read into, if shared with other streams.
 
     Raises:
-        ConfigError: an impossible size or rank.
-        DataError: as `LatentStream`.
+        ConfigError: a number below 1, or dp_rank is not below dp_size.
+        DataError: a manifest or a shard is missing or damaged; for shards also while iterating. No shard may be lost,
+            because validation losses can be compared only over the same samples.
     """
 
     def __init__(
@@ -48,80 +72,90 @@ class HeldOut:
         dp_size: int = 1,
         config: DataConfig | None = None,
         captions: bool = False,
+        buffers: BufferPool | None = None,
     ) -> None:
-        check_ranks(dp_rank, dp_size)
+        check_data_parallel_rank(dp_rank, dp_size)
         if samples < 1 or batch_size < 1:
-            raise ConfigError(f"a held-out set of {samples} samples in batches of {batch_size}: use at least 1")
-        self.datasets, config = open_datasets(sources, config)
-        for reason in (reason for one in self.datasets for reason in one.damaged.values()):
-            raise reason  # validation losses can be compared only when they are of the same samples
+            raise ConfigError(f"{samples} held-out samples in batches of {batch_size}: both must be at least 1")
+        self.datasets, config = open_sources(sources, config)
+        for reason in (reason for dataset in self.datasets for reason in dataset.damaged.values()):
+            raise reason
         self.batch_size, self.dp_rank, self.dp_size = batch_size, dp_rank, dp_size
         self._groups = self._choose(samples)
-        self.samples = sum(len(places) for _, places in self._groups)
-        largest = max(
-            member.bytes for one in self.datasets for shard in one.manifest.shards for member in shard.members
-        )
-        self._reader = RunReader(
+        self.samples = sum(len(group.samples) for group in self._groups)
+        self._buffers = buffers or BufferPool()
+        shards = (shard for dataset in self.datasets for shard in dataset.manifest.shards)
+        self._reader = ContiguousReader(
             self.datasets,
-            streams=1,
-            largest=largest,
+            in_use=1,
+            largest=max(member.bytes for shard in shards for member in shard.members),
             workers=config.workers,
             cache=open_cache(config),
             captions=captions,
+            buffers=self._buffers,
         )
 
     def __len__(self) -> int:
-        return sum(-(-len(places) // (self.batch_size * self.dp_size)) for _, places in self._groups)
+        """Number of batches of a rank."""
+        return sum(self._batches(group) for group in self._groups)
 
-    def __iter__(self) -> Iterator[tuple[LatentBatch, Tensor]]:
-        numbers, first_position = count(1), 0
-        for which, places in self._groups:
-            for start in range(self.dp_rank * self.batch_size, _whole(places, self), self.batch_size * self.dp_size):
-                indices = range(start, start + self.batch_size)
-                present = [min(index, len(places) - 1) for index in indices]
-                runs = [places[index][0] for index in present]
-                samples = [places[index][1] for index in present]
-                try:
-                    members = self._reader.get(runs)
-                except UnreadableError as failed:
-                    raise failed.reason from None
-                positions, manifest = [first_position + index for index in present], self.datasets[which].manifest
-                found = list(zip(members, samples, strict=True))
-                shape = manifest.shape_of(manifest.shards[runs[0].shard])
-                batch = assemble(next(numbers), positions, found, shape, manifest, 0, "held-out posterior")
-                yield batch, torch.tensor([float(index < len(places)) for index in indices], dtype=torch.float64)
-            first_position += len(places)
+    def __iter__(self) -> Iterator[WeightedBatch]:
+        steps, first_position, stride = count(1), 0, self.batch_size * self.dp_size
+        for group in self._groups:
+            for number in range(self._batches(group)):
+                start = number * stride + self.dp_rank * self.batch_size
+                yield self._batch(next(steps), group, range(start, start + self.batch_size), first_position)
+            first_position += len(group.samples)
 
     def close(self) -> None:
+        """Stop the reading threads."""
         self._reader.close()
 
-    def _choose(self, samples: int) -> list[tuple[int, list[tuple[Run, int]]]]:
-        """The places of each set and shape."""
-        total = sum(one.weight for one in self.datasets)
+    def _batches(self, group: _Group) -> int:
+        return -(-len(group.samples) // (self.batch_size * self.dp_size))
+
+    def _batch(self, step: int, group: _Group, indices: range, first_position: int) -> WeightedBatch:
+        """The samples of a group at `indices`; those beyond its end are its last sample again, with weight 0."""
+        present = [min(index, len(group.samples) - 1) for index in indices]
+        chosen = [group.samples[index] for index in present]
+        try:
+            loaded = self._reader.get([one.read for one in chosen])
+        except UnreadableError as error:
+            raise error.reason from None
+        batch = assemble(
+            [LoadedSample(samples, one.sample) for samples, one in zip(loaded, chosen, strict=True)],
+            group.bucket.shape,
+            self.datasets[group.bucket.source].manifest,
+            step=step,
+            positions=[first_position + index for index in present],
+            seed=0,
+            purpose="held-out posterior",
+            buffers=self._buffers,
+        )
+        weights = [float(index < len(group.samples)) for index in indices]
+        return WeightedBatch(batch, torch.tensor(weights, dtype=torch.float64))
+
+    def _choose(self, samples: int) -> list[_Group]:
+        """The held-out samples of each bucket, in proportion to weights and numbers of samples."""
+        total = sum(dataset.weight for dataset in self.datasets)
         groups = []
-        for s, one in enumerate(self.datasets):
-            manifest = one.manifest
-            of_set = min(max(1, round(samples * one.weight / total)), manifest.samples)
-            for shards in manifest.buckets.values():
+        for number, dataset in enumerate(self.datasets):
+            manifest = dataset.manifest
+            of_dataset = min(max(1, round(samples * dataset.weight / total)), manifest.samples)
+            for shape, shards in manifest.buckets.items():
                 size = sum(manifest.shards[index].samples for index in shards)
-                wanted = min(size, -(-of_set * size // manifest.samples))
-                groups.append((s, _first_places(s, manifest, shards, wanted)))
+                wanted = min(size, -(-of_dataset * size // manifest.samples))
+                groups.append(_Group(Bucket(number, shape), _first_samples(number, manifest, shards, wanted)))
         return groups
 
 
-def _whole(places: Sequence[tuple[Run, int]], held_out: HeldOut) -> int:
-    """So many samples that all ranks have the same number of full batches."""
-    step = held_out.batch_size * held_out.dp_size
-    return -(-len(places) // step) * step
-
-
-def _first_places(number: int, manifest: Manifest, shards: Sequence[int], wanted: int) -> list[tuple[Run, int]]:
-    """Each sample by a run of one member and its index in it."""
-    places: list[tuple[Run, int]] = []
+def _first_samples(dataset: int, manifest: Manifest, shards: Sequence[int], wanted: int) -> list[_HeldOutSample]:
+    """The first `wanted` samples of some shards."""
+    found: list[_HeldOutSample] = []
     for s in shards:
         for m, member in enumerate(manifest.shards[s].members):
-            run = Run(number, s, m, m + 1)
-            places += ((run, sample) for sample in range(min(member.samples, wanted - len(places))))
-            if len(places) == wanted:
-                return places
-    return places
+            read = ContiguousRead(dataset, s, m, m + 1)
+            found += (_HeldOutSample(read, index) for index in range(min(member.samples, wanted - len(found))))
+            if len(found) == wanted:
+                return found
+    return found

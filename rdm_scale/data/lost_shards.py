@@ -1,84 +1,111 @@
-"""Shards that proved unreadable, within the budget that a configuration allows, and what stands in for them.
+"""Shards that turned out to be unreadable, up to a configured budget, and the shards that substitute for them.
 
-A lost shard keeps its place in the order of samples, and every sample of it is replaced by one of another shard of its
-set and shape: the same for every rank that knows of the loss, and a run for a run, so that reading stays
-sequential. Nothing is lost in silence: each loss is told once, counted, and kept in checkpoints.
+A lost shard keeps its place in the global order, and each contiguous read of it is replaced by a read of a substitute
+shard of the same data set and shape. The substitute is the same on every rank that knows of the loss. Each loss is
+reported once, counted in the metrics, and kept in checkpoints.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from rdm_scale import rng
 from rdm_scale.data.manifest import Manifest
-from rdm_scale.data.order import Run
+from rdm_scale.data.order import ContiguousRead
 from rdm_scale.errors import DataError
 
 
+class _ShardIndex(NamedTuple):
+    dataset: int
+    shard: int
+
+
 class LostShards:
-    """The lost shards of a run's sets, as far as this rank knows.
+    """The lost shards of a run's data sets, as far as this rank knows.
 
     Args:
-        budget: how many shards may be lost.
-        known: those lost before, as `known` lists them. One that is no longer part of the sets is forgotten.
+        manifests: manifests of the data sets, in the order of their indices.
+        budget: number of shards that may be lost.
+        known: shards that were lost before, as the attribute `known` lists them. Those that are in none of the
+            manifests are ignored.
+
+    Raises:
+        DataError: more shards of `known` are lost than the budget allows.
     """
 
     def __init__(
         self, manifests: Sequence[Manifest], budget: int, seed: int, known: Sequence[Sequence[str]] = ()
     ) -> None:
         self._manifests, self._budget, self._seed = manifests, budget, seed
-        self._lost: set[tuple[int, int]] = set()  # set, shard
-        self._untold: list[str] = []
+        self._lost: set[_ShardIndex] = set()
+        self._pending_warnings: list[str] = []
         self.merge(known)
-        self._untold.clear()
 
     def __len__(self) -> int:
+        """Number of lost shards."""
         return len(self._lost)
 
     @property
     def samples(self) -> int:
-        """Samples in lost shards."""
-        return sum(self._manifests[s].shards[shard].samples for s, shard in tuple(self._lost))
+        """Number of samples in lost shards."""
+        return sum(self._manifests[dataset].shards[shard].samples for dataset, shard in tuple(self._lost))
 
     @property
     def known(self) -> list[list[str]]:
-        """(digest of the set's manifest, name of the shard) of each."""
-        named = ((self._manifests[s].digest, self._manifests[s].shards[shard].name) for s, shard in tuple(self._lost))
-        return sorted(map(list, named))
+        """[digest of the manifest, name of the shard] of each lost shard, sorted."""
+        manifests = self._manifests
+        return sorted([manifests[d].digest, manifests[d].shards[shard].name] for d, shard in tuple(self._lost))
 
-    def mark_lost(self, which: int, shard: int, reason: DataError) -> None:
-        """Takes a shard for lost. Raises `reason` where there is no budget for any, DataError where it is spent."""
+    def mark_lost(self, dataset: int, shard: int, reason: DataError) -> None:
+        """Record a shard as lost and add a pending warning.
+
+        Raises:
+            DataError: `reason` itself if the budget is 0; a message that contains it if the budget is exceeded.
+        """
         if self._budget == 0:
             raise reason
-        if (which, shard) in self._lost:
+        if (dataset, shard) in self._lost:
             return
-        self._lost.add((which, shard))
+        self._lost.add(_ShardIndex(dataset, shard))
         self._check_budget(reason)
-        self._untold.append(f"lost {self._manifests[which].shards[shard].name}: {reason}")
+        self._pending_warnings.append(f"lost {self._manifests[dataset].shards[shard].name}: {reason}")
 
     def merge(self, known: Sequence[Sequence[str]]) -> None:
-        """Takes for lost what another rank, or an earlier run, has found to be lost. Raises DataError: too many."""
+        """Add the lost shards that another rank or an earlier run knows of, without a warning.
+
+        Raises:
+            DataError: more shards are lost than the budget allows.
+        """
         names = {(digest, name) for digest, name in known}
-        for s, manifest in enumerate(self._manifests) if names else ():
-            self._lost |= {(s, i) for i, shard in enumerate(manifest.shards) if (manifest.digest, shard.name) in names}
-        self._check_budget(DataError(f"unreadable are {', '.join(sorted(name for _, name in names))}"))
+        for d, manifest in enumerate(self._manifests) if names else ():
+            lost = (i for i, shard in enumerate(manifest.shards) if (manifest.digest, shard.name) in names)
+            self._lost |= {_ShardIndex(d, i) for i in lost}
+        self._check_budget(DataError(f"unreadable: {', '.join(sorted(name for _, name in names))}"))
 
     def take_warnings(self) -> list[str]:
-        """What this rank has lost since the last call, each with its reason."""
-        untold, self._untold = self._untold, []
-        return untold
+        """One line per shard that this rank has lost since the last call, with the reason."""
+        warnings, self._pending_warnings = self._pending_warnings, []
+        return warnings
 
-    def substitute(self, run: Run) -> Run:
-        """The run itself where its shard is whole; where it is lost, one of another shard, perhaps of other size."""
-        if (run.set, run.shard) not in self._lost:
-            return run
-        manifest = self._manifests[run.set]
-        shape = manifest.shape_of(manifest.shards[run.shard])
-        whole = [index for index in manifest.buckets[shape] if (run.set, index) not in self._lost]
-        if not whole:
-            raise DataError(f"all shards with latents {list(shape)} are lost, {manifest.shards[run.shard].name} too")
-        shard = whole[rng.key(self._seed, "stand-in", run.shard) % len(whole)]
+    def substitute(self, read: ContiguousRead) -> ContiguousRead:
+        """The read itself, or if its shard is lost a read of the substitute shard, possibly of fewer samples.
+
+        Raises:
+            DataError: every shard of the same data set and shape is lost.
+        """
+        if (read.dataset, read.shard) not in self._lost:
+            return read
+        manifest = self._manifests[read.dataset]
+        shape = manifest.shape_of(manifest.shards[read.shard])
+        readable = [index for index in manifest.buckets[shape] if (read.dataset, index) not in self._lost]
+        if not readable:
+            raise DataError(
+                f"all shards with latents of shape {list(shape)} are lost, {manifest.shards[read.shard].name} among "
+                "them: restore one of them, or encode the data again"
+            )
+        shard = readable[rng.key(self._seed, "stand-in", read.shard) % len(readable)]
         members = manifest.shards[shard].members
-        first = run.first % len(members)
-        return Run(run.set, shard, first, min(first + run.end - run.first, len(members)))
+        first = read.first % len(members)
+        return ContiguousRead(read.dataset, shard, first, min(first + read.end - read.first, len(members)))
 
     def _check_budget(self, reason: DataError) -> None:
         if len(self._lost) > self._budget:

@@ -1,14 +1,15 @@
-"""The manifest of a set of latent shards: what is where, how much of it, and how to check it.
+"""Manifest of a data set of latent shards: files, offsets, counts and checksums.
 
 `manifest.json` is written last, so a folder with a manifest is complete. Offsets and sizes let a reader fetch one
-member (a safetensors file that packs many samples) by one range read; counts and checksums make every loss visible.
+member (a safetensors file that packs many samples) by one range request; counts and checksums reveal missing or
+damaged samples.
 """
 
 import hashlib
 import math
 import re
 from functools import cached_property
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -19,7 +20,7 @@ from rdm_scale.moved import moved_names
 from rdm_scale.storage.location import Location
 
 MANIFEST_NAME = "manifest.json"
-_MAX_BYTES = 2**30  # a manifest from elsewhere is untrusted; this one would describe about 10 million members
+_MAX_BYTES = 2**30  # manifests from elsewhere are untrusted; one of this size describes about 10 million members
 
 Shape = tuple[int, int, int, int]  # C, T, H, W
 
@@ -39,7 +40,7 @@ class TarMember(_Record):
 
 
 class TarIndex(_Record):
-    """A tar beside the manifest: its members in order, none overlapping another."""
+    """Index of a tar beside the manifest: its members in order, without overlaps."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="file name beside the manifest")
     bytes: int = Field(ge=1)
@@ -57,10 +58,10 @@ class TarIndex(_Record):
 
 
 class Shard(TarIndex):
-    """Latents of one shape and, where the set has captions, the side-car with those of the same samples."""
+    """A tar of latents of one shape and, in a data set with captions, the side-car tar with their captions."""
 
     samples: int = Field(ge=1)
-    shape: Shape | None = Field(None, description="[C, T, H, W] where it is not that of the set")
+    shape: Shape | None = Field(None, description="[C, T, H, W] if it differs from the shape of the data set")
     text: TarIndex | None = None
 
     @model_validator(mode="after")
@@ -70,12 +71,12 @@ class Shard(TarIndex):
         if self.text and [(m.name, m.samples) for m in self.text.members] != [
             (m.name, m.samples) for m in self.members
         ]:
-            raise ValueError(f"{self.text.name}: its members are not those of {self.name}")
+            raise ValueError(f"{self.text.name}: its members differ from those of {self.name}")
         return self
 
 
 class TextEncoding(_Record):
-    """How captions became vectors, and the empty caption, which stands for a caption that is dropped in training."""
+    """Text encoder of the captions, and the encoded empty caption, which replaces captions dropped in training."""
 
     encoder: str = Field(description="class of the text encoder")
     location: str
@@ -84,18 +85,21 @@ class TextEncoding(_Record):
     pooled_width: int = Field(ge=1, description="P of the pooled vector [P]")
     max_tokens: int = Field(ge=1)
     dtype: Literal["float32", "float16", "bfloat16"]
-    empty: str = Field(description="a text member (safetensors, base64) with the empty caption alone")
+    empty: str = Field(description="a member of a side-car (safetensors, base64) with the empty caption alone")
 
 
 class ChannelStatistics(_Record):
-    """Of the raw latents of all samples, for each channel, over positions and (for moments) the posterior."""
+    """Mean and standard deviation of each channel of the raw latents of all samples, over positions.
+
+    For moments the deviation includes the variance of the posterior.
+    """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
 
 class ManifestHeader(_Record):
-    """What holds for every latent of a set."""
+    """Properties that all latents of a data set share."""
 
     format: Literal["rdm_scale.latents"] = "rdm_scale.latents"
     version: Literal[1] = 1
@@ -103,13 +107,13 @@ class ManifestHeader(_Record):
     dtype: Literal["float32", "float16", "bfloat16"]
     shape: Shape = Field(description="[C, T, H, W] of one latent, for kind moments too; a shard may have another")
     codec: CodecRecord
-    class_names: tuple[str, ...] = Field((), description="name of label i; empty for unlabelled data")
+    class_names: tuple[str, ...] = Field((), description="name of label i; empty for unlabeled data")
     text: TextEncoding | None = None
 
     @model_validator(mode="after")
     def _check_header(self) -> Self:
         if min(self.shape) < 1:
-            raise ValueError(f"impossible latent shape {list(self.shape)}")
+            raise ValueError(f"impossible latent shape {list(self.shape)}: every size must be at least 1")
         for name in ("shift", "scale"):
             if len(getattr(self.codec, name)) not in (1, self.shape[0]):
                 raise ValueError(f"codec.{name} must have 1 or {self.shape[0]} entries")
@@ -118,19 +122,19 @@ class ManifestHeader(_Record):
         return self
 
     def stored_shape(self, shape: Shape) -> Shape:
-        """Of one sample of latent shape `shape`, as stored: moments have a mean and a log-variance for each channel."""
+        """Shape of one stored sample: [C, T, H, W], or [2C, T, H, W] for moments (means, then log-variances)."""
         C, T, H, W = shape
         return (2 * C if self.kind == "moments" else C), T, H, W
 
     def sample_bytes(self, shape: Shape) -> int:
-        """Bytes of the latents of one sample as they are stored."""
+        """Bytes of the stored latents of one sample."""
         return math.prod(self.stored_shape(shape)) * STORED_DTYPES[self.dtype].bytes
 
 
 class Manifest(ManifestHeader):
-    """All that a reader needs to know of a folder of latent shards."""
+    """Index of a data set: a folder of latent shards."""
 
-    job: str = Field("", description="what encoded it: a hash of its inputs and settings")
+    job: str = Field("", description="hash of the inputs and settings of the encoding job")
     samples: int = Field(ge=1)
     rejected: int = Field(0, ge=0, description="inputs that could not be encoded: see rejected.jsonl")
     statistics: ChannelStatistics | None = None
@@ -148,9 +152,9 @@ class Manifest(ManifestHeader):
             if min(shape) < 1 or shape[0] != self.shape[0]:
                 raise ValueError(f"{shard.name}: impossible latent shape {list(shape)}")
             if (shard.text is None) != (self.text is None):
-                raise ValueError(f"{shard.name}: some shards have captions, or the set has them, and others do not")
+                raise ValueError(f"{shard.name}: either all shards and the data set itself have captions, or none")
             for member in shard.members:
-                # Also bounds every number here by the size of a file that is really there.
+                # This also bounds all counts by the sizes of existing files.
                 if member.bytes < member.samples * self.sample_bytes(shape):
                     raise ValueError(f"{shard.name}: member {member.name} is too small for {member.samples} samples")
         return self
@@ -161,30 +165,38 @@ class Manifest(ManifestHeader):
 
     @cached_property
     def buckets(self) -> dict[Shape, tuple[int, ...]]:
-        """The indices of the shards of each shape, in the order in which the shapes first occur."""
+        """Indices of the shards of each shape (a bucket), in the order in which the shapes first occur."""
         found: dict[Shape, list[int]] = {}
         for index, shard in enumerate(self.shards):
             found.setdefault(self.shape_of(shard), []).append(index)
         return {shape: tuple(indices) for shape, indices in found.items()}
 
     def to_json(self) -> bytes:
+        """Content of the manifest file."""
         return self.model_dump_json(indent=1, exclude_none=True).encode()
 
     @cached_property
     def digest(self) -> str:
-        """Identity of the data set: changes when any of its samples does."""
+        """Identity of the data set: sha256 of the manifest without statistics, so it changes if any sample does."""
         described = self.model_copy(update={"statistics": None, "rejected": 0})
         return hashlib.sha256(described.to_json()).hexdigest()
 
 
-def read_manifest(url: str, options: dict[str, Any] | None = None) -> tuple[Manifest, Location]:
-    """The manifest at `url` (the file, or the folder that holds it) and the folder of its shards.
+class LocatedManifest(NamedTuple):
+    """A manifest and the folder of its shards."""
+
+    manifest: Manifest
+    folder: Location
+
+
+def read_manifest(url: str, options: dict[str, Any] | None = None) -> LocatedManifest:
+    """Read and validate the manifest at `url`, the file itself or the folder that contains it.
 
     Args:
-        options: of the fsspec file system.
+        options: options of the fsspec file system.
 
     Raises:
-        DataError: there is none, or it is not a valid manifest; the message names the place and the reason.
+        DataError: the manifest is missing, unreadable or invalid; the message names its location and the reason.
     """
     location = Location(url, options)
     if not re.search(r"\.json$", location.name):
@@ -198,10 +210,10 @@ def read_manifest(url: str, options: dict[str, Any] | None = None) -> tuple[Mani
     except OSError as error:
         raise DataError(f"cannot read the manifest {location}: {error}") from None
     try:
-        return Manifest.model_validate_json(content), location.parent
+        return LocatedManifest(Manifest.model_validate_json(content), location.parent)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "it"
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise DataError(f"{location} is not a valid manifest: {where}: {first['msg']}") from None
 
 

@@ -1,82 +1,102 @@
-"""Whose turn it is: several sources, or the buckets of one, take steps in given shares, in closed form.
+"""Which source, and which bucket of a source, each step reads: exact shares in closed form.
 
-The turns come in periods. Lane b with the share q_b of turns a period has floor((e + 1) q_b) - floor(e q_b) turns in
-period e, so that after any number of whole periods it has had its exact share, rounded down, and what is left of a turn
-is carried over. Within a period the lanes take their turns in an order that belongs to (seed, period). Buckets have
-q = samples / batch size, which makes a period an epoch of their source; weighted sources have q in proportion to their
-weights. Which lane has turn k, and how many turns it had before, follows from k alone.
+Steps are the slots of a schedule, and each slot is assigned to one of several choices (sources, or the buckets of one
+source: its samples of one shape). Slots come in periods. A choice with share q of the slots per period gets
+floor((e + 1) q) - floor(e q) slots in period e, so after any number of periods it has had its exact share, rounded
+down, and the remainder is carried over. The order of slots within a period is a permutation keyed by (seed, period).
+
+Buckets have q = samples / batch size, which makes a period one epoch of their source; sources have q in proportion to
+their weights. The choice of slot k, and how many slots that choice had before, follow from k alone.
 """
 
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
 from rdm_scale import rng
 from rdm_scale.data.order import Indices, permutation
 
-_TURNS_A_PERIOD = 64  # of weighted sources: in so many turns every weight is kept to within one turn
-_FINEST_WEIGHT = 10**6  # weights are taken as fractions with no larger denominator
+_WEIGHTED_PERIOD = 64  # slots per period of weighted sources: within each, weights are exact to within one slot
+_LARGEST_DENOMINATOR = 10**6  # of the fractions that approximate the weights
 
 
-class Turns:
-    """Deals turns 0, 1, 2, ... to lanes.
+class SlotAssignment(NamedTuple):
+    """The choice that a slot belongs to, and the number of earlier slots of the same choice."""
+
+    choice: int
+    ordinal: int
+
+
+class _Period(NamedTuple):
+    """Assignments of the slots of one period; ordinals count from the start of the period."""
+
+    choices: Indices
+    ordinals: Indices
+
+
+class SlotSchedule:
+    """Assigns slots 0, 1, 2, ... to choices in given shares.
 
     Args:
-        shares: turns of each lane a period; positive.
-        seed: of the order within a period.
+        shares: slots per period of each choice; positive.
+        seed: seed of the order within each period.
     """
 
     def __init__(self, shares: Sequence[Fraction], seed: int) -> None:
         self._shares, self._seed = list(shares), seed
         self._period = lru_cache(maxsize=2)(self._make_period)
 
-    def of(self, turn: int) -> tuple[int, int]:
-        """(lane, the number of turns that it had before)."""
+    def assign(self, slot: int) -> SlotAssignment:
+        """The assignment of one slot, in time logarithmic in its number."""
         if len(self._shares) == 1:
-            return 0, turn
-        period = self._period_of(turn)
-        before = [self._had(lane, period) for lane in range(len(self._shares))]
-        lanes, earlier = self._period(period)
-        at = turn - sum(before)
-        return int(lanes[at]), before[int(lanes[at])] + int(earlier[at])
+            return SlotAssignment(0, slot)
+        number = self._period_of(slot)
+        before = [self._slots_before(choice, number) for choice in range(len(self._shares))]
+        period, index = self._period(number), slot - sum(before)
+        choice = int(period.choices[index])
+        return SlotAssignment(choice, before[choice] + int(period.ordinals[index]))
 
-    def _had(self, lane: int, periods: int) -> int:
-        share = self._shares[lane]
-        return periods * share.numerator // share.denominator
+    def _slots_before(self, choice: int, period: int) -> int:
+        """Number of slots of a choice before the start of a period."""
+        share = self._shares[choice]
+        return period * share.numerator // share.denominator
 
-    def _begins(self, period: int) -> int:
-        return sum(self._had(lane, period) for lane in range(len(self._shares)))
+    def _first_slot(self, period: int) -> int:
+        return sum(self._slots_before(choice, period) for choice in range(len(self._shares)))
 
-    def _period_of(self, turn: int) -> int:
-        """The period e with begins(e) <= turn < begins(e + 1), by bisection: each lane lacks less than one turn."""
+    def _period_of(self, slot: int) -> int:
+        """The period e with first_slot(e) <= slot < first_slot(e + 1), by bisection.
+
+        Rounding down takes less than one slot from each choice, which bounds e from both sides.
+        """
         total = sum(self._shares, Fraction(0))
-        low, high = int(turn / total), int((turn + len(self._shares) + 1) / total) + 1
+        low, high = int(slot / total), int((slot + len(self._shares) + 1) / total) + 1
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if self._begins(middle) <= turn else (low, middle)
+            low, high = (middle, high) if self._first_slot(middle) <= slot else (low, middle)
         return low
 
-    def _make_period(self, period: int) -> tuple[Indices, Indices]:
-        """The lane of each turn of a period, and how many turns of the period that lane had before."""
-        lanes = range(len(self._shares))
-        counts = [self._had(lane, period + 1) - self._had(lane, period) for lane in lanes]
+    def _make_period(self, period: int) -> _Period:
+        numbers = range(len(self._shares))
+        counts = [self._slots_before(choice, period + 1) - self._slots_before(choice, period) for choice in numbers]
         order = permutation(rng.key(self._seed, "turns", period), sum(counts))
-        dealt = np.repeat(np.arange(len(counts)), counts)[order]
-        earlier = np.empty_like(dealt)
-        for lane in lanes:
-            earlier[dealt == lane] = np.arange(counts[lane])
-        return dealt, earlier
+        choices = np.repeat(np.arange(len(counts)), counts)[order]
+        ordinals = np.empty_like(choices)
+        for choice in numbers:
+            ordinals[choices == choice] = np.arange(counts[choice])
+        return _Period(choices, ordinals)
 
 
-def weighted(weights: Sequence[float], seed: int) -> Turns:
-    """Turns in proportion to weights."""
-    fractions = [Fraction(weight).limit_denominator(_FINEST_WEIGHT) for weight in weights]
+def schedule_by_weight(weights: Sequence[float], seed: int) -> SlotSchedule:
+    """Slots in proportion to weights."""
+    fractions = [Fraction(weight).limit_denominator(_LARGEST_DENOMINATOR) for weight in weights]
     total = sum(fractions)
-    return Turns([_TURNS_A_PERIOD * fraction / total for fraction in fractions], seed)
+    return SlotSchedule([_WEIGHTED_PERIOD * fraction / total for fraction in fractions], seed)
 
 
-def by_size(samples: Sequence[int], batch_size: int, seed: int) -> Turns:
-    """Turns of buckets with so many samples each: a period is an epoch of all of them together."""
-    return Turns([Fraction(count, batch_size) for count in samples], seed)
+def schedule_by_size(samples: Sequence[int], batch_size: int, seed: int) -> SlotSchedule:
+    """Slots of buckets in proportion to their numbers of samples; a period is one epoch of all of them."""
+    return SlotSchedule([Fraction(count, batch_size) for count in samples], seed)

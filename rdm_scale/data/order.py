@@ -1,18 +1,19 @@
-"""The global order of samples: closed forms and keyed permutations, no files.
+"""Global order of samples: closed forms and keyed permutations, without index files.
 
-N samples are read by C canonical streams, C being the global batch size. Global position P is place i = P mod N of
-epoch P div N and belongs to stream P mod C; step s (from 1) consumes positions (s - 1) C .. s C - 1, one from each
-stream. Epochs follow each other without a gap, so a tail that does not fill a batch is carried over. Within an epoch:
+N samples are read in global batches of C. Global position P is place i = P mod N of epoch P div N and row P mod C of
+its batch; step s (from 1) consumes positions (s - 1) C .. s C - 1, one per row. Epochs follow each other without a
+gap, so samples that do not fill a batch are carried over to the next epoch. Within an epoch:
 
-1. The members of each shard are cut into runs of neighbours, large enough to be worth a request to an object store.
-   The runs are put in a new order. Samples were shuffled over the whole set when they were encoded, so that neighbours
-   have nothing in common.
-2. The N samples in that order are cut into C parts of N div C or one more, and stream i mod C walks through one of
-   them, the samples of each run, or of the piece of a run that is in its part, in a new order too.
+1. The members of each shard are grouped into contiguous reads, each large enough to be worth a request to an object
+   store. The reads are permuted. Samples were shuffled over the whole data set when they were encoded, so neighboring
+   samples are unrelated.
+2. The N samples in that order are divided into C parts of N div C samples, or one more. Row i mod C of the batches
+   walks through one part. A segment is what a row takes from one contiguous read: all of the read, or what lies in
+   the row's part. The samples of each segment are permuted, too.
 
-So a batch takes its samples from C places of the data set, and a member is read by the one or two ranks whose streams
-walk through it, whatever the number of ranks. All of it is a function of (seed, P): nothing has to be walked through
-to begin at any step.
+A batch thus takes its samples from C places of the data set, and a member is read by the one or two ranks whose rows
+walk through it, whatever the number of ranks. Everything is a function of (seed, P): starting at any step takes
+constant time.
 """
 
 from collections.abc import Sequence
@@ -30,21 +31,28 @@ from rdm_scale.data.manifest import Manifest
 
 Indices = npt.NDArray[np.int64]
 
-RUN_BYTES = 2**22  # object stores are slow with less: what a request costs beside its bytes is then nothing
-_LEAST_RUNS = 64  # of a set, if it has so many members: few could not be shuffled well
+READ_BYTES = 2**22  # target size of a contiguous read: the latency of a request is then small beside its transfer
+_FEWEST_READS = 64  # contiguous reads per data set, given as many members: a handful could not be shuffled well
 
 
-class Run(NamedTuple):
-    """Neighbouring members of one shard, which are read together: indices of the set, its shard, and the members."""
+class ContiguousRead(NamedTuple):
+    """Neighboring members of one shard that are read by one request.
 
-    set: int
+    Attributes:
+        dataset: index of the data set.
+        shard: index of the shard in its manifest.
+        first: index of the first member.
+        end: index after the last member.
+    """
+
+    dataset: int
     shard: int
     first: int
     end: int
 
 
-class Place(NamedTuple):
-    """Where a sample lies: the indices of its shard, its member in the shard, and the sample in the member."""
+class SampleLocation(NamedTuple):
+    """Indices of a sample's shard, of its member in the shard, and of the sample in the member."""
 
     shard: int
     member: int
@@ -52,28 +60,42 @@ class Place(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Piece:
-    """What a stream takes from one run: numbers among the samples of the run, in the order in which they are read.
+class RowSegment:
+    """The samples that one row of the batches takes from one contiguous read: their indices in the read, in order.
 
-    Told apart by identity, which is quick: a batch of small samples has one for each of them.
+    Compared by identity, which is fast: a batch refers to one segment per sample.
     """
 
-    run: Run
+    read: ContiguousRead
     samples: list[int]
 
 
+class SegmentIndices(NamedTuple):
+    """For each of several positions, the segment with its sample and the index of the sample in the segment."""
+
+    segments: list[RowSegment]
+    indices: list[int]
+
+
+class _EpochOrder(NamedTuple):
+    """The contiguous reads of an epoch in order, and the number of samples before each and after the last."""
+
+    reads: Indices
+    bounds: Indices
+
+
 class GlobalOrder:
-    """Maps global positions to samples of one manifest, or of some of its shards.
+    """Maps global positions to samples of a manifest, or of some of its shards.
 
     Args:
-        streams: C, the global batch size.
-        shards: indices of the shards that are read; None: all.
-        run_bytes: how large a run is, about, in a set that is large enough.
-        number: of the set, where there are several.
+        global_batch_size: C.
+        shards: indices of the shards to read; None: all.
+        read_bytes: target size of a contiguous read, for data sets that are large enough.
+        dataset: index of the data set, as recorded in each `ContiguousRead`.
 
     Attributes:
         samples: N.
-        largest_run: bytes of a run, at most.
+        largest_read: upper bound of the bytes of a contiguous read.
     """
 
     def __init__(
@@ -81,105 +103,108 @@ class GlobalOrder:
         manifest: Manifest,
         *,
         seed: int,
-        streams: int,
+        global_batch_size: int,
         shards: Sequence[int] | None = None,
-        run_bytes: int = RUN_BYTES,
-        number: int = 0,
+        read_bytes: int = READ_BYTES,
+        dataset: int = 0,
     ) -> None:
-        self.seed, self.streams, self.number = seed, streams, number
+        self.seed, self.global_batch_size, self.dataset = seed, global_batch_size, dataset
         self._shards = np.array(range(len(manifest.shards)) if shards is None else shards, np.int64)
         chosen = [manifest.shards[index] for index in self._shards]
+        members = [member for shard in chosen for member in shard.members]
         self.samples = sum(shard.samples for shard in chosen)
-        counts = [m.samples for shard in chosen for m in shard.members]
-        self._before = np.cumsum([0, *counts])  # samples before each member, and after the last
-        self._first_members = np.cumsum([0] + [len(shard.members) for shard in chosen])  # of each shard
-        sizes = [m.bytes for shard in chosen for m in shard.members]
-        together = max(1, min(round(run_bytes * len(sizes) / sum(sizes)), len(sizes) // _LEAST_RUNS))
-        self.largest_run = together * (max(sizes) + 2 * BLOCKSIZE)  # bytes at most, with the tar's headers
-        ranges = zip(self._first_members[:-1], self._first_members[1:], strict=True)
-        self._runs = np.concatenate([np.arange(first, end, together) for first, end in ranges])  # their first members
-        self._counts = np.diff(self._before[self._runs], append=self.samples)  # samples of each run
-        length, longer = divmod(self.samples, streams)  # the first `longer` parts have one sample more
-        self._parts = np.arange(streams + 1) * length + np.minimum(np.arange(streams + 1), longer)  # as `_before`
-        # An epoch's tables are as long as the manifest; around the end of an epoch two of them are in use.
+        self._samples_before = np.cumsum([0, *(member.samples for member in members)])  # each member, and at the end
+        self._members_before = np.cumsum([0] + [len(shard.members) for shard in chosen])  # each shard, and at the end
+        sizes = [member.bytes for member in members]
+        length = max(1, min(round(read_bytes * len(sizes) / sum(sizes)), len(sizes) // _FEWEST_READS))
+        self.largest_read = length * (max(sizes) + 2 * BLOCKSIZE)  # with the headers in the tar
+        ranges = zip(self._members_before[:-1], self._members_before[1:], strict=True)
+        self._reads = np.concatenate([np.arange(first, end, length) for first, end in ranges])  # first member of each
+        self._read_samples = np.diff(self._samples_before[self._reads], append=self.samples)
+        rows, (part, longer) = np.arange(global_batch_size + 1), divmod(self.samples, global_batch_size)
+        self._parts = rows * part + np.minimum(rows, longer)  # start of each row's part in an epoch, and the end
+        # The table of an epoch is as long as the manifest; around the end of an epoch two of them are in use.
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
-        self._piece = lru_cache(maxsize=4 * streams)(self._make_piece)  # that a stream is at, in several steps planned
+        # Several planned steps share the segment that a row is at; the cache keeps it one object.
+        self._segment = lru_cache(maxsize=4 * global_batch_size)(self._make_segment)
 
     def positions(self, step: int, dp_rank: int = 0, dp_size: int = 1) -> range:
-        """The positions of a step (from 1) that a rank reads: those of its contiguous share of the streams."""
-        share = self.streams // dp_size
-        first = (step - 1) * self.streams + dp_rank * share
+        """The positions of a step (from 1) that a data-parallel rank reads: a contiguous share of the rows."""
+        share = self.global_batch_size // dp_size
+        first = (step - 1) * self.global_batch_size + dp_rank * share
         return range(first, first + share)
 
-    def places(self, positions: range) -> list[Place]:
-        """Where the samples at these global positions lie."""
-        return [self._place(piece.run, piece.samples[n]) for piece, n in zip(*self.pieces(positions), strict=True)]
+    def locations(self, positions: range) -> list[SampleLocation]:
+        """Shard, member and index of the samples at consecutive global positions."""
+        found = self.segments(positions)
+        return [self._location(s.read, s.samples[i]) for s, i in zip(found.segments, found.indices, strict=True)]
 
-    def pieces(self, positions: range) -> tuple[list[Piece], list[int]]:
-        """Of each position the piece that holds its sample, and how many samples of the piece come before it.
+    def segments(self, positions: range) -> SegmentIndices:
+        """The segments of the samples at consecutive global positions.
 
-        As long as a piece is in use it is one and the same object.
+        The same segment is the same object as long as a row walks through it.
         """
-        begins: list[int] = []
-        nth: list[int] = []
-        while len(nth) < len(positions):
-            epoch, first = divmod(positions.start + len(nth), self.samples)
-            count = min(len(positions) - len(nth), self.samples - first)
-            for column, more in zip((begins, nth), self._walk(epoch, np.arange(first, first + count)), strict=True):
-                column += more.tolist()
-        return list(map(self._piece, begins)), nth
+        starts: list[int] = []
+        indices: list[int] = []
+        while len(indices) < len(positions):
+            epoch, first = divmod(positions.start + len(indices), self.samples)
+            count = min(len(positions) - len(indices), self.samples - first)
+            segment_starts, offsets = self._walk(epoch, np.arange(first, first + count))
+            starts += segment_starts.tolist()
+            indices += offsets.tolist()
+        return SegmentIndices([self._segment(start) for start in starts], indices)
 
-    def _walk(self, epoch: int, i: Indices) -> tuple[Indices, Indices]:
-        """Where the pieces of what is read i-th begin in the walk through all epochs, and how far into them it is.
+    def _walk(self, epoch: int, places: Indices) -> tuple[Indices, Indices]:
+        """For each place of an epoch, where its segment starts in the walk through all epochs, and the offset there.
 
-        Stream i mod C walks through the part of that number, of which it is the (i div C)-th sample.
+        Place i is sample i div C of the part of row i mod C.
         """
-        nth, part = np.divmod(i, self.streams)
-        begin = self._parts[part]
-        index = begin + nth
-        _, bounds = self._epoch(epoch)
-        first = np.maximum(begin, bounds[bounds.searchsorted(index, side="right") - 1])
-        return epoch * self.samples + first, index - first
+        nth, row = np.divmod(places, self.global_batch_size)
+        part_start = self._parts[row]
+        index = part_start + nth
+        bounds = self._epoch(epoch).bounds
+        start = np.maximum(part_start, bounds[bounds.searchsorted(index, side="right") - 1])
+        return epoch * self.samples + start, index - start
 
-    def _place(self, run: Run, sample: int) -> Place:
-        base = self._first_members[np.searchsorted(self._shards, run.shard)]
-        index = self._before[base + run.first] + sample
-        member = np.searchsorted(self._before, index, side="right") - 1
-        return Place(run.shard, int(member - base), int(index - self._before[member]))
+    def _location(self, read: ContiguousRead, sample: int) -> SampleLocation:
+        base = self._members_before[np.searchsorted(self._shards, read.shard)]
+        index = self._samples_before[base + read.first] + sample
+        member = np.searchsorted(self._samples_before, index, side="right") - 1
+        return SampleLocation(read.shard, int(member - base), int(index - self._samples_before[member]))
 
-    def _make_epoch(self, epoch: int) -> tuple[Indices, Indices]:
-        """The runs in the order of an epoch, and where each begins in its order of samples, and the last ends."""
-        runs = permutation(rng.key(self.seed, "order of runs", epoch), len(self._counts))
-        return runs, np.cumsum(np.append(0, self._counts[runs]))
+    def _make_epoch(self, epoch: int) -> _EpochOrder:
+        reads = permutation(rng.key(self.seed, "order of runs", epoch), len(self._read_samples))
+        return _EpochOrder(reads, np.cumsum(np.append(0, self._read_samples[reads])))
 
-    def _make_piece(self, begin: int) -> Piece:
-        """The piece that begins there in the walk through all epochs; it ends with its run or its stream's part."""
-        epoch, first = divmod(begin, self.samples)
-        runs, bounds = self._epoch(epoch)
-        nth = int(bounds.searchsorted(first, side="right")) - 1
-        run, skipped = int(runs[nth]), first - int(bounds[nth])
-        size = min(int(bounds[nth + 1]), int(self._parts[self._parts.searchsorted(first, side="right")])) - first
-        base = int(self._before[self._runs[run]]) + skipped
-        member = int(self._before.searchsorted(base, side="right")) - 1
-        end = int(self._before.searchsorted(base + size, side="left"))
-        shard = int(self._first_members.searchsorted(member, side="right")) - 1
-        offset = int(self._first_members[shard])
-        members = Run(self.number, int(self._shards[shard]), member - offset, end - offset)
-        order = permutation(rng.key(self.seed, "order of samples", epoch, run, skipped), size)
-        return Piece(members, (order + (base - int(self._before[member]))).tolist())
+    def _make_segment(self, start: int) -> RowSegment:
+        """The segment that starts there in the walk through all epochs; it ends with its read or its row's part."""
+        epoch, first = divmod(start, self.samples)
+        order = self._epoch(epoch)
+        nth = int(order.bounds.searchsorted(first, side="right")) - 1
+        read, skipped = int(order.reads[nth]), first - int(order.bounds[nth])
+        part_end = int(self._parts[self._parts.searchsorted(first, side="right")])
+        size = min(int(order.bounds[nth + 1]), part_end) - first
+        base = int(self._samples_before[self._reads[read]]) + skipped
+        member = int(self._samples_before.searchsorted(base, side="right")) - 1
+        end = int(self._samples_before.searchsorted(base + size, side="left"))
+        shard = int(self._members_before.searchsorted(member, side="right")) - 1
+        offset = int(self._members_before[shard])
+        members = ContiguousRead(self.dataset, int(self._shards[shard]), member - offset, end - offset)
+        samples = permutation(rng.key(self.seed, "order of samples", epoch, read, skipped), size)
+        return RowSegment(members, (samples + (base - int(self._samples_before[member]))).tolist())
 
 
 def permutation(key: int, size: int) -> Indices:
-    """A random permutation of 0 .. size - 1 that is a function of (key, size).
+    """A random permutation of 0 .. size - 1 that is a function of (key, size) alone.
 
-    Made of a bit generator and a stable sort, both of which NumPy keeps fixed; it does not promise that of
-    `Generator.permutation`, nor torch of `randperm`.
+    Made of a bit generator and a stable sort, both of which NumPy keeps fixed between releases. NumPy does not promise
+    that of `Generator.permutation`, nor PyTorch of `randperm`.
     """
     return np.argsort(np.random.Philox(cast(Any, _Key(key))).random_raw(size), kind="stable")
 
 
 class _Key(ISeedSequence):
-    """Seeds a Philox as `Philox(key=...)` does; that first gathers entropy from the system, only to drop it."""
+    """Seeds a Philox like `Philox(key=...)`, which first gathers entropy from the system and then drops it."""
 
     def __init__(self, key: int) -> None:
         self._key = key

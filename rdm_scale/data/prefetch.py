@@ -1,31 +1,28 @@
-"""What a training step needs beside the latents, drawn by key, and a thread that does so ahead of the step."""
+"""Prefetching of training batches in a background thread."""
 
 import threading
 from collections import deque
 from collections.abc import Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from rdm_scale.batch import TrainingBatch
 from rdm_scale.moved import moved_names
 
-if TYPE_CHECKING:
-    pass
-
 
 class Prefetcher:
-    """Runs an iterator in a thread, up to `depth` batches ahead of who calls next().
+    """Runs an iterator of batches in a thread, up to `depth` batches ahead of its consumer.
 
-    An error of the iterator is raised by next(), after the batches that came before it, as the same exception.
+    An exception of the iterator is raised by `next()` after the batches that precede it.
     """
 
     def __init__(self, batches: Iterator[TrainingBatch], depth: int) -> None:
         self._depth = depth
         self._ready: deque[TrainingBatch] = deque()
-        self._end: BaseException | None = None  # why there will be no more: an error, or StopIteration
+        self._end: BaseException | None = None  # an exception of the iterator, or StopIteration
         self._closed = False
         self._changed = threading.Condition()
-        # A daemon, so that a consumer that dies without closing does not keep the process alive.
+        # A daemon thread, so that a consumer that fails without closing does not keep the process alive.
         self._thread = threading.Thread(target=self._read, args=(batches,), name="prefetch", daemon=True)
         self._thread.start()
 
@@ -42,7 +39,7 @@ class Prefetcher:
             return self._ready.popleft()
 
     def close(self) -> None:
-        """Ends the thread, once it is through with the batch that it is at, and drops what was read ahead."""
+        """Stop the thread after its current batch, and drop the batches that were prefetched."""
         with self._changed:
             self._closed = True
             self._ready.clear()
@@ -71,7 +68,7 @@ class Prefetcher:
             self._changed.notify_all()
 
     def _has_room(self) -> bool:
-        """Waits until there is room for another batch; False: closed."""
+        """Wait until there is room for another batch; False if the prefetcher was closed."""
         with self._changed:
             self._changed.wait_for(lambda: len(self._ready) < self._depth or self._closed)
             return not self._closed

@@ -1,6 +1,6 @@
 """Latent shards: webdataset tars (USTAR) whose members are safetensors files that pack many samples of one shape.
 
-Written once, in one pass; read by members, each one range request, checked against the manifest at every read.
+Shards are written once, in one pass. They are read by members, which every read checks against the manifest.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Literal, NamedTuple, Self
 
-import numpy.ctypeslib  # noqa: F401 - safetensors' save has numpy import it lazily, which fails in two threads at once
+import numpy.ctypeslib  # noqa: F401 - NumPy imports it lazily while safetensors saves, which fails in two threads at once
 import safetensors.torch
 import torch
 import xxhash
@@ -26,27 +26,29 @@ from rdm_scale.dtypes import STORED_DTYPES
 from rdm_scale.errors import DataError
 from rdm_scale.storage.location import Location, Stat
 
+REMEDY = "copy the shards and their manifest again from where they came from, or encode the data again"
+
 
 def sample_id(key: str, clip: int = 0, view: int = 0) -> int:
-    """The id of a sample: low 63 bits of xxh3_64 of its source's key, its clip (of a video) and its view (a flip)."""
+    """Id of a sample: low 63 bits of xxh3_64 of the key of its source, the clip of a video, and the view (a flip)."""
     return xxhash.xxh3_64_intdigest(f"{key}\x1f{clip}\x1f{view}".encode()) & (2**63 - 1)
 
 
 class ShardWriter:
-    """Writes samples of one shape, in the order given, as shards into a folder, and the manifest last.
+    """Writes samples of one shape, in the given order, as shards into a folder, and the manifest last.
 
-    The same samples give the same bytes, however they are cut into calls of `add`. After an error nothing of it is left
-    in the folder and the writer is of no further use. As a context manager it closes itself, or cleans up after an
+    The same samples give the same bytes, however they are distributed over calls of `add`. After an error the writer
+    removes its shards and cannot be used any more. As a context manager it closes itself, or cleans up after an
     exception.
 
     Args:
-        folder: where the shards go; made if missing.
+        folder: folder of the shards; created if missing.
         kind: `mode` stores latents [K, C, T, H, W], `moments` mean and log-variance [K, 2C, T, H, W], both raw.
-        shape: (C, T, H, W) of one latent, whatever the kind.
-        class_names: the name of label i; empty for unlabelled data.
+        shape: (C, T, H, W) of one latent, for both kinds.
+        class_names: name of label i; empty for unlabeled data.
 
     Raises:
-        DataError: the folder already holds a manifest or shards, or no set can be of that shape and codec.
+        DataError: the folder already contains a manifest or shards, or the shape or the codec is invalid.
     """
 
     def __init__(
@@ -65,7 +67,7 @@ class ShardWriter:
         try:
             taken = [name for name in folder.names() if name == MANIFEST_NAME or re.fullmatch(r"shard-\d+\.tar", name)]
         except OSError as error:
-            raise self._explained(error) from None
+            raise self._as_data_error(error) from None
         if taken:
             raise DataError(f"{folder} already holds {taken[0]}: choose another folder, or remove what is in this one")
         try:
@@ -80,15 +82,18 @@ class ShardWriter:
         self._failed = False
 
     def add(self, latents: Tensor, ids: Tensor, labels: Tensor) -> None:
-        """Appends K samples: latents [K, C or 2C, T, H, W] in the set's dtype, ids and labels int64 [K].
+        """Append K samples.
 
-        A label is an index into the class names, or -1.
+        Args:
+            latents: [K, C or 2C, T, H, W] in the dtype of the data set.
+            ids: int64 [K], unique.
+            labels: int64 [K], indices into the class names, or -1.
 
         Raises:
-            DataError: wrong shape or dtype, a latent that is not finite, an id that was given before, an unknown label,
+            DataError: wrong shape or dtype, a latent that is not finite, an id that was added before, an unknown label,
                 or a shard that cannot be written.
         """
-        self._refuse_if_over()
+        self._check_open()
         try:
             check_samples(self._header, self._header.shape, latents, ids, labels, self.folder)
             for number in ids.tolist():
@@ -96,20 +101,24 @@ class ShardWriter:
                     raise DataError(f"two samples have the id {number}: {self.folder} takes a key, clip and view once")
                 self._ids.add(number)
             added = {"latents": latents.detach(), "ids": ids, "labels": labels}
-            # a copy: the caller may go on to write into its tensors
+            # Copied, because the caller may reuse its tensors.
             self._pending.append({name: values.to("cpu", copy=True) for name, values in added.items()})
             full = self._samples_per_member * self._members_per_shard
             while self._pending_samples() >= full:
                 self._write_shard(full)
         except BaseException as error:
             self.discard()
-            raise self._explained(error) from None
+            raise self._as_data_error(error) from None
 
     def close(self) -> Manifest:
-        """Writes what is left and then the manifest. Raises DataError: no samples, or the folder cannot be written."""
+        """Write the remaining samples and then the manifest.
+
+        Raises:
+            DataError: no samples were added, or the folder cannot be written.
+        """
         if self._manifest is not None:
             return self._manifest
-        self._refuse_if_over()
+        self._check_open()
         try:
             if not self._ids:
                 raise DataError(f"no samples were added, so there is nothing to write to {self.folder}")
@@ -119,12 +128,12 @@ class ShardWriter:
             (self.folder / MANIFEST_NAME).write(manifest.to_json())
         except BaseException as error:
             self.discard()
-            raise self._explained(error) from None
+            raise self._as_data_error(error) from None
         self._manifest = manifest
         return manifest
 
     def discard(self) -> None:
-        """Gives up: removes the shards that were written."""
+        """Remove the shards that were written and close the writer."""
         self._failed = True
         for shard in self._shards:
             with suppress(OSError):
@@ -142,25 +151,25 @@ class ShardWriter:
         else:
             self.discard()
 
-    def _refuse_if_over(self) -> None:
+    def _check_open(self) -> None:
         if self._failed or self._manifest is not None:
             raise RuntimeError(f"the writer of {self.folder} is closed")
 
-    def _explained(self, error: BaseException) -> BaseException:
+    def _as_data_error(self, error: BaseException) -> BaseException:
         return DataError(f"cannot write to {self.folder}: {error}") if isinstance(error, OSError) else error
 
     def _pending_samples(self) -> int:
         return sum(len(part["ids"]) for part in self._pending)
 
     def _write_shard(self, samples: int) -> None:
-        """Moves the first `samples` pending samples into a shard."""
+        """Move the first `samples` pending samples into a shard."""
         joined = {name: torch.cat([part[name] for part in self._pending]) for name in self._pending[0]}
-        # clone: what is left must not keep alive all that was added
+        # Cloned, so that the remainder does not keep the memory of all that was added.
         self._pending = [{name: values[samples:].clone() for name, values in joined.items()}]
         first = len(self._shards) * self._members_per_shard
         parts = {name: values[:samples].split(self._samples_per_member) for name, values in joined.items()}
         members = [
-            Packed(f"{first + i:08d}.safetensors", len(ids), pack_samples(latents, ids, labels))
+            PackedMember(f"{first + i:08d}.safetensors", len(ids), pack_samples(latents, ids, labels))
             for i, (latents, ids, labels) in enumerate(
                 zip(parts["latents"], parts["ids"], parts["labels"], strict=True)
             )
@@ -169,8 +178,8 @@ class ShardWriter:
         self._shards.append(Shard(**dict(tar), samples=samples))
 
 
-class Packed(NamedTuple):
-    """A member to be written: its name, how many samples are in it, and the safetensors file itself."""
+class PackedMember(NamedTuple):
+    """A member to be written: its name, its number of samples, and the content of its safetensors file."""
 
     name: str
     samples: int
@@ -178,16 +187,20 @@ class Packed(NamedTuple):
 
 
 def pack_samples(latents: Tensor, ids: Tensor, labels: Tensor) -> bytes:
-    """The member that holds these samples."""
+    """Content of a member with these samples."""
     return safetensors.torch.save({"latents": latents.contiguous(), "ids": ids.clone(), "labels": labels.clone()})
 
 
-def write_tar(folder: Location, name: str, members: Sequence[Packed]) -> TarIndex:
-    """Writes the members as one tar, whole or not at all, with no trace of when or by whom it was made. OSError."""
+def write_tar(folder: Location, name: str, members: Sequence[PackedMember]) -> TarIndex:
+    """Write the members as one tar, atomically; the bytes depend on nothing but the members.
+
+    Raises:
+        OSError: the tar cannot be written.
+    """
     buffer, offsets = io.BytesIO(), []
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for member in members:
-            info = tarfile.TarInfo(member.name)  # mtime 0, uid 0, gid 0, mode 0644, no names of users
+            info = tarfile.TarInfo(member.name)  # mtime 0, uid 0, gid 0, mode 0644, no user name
             info.size = len(member.content)
             offsets.append(tar.offset + tarfile.BLOCKSIZE)
             tar.addfile(info, io.BytesIO(member.content))
@@ -204,7 +217,7 @@ def write_tar(folder: Location, name: str, members: Sequence[Packed]) -> TarInde
 def check_samples(
     header: ManifestHeader, shape: Shape, latents: Tensor, ids: Tensor, labels: Tensor, folder: Location
 ) -> None:
-    """Raises DataError unless `folder` can take these samples: shape, dtype, finite values, ids and labels."""
+    """Raise DataError unless shape, dtype, values, ids and labels of these samples are valid for `folder`."""
     dtype, stored = STORED_DTYPES[header.dtype].torch, header.stored_shape(shape)
     if latents.dtype != dtype or latents.ndim != 5 or latents.shape[1:] != stored:
         raise DataError(
@@ -213,30 +226,30 @@ def check_samples(
     for name, values in (("ids", ids), ("labels", labels)):
         if values.dtype != torch.int64 or values.shape != (len(latents),):
             raise DataError(
-                f"{name} must be int64 [{len(latents)}], one a latent, not {values.dtype} {list(values.shape)}"
+                f"{name} must be int64 [{len(latents)}], one per latent, not {values.dtype} {list(values.shape)}"
             )
     finite = latents.flatten(1).isfinite().all(dim=1)
     if not finite.all():
         raise DataError(
             f"the latent of the sample with id {ids[~finite][0].item()} is not finite in {dtype}: "
-            "mend or leave out the input, or use a wider dtype"
+            "fix or leave out the input, or use a wider dtype"
         )
     classes = len(header.class_names)
     unknown = (labels < -1) | (labels >= classes)
     if unknown.any():
         raise DataError(
             f"the sample with id {ids[unknown][0].item()} has label {labels[unknown][0].item()}, "
-            f"and there are {classes} class names: use 0 .. {classes - 1}, or -1 for unlabelled"
+            f"and there are {classes} class names: use 0 .. {classes - 1}, or -1 for unlabeled"
         )
     if (ids < 0).any():
         raise DataError(f"the id {ids.min().item()} is negative: ids are made by sample_id")
 
 
 def read_member(folder: Location, manifest: Manifest, shard: int, member: int) -> dict[str, Tensor]:
-    """The samples of one member, read by one range request and checked against the manifest.
+    """Read the samples of one member by one range request and check them against the manifest.
 
     Returns:
-        latents [K, C or 2C, T, H, W] in the set's dtype, raw; ids and labels, int64 [K].
+        `latents` [K, C or 2C, T, H, W] in the dtype of the data set, raw; `ids` and `labels`, int64 [K].
 
     Raises:
         DataError: the shard is missing, cannot be read, is too short, or its content is not what was written.
@@ -246,23 +259,26 @@ def read_member(folder: Location, manifest: Manifest, shard: int, member: int) -
 
 
 def read_bytes(folder: Location, tar: TarIndex, member: int, opened: Stat | None = None) -> bytes:
-    """The member of a tar as it was written. Arguments and errors are those of `read_run`."""
+    """Read the content of one member of a tar; arguments and errors are those of `read_members`."""
     content = bytearray(tar.members[member].bytes)
-    read_run(folder, tar, member, member + 1, memoryview(content), opened)
+    read_members(folder, tar, member, member + 1, memoryview(content), opened)
     return bytes(content)
 
 
-def read_run(
+def read_members(
     folder: Location, tar: TarIndex, first: int, end: int, buffer: memoryview, opened: Stat | None = None
 ) -> list[memoryview]:
-    """Members `first` .. `end` - 1 of a tar as they were written, by one request; each is a part of the buffer.
+    """Read members `first` .. `end` - 1 of a tar by one request and check them.
 
     Args:
-        buffer: as large as `span`.
-        opened: what the file was when it was first looked at, to tell a replaced one from a damaged one.
+        buffer: memory of `span_bytes` bytes for the content.
+        opened: size and version of the file when the data set was opened, to tell a replaced file from a damaged one.
+
+    Returns:
+        The content of each member, a part of the buffer.
 
     Raises:
-        DataError: missing, unreadable, cut short, or not what the manifest says.
+        DataError: the tar is missing, unreadable, truncated, or not what the manifest says.
     """
     parts, place = tar.members[first:end], folder / tar.name
     offset = parts[0].offset
@@ -270,19 +286,19 @@ def read_run(
         read = place.read_into(offset, buffer)
         contents = [buffer[part.offset - offset :][: part.bytes] for part in parts]
         for member, (part, content) in enumerate(zip(parts, contents, strict=True), first):
-            whole = part.offset + part.bytes - offset <= read
-            checksum = xxhash.xxh3_64_hexdigest(content) if whole else None
+            complete = part.offset + part.bytes - offset <= read
+            checksum = xxhash.xxh3_64_hexdigest(content) if complete else None
             if checksum != part.xxh3:
                 raise _not_as_written(place, tar, member, checksum, opened, place.stat())
     except FileNotFoundError:
-        raise DataError(f"{place} is missing, and the manifest lists it: {_REMEDY}") from None
+        raise DataError(f"{place} is missing, and the manifest lists it: {REMEDY}") from None
     except OSError as error:
         raise DataError(f"cannot read {_describe(place, parts[0], first)}: {error}") from None
     return contents
 
 
-def span(tar: TarIndex, first: int, end: int) -> int:
-    """Bytes from the beginning of a member to the end of another, member `end` - 1."""
+def span_bytes(tar: TarIndex, first: int, end: int) -> int:
+    """Bytes from the start of member `first` to the end of member `end` - 1."""
     last = tar.members[end - 1]
     return last.offset + last.bytes - tar.members[first].offset
 
@@ -290,38 +306,39 @@ def span(tar: TarIndex, first: int, end: int) -> int:
 def _not_as_written(
     place: Location, tar: TarIndex, member: int, checksum: str | None, opened: Stat | None, found: Stat
 ) -> DataError:
-    """checksum: of what was found, None where the file ended before the end of the member."""
+    """The error of a member whose checksum differs, or is None because the file ends before the member does."""
     part = tar.members[member]
     if opened is not None and found != opened:
         return DataError(
             f"{place} was replaced while it was in use: it had {opened.bytes} bytes and version {opened.version}, and "
             f"has {found.bytes} bytes and version {found.version}; member {part.name} ({member}) is no longer what the "
-            f"manifest says. Put the file back as it was, or encode into another folder: {_REMEDY}"
+            f"manifest says. Put the file back as it was, or encode into another folder: {REMEDY}"
         )
     if checksum is None:
         return DataError(
             f"{place} is shorter than the manifest says, {found.bytes} bytes instead of {tar.bytes}, "
-            f"and ends before the end of member {part.name} ({member}): {_REMEDY}"
+            f"and ends before the end of member {part.name} ({member}): {REMEDY}"
         )
     return DataError(
         f"{_describe(place, part, member)} is not what was written: its xxh3 is {checksum}, "
-        f"the manifest says {part.xxh3}: {_REMEDY}"
+        f"the manifest says {part.xxh3}: {REMEDY}"
     )
 
 
 def unpack_samples(content: bytes, folder: Location, manifest: Manifest, shard: int, member: int) -> dict[str, Tensor]:
-    """The tensors of a member. Raises DataError: they are not what the manifest says."""
+    """The tensors of a member.
+
+    Raises:
+        DataError: they are not what the manifest says.
+    """
     record = manifest.shards[shard]
     where = _describe(folder / record.name, record.members[member], member)
     try:
         tensors = safetensors.torch.load(content)
     except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise DataError(f"{where} is not a safetensors file ({error}): {_REMEDY}") from None
+        raise DataError(f"{where} is not a safetensors file ({error}): {REMEDY}") from None
     _check_member(tensors, manifest, manifest.shape_of(record), record.members[member].samples, where)
     return tensors
-
-
-_REMEDY = "copy the shards and their manifest again from where they came from, or encode the data again"
 
 
 def _describe(place: Location, part: TarMember, member: int) -> str:
@@ -335,17 +352,17 @@ def _check_member(tensors: dict[str, Tensor], header: ManifestHeader, shape: Sha
         "labels": ((samples,), torch.int64),
     }
     if tensors.keys() != expected.keys():
-        raise DataError(f"{where} holds {sorted(tensors)} instead of {sorted(expected)}: {_REMEDY}")
+        raise DataError(f"{where} holds {sorted(tensors)} instead of {sorted(expected)}: {REMEDY}")
     for name, (size, dtype) in expected.items():
         found = tensors[name]
         if found.shape != size or found.dtype != dtype:
             raise DataError(
                 f"{where} holds {name} {list(found.shape)} in {found.dtype}, "
-                f"the manifest says {list(size)} in {dtype}: {_REMEDY}"
+                f"the manifest says {list(size)} in {dtype}: {REMEDY}"
             )
     labels = tensors["labels"]
     if labels.min() < -1 or labels.max() >= len(header.class_names):
         raise DataError(
             f"{where} has labels from {labels.min()} to {labels.max()}, "
-            f"and the manifest names {len(header.class_names)} classes: {_REMEDY}"
+            f"and the manifest names {len(header.class_names)} classes: {REMEDY}"
         )

@@ -1,56 +1,54 @@
-"""Latents in batches: the endless stream of training, and the held-out set of validation."""
+"""The endless stream of training batches.
+
+The way of one batch: the plan of its step (`batch_plan`, from `mixing` and `order`), the contiguous reads that contain
+its samples (`segment_loader`, `reader`), and the batch assembled from the samples (`assembly`).
+"""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import count
-from typing import NamedTuple
 
-from rdm_scale import rng
 from rdm_scale.batch import LatentBatch
 from rdm_scale.config import DataConfig
-from rdm_scale.data import mixing
-from rdm_scale.data.assembly import Sources, assemble, check_ranks, open_datasets
+from rdm_scale.data.assembly import assemble
+from rdm_scale.data.batch_plan import BatchPlan, BatchPlanner, check_data_parallel_rank
+from rdm_scale.data.buffer_pool import BufferPool
+from rdm_scale.data.dataset import Sources, open_sources
+from rdm_scale.data.loaded_samples import LoadedSample
 from rdm_scale.data.lost_shards import LostShards
-from rdm_scale.data.order import RUN_BYTES, GlobalOrder, Piece
-from rdm_scale.data.reader import (
-    RunReader,
-    Samples,
-    UnreadableError,
-    open_cache,
-)
+from rdm_scale.data.order import ContiguousRead
+from rdm_scale.data.reader import ContiguousReader, open_cache
+from rdm_scale.data.segment_loader import SegmentLoader
 from rdm_scale.errors import ConfigError
 from rdm_scale.moved import moved_names
 
-_AHEAD_STEPS = 64  # at most so many steps are looked ahead for runs to read
-_RUNS_BYTES = 2**31  # of the runs in use at a time, on all ranks together
-
-
-class _Planned(NamedTuple):
-    step: int
-    positions: range
-    lane: tuple[int, int]  # set, and which of its shapes
-    pieces: list[Piece]  # that the samples are in
-    nth: list[int]  # sample of the piece
+_AHEAD_STEPS = 64  # steps that are planned ahead, at most, to find reads to prefetch
 
 
 class LatentStream:
-    """The samples of one or more sets in their global order, without end.
+    """The samples of one or more data sets in their global order, without end.
 
-    Iterating yields this rank's batches of steps start_step + 1, + 2, ...; the global batch of a step is the same for
-    every dp_size and holds one set and one shape. Sets take turns by their weights, the shapes of a set by their number
-    of samples, so that every sample of a set is read once an epoch of that set. Moments are sampled with noise that
-    belongs to (seed, position), the position of a sample being its number in the whole run.
+    Iterating yields this rank's share of the batches of steps start_step + 1, + 2, ... The global batch of a step is
+    the same for every dp_size and holds samples of one data set and one shape. Data sets are read in proportion to
+    their weights, and the shapes of a data set in proportion to their numbers of samples, so that every sample of a
+    data set is read once per epoch of it. Moments are sampled with noise keyed by (seed, position), where the position
+    of a sample is its number in the run.
 
     Args:
-        sources: manifest, or folder that it is in, on any fsspec location; or several with weights.
-        start_step: the last step that is done already.
-        config: how to read: workers, cache, options, budget of lost shards. Its `train` and `validation` are not used.
+        sources: URL or path of a manifest or its folder, on any fsspec file system; or several with weights.
+        start_step: last step that is already done.
+        config: how to read: workers, cache, options, budget of lost shards. `train` and `validation` are ignored.
         lost: shards that are known to be lost (`LostShards.known` of the run that is resumed).
-        captions: read the samples' captions, too; all sets must have them.
+        captions: read the samples' captions, too; all data sets must have them.
+        buffers: memory to read into, if shared with other streams.
+
+    Attributes:
+        datasets: the data sets, opened.
+        lost_shards: shards lost so far.
 
     Raises:
-        ConfigError: dp_size does not divide global_batch_size, or there is no such dp_rank.
-        DataError: a manifest or a shard is missing or damaged; shards also while iterating.
+        ConfigError: dp_size does not divide global_batch_size, or dp_rank is not below dp_size.
+        DataError: a manifest or a shard is missing or damaged; for shards also while iterating.
     """
 
     def __init__(
@@ -65,114 +63,83 @@ class LatentStream:
         config: DataConfig | None = None,
         lost: Sequence[Sequence[str]] = (),
         captions: bool = False,
+        buffers: BufferPool | None = None,
     ) -> None:
-        check_ranks(dp_rank, dp_size)
+        check_data_parallel_rank(dp_rank, dp_size)
         if global_batch_size < 1 or global_batch_size % dp_size:
             raise ConfigError(
-                f"train.global_batch_size={global_batch_size} cannot be shared by {dp_size} data-parallel ranks: "
+                f"train.global_batch_size={global_batch_size} cannot be divided over {dp_size} data-parallel ranks: "
                 f"use a multiple of {dp_size}"
             )
-        self.datasets, config = open_datasets(sources, config)
         self.seed, self.dp_rank, self.dp_size, self.start_step = seed, dp_rank, dp_size, start_step
         self.global_batch_size = global_batch_size
-        lanes = sum(len(one.manifest.buckets) for one in self.datasets)
-        run_bytes = min(RUN_BYTES, _RUNS_BYTES // (global_batch_size * lanes))
-        self._lanes = [
-            [
-                GlobalOrder(
-                    one.manifest,
-                    seed=rng.key(seed, "lane", s, b),
-                    streams=global_batch_size,
-                    shards=of,
-                    run_bytes=run_bytes,
-                    number=s,
-                )
-                for b, of in enumerate(one.manifest.buckets.values())
-            ]
-            for s, one in enumerate(self.datasets)
-        ]
-        self._turns = mixing.weighted([one.weight for one in self.datasets], seed)
-        self._turns_within = [
-            mixing.by_size([order.samples for order in orders], global_batch_size, rng.key(seed, "buckets", s))
-            for s, orders in enumerate(self._lanes)
-        ]
+        self.datasets, config = open_sources(sources, config)
         self.lost_shards = LostShards([one.manifest for one in self.datasets], config.lost_shards, seed, lost)
-        for s, one in enumerate(self.datasets):
-            for shard, reason in one.damaged.items():
-                self.lost_shards.mark_lost(s, shard, reason)
-        streams = global_batch_size // dp_size * lanes  # of every lane a share is in use
-        largest = max(order.largest_run for orders in self._lanes for order in orders)
-        self._reader = RunReader(
+        for number, dataset in enumerate(self.datasets):
+            for shard, reason in dataset.damaged.items():
+                self.lost_shards.mark_lost(number, shard, reason)
+        self._planner = BatchPlanner(
+            self.datasets, global_batch_size=global_batch_size, seed=seed, dp_rank=dp_rank, dp_size=dp_size
+        )
+        self._buffers = buffers or BufferPool()
+        self._reader = ContiguousReader(
             self.datasets,
-            streams=streams,
-            largest=largest,
+            in_use=global_batch_size // dp_size * self._planner.buckets,
+            largest=self._planner.largest_read,
             workers=config.workers,
             cache=open_cache(config),
             captions=captions,
+            buffers=self._buffers,
         )
-        self._in_use: dict[tuple[int, int], dict[Piece, Samples]] = {}  # of each lane, by its step that was read last
-        self._losses = len(self.lost_shards)  # when these were read
+        self._loader = SegmentLoader(self._reader, self.lost_shards)
 
     def __iter__(self) -> Iterator[LatentBatch]:
-        """Reads ahead; what is read ahead of its use does not depend on what was asked for before."""
+        """Yield batches in order; the reads of later steps are prefetched while a batch is used."""
         steps = count(self.start_step + 1)
-        planned: deque[_Planned] = deque()
+        planned: deque[BatchPlan] = deque()
         while True:
-            while not planned or (self._reader.has_room and len(planned) < _AHEAD_STEPS):
-                planned.append(self._plan(next(steps)))
-                self._expect(planned[-1])
-            yield self._read(planned.popleft())
+            while not planned or (self._loader.has_room and len(planned) < _AHEAD_STEPS):
+                plan = self.plan(next(steps))
+                self._loader.prefetch(plan.bucket, plan.samples.segments)
+                planned.append(plan)
+            plan = planned.popleft()
+            yield self.assemble(plan, self.load(plan))
 
     def batch(self, step: int) -> LatentBatch:
-        """This rank's share of the batch of a step (from 1), whatever was read before."""
-        return self._read(self._plan(step))
+        """This rank's share of the batch of a step (from 1), independent of what was read before."""
+        plan = self.plan(step)
+        return self.assemble(plan, self.load(plan))
+
+    def plan(self, step: int) -> BatchPlan:
+        """The source, bucket and samples of this rank's share of the batch of a step (from 1)."""
+        return self._planner.plan(step)
+
+    def load(self, plan: BatchPlan) -> list[LoadedSample]:
+        """Read the samples of a batch, as far as they are not in memory."""
+        loaded = self._loader.load(plan.bucket, plan.samples.segments)
+        return list(map(LoadedSample, loaded, plan.samples.indices))
+
+    def assemble(self, plan: BatchPlan, samples: list[LoadedSample]) -> LatentBatch:
+        """Assemble the batch from its samples."""
+        return assemble(
+            samples,
+            plan.bucket.shape,
+            self.datasets[plan.bucket.source].manifest,
+            step=plan.step,
+            positions=plan.positions,
+            seed=self.seed,
+            purpose="posterior",
+            buffers=self._buffers,
+        )
+
+    @property
+    def reads(self) -> list[ContiguousRead]:
+        """Contiguous reads in memory or in progress."""
+        return self._reader.reads
 
     def close(self) -> None:
+        """Stop the reading threads."""
         self._reader.close()
-
-    def _plan(self, step: int) -> _Planned:
-        which, turn = self._turns.of(step - 1)
-        bucket, turn = self._turns_within[which].of(turn)
-        order = self._lanes[which][bucket]
-        positions = order.positions(step, self.dp_rank, self.dp_size)  # unique in the run, for its randomness
-        pieces, nth = order.pieces(order.positions(turn + 1, self.dp_rank, self.dp_size))
-        return _Planned(step, positions, (which, bucket), pieces, nth)
-
-    def _expect(self, planned: _Planned) -> None:
-        in_use = self._in_use.get(planned.lane, {})
-        ahead = [piece for piece in planned.pieces if piece not in in_use]
-        self._reader.expect(self.lost_shards.substitute(piece.run) for piece in ahead)
-
-    def _read(self, planned: _Planned) -> LatentBatch:
-        found = list(zip(self._found(planned), planned.nth, strict=True))
-        which, bucket = planned.lane
-        manifest = self.datasets[which].manifest
-        shape = tuple(manifest.buckets)[bucket]
-        return assemble(planned.step, planned.positions, found, shape, manifest, self.seed, "posterior")
-
-    def _found(self, planned: _Planned) -> list[Samples]:
-        """Of each sample what was read of its piece."""
-        while True:
-            if len(self.lost_shards) != self._losses:  # all ranks take what stands in from the same step on
-                self._in_use.clear()
-                self._losses = len(self.lost_shards)
-            try:
-                found = self._in_use[planned.lane] = self._opened(planned)
-                return [found[piece] for piece in planned.pieces]
-            except UnreadableError as failed:
-                self.lost_shards.mark_lost(failed.set, failed.shard, failed.reason)
-
-    def _opened(self, planned: _Planned) -> dict[Piece, Samples]:
-        """The pieces of a step: most of them were in use before, others are read."""
-        before = self._in_use.get(planned.lane, {})
-        added = list(dict.fromkeys(piece for piece in planned.pieces if piece not in before))
-        if not added:
-            return before
-        now = set(planned.pieces)
-        self._reader.release(self.lost_shards.substitute(piece.run) for piece in before if piece not in now)
-        read = self._reader.get([self.lost_shards.substitute(piece.run) for piece in added])
-        kept = {piece: samples for piece, samples in before.items() if piece in now}
-        return kept | {piece: run.take(piece.samples) for piece, run in zip(added, read, strict=True)}
 
 
 __getattr__ = moved_names(__name__)

@@ -13,8 +13,8 @@ from rdm_scale.codecs import LatentCodec, normalize
 from rdm_scale.codecs.codec import clamp_log_variance
 from rdm_scale.config import DataSource
 from rdm_scale.data.captions import unpack_text
+from rdm_scale.data.dataset import OpenDataset, open_dataset
 from rdm_scale.data.manifest import MANIFEST_NAME, ChannelStatistics, Manifest, Shape, TarIndex, read_manifest
-from rdm_scale.data.reader import OpenDataset, open_dataset
 from rdm_scale.data.shards import read_member, unpack_samples
 from rdm_scale.dtypes import STORED_DTYPES
 from rdm_scale.errors import DataError

@@ -281,4 +281,4 @@ def encode_prompts(how: TextEncoding, prompts: Sequence[str], url: str | None = 
             f"{url or how.location} is not the text encoder that the model was trained with ({how.encoder} of digest "
             f"{how.digest[:12]}, this one has {encoder.record.digest[:12]}): name the folder of that one"
         )
-    return TextCondition.from_captions([(text.tokens, text.pooled) for text in encoder.encode(prompts)])
+    return TextCondition.from_captions(encoder.encode(prompts))

@@ -16,7 +16,7 @@ from rdm_scale.codecs import LatentCodec, normalize
 from rdm_scale.codecs.record import CodecRecord
 from rdm_scale.data.captions import pack_text
 from rdm_scale.data.manifest import Shard, TarIndex
-from rdm_scale.data.shards import Packed, pack_samples, sample_id, write_tar
+from rdm_scale.data.shards import PackedMember, pack_samples, sample_id, write_tar
 from rdm_scale.dtypes import STORED_DTYPES
 from rdm_scale.encoding.inputs import MediaSet
 from rdm_scale.encoding.pixels import READERS, load
@@ -215,15 +215,15 @@ class Worker:
         ids = torch.tensor([sample_id(files[item.file].key, item.clip, item.view) for item in encoded.items])
         labels = torch.tensor([files[item.file].label for item in encoded.items])
         captions = [files[item.file].caption or "" for item in encoded.items]
-        members: list[Packed] = []
-        texts: list[Packed] = []
+        members: list[PackedMember] = []
+        texts: list[PackedMember] = []
         for first in range(0, len(ids), settings.samples_per_member):
             part = slice(first, first + settings.samples_per_member)
             name = f"{planned.number * settings.members_per_shard + len(members):08d}.safetensors"
-            members.append(Packed(name, len(ids[part]), pack_samples(latents[part], ids[part], labels[part])))
+            members.append(PackedMember(name, len(ids[part]), pack_samples(latents[part], ids[part], labels[part])))
             if self.text is not None:
                 content = pack_text(self.text.encode(captions[part]), ids[part], STORED_DTYPES[settings.dtype].torch)
-                texts.append(Packed(name, len(ids[part]), content))
+                texts.append(PackedMember(name, len(ids[part]), content))
         # The side-car first: beside a shard that is there, its captions are.
         side_car: TarIndex | None = write_tar(folder, f"text-{planned.number:06d}.tar", texts) if texts else None
         tar = write_tar(folder, f"shard-{planned.number:06d}.tar", members)

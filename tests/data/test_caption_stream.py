@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from rdm_scale.batch import TrainingBatch
-from rdm_scale.conditions import TextCondition, concatenate_conditions, replace_captions
+from rdm_scale.conditions import EncodedText, TextCondition, concatenate_conditions, replace_captions
 from rdm_scale.config import DiffusionConfig
 from rdm_scale.data.captions import empty_caption
 from rdm_scale.data.compatibility import check_data
 from rdm_scale.data.held_out import HeldOut
 from rdm_scale.data.manifest import read_manifest
-from rdm_scale.data.shards import Packed, read_bytes, write_tar
+from rdm_scale.data.shards import PackedMember, read_bytes, write_tar
 from rdm_scale.data.stream import LatentStream
 from rdm_scale.diffusion import build_objective
 from rdm_scale.diffusion.training_draws import draw
@@ -53,7 +53,7 @@ def test_captions_of_other_samples_are_refused(captioned: str) -> None:
     first = manifest.shards[0]
     assert first.text is not None
     members = [read_bytes(folder, first.text, number) for number in range(len(first.members))]
-    packed = [Packed(m.name, m.samples, content) for m, content in zip(first.members, members[::-1], strict=True)]
+    packed = [PackedMember(m.name, m.samples, content) for m, content in zip(first.members, members[::-1], strict=True)]
     swapped = first.model_copy(update={"text": write_tar(folder, first.text.name, packed)})
     (folder / "manifest.json").write(manifest.model_copy(update={"shards": (swapped, *manifest.shards[1:])}).to_json())
     stream = LatentStream(captioned, global_batch_size=48, seed=1, captions=True)
@@ -88,7 +88,9 @@ def test_dropped_captions_become_the_empty_one(captioned: str) -> None:
 
 
 def test_conditions_of_different_lengths_are_joined() -> None:
-    one, two = (TextCondition.from_captions([(torch.full((n, 2), float(n)), torch.zeros(3))]) for n in (1, 3))
+    one, two = (
+        TextCondition.from_captions([EncodedText(torch.full((n, 2), float(n)), torch.zeros(3))]) for n in (1, 3)
+    )
     both = concatenate_conditions(one, two)
     assert both.mask.tolist() == [[True, False, False], [True, True, True]]
     assert both.tokens[:, :, 0].tolist() == [[1, 0, 0], [3, 3, 3]]

@@ -1,4 +1,4 @@
-"""The global order: exactly once an epoch, for every number of ranks, from any step, and well mixed."""
+"""The global order: every sample once per epoch, for any number of ranks, from any step, and well mixed."""
 
 from itertools import chain, islice
 
@@ -7,9 +7,9 @@ import pytest
 
 from rdm_scale.codecs.record import CodecRecord
 from rdm_scale.data.manifest import Manifest, Shard, TarMember
-from rdm_scale.data.order import GlobalOrder, Place, Run, permutation
+from rdm_scale.data.order import ContiguousRead, GlobalOrder, SampleLocation, permutation
 
-# (samples of each member, by shard; C): even; uneven; C does not divide N; C > N; one sample; one stream; ...
+# (samples of each member, by shard; C): even; uneven; C does not divide N; C > N; one sample; one row; ...
 CASES = [
     ([[4, 4, 4], [4, 4, 4]], 8),
     ([[5, 1, 7], [3], [2, 2, 9]], 4),
@@ -19,12 +19,12 @@ CASES = [
     ([[1]], 4),
     ([[3, 3], [1]], 1),
     ([[64] * 5, [64] * 3, [64, 17]], 96),
-    ([[5, 1, 7] * 40, [3, 3] * 50, [2]], 24),  # runs of several members
+    ([[5, 1, 7] * 40, [3, 3] * 50, [2]], 24),  # reads of several members
 ]
 
 
 def manifest_of(counts: list[list[int]]) -> Manifest:
-    """A manifest with nothing on disk: order knows counts only."""
+    """A manifest without files: the order depends on counts and sizes only."""
 
     def shard(number: int, samples: list[int]) -> Shard:
         members = tuple(
@@ -44,134 +44,139 @@ def manifest_of(counts: list[list[int]]) -> Manifest:
     )
 
 
-def every_place(counts: list[list[int]]) -> list[Place]:
-    return [Place(s, m, sample) for s, shard in enumerate(counts) for m, n in enumerate(shard) for sample in range(n)]
+def all_locations(counts: list[list[int]]) -> list[SampleLocation]:
+    return [
+        SampleLocation(s, m, sample)
+        for s, shard in enumerate(counts)
+        for m, n in enumerate(shard)
+        for sample in range(n)
+    ]
 
 
-@pytest.mark.parametrize(("counts", "streams"), CASES)
-def test_every_sample_once_an_epoch_with_tails_carried_over(counts: list[list[int]], streams: int) -> None:
-    order, places = GlobalOrder(manifest_of(counts), seed=3, streams=streams), every_place(counts)
-    N, epochs = len(places), 4
-    steps = -(-epochs * N // streams)
-    walked = list(chain.from_iterable(order.places(order.positions(step)) for step in range(1, steps + 1)))
+@pytest.mark.parametrize(("counts", "rows"), CASES)
+def test_every_sample_once_per_epoch_with_tails_carried_over(counts: list[list[int]], rows: int) -> None:
+    order, locations = GlobalOrder(manifest_of(counts), seed=3, global_batch_size=rows), all_locations(counts)
+    N, epochs = len(locations), 4
+    steps = -(-epochs * N // rows)
+    walked = list(chain.from_iterable(order.locations(order.positions(step)) for step in range(1, steps + 1)))
     read = [walked[e * N : (e + 1) * N] for e in range(epochs)]
     for epoch in read:
-        assert sorted(epoch) == places
+        assert sorted(epoch) == locations
     if N > 12:
         assert len({tuple(epoch) for epoch in read}) == epochs
 
 
-@pytest.mark.parametrize(("counts", "streams"), CASES)
-def test_ranks_share_each_step_without_changing_it(counts: list[list[int]], streams: int) -> None:
-    order = GlobalOrder(manifest_of(counts), seed=3, streams=streams)
+@pytest.mark.parametrize(("counts", "rows"), CASES)
+def test_ranks_share_each_step_without_changing_it(counts: list[list[int]], rows: int) -> None:
+    order = GlobalOrder(manifest_of(counts), seed=3, global_batch_size=rows)
     for step in (1, 2, 7, 100_000):
         whole = list(order.positions(step))
-        assert whole == [(step - 1) * streams + c for c in range(streams)]
-        for dp in (size for size in (1, 2, 4) if streams % size == 0):
+        assert whole == [(step - 1) * rows + c for c in range(rows)]
+        for dp in (size for size in (1, 2, 4) if rows % size == 0):
             shares = [order.positions(step, rank, dp) for rank in range(dp)]
-            assert {len(share) for share in shares} == {streams // dp} and [*chain(*shares)] == whole
+            assert {len(share) for share in shares} == {rows // dp} and [*chain(*shares)] == whole
 
 
-def test_any_step_is_the_same_whether_walked_to_or_not() -> None:
+def test_any_step_is_the_same_with_and_without_the_steps_before_it() -> None:
     manifest = manifest_of([[5, 1, 7], [3], [2, 2, 9]])
-    walker = GlobalOrder(manifest, seed=3, streams=4)
-    walked = [walker.places(walker.positions(step)) for step in range(1, 60)]
+    walker = GlobalOrder(manifest, seed=3, global_batch_size=4)
+    walked = [walker.locations(walker.positions(step)) for step in range(1, 60)]
     for step in (59, 1, 30, 8, 7):
-        fresh = GlobalOrder(manifest, seed=3, streams=4)
-        assert fresh.places(fresh.positions(step)) == walked[step - 1] == walker.places(walker.positions(step))
+        fresh = GlobalOrder(manifest, seed=3, global_batch_size=4)
+        assert fresh.locations(fresh.positions(step)) == walked[step - 1] == walker.locations(walker.positions(step))
 
 
-def test_a_far_step_makes_only_the_tables_of_its_own_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counted where permutations are made, since a walk to step 100,000 would make hundreds of thousands."""
+def test_a_distant_step_needs_only_the_tables_of_its_own_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts permutations: a walk to step 100,000 would make hundreds of thousands."""
     made = []
     monkeypatch.setattr("rdm_scale.data.order.permutation", lambda *args: (made.append(args), permutation(*args))[1])
     counts = [[8] * 20] * 5
     for step in (1, 100_000):
         made.clear()
-        order = GlobalOrder(manifest_of(counts), seed=0, streams=16)
-        order.places(order.positions(step))
+        order = GlobalOrder(manifest_of(counts), seed=0, global_batch_size=16)
+        order.locations(order.positions(step))
         assert sum(size == 100 for _, size in made) <= 2 and len(made) <= 2 + 16
 
 
 def test_seeds_and_epochs_give_unrelated_orders() -> None:
     counts = [[8] * 25] * 5
     orders = [
-        list(islice(chain.from_iterable(order.places(order.positions(s)) for s in range(1, 21)), 1000))
-        for order in (GlobalOrder(manifest_of(counts), seed=seed, streams=100) for seed in (0, 1))
+        list(islice(chain.from_iterable(order.locations(order.positions(s)) for s in range(1, 21)), 1000))
+        for order in (GlobalOrder(manifest_of(counts), seed=seed, global_batch_size=100) for seed in (0, 1))
     ]
     orders = [*orders, orders[0]]
-    other = GlobalOrder(manifest_of(counts), seed=0, streams=100)
-    orders[2] = list(chain.from_iterable(other.places(other.positions(s)) for s in range(11, 21)))
-    index = {place: i for i, place in enumerate(every_place(counts))}
-    ranks = np.array([[index[place] for place in order] for order in orders])
+    other = GlobalOrder(manifest_of(counts), seed=0, global_batch_size=100)
+    orders[2] = list(chain.from_iterable(other.locations(other.positions(s)) for s in range(11, 21)))
+    index = {location: i for i, location in enumerate(all_locations(counts))}
+    ranks = np.array([[index[location] for location in order] for order in orders])
     correlations = np.corrcoef(ranks)[np.triu_indices(3, 1)]
-    # four standard deviations of no correlation; a stream has the same two members for 8 steps, hence 125 pairs
+    # Four standard deviations; a row reads the same two members for 8 steps, hence 125 independent pairs.
     assert np.abs(correlations).max() < 4 / np.sqrt(125)
 
 
-def test_samples_change_places_within_their_members_too() -> None:
-    """By member and by epoch: one stream walks through two members of 20, in two epochs."""
-    order = GlobalOrder(manifest_of([[20, 20]]), seed=0, streams=1)
-    walked = [order.places(order.positions(step))[0] for step in range(1, 81)]
+def test_samples_are_permuted_within_their_members() -> None:
+    """One row walks through two members of 20 samples, in two epochs; all four orders differ."""
+    order = GlobalOrder(manifest_of([[20, 20]]), seed=0, global_batch_size=1)
+    walked = [order.locations(order.positions(step))[0] for step in range(1, 81)]
     inner = [[p.sample for p in epoch if p.member == m] for epoch in (walked[:40], walked[40:]) for m in (0, 1)]
     assert all(sorted(samples) == list(range(20)) for samples in inner)
     assert len({tuple(samples) for samples in [*inner, range(20)]}) == 5
 
 
-def test_what_is_read_together_are_neighbours_in_one_part() -> None:
-    """220 members, so runs of 3; they are whole but where a shard or a stream's part ends, and hold their samples."""
-    counts, streams = [[5, 1, 7] * 40, [3, 3] * 50], 10
-    order = GlobalOrder(manifest_of(counts), seed=3, streams=streams)
-    walked: dict[int, list[Run]] = {stream: [] for stream in range(streams)}
-    for step in range(1, 820 // streams):
-        for stream, (piece, n) in enumerate(zip(*order.pieces(order.positions(step)), strict=True)):
-            run = piece.run
-            assert 0 <= piece.samples[n] < sum(counts[run.shard][run.first : run.end])
-            walked[stream] = walked[stream] if walked[stream][-1:] == [run] else [*walked[stream], run]
-    for runs in walked.values():
-        assert len(set(runs)) == len(runs)  # a stream is through with a run before it goes on
-        for _, shard, first, end in runs[1:-1]:
+def test_reads_are_contiguous_and_complete_but_at_the_ends_of_parts() -> None:
+    """220 members, so reads of 3; shorter only at the end of a shard or of a row's part."""
+    counts, rows = [[5, 1, 7] * 40, [3, 3] * 50], 10
+    order = GlobalOrder(manifest_of(counts), seed=3, global_batch_size=rows)
+    walked: dict[int, list[ContiguousRead]] = {row: [] for row in range(rows)}
+    for step in range(1, 820 // rows):
+        for row, (segment, n) in enumerate(zip(*order.segments(order.positions(step)), strict=True)):
+            read = segment.read
+            assert 0 <= segment.samples[n] < sum(counts[read.shard][read.first : read.end])
+            walked[row] = walked[row] if walked[row][-1:] == [read] else [*walked[row], read]
+    for reads in walked.values():
+        assert len(set(reads)) == len(reads)  # a row finishes a read before it starts the next
+        for _, shard, first, end in reads[1:-1]:
             assert first % 3 == 0 and end == min(first + 3, len(counts[shard]))
 
 
-def test_a_piece_is_one_object_as_long_as_its_stream_is_at_it() -> None:
-    """By identity the reader tells what is new, of 50 streams through 64 samples each."""
-    order = GlobalOrder(manifest_of([[16] * 200]), seed=0, streams=50)
+def test_a_segment_is_one_object_while_a_row_walks_through_it() -> None:
+    """The loader recognizes new segments by identity; 50 rows walk through 64 samples each."""
+    order = GlobalOrder(manifest_of([[16] * 200]), seed=0, global_batch_size=50)
     for step in (1, 30, 63):  # the next epoch begins after step 64
-        (now, nth), (later, further) = (order.pieces(order.positions(s)) for s in (step, step + 1))
+        (now, nth), (later, further) = (order.segments(order.positions(s)) for s in (step, step + 1))
         for one, n, other, m in zip(now, nth, later, further, strict=True):
             assert (m == n + 1 and one is other) or (m == 0 and n == len(one.samples) - 1 and one is not other)
 
 
-def test_runs_are_as_large_as_is_asked_for() -> None:
+def test_reads_have_the_target_size() -> None:
     counts = [[2] * 1000]  # members of 512 bytes
-    for run_bytes, members in ((1, 1), (512, 1), (2048, 4), (5000, 10), (2**22, 15)):  # not fewer than 64 runs
-        order = GlobalOrder(manifest_of(counts), seed=0, streams=1, run_bytes=run_bytes)
-        runs = {piece.run for step in range(1, 2001) for piece in order.pieces(order.positions(step))[0]}
-        assert max(end - first for _, _, first, end in runs) == members and len(runs) == -(-1000 // members)
-        assert order.largest_run >= members * 1024 - 512
+    for read_bytes, members in ((1, 1), (512, 1), (2048, 4), (5000, 10), (2**22, 15)):  # at least 64 reads
+        order = GlobalOrder(manifest_of(counts), seed=0, global_batch_size=1, read_bytes=read_bytes)
+        reads = {segment.read for step in range(1, 2001) for segment in order.segments(order.positions(step))[0]}
+        assert max(end - first for _, _, first, end in reads) == members and len(reads) == -(-1000 // members)
+        assert order.largest_read >= members * 1024 - 512
 
 
-def test_a_batch_draws_on_as_many_members_as_it_can() -> None:
-    """200 members for 50 streams: a batch meets 50 places of the set, though streams may meet in one member."""
-    order = GlobalOrder(manifest_of([[8] * 200]), seed=0, streams=50)
+def test_a_batch_draws_on_as_many_members_as_possible() -> None:
+    """200 members for 50 rows: a batch reads 50 different members."""
+    order = GlobalOrder(manifest_of([[8] * 200]), seed=0, global_batch_size=50)
     for step in range(1, 65):
-        assert len({place[:2] for place in order.places(order.positions(step))}) == 50
+        assert len({location[:2] for location in order.locations(order.positions(step))}) == 50
 
 
 @pytest.mark.parametrize("dp", [1, 4, 16])
-def test_ranks_together_hardly_read_a_member_twice(dp: int) -> None:
-    """20 members a stream: each member once, but for those where one stream ends and another begins."""
-    streams, members, samples = 16, 320, 6
-    order = GlobalOrder(manifest_of([[samples] * members]), seed=0, streams=streams)
+def test_ranks_together_rarely_read_a_member_twice(dp: int) -> None:
+    """20 members per row: each member once, except where one row's part ends and the next begins."""
+    rows, members, samples = 16, 320, 6
+    order = GlobalOrder(manifest_of([[samples] * members]), seed=0, global_batch_size=rows)
     reads = 0
     for rank in range(dp):
-        steps = range(1, members * samples // streams + 1)
-        reads += len({p[:2] for step in steps for p in order.places(order.positions(step, rank, dp))})
+        steps = range(1, members * samples // rows + 1)
+        reads += len({p[:2] for step in steps for p in order.locations(order.positions(step, rank, dp))})
     assert members <= reads <= 1.05 * members
 
 
-def test_permutations_are_permutations_without_favourites() -> None:
+def test_permutations_are_uniform() -> None:
     """Chi-square of where each of 8 elements lands; at 49 degrees of freedom 94 is exceeded once in 10,000 times."""
     counts = np.zeros((8, 8))
     for key in range(2000):
@@ -182,5 +187,16 @@ def test_permutations_are_permutations_without_favourites() -> None:
 
 
 def test_permutations_never_change() -> None:
-    """Philox4x64-10 and a stable sort are fixed; a run that resumes relies on the outcome."""
+    """Philox4x64-10 and a stable sort are fixed; a resumed run relies on the outcome."""
     assert permutation(12345, 10).tolist() == [7, 3, 4, 0, 9, 1, 2, 5, 8, 6]
+
+
+def test_the_order_never_changes() -> None:
+    """Literal samples of a fixed seed: runs that were started by earlier releases continue in the same order."""
+    order = GlobalOrder(manifest_of([[5, 1, 7], [3], [2, 2, 9]]), seed=3, global_batch_size=4)
+    assert [tuple(location) for location in order.locations(order.positions(8))] == [
+        (2, 2, 2),
+        (0, 0, 3),
+        (2, 2, 4),
+        (2, 0, 1),
+    ]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rdm_scale import rng
-from rdm_scale.conditions import TextCondition
+from rdm_scale.conditions import EncodedText, TextCondition
 from rdm_scale.config import DiffusionConfig, InputConfig, ModelConfig
 from rdm_scale.diffusion import sample
 from rdm_scale.diffusion.samplers import Model
@@ -281,8 +281,8 @@ def test_guidance_by_captions_goes_from_the_empty_one() -> None:
         pull = (text.tokens[..., 0] * text.mask).sum(1) + text.pooled[:, 0]
         return pull.view(-1, 1, 1, 1, 1).expand_as(x)
 
-    captions = TextCondition.from_captions([(torch.ones(n, 1), torch.zeros(1)) for n in (2, 5)])
-    empty = TextCondition.from_captions([(torch.ones(1, 1), torch.full((1,), 0.5))])
+    captions = TextCondition.from_captions([EncodedText(torch.ones(n, 1), torch.zeros(1)) for n in (2, 5)])
+    empty = TextCondition.from_captions([EncodedText(torch.ones(1, 1), torch.full((1,), 0.5))])
     shape, flow = (2, 1, 1, 2, 2), DiffusionConfig(objective="flow")
     plain = sample(model, shape, captions, 4, 1.0, 7, diffusion=flow)
     guided = sample(model, shape, captions, 4, 3.0, 7, diffusion=flow, null_condition=empty)

@@ -102,7 +102,7 @@ def damage_and_train(config: RunConfig, folder: str) -> None:
 
     def damaging(self: Any, batches: Any) -> Any:
         if self.step == 1:
-            seen = self.mesh.all_gather_object({run.shard for run in list(self.stream._reader._runs)})
+            seen = self.mesh.all_gather_object({read.shard for read in self.stream.reads})
             path = Path(folder) / self.stream.datasets[0].manifest.shards[min(set(range(12)) - set().union(*seen))].name
             if self.mesh.is_first:
                 path.write_bytes(bytes(path.stat().st_size))

@@ -11,7 +11,7 @@ import torch
 from rdm_scale.codecs import load_codec
 from rdm_scale.data.captions import EncodedText, pack_text
 from rdm_scale.data.manifest import ChannelStatistics, Manifest, TextEncoding, read_manifest
-from rdm_scale.data.shards import Packed, pack_samples, write_tar
+from rdm_scale.data.shards import PackedMember, pack_samples, write_tar
 from rdm_scale.encoding.inspection import decoded, measure, verify
 from rdm_scale.encoding.job import encode
 from rdm_scale.encoding.planning import Bucket
@@ -47,9 +47,9 @@ def rewrite(folder, manifest, change) -> Manifest:
             samples = safetensors.torch.load(content)
             ids = samples["ids"].clone()
             change(s, m, samples, ids)
-            members.append(Packed(member.name, len(ids), pack_samples(**samples)))
+            members.append(PackedMember(member.name, len(ids), pack_samples(**samples)))
             captions = [EncodedText(torch.full((1, 2), float(i % 1000)), torch.zeros(3)) for i in ids.tolist()]
-            texts.append(Packed(member.name, len(ids), pack_text(captions, ids, torch.float32)))
+            texts.append(PackedMember(member.name, len(ids), pack_text(captions, ids, torch.float32)))
         text = write_tar(folder, f"text-{s:06d}.tar", texts)
         shards.append(shard.model_copy(update={**dict(write_tar(folder, shard.name, members)), "text": text}))
     encoding = TextEncoding(
@@ -111,12 +111,12 @@ def test_swapped_members(copy):
     contents_of = [(folder / tar.name).read_range(m.offset, m.bytes) for m in tar.members]
     names = [m.name for m in tar.members]
     order = [1, 0, 2]
-    write_tar(folder, tar.name, [Packed(names[i], 4, contents_of[i]) for i in order])
+    write_tar(folder, tar.name, [PackedMember(names[i], 4, contents_of[i]) for i in order])
     faults = verify(str(copy))[1]
     assert any(f"{copy / tar.name} lists other members" in fault for fault in faults)
     assert sum("is not what was written" in fault for fault in faults) == 2
     # the contents alone: the tar's list is as before
-    write_tar(folder, tar.name, [Packed(names[i], 4, contents_of[order[i]]) for i in range(3)])
+    write_tar(folder, tar.name, [PackedMember(names[i], 4, contents_of[order[i]]) for i in range(3)])
     faults = verify(str(copy))[1]
     assert len(faults) == 2 and all("is not what was written: its xxh3" in fault for fault in faults)
 

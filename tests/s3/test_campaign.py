@@ -50,7 +50,7 @@ def train_on_s3(config: RunConfig, environment: dict[str, str]) -> list[list[int
         return step(self, noted())
 
     Trainer.train_step = watched  # type: ignore[method-assign]
-    reader._MEMORY_BYTES = 1
+    reader.KEPT_BYTES = 1
     train(config)
     return ids
 

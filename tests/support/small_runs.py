@@ -12,7 +12,7 @@ from rdm_scale.codecs.record import CodecRecord
 from rdm_scale.config import RunConfig, parse_config
 from rdm_scale.data.captions import EncodedText, pack_text
 from rdm_scale.data.manifest import Shard, TarIndex, TextEncoding, read_manifest
-from rdm_scale.data.shards import Packed, ShardWriter, read_bytes, write_tar
+from rdm_scale.data.shards import PackedMember, ShardWriter, read_bytes, write_tar
 from rdm_scale.storage.location import Location
 
 TIMINGS = ("step_s", "tokens_per_s", "data_wait_s", "data_wait_share", "save_stall_s", "failed_saves")
@@ -61,7 +61,7 @@ def add_captions(manifest_path: str, width: int = 6, pooled_width: int = 5) -> N
         for number, member in enumerate(shard.members):
             ids = safetensors.torch.load(read_bytes(folder, shard, number))["ids"]
             content = pack_text([caption(key) for key in ids.tolist()], ids, torch.float32)
-            packed.append(Packed(member.name, len(ids), content))
+            packed.append(PackedMember(member.name, len(ids), content))
         return write_tar(folder, shard.name.replace("shard", "text"), packed)
 
     empty = base64.b64encode(pack_text([caption(0)], torch.zeros(1, dtype=torch.int64), torch.float32)).decode()
