@@ -39,7 +39,7 @@ from rdm_scale.checkpoint.format.writer import write_tensors
 from rdm_scale.checkpoint.saver import Saver
 from rdm_scale.checkpoint.sharded_state import slice_table
 from rdm_scale.config.schema import CheckpointConfig
-from rdm_scale.models.layers import WHOLE, Slice
+from rdm_scale.models.layers import UNSHARDED, Slice
 from rdm_scale.parallel.parallel_model import ShardedState
 from rdm_scale.parallel.zero.engine import ParameterRange
 from rdm_scale.storage.location import Location
@@ -52,7 +52,7 @@ def shards_of(shapes: dict[str, tuple[int, ...]]) -> list[ParameterRange]:
     """What a single rank holds."""
     shards, start = [], 0
     for name, shape in shapes.items():
-        shards.append(ParameterRange(name, shape, 0, math.prod(shape), start, WHOLE))
+        shards.append(ParameterRange(name, shape, 0, math.prod(shape), start, UNSHARDED))
         start += math.prod(shape)
     return shards
 
@@ -184,7 +184,7 @@ def rank_shards(tensor: int, pipeline: int, data: int, rank: int) -> list[Parame
         if not first <= int(name.split(".")[1]) < last:
             continue
         dim = next((dim for end, dim in cut.items() if name.endswith(end)), None)
-        part = WHOLE if dim is None or tensor == 1 else Slice(dim, t, tensor)
+        part = UNSHARDED if dim is None or tensor == 1 else Slice(dim, t, tensor)
         mine = tuple(n // part.count if i == part.dim else n for i, n in enumerate(shape))
         size = -(-math.prod(mine) // data)
         begin = min(d * size, math.prod(mine))

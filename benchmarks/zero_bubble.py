@@ -20,7 +20,7 @@ from torch.distributed.pipelining._backward import stage_backward_input, stage_b
 from benchmarks.report import write_results
 from rdm_scale.config import ModelConfig
 from rdm_scale.models import build_model
-from rdm_scale.models.blocks import SideInputs
+from rdm_scale.models.blocks import Conditioning
 from rdm_scale.parallel.pipeline.schedules import operations, placement, simulate
 from rdm_scale.parallel.recompute import recompute_blocks
 
@@ -36,7 +36,7 @@ class Blocks(nn.Module):
 
     def forward(self, z_SBD: Tensor, condition_BD: Tensor) -> Tensor:
         for block in self.blocks.values():
-            z_SBD = block(z_SBD, SideInputs(condition_BD, GRID))
+            z_SBD = block(z_SBD, Conditioning(condition_BD, GRID))
         return z_SBD
 
 

@@ -10,9 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from rdm_scale.config import ModelConfig, RunConfig
+from rdm_scale.config.model import TIMESTEP_FREQUENCIES
 from rdm_scale.dtypes import FLOAT32, PRECISIONS
-
-TIMESTEP_FREQUENCIES = 256
 
 
 @dataclass(frozen=True)

@@ -52,11 +52,13 @@ NAMES: dict[str, dict[str, str]] = {
     "data.prefetch": {"TrainingBatch": "batch", "draw": "diffusion.training_draws"},
     "data.stream": {"LatentBatch": "batch", "HeldOut": "data.held_out"},
     "evaluation": dict.fromkeys(("animated_grid", "image_grid", "write_grid"), "sampling.image_grid"),
+    "models": {"Part": "models.transformer"},
 }
 # Old name: new name, wherever it was looked for under an old path.
 RENAMED = {
     "Among": "AttentionScope",
     "Codec": "CodecRecord",
+    "Part": "ModelPart",
     "denormalise": "denormalize",
     "initialise": "initialize",
     "normalise": "normalize",

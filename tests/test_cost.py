@@ -101,8 +101,9 @@ def test_activations_are_what_autograd_keeps(policy: str, precision: str, change
     S, B, D = config.model.tokens, 16, config.model.hidden_size
     z = torch.randn(S, B, D, requires_grad=True)
     text = TextCondition.from_captions([(torch.randn(3, TEXT.width), torch.randn(TEXT.pooled_width))] * B)
-    side = model.side_inputs(torch.randn(B, D, dtype=dtype, requires_grad=True), config.model.grid, text)
-    given: list[Any] = [z, side]
+    embedding = torch.randn(B, D, dtype=dtype, requires_grad=True)
+    conditioning = model.conditioning(embedding, config.model.grid, text)
+    given: list[Any] = [z, conditioning]
     if number:
         given.append(torch.randn(S, B, D, requires_grad=True))
     parameters = {p.untyped_storage().data_ptr() for p in block.parameters()}

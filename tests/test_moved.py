@@ -35,11 +35,13 @@ def test_renamed_function_is_found_under_its_old_name() -> None:
         assert importlib.import_module("rdm_scale.data.codecs").normalise is normalize
 
 
-def test_renamed_type_of_the_configuration_is_found_under_its_old_name() -> None:
-    from rdm_scale import config
-
-    with pytest.warns(DeprecationWarning, match=r"import AttentionScope from rdm_scale\.config\.model"):
-        assert config.Among is config.AttentionScope
+@pytest.mark.parametrize(
+    ("room", "old", "new"), [("models", "Part", "ModelPart"), ("config", "Among", "AttentionScope")]
+)
+def test_renamed_type_is_found_under_its_old_name(room: str, old: str, new: str) -> None:
+    module = importlib.import_module(f"rdm_scale.{room}")
+    with pytest.warns(DeprecationWarning, match=f"import {new} from rdm_scale.{room}"):
+        assert getattr(module, old) is getattr(module, new)
 
 
 def test_every_new_home_exists() -> None:

@@ -102,15 +102,15 @@ MUTATIONS = [
     Mutation(
         "the condition's gradient ends at a stage's boundary",
         "parallel/stage.py",
-        "side.condition.view_as(side.condition)",
-        "side.condition.detach() + 0 * z_SBD[0]",
+        "conditioning.embedding.view_as(conditioning.embedding)",
+        "conditioning.embedding.detach() + 0 * z_SBD[0]",
         f"{LAYOUTS}[tp1 pp8 dp1, ZeRO 1, 1f1b, recompute every_2]",
     ),
     Mutation(
         "every tensor-parallel rank starts with the first part of a weight",
         "models/layers.py",
-        "return whole.chunk(self.count, self.dim)[self.index]",
-        "return whole.chunk(self.count, self.dim)[0]",
+        "return logical.chunk(self.count, self.dim)[self.index]",
+        "return logical.chunk(self.count, self.dim)[0]",
         f"{LAYOUTS}[tp4 pp1 dp2, ZeRO 2, 1f1b, recompute full]",
     ),
     Mutation(

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from rdm_scale.config.section import Section
 
 AttentionScope = Literal["full", "spatial", "temporal"]
+TIMESTEP_FREQUENCIES = 256  # of the timestep embedding: half cosines, half sines, as in DiT
 
 
 class InputConfig(Section):
@@ -124,7 +125,8 @@ class ModelConfig(Section):
         return self.hidden_size // self.num_heads
 
     def attention_scope(self, block: int) -> AttentionScope:
-        """Which tokens attend to each other in a block: all, or by turns those of a frame and those of a place."""
+        """Self-attention scope of a block: full over all tokens or, alternating from block to block, spatial (over
+        the tokens of a frame) and temporal (over the tokens at one position in all frames)."""
         if self.attention == "joint":
             return "full"
         return "temporal" if block % 2 else "spatial"

@@ -1,5 +1,8 @@
 """Plain PyTorch models: they know nothing of ranks."""
 
-from rdm_scale.models.transformer import DiffusionTransformer, Part, build_model
+from rdm_scale.models.transformer import DiffusionTransformer, ModelPart, build_model
+from rdm_scale.moved import moved_names
 
-__all__ = ["DiffusionTransformer", "Part", "build_model"]
+__all__ = ["DiffusionTransformer", "ModelPart", "build_model"]
+
+__getattr__ = moved_names(__name__)

@@ -1,4 +1,7 @@
-"""Patches, positions, timesteps and classes: what turns a noised latent and its condition into tokens."""
+"""Embeddings of latents, positions, timesteps and captions, and the inverse of the patch embedding's layout.
+
+Shapes: S tokens, B samples, C channels, P width of a pooled caption, D hidden size, d channels of a head.
+"""
 
 import math
 from collections.abc import Sequence
@@ -8,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-TIMESTEP_FREQUENCIES = 256  # cosines and sines, as in DiT
+from rdm_scale.config.model import TIMESTEP_FREQUENCIES
 
 
 def patchify(x: Tensor, patch_size: tuple[int, int, int]) -> Tensor:
-    """Latents [B, C, T, H, W] to tokens [S, B, C*t*h*w], S in the order (T, H, W)."""
+    """Cut latents [B, C, T, H, W] into tokens [S, B, C*t*h*w], S in the order (T, H, W)."""
     B, C, T, H, W = x.shape
     t, h, w = patch_size
     x = x.reshape(B, C, T // t, t, H // h, h, W // w, w)
@@ -20,9 +23,10 @@ def patchify(x: Tensor, patch_size: tuple[int, int, int]) -> Tensor:
 
 
 def unpatchify(tokens: Tensor, patch_size: tuple[int, int, int], size: Sequence[int]) -> Tensor:
-    """Tokens [S, B, t*h*w*C] back to [B, C, T, H, W] with size = (T, H, W).
+    """Assemble tokens [S, B, t*h*w*C] into latents [B, C, T, H, W] with size = (T, H, W).
 
-    The channel comes last within a token here and first in `patchify`, as in DiT, whose weights then load as they are.
+    The channel comes last within a token here and first in `patchify`, as in DiT, whose weights load
+    without reordering.
     """
     B, (t, h, w), (T, H, W) = tokens.shape[1], patch_size, size
     x = tokens.reshape(T // t, H // h, W // w, B, t, h, w, -1)
@@ -30,50 +34,53 @@ def unpatchify(tokens: Tensor, patch_size: tuple[int, int, int], size: Sequence[
 
 
 def _angles(positions: Tensor, number: int) -> Tensor:
-    """[N] positions to [N, number]: times geometrically spaced frequencies (Vaswani et al. 2017), in double."""
+    """Angles [N, number] of positions [N]: their products with geometrically spaced frequencies (Vaswani et al. 2017),
+    in double precision."""
     return positions.double()[:, None] * 10000.0 ** -(torch.arange(number, dtype=torch.float64) / number)
 
 
 def _sincos_1d(width: int, positions: Tensor) -> Tensor:
-    """[N] positions to [N, width]: sines then cosines."""
+    """Sinusoidal embedding [N, width] of positions [N]: sines, then cosines."""
     angles = _angles(positions, width // 2)
     return torch.cat([angles.sin(), angles.cos()], dim=1).float()
 
 
 def spatial_positions(width: int, rows: int, columns: int) -> Tensor:
-    """Fixed table [rows*columns, width]: the first half encodes the column, the second the row (as in MAE and DiT)."""
+    """Fixed position table [rows * columns, width]: the first half encodes the column, the second the row (as in MAE
+    and DiT)."""
     row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     return torch.cat([_sincos_1d(width // 2, column.reshape(-1)), _sincos_1d(width // 2, row.reshape(-1))], dim=1)
 
 
 def temporal_positions(width: int, frames: int) -> Tensor:
-    """Fixed table [frames, width]."""
+    """Fixed position table [frames, width]."""
     return _sincos_1d(width, torch.arange(frames))
 
 
-def axial_rotation(head_size: int, grid: tuple[int, int, int], clips: bool) -> Tensor:
-    """Cosines and sines [2, S, head_size / 2] by which the pairs of a head's channels turn at each token.
+def axial_rope(head_size: int, grid: tuple[int, int, int], clips: bool) -> Tensor:
+    """Axial RoPE: cosines and sines [2, S, d / 2] of the rotation of each channel pair at each token.
 
-    The pairs are shared out among the axes, each pair turning with its token's place along one of them (axial RoPE,
-    arXiv 2403.13298, eq. 12; RoFormer, arXiv 2104.09864): T, H and W for models of clips, a third each, or H and W.
+    The pairs are divided equally between the axes, T, H and W for models of clips, else H and W; the first axis gets
+    the remainder. A pair rotates in proportion to the token's position along its axis (arXiv 2403.13298, eq. 12;
+    RoFormer, arXiv 2104.09864).
     """
     pairs, axes = head_size // 2, (0, 1, 2) if clips else (1, 2)
-    shares = [pairs // len(axes)] * len(axes)
-    shares[0] += pairs - sum(shares)
-    places = torch.meshgrid(*(torch.arange(n) for n in grid), indexing="ij")
-    angles = torch.cat([_angles(places[axis].reshape(-1), n) for axis, n in zip(axes, shares, strict=True)], dim=1)
+    counts = [pairs // len(axes)] * len(axes)
+    counts[0] += pairs - sum(counts)
+    positions = torch.meshgrid(*(torch.arange(n) for n in grid), indexing="ij")
+    angles = torch.cat([_angles(positions[axis].reshape(-1), n) for axis, n in zip(axes, counts, strict=True)], dim=1)
     return torch.stack([angles.cos(), angles.sin()]).float()
 
 
-def rotated(x: Tensor, rotation: Tensor) -> Tensor:
-    """x [..., d] with each pair of channels (2i, 2i + 1) turned; rotation [2, ..., d / 2]. In the type of x."""
-    cos, sin = rotation
+def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
+    """Rotate each channel pair (2i, 2i + 1) of x [..., d] by `rope` [2, ..., d / 2], in fp32; returns x's dtype."""
+    cos, sin = rope
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
 
 
 class PooledEmbedding(nn.Module):
-    """The pooled vectors of captions [B, P] to [B, D] through a two-layer MLP (as in Stable Diffusion 3)."""
+    """Two-layer MLP from pooled caption embeddings [B, P] to [B, D] (as in Stable Diffusion 3)."""
 
     def __init__(self, inputs: int, width: int) -> None:
         super().__init__()
@@ -85,7 +92,7 @@ class PooledEmbedding(nn.Module):
 
 
 class TimestepEmbedding(nn.Module):
-    """Timesteps [B] to [B, D]: 256 sinusoids through a two-layer MLP (DiT)."""
+    """Embedding of timesteps [B] in [B, D]: 256 sinusoids, then a two-layer MLP (DiT)."""
 
     def __init__(self, width: int, spacing: Literal["dit", "diffusers"]) -> None:
         super().__init__()
@@ -96,7 +103,7 @@ class TimestepEmbedding(nn.Module):
     def forward(self, timesteps: Tensor) -> Tensor:
         half = TIMESTEP_FREQUENCIES // 2
         last = half if self.spacing == "dit" else half - 1
-        # In the order of operations of both sources: t is up to 1000, and angles carry every rounding 1000 times.
+        # The order of operations of both sources: with t up to 1000 an angle amplifies each rounding error 1000 times.
         exponents = -math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=timesteps.device) / last
         angles = timesteps.float()[:, None] * exponents.exp()
         sinusoids = torch.cat([angles.cos(), angles.sin()], dim=1)

@@ -52,5 +52,5 @@ def initialize(model: nn.Module, seed: int, config: ModelConfig, prefix: str = "
             parameter.fill_(gates[owner].start if leaf == "a" else 0.0)
         else:
             part = slice_of(parameter)
-            whole = torch.Size(part.whole(parameter.shape))
-            parameter.copy_(part.of(initial_value(name, whole, seed, config)))
+            shape = torch.Size(part.logical_shape(parameter.shape))
+            parameter.copy_(part.of(initial_value(name, shape, seed, config)))

@@ -9,7 +9,7 @@ from torch import nn
 from rdm_scale.conditions import Condition, TextCondition
 from rdm_scale.config import ModelConfig, RunConfig
 from rdm_scale.dtypes import PRECISIONS
-from rdm_scale.models import DiffusionTransformer, Part
+from rdm_scale.models import DiffusionTransformer, ModelPart
 from rdm_scale.models.initialization import initialize
 from rdm_scale.models.layers import LayerFactory
 from rdm_scale.parallel.mesh import Mesh
@@ -23,13 +23,15 @@ class Stage(DiffusionTransformer):
     again on every stage would need the embedders' parameters there, and their gradients summed over the pipeline.
     """
 
-    def __init__(self, config: ModelConfig, layers: LayerFactory, parts: dict[int, Part]) -> None:
-        held = Part(
+    def __init__(
+        self, config: ModelConfig, layers: LayerFactory, parts: dict[int, ModelPart], residual_dtype: torch.dtype
+    ) -> None:
+        held = ModelPart(
             tuple(block for part in parts.values() for block in part.blocks),
             embeds=any(part.embeds for part in parts.values()),
             unembeds=any(part.unembeds for part in parts.values()),
         )
-        super().__init__(config, layers, held)
+        super().__init__(config, layers, held, residual_dtype)
         self.parts = parts
 
     def forward(self, chunk: int, size: Sequence[int], condition: Condition, *inputs: Any) -> Any:  # type: ignore[override]
@@ -46,14 +48,15 @@ class Stage(DiffusionTransformer):
         skips = dict(zip(ends, inputs[2:], strict=True)) if chunk else {}
         if part.embeds:
             latents, timesteps = inputs
-            z_SBD, side = self.embed(latents, timesteps, condition)
+            z_SBD, conditioning = self.embed(latents, timesteps, condition)
         else:
             text = condition if isinstance(condition, TextCondition) else None
-            z_SBD, side = inputs[0], self.side_inputs(inputs[1], self.config.grid_of(size), text)
-        z_SBD = self.run_blocks(part.blocks, z_SBD, side, skips)
+            z_SBD, conditioning = inputs[0], self.conditioning(inputs[1], self.config.grid_of(size), text)
+        z_SBD = self.run_blocks(part.blocks, z_SBD, conditioning, skips)
         if part.unembeds:
-            return self.unembed(z_SBD, side, size)
-        condition_BD = side.condition.view_as(side.condition)  # its gradient adds up on the way back through the stages
+            return self.unembed(z_SBD, conditioning, size)
+        # Its gradient adds up on the way back through the stages.
+        condition_BD = conditioning.embedding.view_as(conditioning.embedding)
         return z_SBD, condition_BD, *(skip for _, skip in sorted(skips.items()))
 
 
@@ -61,13 +64,11 @@ def build_stage(config: RunConfig, mesh: Mesh, layout: Layout, layers: LayerFact
     """This rank's stage on the meta device: shapes, but no values."""
     place = layout.placement
     parts = {
-        chunk: Part(tuple(layout.blocks[chunk]), embeds=chunk == 0, unembeds=chunk == place.chunks - 1)
+        chunk: ModelPart(tuple(layout.blocks[chunk]), embeds=chunk == 0, unembeds=chunk == place.chunks - 1)
         for chunk in place.chunks_of(mesh.pipeline_rank)
     }
     with torch.device("meta"):
-        stage = Stage(config.model, layers, parts)
-    stage.residual_dtype = PRECISIONS[config.train.residual_dtype].torch
-    return stage
+        return Stage(config.model, layers, parts, PRECISIONS[config.train.residual_dtype].torch)
 
 
 def materialize(stage: Stage, config: RunConfig, device: torch.device) -> Iterator[nn.Module]:

@@ -1,11 +1,13 @@
-"""Tensor and sequence parallelism: the layer factory whose layers are shared by the ranks of a tensor-parallel group.
+"""Tensor and sequence parallelism: the layer factory whose layers are sharded over a tensor-parallel group.
 
-Attention's qkv and the MLP's first layer are cut by output features (whole heads stay together), their counterparts by
-input features, so that one sum over the ranks a branch makes its output whole (Megatron-LM, arXiv 1909.08053). A long
-skip's layer has input features that are whole; it is cut by them, too, each rank taking its part of them. The
-modulation, a third of a DiT's parameters, is cut by output features and its small output [B, 6 D] gathered. All else is
-the same on every rank. With sequence parallelism each rank keeps S / tp tokens of the stream between the linear layers
-(arXiv 2205.05198): the sum becomes a reduce-scatter, and an all-gather comes before each column layer.
+Attention's qkv and the MLP's first layer are sharded by output features (a head stays on one rank), their counterparts
+by input features, so that one all-reduce for each branch suffices (Megatron-LM, arXiv 1909.08053). A long skip's layer
+is sharded by input features, too, although its input is not: each rank takes its slice of the features. The adaLN
+modulation, a third of a DiT's parameters, is sharded by output features and its small output [B, 6 D] all-gathered.
+Everything else is replicated. With sequence parallelism each rank keeps S / tp tokens of the hidden states between the
+linear layers (arXiv 2205.05198): the all-reduce becomes a reduce-scatter, and an all-gather precedes each column layer.
+
+Shapes: S tokens, B samples, D hidden size.
 """
 
 from typing import Any
@@ -27,16 +29,17 @@ from rdm_scale.parallel.mesh import Mesh
 
 
 class TensorParallelLayers(LayerFactory):
-    """Layers for one rank of a tensor-parallel group; every cut parameter says by its `slice` what it holds."""
+    """Layers for one rank of a tensor-parallel group; the `slice` attribute of a sharded parameter states its slice."""
 
     def __init__(self, mesh: Mesh, sequence: bool) -> None:
         self.mesh, self.sequence = mesh, sequence
 
-    def column(self, inputs: int, outputs: int, whole: bool = False) -> nn.Module:
-        return self._cut_by_outputs(Column(inputs, outputs, gather=False, sequence=self.sequence and not whole))
+    def column(self, inputs: int, outputs: int, replicated_input: bool = False) -> nn.Module:
+        sequence = self.sequence and not replicated_input
+        return self._sharded_by_outputs(Column(inputs, outputs, gather=False, sequence=sequence))
 
     def gathered(self, inputs: int, outputs: int) -> nn.Module:
-        return self._cut_by_outputs(Column(inputs, outputs, gather=True, sequence=False))
+        return self._sharded_by_outputs(Column(inputs, outputs, gather=True, sequence=False))
 
     def row(self, inputs: int, outputs: int) -> nn.Module:
         layer = Row(inputs, outputs, sequence=self.sequence)
@@ -52,29 +55,29 @@ class TensorParallelLayers(LayerFactory):
     def split_features(self, x: Tensor) -> Tensor:
         return exchange_tokens_for_features(x) if self.sequence else scatter_features(x)
 
-    def onto_heads(self, vectors: list[Tensor]) -> list[Tensor]:
-        return list(_SumOfGradients.apply(self.mesh.tensor_group, *vectors))
+    def sum_gradients_over_heads(self, tensors: list[Tensor]) -> list[Tensor]:
+        return list(_GradientAllReduce.apply(self.mesh.tensor_group, *tensors))
 
-    def onto_tokens(self, vectors: list[Tensor]) -> list[Tensor]:
-        return list(_SumOfGradients.apply(self.mesh.tensor_group, *vectors)) if self.sequence else vectors
+    def sum_gradients_over_tokens(self, tensors: list[Tensor]) -> list[Tensor]:
+        return list(_GradientAllReduce.apply(self.mesh.tensor_group, *tensors)) if self.sequence else tensors
 
-    def _cut_by_outputs(self, layer: Column) -> Column:
+    def _sharded_by_outputs(self, layer: Column) -> Column:
         for parameter in (layer.weight, layer.bias):
             parameter.slice = Slice(0, self.mesh.tensor_rank, self.mesh.tensor_size)
         return layer
 
 
-class _SumOfGradients(torch.autograd.Function):
-    """Identity; in the backward one sum over the ranks of all gradients together.
+class _GradientAllReduce(torch.autograd.Function):
+    """Identity; in the backward a single all-reduce of all gradients in fp32.
 
-    megatron-core's copy_to_tensor_model_parallel_region does not serve: it sums each gradient on its own, in place
-    even where autograd shares it with others, and gives an expanded one back as it came.
+    megatron-core's copy_to_tensor_model_parallel_region cannot be used: it reduces each gradient separately, in place
+    even where autograd shares it with others, and returns an expanded gradient unreduced.
     """
 
     @staticmethod
-    def forward(ctx: Any, group: Any, *vectors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, group: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.group = group
-        return tuple(vector.view_as(vector) for vector in vectors)
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from rdm_scale.config import RunConfig
-from rdm_scale.models.blocks import ResidualUnit
+from rdm_scale.models.blocks import ResidualBranch
 from rdm_scale.models.gates import ResidualGate
 from rdm_scale.parallel.parallel_model import ParallelModel
 from rdm_scale.training.depth_profiles import Profile
@@ -73,7 +73,7 @@ class DepthProbe:
     def _watch(self, block: int, module: nn.Module) -> Iterator[Any]:
         yield module.register_forward_hook(lambda _, inputs, z_SBD: self._saw_stream(block, z_SBD))
         for name, unit in module.named_children():
-            if isinstance(unit, ResidualUnit):
+            if isinstance(unit, ResidualBranch):
                 yield unit.register_forward_hook(
                     lambda _, inputs, z_SBD, name=name: self._saw_unit(block, name, inputs[0], z_SBD)
                 )

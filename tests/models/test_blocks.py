@@ -9,8 +9,8 @@ from torch import Tensor
 from rdm_scale.conditions import TextCondition
 from rdm_scale.config import InputConfig, ModelConfig, TextConfig
 from rdm_scale.models import DiffusionTransformer, build_model
-from rdm_scale.models.blocks import SideInputs
-from rdm_scale.models.embeddings import axial_rotation, rotated
+from rdm_scale.models.blocks import Conditioning
+from rdm_scale.models.embeddings import apply_rope, axial_rope
 
 GRID, B = (3, 2, 4), 2
 
@@ -59,7 +59,7 @@ def test_tokens_attend_to_those_of_their_frame_or_place(kind: str, block: int, o
     branch = randomized(clips(attention=kind)).blocks[str(block)].attention.branch
     x = stream()
     heads = plain_attention(*split_heads(branch.qkv(x)), of[:, None] == of[None])
-    found = branch(x, SideInputs(torch.zeros(B, 32), GRID))
+    found = branch(x, Conditioning(torch.zeros(B, 32), GRID))
     torch.testing.assert_close(found, heads @ branch.out.weight.T)
 
 
@@ -85,28 +85,28 @@ def test_frames_of_a_still_image_are_few() -> None:
     x = stream()[:8]
     branch = model.blocks["1"].attention.branch
     v = branch.qkv(x).view(8, B, 4, 3, 8)[:, :, :, 2].flatten(2)
-    torch.testing.assert_close(branch(x, SideInputs(torch.zeros(B, 32), (1, 2, 4))), v @ branch.out.weight.T)
+    torch.testing.assert_close(branch(x, Conditioning(torch.zeros(B, 32), (1, 2, 4))), v @ branch.out.weight.T)
 
 
 def test_long_skips_join_each_block_to_its_mirror() -> None:
     """Against the formula: z + alpha W [modulated norm(z); norm(skip)] + beta, then what a block without skip does."""
     model = randomized(clips(stacking="u", depth=5))
     assert [block.skip is not None for block in model.blocks.values()] == [False, False, False, True, True]
-    z, side = stream(), SideInputs(torch.randn(B, 32), GRID)
+    z, conditioning = stream(), Conditioning(torch.randn(B, 32), GRID)
     outs = []
     for i, block in model.blocks.items():
         if block.skip is not None:
-            shift, scale, g = block.modulation(torch.nn.functional.silu(side.condition)).split(32, -1)[:3]
-            m, gate, layer = 12**-0.5, block.skip.gate, block.skip.branch.join  # 10 units and 2 skips
+            shift, scale, g = block.modulation(torch.nn.functional.silu(conditioning.embedding)).split(32, -1)[:3]
+            m, gate, layer = 12**-0.5, block.skip.gate, block.skip.branch.join  # 10 branches and 2 skips
             joined = torch.cat([layer_norm(z) * (1 + scale) + shift, layer_norm(outs[4 - int(i)])], -1)
             z = z + (m * gate.a + g) * (joined @ layer.weight.T + layer.bias) + m * gate.b
-            vectors = block.modulation(torch.nn.functional.silu(side.condition)).split(32, -1)[3:]
-            for unit, given in ((block.attention, vectors[:3]), (block.mlp, vectors[3:])):
-                z = unit(z, side, unit.vectors(given, z.dtype))
+            vectors = block.modulation(torch.nn.functional.silu(conditioning.embedding)).split(32, -1)[3:]
+            for branch, given in ((block.attention, vectors[:3]), (block.mlp, vectors[3:])):
+                z = branch(z, conditioning, branch.modulation_parameters(given, z.dtype))
         else:
-            z = block(z, side)
+            z = block(z, conditioning)
         outs.append(z)
-    torch.testing.assert_close(model.run_blocks(range(5), stream(), side), z)
+    torch.testing.assert_close(model.run_blocks(range(5), stream(), conditioning), z)
 
 
 def layer_norm(x: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ def test_queries_and_keys_are_normalized_head_by_head() -> None:
         for part, scale in ((q, branch.norm.q_scale), (k, branch.norm.k_scale))
     )
     heads = plain_attention(q, k, v, torch.ones(24, 24, dtype=torch.bool))
-    torch.testing.assert_close(branch(x, SideInputs(torch.zeros(B, 32), GRID)), heads @ branch.out.weight.T)
+    torch.testing.assert_close(branch(x, Conditioning(torch.zeros(B, 32), GRID)), heads @ branch.out.weight.T)
     assert build_model(clips(qk_norm=True)).blocks["1"].attention.branch.norm.q_scale.tolist() == [1.0] * 8
 
 
@@ -130,24 +130,24 @@ def test_rotary_positions_turn_pairs_of_channels_by_place() -> None:
     """Heads of 8 channels: two pairs along T (frequencies 1 and 1/100), one along H, one along W (frequency 1)."""
     model = randomized(clips(positions="rotary"))
     assert dict(model.named_buffers()) == {}
-    rotation = model.side_inputs(torch.zeros(B, 32), GRID).rotation
-    turned = rotated(torch.tensor([1.0, 0, 0, 1, 1, 0, 1, 0]), rotation[:, 2 * 8 + 1 * 4 + 3])  # at (2, 1, 3)
+    rope = model.conditioning(torch.zeros(B, 32), GRID).rope
+    turned = apply_rope(torch.tensor([1.0, 0, 0, 1, 1, 0, 1, 0]), rope[:, 2 * 8 + 1 * 4 + 3])  # at (2, 1, 3)
     expected = [math.cos(2), math.sin(2), -math.sin(0.02), math.cos(0.02), math.cos(1), math.sin(1), math.cos(3)]
     assert turned.tolist() == pytest.approx([*expected, math.sin(3)], abs=1e-6)
     branch, x = model.blocks["0"].attention.branch, stream()
     q, k, v = split_heads(branch.qkv(x))
-    heads = plain_attention(rotated(q, rotation), rotated(k, rotation), v, torch.ones(24, 24, dtype=torch.bool))
-    found = branch(x, SideInputs(torch.zeros(B, 32), GRID, rotation=rotation))
+    heads = plain_attention(apply_rope(q, rope), apply_rope(k, rope), v, torch.ones(24, 24, dtype=torch.bool))
+    found = branch(x, Conditioning(torch.zeros(B, 32), GRID, rope=rope))
     torch.testing.assert_close(found, heads @ branch.out.weight.T)
 
 
 def test_with_rotary_positions_only_differences_of_places_count() -> None:
     """q(place) . k(other place) is the same when both are moved by one."""
-    rotation = axial_rotation(8, (1, 5, 6), clips=False).view(2, 5, 6, 4)
+    rope = axial_rope(8, (1, 5, 6), clips=False).view(2, 5, 6, 4)
     q, k = torch.randn(2, 8, generator=torch.Generator().manual_seed(0)).unbind()
 
     def product(a: tuple[int, int], b: tuple[int, int]) -> float:
-        return float(rotated(q, rotation[:, *a]) @ rotated(k, rotation[:, *b]))
+        return float(apply_rope(q, rope[:, *a]) @ apply_rope(k, rope[:, *b]))
 
     assert product((0, 1), (2, 4)) == pytest.approx(product((1, 2), (3, 5)), rel=1e-4)
     assert product((0, 1), (2, 4)) != pytest.approx(product((0, 1), (2, 3)), rel=1e-2)
@@ -177,7 +177,7 @@ def test_tokens_attend_to_those_of_the_caption() -> None:
     """Each sample by itself, to as many tokens as its caption has."""
     model = randomized(clips(**TEXT, qk_norm=True))
     branch, x, text = model.blocks["0"].cross_attention.branch, stream(), captions(model, (5, 2))
-    found = branch(x, SideInputs(torch.zeros(B, 32), GRID, text))
+    found = branch(x, Conditioning(torch.zeros(B, 32), GRID, text))
     for b, n in enumerate((5, 2)):
         kv = branch.kv(layer_norm(text.tokens[b, :n])).view(n, 4, 2, 8)
         q, k = branch.norm(branch.q(x[:, b]).view(24, 4, 8), kv[:, :, 0])
@@ -188,7 +188,7 @@ def test_tokens_attend_to_those_of_the_caption() -> None:
 
 def test_a_caption_reaches_the_model_by_its_tokens_and_by_its_pooled_vector() -> None:
     model = randomized(clips(**TEXT))
-    assert [type(unit.branch).__name__ for unit in model.blocks["0"].units()] == ["Attention", "CrossAttention", "Mlp"]
+    assert [type(b.branch).__name__ for b in model.blocks["0"].branches()] == ["Attention", "CrossAttention", "Mlp"]
     assert model.config.branches == 6
     latents, t, text = torch.randn(B, 2, 3, 4, 8), torch.rand(B), captions(model, (4, 3))
     out = model(latents, t, text)

@@ -60,8 +60,8 @@ def test_initial_embeddings_do_not_depend_on_the_width() -> None:
             model = build_model(ModelConfig(**(SMALL | {"hidden_size": width, "base_width": base})))
             latents = torch.randn(64, 4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
             model.pos_spatial.zero_()
-            z, side = model.embed(latents, torch.linspace(0, 1000, 64), torch.arange(64) % 10)
-            sizes[width, base] = (z.std().item(), side.condition.std().item())
+            z, conditioning = model.embed(latents, torch.linspace(0, 1000, 64), torch.arange(64) % 10)
+            sizes[width, base] = (z.std().item(), conditioning.embedding.std().item())
     assert sizes[512, 32] == pytest.approx(sizes[32, 32], rel=0.15)
     assert sizes[512, None][0] < 0.5 * sizes[32, None][0]
 
@@ -78,8 +78,8 @@ def change(depth: int, base: dict, steps: int = 4, width: int = 32, residual: st
     t, labels = torch.linspace(0, 1000, 16), torch.arange(16) % 10
 
     def stream() -> Tensor:
-        z, side = model.embed(latents, t, labels)
-        return model.run_blocks(range(depth), z, side)
+        z, conditioning = model.embed(latents, t, labels)
+        return model.run_blocks(range(depth), z, conditioning)
 
     before = stream().detach()
     for _ in range(steps):

@@ -26,8 +26,8 @@ def test_the_discrete_adjoint_is_what_autograd_computes(residual: str) -> None:
     size = config.input
     latents = torch.randn(2, size.channels, size.frames, size.height, size.width, generator=generator).double()
     with torch.no_grad():
-        z, side = model.embed(latents, torch.tensor([10.0, 700.0]), torch.tensor([0, 1]))
-    units = [lambda z, block=block: block(z, side) for block in model.blocks.values()]
+        z, conditioning = model.embed(latents, torch.tensor([10.0, 700.0]), torch.tensor([0, 1]))
+    units = [lambda z, block=block: block(z, conditioning) for block in model.blocks.values()]
     states = [z.requires_grad_()]
     for unit in units:
         states.append(unit(states[-1]))

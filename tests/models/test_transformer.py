@@ -139,7 +139,7 @@ def test_position_tables() -> None:
     video = build_model(small(input=InputConfig(frames=6, height=8, width=8), patch_size=(2, 2, 2)))
     assert video.pos_temporal.shape == (3, 64)
     assert video(torch.randn(2, 4, 6, 8, 8), torch.rand(2), torch.tensor([1, 2])).shape == (2, 4, 6, 8, 8)
-    assert torch.equal(video._positions((3, 4, 4))[17], video.pos_temporal[1] + video.pos_spatial[1])
+    assert torch.equal(video.position_embedding((3, 4, 4))[17], video.pos_temporal[1] + video.pos_spatial[1])
     # closed form: second row (of 4 wide: index 2 columns), first frequency is 1: sin(row) sits at D/2
     assert image.pos_spatial[2, 32].item() == pytest.approx(0.8414709848)
     assert image.pos_spatial[1, 0].item() == pytest.approx(0.8414709848)
@@ -158,7 +158,7 @@ def test_other_sizes_than_the_configured_one() -> None:
         assert torch.equal(model(*given), other(*given))
     image = torch.randn(2, 4, 1, 8, 8)
     assert video(image, torch.rand(2), torch.tensor([1, 2])).shape == image.shape
-    assert torch.equal(video._positions((1, 4, 4)), video.pos_temporal[0] + video.pos_spatial)
+    assert torch.equal(video.position_embedding((1, 4, 4)), video.pos_temporal[0] + video.pos_spatial)
 
 
 def test_every_residual_structure_trains_every_parameter() -> None:
@@ -177,12 +177,12 @@ def test_learned_variance_doubles_the_channels_and_none_has_no_classes() -> None
 
 def test_residual_stream_stays_fp32_under_bf16() -> None:
     model = randomized(small(depth=2)).to(torch.bfloat16)
-    latents, side = torch.randn(2, 4, 1, 8, 8), torch.tensor([1, 2])
-    z, inputs = model.embed(latents, torch.tensor([1.0, 900.0]), side)
+    latents, labels = torch.randn(2, 4, 1, 8, 8), torch.tensor([1, 2])
+    z, conditioning = model.embed(latents, torch.tensor([1.0, 900.0]), labels)
     seen = []
     for block in model.blocks.values():
         block.mlp.branch.register_forward_hook(lambda m, args, out: seen.append((args[0].dtype, out.dtype)))
-        z = block(z, inputs)
+        z = block(z, conditioning)
         assert z.dtype == torch.float32
     assert set(seen) == {(torch.bfloat16, torch.bfloat16)}
-    assert model.unembed(z, inputs, (1, 8, 8)).dtype == torch.float32
+    assert model.unembed(z, conditioning, (1, 8, 8)).dtype == torch.float32

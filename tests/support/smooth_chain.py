@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from rdm_scale.config import ModelConfig
-from rdm_scale.models.blocks import Mlp, ResidualUnit, SideInputs
+from rdm_scale.models.blocks import Conditioning, Mlp, Modulation, ResidualBranch
 from rdm_scale.models.gates import ResidualGate
 from rdm_scale.models.layers import LayerFactory
 
@@ -26,7 +26,7 @@ class SmoothChain:
                 "gate": {"multiplier": 1.0, "exponent": 1.0, "conditional": False},
             }
         )  # fmt: skip
-        self.unit = ResidualUnit(Mlp(self.config, LayerFactory()), ResidualGate(self.config)).double()
+        self.unit = ResidualBranch(Mlp(self.config, LayerFactory()), ResidualGate(self.config)).double()
         self._waves = {
             name: [torch.randn(p.shape, generator=generator, dtype=torch.float64) * size for size in (0.5, 0.3, 0.3)]
             for name, p in self.unit.named_parameters()
@@ -53,5 +53,5 @@ class SmoothChain:
         }
         gate = {name.removeprefix("gate."): value for name, value in values.items() if name.startswith("gate.")}
         alpha, beta = functional_call(self.unit.gate, gate, (None, values["branch.down.bias"], z.dtype))
-        side = SideInputs(self._shift, (1, 1, 1))  # the MLP uses neither
-        return functional_call(self.unit, values, (z, side, [self._shift, self._scale, beta, alpha]))
+        conditioning = Conditioning(self._shift, (1, 1, 1))  # the MLP uses neither
+        return functional_call(self.unit, values, (z, conditioning, Modulation(self._shift, self._scale, beta, alpha)))
