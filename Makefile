@@ -4,6 +4,8 @@ SHELL := /bin/bash
 PYTHON ?= python3.11
 BIN := .venv/bin
 QUICKSTART = $(BIN)/python tools/quickstart.py $(if $(CONTINUE),--continue) $(if $(STEPS),--steps $(STEPS))
+# Two at a time: while one test starts its processes the other computes. See tests/conftest.py for what stays together.
+IN_PARALLEL := -n 2 --dist loadgroup
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
@@ -26,13 +28,13 @@ quickstart-data: .venv/ready ## only the latents of the quickstart
 	$(BIN)/python tools/quickstart.py --only-data
 
 test: lint ## lint, types and all tests but the long and the GPU ones
-	$(BIN)/python -m pytest -m "not full and not gpu"
+	$(BIN)/python -m pytest $(IN_PARALLEL) -m "not full and not gpu"
 
 test-quick: .venv/ready ## unit tests: none that starts ranks, servers or tools
-	$(BIN)/python -m pytest -m "not full and not gpu and not processes"
+	$(BIN)/python -m pytest $(IN_PARALLEL) -m "not full and not gpu and not processes"
 
 test-full: lint ## all tests, also the long ones
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest $(IN_PARALLEL) -m "not gpu"
 
 test-gpu: .venv/ready ## tests that need an NVIDIA GPU (one is enough) and torch built for it
 	$(BIN)/python -m pytest -m gpu tests/gpu

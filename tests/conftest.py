@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers share two cores; read when torch is imported
+
 import fsspec
 import pytest
 import torch
@@ -31,12 +33,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that start processes, by their folder, file or fixtures."""
+    """Mark the tests that start processes, by their folder, file or fixtures, and group what shares a worker.
+
+    Tests of one file share its fixtures and so a worker, but for those of layouts, which are better spread.
+    """
     for item in items:
         place = item.path.relative_to(TESTS).parts
         fixtures = set(getattr(item, "fixturenames", ()))
         if place[0] in PROCESS_FOLDERS + PROCESS_FILES or fixtures & PROCESS_FIXTURES:
             item.add_marker("processes")
+        if place[0] != "distributed":
+            item.add_marker(pytest.mark.xdist_group(str(item.path)))
 
 
 @pytest.fixture(scope="session")
