@@ -1,14 +1,13 @@
-"""How fast, how large and how much in the way are checkpoints?
+"""Bandwidth of checkpoints, the stall of training during a save, and the time to plan a load with another layout.
 
     OMP_NUM_THREADS=1 python benchmarks/checkpoint.py [--rounds 5] [--dir /tmp] [--only bandwidth|stall|planning]
 
-    bandwidth  one rank saves and loads weights, moments and averages of a few large and of many small tensors, in turn
-               with a plain file of the same bytes that has no structure and no checksum. Every save ends with fsync.
-               Loading is measured with the files' pages dropped from the cache, as after a crash, and from the cache
-    stall      how long training waits for a save that is written beside it, how long the save takes in all, and the
-               memory that it takes
-    planning   how long one rank of many takes to find out what to read from a checkpoint that as many ranks of another
-               layout have written: indices only, no data. A model of 1,000 blocks, tensor x pipeline x data ranks
+    bandwidth  one rank saves and loads weights, optimizer state and EMA weights of a few large and of many small
+               tensors, alternating with a plain file of the same bytes without structure or checksums. Every save ends
+               with fsync. Loads are measured after the files' pages are dropped from the cache, and from the cache
+    stall      how long training waits for an asynchronous save, how long the save takes in total, and its memory
+    planning   how long one rank takes to plan its reads from a checkpoint that as many ranks of another layout wrote:
+               indices only, no data. A model of 1,000 blocks, tensor x pipeline x data ranks
 
 Prints Markdown, writes benchmarks/results/checkpoint.json.
 """
@@ -30,7 +29,7 @@ from torch import Tensor
 from benchmarks.checkpoint_storage import FIELDS, shapes_of
 from benchmarks.memory import forget_peak, peak_since, rss
 from benchmarks.plain_file import load_plain, save_plain
-from benchmarks.report import read_results, write_results
+from benchmarks.report import print_table, read_results, write_results
 from rdm_scale.checkpoint.directory import CheckpointDirectory, open_checkpoint
 from rdm_scale.checkpoint.format.coverage import coverage_bounds
 from rdm_scale.checkpoint.format.index import DATA, INDEX, FileRecord, blocks_in, digest, encode_index
@@ -49,7 +48,7 @@ BLOCKS, WIDTH = 1000, 1024  # of the planned model: 15 billion parameters
 
 
 def shards_of(shapes: dict[str, tuple[int, ...]]) -> list[ParameterRange]:
-    """What a single rank holds."""
+    """Parameter ranges of a single rank, which holds all of every tensor."""
     shards, start = [], 0
     for name, shape in shapes.items():
         shards.append(ParameterRange(name, shape, 0, math.prod(shape), start, UNSHARDED))
@@ -71,7 +70,7 @@ def save_ours(folder: Path, flats: dict[str, Tensor], pieces: SliceTable) -> Non
 
 
 def plan_ours(folder: Path, pieces: SliceTable) -> None:
-    """What loading does before it reads the first tensor."""
+    """Open a checkpoint and plan its reads, without reading a tensor."""
     _, reader = open_checkpoint(CheckpointDirectory(Location(folder)).folder(1), pieces)
     reader.plan(pieces)
 
@@ -107,14 +106,14 @@ def bandwidth(name: str, rounds: int, where: str | None) -> dict[str, Any]:
                 if way == "ours":
                     plans.append(timed(plan_ours, folder, *more))
                 on_disk = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    print(f"\n{name}, {size / 1e6:,.0f} MB, on disk {on_disk / size:.4f} of that\n")
-    print("| | plain file (MB/s) | ours (MB/s) | ours / plain, median of rounds |\n|---|---|---|---|")
-    shares = {}
+    print(f"\n{name}, {size / 1e6:,.0f} MB, on disk {on_disk / size:.4f} of that")
+    shares, rows = {}, []
     for what in ("save", "load cold", "load cached"):
         pairs = zip(rates[f"ours {what}"], rates[f"plain {what}"], strict=True)
         shares[what] = statistics.median(mine / plain for mine, plain in pairs)
         plain, ours = (statistics.median(rates[f"{way} {what}"]) / 1e6 for way in ways)
-        print(f"| {what} | {plain:,.0f} | {ours:,.0f} | {shares[what]:.2f} |")
+        rows.append((what, f"{plain:,.0f}", f"{ours:,.0f}", f"{shares[what]:.2f}"))
+    print_table(("", "plain file (MB/s)", "ours (MB/s)", "ours / plain, median of rounds"), rows)
     plan_s = statistics.median(plans)
     print(f"\nopening and planning: {plan_s * 1e3:.1f} ms of a load, {plan_s / len(shards) * 1e6:.2f} us a parameter")
     return {"bytes": size, "on_disk": on_disk, "rates": rates, "shares": shares, "plan_s": plans}
@@ -127,7 +126,7 @@ def timed(work: Any, *arguments: Any) -> float:
 
 
 class OneRank:
-    """As much of a parallel model and of a mesh as saving needs."""
+    """Substitute for a parallel model and a mesh, with what saving needs of them."""
 
     rank, is_first, device = 0, True, torch.device("cpu")
 
@@ -174,7 +173,7 @@ def stall(name: str, rounds: int, where: str | None) -> dict[str, Any]:
 
 
 def rank_shards(tensor: int, pipeline: int, data: int, rank: int) -> list[ParameterRange]:
-    """What a rank of a layout holds of the planned model under ZeRO-3; ranks count data first, then stages."""
+    """Parameter ranges of a rank of the planned model under ZeRO-3; ranks count data first, then stages."""
     t, p, d = rank % tensor, rank // tensor // data, rank // tensor % data
     first, last = (BLOCKS * s // pipeline for s in (p, p + 1))
     cut = {"qkv.weight": 0, "qkv.bias": 0, "up.weight": 0, "up.bias": 0, "modulation.weight": 0, "modulation.bias": 0,
@@ -199,7 +198,7 @@ _SHAPES = shapes_of(BLOCKS, WIDTH)
 
 
 def write_index(arguments: tuple[str, tuple[int, int, int], int]) -> list[FileRecord]:
-    """Index of a rank whose data are not there; the data file is sparse."""
+    """Write a rank's index beside a sparse data file."""
     folder, layout, rank = arguments
     pieces = slice_table(rank_shards(*layout, rank))
     elements = int(pieces.slices.numel.sum())

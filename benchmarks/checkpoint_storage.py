@@ -1,14 +1,13 @@
-"""Which storage should checkpoints have? A plain file, stock DCP, DCP over safetensors and ours, side by side.
+"""Checkpoint formats side by side: a plain file, PyTorch's DCP, DCP over safetensors and rdm_scale's own.
 
     python benchmarks/checkpoint_storage.py [--tensors 56000] [--width 36] [--repeats 3] [--dir /tmp] [--out FILE.json]
 
-One process saves and loads the weights, Adam's moments and the averages of a deep model (14 tensors a block, four
-fields), each storage in turn, several times over; the table shows medians. Every save ends with fsync, every load fills
-tensors that exist already, and files are in the page cache, so that what differs is the work per tensor and per byte.
+One process saves and loads the weights, Adam's state and the EMA weights of a deep model (14 tensors per block, four
+entries each), alternating between formats, several times; the table shows medians. Every save ends with fsync, every
+load fills existing tensors, and files are in the page cache, so that the differences are work per tensor and per byte.
 """
 
 import argparse
-import json
 import math
 import shutil
 import statistics
@@ -25,6 +24,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from benchmarks.plain_file import load_plain, save_plain
+from benchmarks.report import print_table, results_file, write_results
 from rdm_scale.checkpoint.directory import CheckpointDirectory
 from rdm_scale.checkpoint.format.slices import SliceTable, pad_rows
 from rdm_scale.checkpoint.format.writer import write_tensors
@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=36)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dir", default=None, help="folder on the disk to measure (default: the system's temporary)")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "checkpoint_storage.json")
+    parser.add_argument("--out", type=Path, default=results_file(__file__))
     args = parser.parse_args()
 
     blocks = max(1, args.tensors // 56)
@@ -140,9 +140,9 @@ def main() -> None:
 def report(
     times: dict[str, list[tuple[float, float, int]]], args: argparse.Namespace, tensors: int, elements: int
 ) -> None:
-    """Prints the table and writes medians and all measurements as JSON."""
+    """Print the table; write medians and all measurements as JSON."""
     size = elements * 4 * len(FIELDS)
-    rows = {
+    found = {
         name: {
             "save_s": statistics.median(save for save, _, _ in runs),
             "load_s": statistics.median(load for _, load, _ in runs),
@@ -152,18 +152,20 @@ def report(
         }
         for name, runs in times.items()
     }
-    print(f"\n{tensors:,} tensors, {size / 1e6:.0f} MB, torch {torch.__version__}, median of {args.repeats}\n")
-    print("| storage | save s | load s | save / plain | load / plain | size / tensors |")
-    print("|---|---|---|---|---|---|")
-    plain = rows["plain file"]
-    for name, row in rows.items():
-        print(
-            f"| {name} | {row['save_s']:.2f} | {row['load_s']:.2f} | {row['save_s'] / plain['save_s']:.1f} "
-            f"| {row['load_s'] / plain['load_s']:.1f} | {row['bytes'] / size:.3f} |"
+    print(f"\n{tensors:,} tensors, {size / 1e6:.0f} MB, torch {torch.__version__}, median of {args.repeats}")
+    plain = found["plain file"]
+    rows = [
+        (
+            name,
+            *(f"{row[key]:.2f}" for key in ("save_s", "load_s")),
+            *(f"{row[key] / plain[key]:.1f}" for key in ("save_s", "load_s")),
+            f"{row['bytes'] / size:.3f}",
         )
-    result = {"tensors": tensors, "tensor_bytes": size, "repeats": args.repeats, "torch": torch.__version__, **rows}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+        for name, row in found.items()
+    ]
+    print_table(("storage", "save s", "load s", "save / plain", "load / plain", "size / tensors"), rows)
+    result = {"tensors": tensors, "tensor_bytes": size, "repeats": args.repeats, "torch": torch.__version__, **found}
+    write_results(args.out, result)
 
 
 if __name__ == "__main__":

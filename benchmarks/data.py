@@ -1,21 +1,20 @@
-"""How fast latents are read: ours beside MosaicML MDS, litdata, np.memmap, webdataset, and a plain GET from S3.
+"""Rate of reading latents, against MosaicML MDS, litdata, np.memmap, webdataset and a plain GET from S3.
 
 Local: image latents of 8 KiB and video latents of 512 KiB in the page cache. Each loader runs in a process of its own
-(benchmarks/data_loaders.py) with one thread for arithmetic, and all take turns, an epoch each a round, on the same
-samples in shuffled order. Each delivers the same: batches as one float32 tensor, latents times the scale of the set.
-Ours does all that training does: global order, one checksum a member, ids and labels; it begins anew each epoch, so
-that every member is read again, into memory that the epoch before has left, as in the midst of a long run. The rows
-`raw` deliver float16 as stored instead; np.memmap's then is a mere gather. `bare passes` is what copying from the page
-cache, checking, converting and scaling take by themselves, in file order.
-Before it is timed, an epoch of each is checked to hold every sample
-once. Rates are of CPU time of all threads (other tenants of the machine hardly change it); the best round counts,
-medians and all rounds are in the JSON.
+(benchmarks/data_loaders.py) with one thread for arithmetic. They alternate, one epoch per round, on the same samples in
+shuffled order, and deliver the same: batches as one float32 tensor, latents times the dataset's scale. `ours` is
+LatentStream with all that training uses: global order, one checksum per member, ids and labels. It is recreated for
+each epoch, so that every member is read again into memory freed by the epoch before, as in a long run. The rows `raw`
+deliver float16 as stored; np.memmap is then only a gather. `bare passes` copy from the page cache, verify, convert and
+scale in file order, without anything else. Before timing, one epoch of each is checked to contain every sample once.
+Rates use the CPU time of all threads, which other processes hardly change; the best round counts, and the JSON has
+medians and all rounds.
 
-S3: a SeaweedFS server on loopback with chunks of 1 MB, wall time, ours with checksums beside one streaming GET an
-object by the standard library's HTTP client; and the CPU time that server and client take for a MB. A batch of 256
-draws from 256 runs of up to 4 MiB at a time: a set of 512 MiB is all read before the first batch, and all of its
-batches are made after the last read; in one of 2 GiB the two go on side by side, as in the midst of a long run.
-First batch: its time and the shards that it opens, at step 0 and at step 100,000.
+S3: a SeaweedFS server on loopback with chunks of 1 MB, wall time, `ours` with checksums against one streaming GET per
+object by the standard library's HTTP client; and the CPU time of server and client per MB. A batch of 256 draws from
+256 contiguous reads of up to 4 MiB at a time: a dataset of 512 MiB is read completely before the first batch; in one of
+2 GiB reading and batching overlap, as in a long run. First batch: its time and the shards that it opens, at step 0 and
+at step 100,000.
 
 MDS and litdata need an environment of their own, `--peers-venv`; without it the script prints how to make one. Prints
 Markdown, writes benchmarks/results/data.json and docs/images/data.png.
@@ -45,7 +44,7 @@ from tqdm import tqdm
 
 from benchmarks.data_loaders import SCALE, Spec
 from benchmarks.data_remote import LATER, compare, first_batch
-from benchmarks.report import IMAGES, write_results
+from benchmarks.report import IMAGES, print_table, write_results
 from rdm_scale.codecs.record import CodecRecord
 from rdm_scale.data.manifest import Manifest
 from rdm_scale.data.shards import ShardWriter
@@ -83,7 +82,7 @@ IMAGE_KIND = Kind(
     256,
     ("ours", "np.memmap", "bare passes", "ours raw", "np.memmap raw", "webdataset", "mds", "litdata"),
 )
-# The server reads a whole chunk for any range of it, and makes them of 4 MB unless it is told otherwise.
+# The server reads an entire chunk for any range of it; its default chunk size is 4 MB.
 SERVER = ("-filer.maxMB=1",)
 MORE_IMAGES = replace(IMAGE_KIND, samples=2**18)
 MORE_IN_LARGE_MEMBERS = replace(MORE_IMAGES, samples_per_member=512, members_per_shard=8)
@@ -119,7 +118,7 @@ def main() -> None:
 
 
 def versions(options: argparse.Namespace) -> dict[str, str]:
-    """Of what is compared, as installed."""
+    """Installed versions of what is compared."""
     wanted = {sys.executable: ["torch", "numpy", "webdataset"]}
     if options.peers_venv is not None:
         wanted[str(options.peers_venv / "bin" / "python")] = [spec.split("==")[0] for spec in PEERS.values()]
@@ -157,13 +156,13 @@ def local(kind: Kind, folder: Path, options: argparse.Namespace) -> dict[str, An
 
 
 def peer(loader: str) -> str | None:
-    """The peer that a loader is of, if it is not for the environment of this script."""
+    """Package of a loader that runs in --peers-venv; None for loaders of this environment."""
     name = loader.removesuffix(" raw")
     return name if name in PEERS else None
 
 
 class Worker:
-    """A loader in its process."""
+    """Process that runs one loader."""
 
     def __init__(self, name: str, spec: Spec, peers_venv: Path | None) -> None:
         self.name = name
@@ -191,7 +190,7 @@ class Worker:
 
 
 def rates(times: list[dict[str, float]], samples: int) -> dict[str, Any]:
-    """Microseconds a sample: best and median."""
+    """Microseconds per sample: best and median."""
     each = {what: [1e6 * time[what] / samples for time in times] for what in ("cpu_s", "wall_s")}
     return {
         "cpu_us": min(each["cpu_s"]),
@@ -203,7 +202,7 @@ def rates(times: list[dict[str, float]], samples: int) -> dict[str, Any]:
 
 
 def write(kind: Kind, folder: Location, samples: int, raw: Path | None = None) -> Manifest:
-    """Random latents as our shards of about 32 MiB and, if asked for, one after another in a plain file."""
+    """Write random latents as shards of about 32 MiB and, with `raw`, consecutively into a plain file."""
     rng, file = np.random.default_rng(0), open(raw, "wb") if raw else None  # noqa: PTH123, SIM115
     with ShardWriter(
         folder,
@@ -256,37 +255,39 @@ def remote(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 def print_local(name: str, result: dict[str, Any]) -> None:
     loaders, kind = result["loaders"], result["kind"]
     size = 2 * int(np.prod(kind["shape"]))
-    print(f"\n{name}: {kind['samples']} samples of {size // 1024} KiB, batches of {kind['batch']}\n")
-    print("| loader | CPU time a sample (us) | MB/s of CPU time | ours is faster by | wall time a sample (us) |")
-    print("|---|---|---|---|---|")
+    print(f"\n{name}: {kind['samples']} samples of {size // 1024} KiB, batches of {kind['batch']}")
+    rows = []
     for loader, row in loaders.items():
         base = loaders["ours raw" if loader.endswith(" raw") else "ours"]["cpu_us"]
-        print(
-            f"| {loader} | {row['cpu_us']:.2f} | {size / row['cpu_us']:.0f} | {row['cpu_us'] / base:.2f} x "
-            f"| {row['wall_us']:.2f} |"
-        )
+        figures = f"{row['cpu_us']:.2f}", f"{size / row['cpu_us']:.0f}", f"{row['cpu_us'] / base:.2f} x"
+        rows.append((loader, *figures, f"{row['wall_us']:.2f}"))
+    header = "CPU time a sample (us)", "MB/s of CPU time", "ours is faster by", "wall time a sample (us)"
+    print_table(("loader", *header), rows)
 
 
 def print_rest(result: dict[str, Any]) -> None:
-    print("\n| from S3 | members of | streaming GET (MB/s) | ours (MB/s) | ours / GET | server, client: CPU ms a MB |")
-    print("|---|---|---|---|---|---|")
+    rows: list[tuple[object, ...]] = []
     for name, row in result["s3"].items():
         if name == "first_batch":
             continue
         get, ours = row["mb_s"]["streaming GET"], row["mb_s"]["ours"]
         cpu = "; ".join(f"{who} {of['server']:.2f}, {of['client']:.2f}" for who, of in row["cpu_ms_mb"].items())
         size = f"{row['member_bytes'] >> 10} KiB"
-        print(f"| {name} | {size} | {get:.0f} | {ours:.0f} | {row['ours_over_get']:.2f} | {cpu} |")
-    print(f"\n| first batch | samples | step 0: s | shards | step {LATER:,}: s | shards |\n|---|---|---|---|---|---|")
-    for place, rows in (("local", result["first_batch"]), ("S3", result["s3"]["first_batch"])):
-        for row in rows:
-            figures = [f"{at['seconds']:.3f} | {at['shards']}" for at in (row["step 0"], row[f"step {LATER}"])]
-            print(f"| {place} | {row['batch']} | {' | '.join(figures)} |")
+        rows.append((name, size, f"{get:.0f}", f"{ours:.0f}", f"{row['ours_over_get']:.2f}", cpu))
+    header = "members of", "streaming GET (MB/s)", "ours (MB/s)", "ours / GET", "server, client: CPU ms a MB"
+    print_table(("from S3", *header), rows)
+    rows = []
+    for place, batches in (("local", result["first_batch"]), ("S3", result["s3"]["first_batch"])):
+        for row in batches:
+            early, late = row["step 0"], row[f"step {LATER}"]
+            figures = [cell for at in (early, late) for cell in (f"{at['seconds']:.3f}", at["shards"])]
+            rows.append((place, row["batch"], *figures))
+    print_table(("first batch", "samples", "step 0: s", "shards", f"step {LATER:,}: s", "shards"), rows)
     print("\nversions:", ", ".join(f"{name} {version}" for name, version in result["versions"].items()))
 
 
 def plot(result: dict[str, Any]) -> None:
-    """Rates by CPU time, and from S3 by wall time."""
+    """Draw local rates by CPU time and S3 rates by wall time."""
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), width_ratios=(1.2, 1.2, 1))
     for name, axis in zip(("images", "videos"), axes[:2], strict=True):
         size = 2 * int(np.prod(result[name]["kind"]["shape"]))

@@ -1,13 +1,14 @@
-"""One loader in a process of its own, for benchmarks/data.py: epochs on demand, timed. Not run by hand.
+"""Worker process of benchmarks/data.py: run timed epochs of one data loader on request.
 
-    python data_loaders.py write NAME SPEC     makes the files of a peer from the raw latents
-    python data_loaders.py read NAME SPEC      answers each line on stdin with an epoch: {"cpu_s", "wall_s"}
+    python benchmarks/data_loaders.py write NAME SPEC     write a peer's files from the raw latents
+    python benchmarks/data_loaders.py read NAME SPEC      answer each line on stdin with an epoch: {"cpu_s", "wall_s"}
 
-Runs under the Python of either environment and so imports what a loader needs only when that loader is asked for.
-Every loader gives the same thing: batches in shuffled order, one tensor each, of the same samples. The form `float32`
-is what a training step takes, latents times the scale of the set; `raw` is the float16 as it is stored.
+benchmarks/data.py starts it, under the Python of either environment; a loader's packages are imported only when it is
+requested. All loaders deliver batches of the same samples in shuffled order, one tensor each: float32, as a training
+step takes them (latents times the dataset's scale), or, for names ending in `raw`, float16 as stored.
 """
 
+import argparse
 import json
 import math
 import os
@@ -31,7 +32,7 @@ SHUFFLED_AT_A_TIME = 4096  # samples in the buffer of webdataset
 
 
 class Spec(NamedTuple):
-    """A data set: DIR/raw.bin holds the latents, DIR/ours, DIR/mds and DIR/litdata the same for the loaders."""
+    """Dataset: FOLDER/raw.bin holds the latents; FOLDER/ours, mds and litdata hold the same in each loader's format."""
 
     folder: str
     samples: int
@@ -51,7 +52,7 @@ def memmap(spec: Spec) -> Iterator[Iterator[Tensor]]:
 
 
 def bare(spec: Spec) -> Iterator[Iterator[Tensor]]:
-    """What must be done in any case, in file order and in memory that is used again: copy, check, convert and scale."""
+    """Copy, verify, convert and scale, in file order and reusing memory: the least that any loader must do."""
     import xxhash
 
     size = 2 * math.prod(spec.shape)
@@ -76,9 +77,9 @@ def bare(spec: Spec) -> Iterator[Iterator[Tensor]]:
 
 
 def ours(spec: Spec, raw: bool) -> Iterator[Iterator[Tensor]]:
-    """All of `LatentStream`; `raw`: order, reading, checksums and batching, without what becomes of the batch then.
+    """LatentStream; with `raw` only its order, reading, checksums and batching.
 
-    A new stream for each epoch, so that every member is read again: a set in earnest does not fit into memory.
+    Each epoch has a new stream, so that every member is read again: real datasets do not fit into memory.
     """
     from rdm_scale.data import LatentStream
     from rdm_scale.data.assembly import stack_raw
@@ -97,7 +98,7 @@ def ours(spec: Spec, raw: bool) -> Iterator[Iterator[Tensor]]:
 
 
 def webdataset(spec: Spec) -> Iterator[Iterator[Tensor]]:
-    """Stock webdataset on our shards, shuffled by shards and within a buffer; it checks no checksums."""
+    """webdataset on the shards of LatentStream, shuffled by shards and within a buffer, without checksums."""
     import safetensors.torch
     import webdataset as wds
 
@@ -152,7 +153,7 @@ LOADERS = {
 
 
 def import_streaming() -> Any:
-    """It imports torchvision and transformers for data sets and collators that are not used here."""
+    """Import `streaming` with stubs for torchvision and transformers, which it needs only for unused classes."""
     stubs = {
         "torchvision.datasets": ["VisionDataset", "CIFAR10"],
         "torchvision.transforms.functional": ["to_tensor"],
@@ -220,5 +221,14 @@ def read(name: str, spec: Spec) -> None:
     os._exit(0)  # some loaders' threads never end
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=("write", "read"))
+    parser.add_argument("name", help="loader")
+    parser.add_argument("spec", type=json.loads, help="Spec as JSON")
+    options = parser.parse_args()
+    (write if options.action == "write" else read)(options.name, Spec(**options.spec))
+
+
 if __name__ == "__main__":
-    {"write": write, "read": read}[sys.argv[1]](sys.argv[2], Spec(**json.loads(sys.argv[3])))
+    main()

@@ -1,4 +1,4 @@
-"""Reading from a real S3 server, and what the first batch takes: parts of benchmarks/data.py."""
+"""Rates of reading from an S3 server and the time to the first batch, for benchmarks/data.py."""
 
 import http.client
 import statistics
@@ -13,11 +13,11 @@ from rdm_scale.data import LatentStream
 from rdm_scale.data.manifest import Manifest
 from rdm_scale.storage.location import Location
 
-LATER = 100_000  # the step at which the first batch is looked at, beside step 0
+LATER = 100_000  # second step at which the first batch is timed, beside step 0
 
 
 def read_whole(urls: list[str]) -> int:
-    """Bytes of the objects, each read into memory by one GET of a plain HTTP client, over one connection."""
+    """Read objects into memory, one GET each over one connection; return their bytes."""
     address = urlsplit(urls[0])
     connection = http.client.HTTPConnection(address.netloc)
     size = 0
@@ -32,7 +32,7 @@ def read_whole(urls: list[str]) -> int:
 
 
 def read_stream(url: str, manifest: Manifest, batch: int, start_step: int) -> int:
-    """Bytes of the members that an epoch of a stream reads, checked and made into batches."""
+    """Read an epoch in verified batches; return the bytes of its members."""
     stream = LatentStream(url, global_batch_size=batch, seed=1, start_step=start_step)
     for _ in islice(stream, manifest.samples // batch):
         pass
@@ -41,7 +41,10 @@ def read_stream(url: str, manifest: Manifest, batch: int, start_step: int) -> in
 
 
 def compare(server: Any, url: str, manifest: Manifest, batch: int, rounds: int) -> dict[str, Any]:
-    """MB/s of wall time, and CPU time of server and client, taking turns; the first turn of each does not count."""
+    """Alternate both ways of reading; return MB/s of wall time and the CPU time of server and client.
+
+    The first round is a warm-up.
+    """
     bucket, _, prefix = url.removeprefix("s3://").partition("/")
     client = server.client()
     urls = [
@@ -73,7 +76,7 @@ def compare(server: Any, url: str, manifest: Manifest, batch: int, rounds: int) 
 
 @contextmanager
 def opened_shards() -> Iterator[set[str]]:
-    """The paths of all files that are read in ranges meanwhile."""
+    """Collect the paths of all files that are read by ranges within the block."""
     paths: set[str] = set()
     read_into = Location.read_into
 
@@ -89,7 +92,7 @@ def opened_shards() -> Iterator[set[str]]:
 
 
 def first_batch(url: str, batch: int, repeats: int = 5) -> dict[str, Any]:
-    """Seconds from nothing to the first batch, the manifest included, and shards opened; at step 0 and much later."""
+    """Median seconds to the first batch, with opening the manifest, and shards opened, at step 0 and step LATER."""
     found: dict[str, Any] = {}
     seconds: dict[int, list[float]] = {0: [], LATER: []}
     for _ in range(repeats):

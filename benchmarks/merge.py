@@ -1,9 +1,9 @@
-"""How much memory and time does merging take?
+"""Time and peak memory of merging a checkpoint whose EMA weights have 5 GB.
 
     OMP_NUM_THREADS=1 python benchmarks/merge.py [--dir /tmp]
 
-Writes a checkpoint whose averaged weights alone have 5 GB, has tools/merge_checkpoint.py merge it in a process of its
-own, and takes that process's largest resident memory, imports and all. Prints Markdown, writes
+Writes a checkpoint with nothing but EMA weights, merges it with tools/merge_checkpoint.py in a process of its own, and
+reports the largest resident memory of that process, imports included. Prints Markdown, writes
 benchmarks/results/merge.json.
 """
 
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.report import write_results
+from benchmarks.report import ROOT, print_table, write_results
 from rdm_scale.checkpoint import CheckpointDirectory
 from rdm_scale.checkpoint.convert.checkpoint_writer import write_checkpoint
 from rdm_scale.checkpoint.sources import parameter_shapes
@@ -29,7 +29,7 @@ from rdm_scale.codecs.record import CodecRecord
 from rdm_scale.config import parse_config
 from rdm_scale.storage.location import Location
 
-TOOL = Path(__file__).parents[1] / "tools" / "merge_checkpoint.py"
+TOOL = ROOT / "tools" / "merge_checkpoint.py"
 MODEL = {
     "hidden_size": 1536,
     "num_heads": 16,
@@ -50,20 +50,24 @@ def main() -> None:
         for name, options in OPTIONS.items():
             rows[name] = {"checkpoint_bytes": size, **measure(Path(scratch), options)}
             print(name, rows[name], flush=True)
-    print("\n| | checkpoint GB | s | peak GB |\n|---|---|---|---|")
-    for name, row in rows.items():
-        print(f"| {name} | {row['checkpoint_bytes'] / 1e9:.2f} | {row['s']:.1f} | {row['peak_bytes'] / 1e9:.2f} |")
+    print_table(
+        ("", "checkpoint GB", "s", "peak GB"),
+        (
+            (name, f"{row['checkpoint_bytes'] / 1e9:.2f}", f"{row['s']:.1f}", f"{row['peak_bytes'] / 1e9:.2f}")
+            for name, row in rows.items()
+        ),
+    )
     write_results(__file__, {"torch": torch.__version__, **rows})
 
 
 def write(folder: Path) -> int:
-    """A checkpoint with averaged weights only; its bytes."""
+    """Write a checkpoint with EMA weights only; return its bytes."""
     tree = {
         "model": MODEL,
         "data": {"train": "none"},
         "run": {"dir": str(folder)},
     }
-    config = parse_config(tree, "of the benchmark")
+    config = parse_config(tree, "the benchmark")
     state = {
         "step": 1,
         "config": config.model_dump(mode="json"),

@@ -1,4 +1,4 @@
-"""What checkpoints are compared with: one file of all the bytes, without structure and without checksums."""
+"""Baseline of the checkpoint benchmarks: one file of raw bytes, without structure or checksums."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def save_plain(folder: Path, flats: dict[str, Tensor]) -> None:
-    """Ends with fsync."""
+    """Write all tensors to FOLDER/raw; end with fsync."""
     with (folder / "raw").open("wb") as file:
         for flat in flats.values():
             file.write(flat.numpy().data)

@@ -1,7 +1,7 @@
-"""Results of benchmarks and experiments: where they go, and the Markdown tables that are printed of them."""
+"""Result files and Markdown tables of benchmarks/ and experiments/."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +10,22 @@ IMAGES = ROOT / "docs" / "images"
 
 
 def results_file(script: str) -> Path:
-    """The JSON file of a script, given as its `__file__`: results/NAME.json beside it."""
+    """Path of a script's results: results/NAME.json beside it, `script` being its `__file__`."""
     path = Path(script).resolve()
     return path.parent / "results" / f"{path.stem}.json"
 
 
 def read_results(script: str) -> dict[str, Any]:
-    """The results that a script wrote before; empty where it has not been run."""
+    """Results that a script wrote before; empty if there are none."""
     path = results_file(script)
     return dict(json.loads(path.read_text())) if path.exists() else {}
 
 
-def write_results(script: str, results: dict[str, Any]) -> None:
-    """Write a script's results, for the tables and figures of docs/."""
-    results_file(script).write_text(json.dumps(results, indent=1) + "\n")
+def write_results(script: str | Path, results: Mapping[str, Any]) -> None:
+    """Write results as JSON: to the results file of a script (given as its `__file__`), or to a .json path."""
+    path = Path(script) if Path(script).suffix == ".json" else results_file(str(script))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def print_table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> None:
