@@ -24,7 +24,7 @@ from torch import Tensor
 from benchmarks.report import ROOT, print_table, write_results
 from rdm_scale.checkpoint import CheckpointDirectory
 from rdm_scale.checkpoint.convert.checkpoint_writer import write_checkpoint
-from rdm_scale.checkpoint.sources import parameter_shapes
+from rdm_scale.checkpoint.model_source import parameter_shapes
 from rdm_scale.codecs.record import CodecRecord
 from rdm_scale.config import parse_config
 from rdm_scale.storage.location import Location

@@ -19,7 +19,7 @@ from torch import Tensor
 from rdm_scale.checkpoint import load_model, load_trained
 from rdm_scale.checkpoint.convert.import_weights import import_weights, open_published
 from rdm_scale.checkpoint.convert.merge import export_diffusers
-from rdm_scale.checkpoint.sources import open_model
+from rdm_scale.checkpoint.model_source import open_model
 from rdm_scale.codecs import codec_of
 from rdm_scale.sampling.generate import draw_latents
 from rdm_scale.sampling.image_grid import image_grid

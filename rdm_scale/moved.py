@@ -15,10 +15,10 @@ from typing import Any
 
 # Old module: the modules that hold its content now. All below rdm_scale.
 MODULES: dict[str, tuple[str, ...]] = {
-    "checkpoint.diffusers": ("checkpoint.convert.dit_names",),
+    "checkpoint.diffusers": ("checkpoint.convert.parameter_mapping", "checkpoint.convert.diffusers_config"),
     "checkpoint.growth": ("checkpoint.convert.grow",),
     "checkpoint.importing": ("checkpoint.convert.import_weights",),
-    "checkpoint.inspection": ("checkpoint.summary",),
+    "checkpoint.inspection": ("checkpoint.summary", "checkpoint.verify"),
     "checkpoint.merge": ("checkpoint.convert.merge",),
     "checkpoint.model": ("checkpoint.trained_model",),
     "checkpoint.pipeline": ("sampling.rdm_pipeline",),

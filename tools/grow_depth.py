@@ -1,8 +1,8 @@
-"""Makes a trained model deeper without changing what it computes: a checkpoint from which training goes on.
+"""Make a trained model deeper without changing its function: write a checkpoint from which training continues.
 
-New blocks begin with closed gates and learn from the first step on. Old blocks keep their weights, averages and Adam
-moments. Step, position in the data and seed go along, so that the run goes on where it was, with model.depth alone
-changed; with --restart it begins at step 0. Any residual structure but plain can grow.
+New blocks start with zero-initialized gates and learn from the first step on. Old blocks keep their weights, EMA
+weights and optimizer state. Step, position in the data and seed are kept, so that the run continues with only
+model.depth changed; with --restart it starts again at step 0. Every residual structure but plain can grow.
 """
 
 import argparse
@@ -10,23 +10,23 @@ import sys
 
 from rdm_scale.errors import RdmError
 
-PLACEMENTS = ("interleaved", "appended", "stacked")  # those of depth_growth.Placement, without importing torch for it
+PLACEMENTS = ("interleaved", "appended", "stacked")  # those of depth_growth.BlockPlacement, whose import loads torch
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="a checkpoint's folder, or a run's directory (its newest checkpoint)")
-    parser.add_argument("output", help="folder in which the grown checkpoint step_... is made; any fsspec URL")
+    parser.add_argument("output", help="folder of checkpoints to write step_... to; any fsspec URL")
     parser.add_argument("--depth", type=int, required=True, help="number of blocks to grow to")
     parser.add_argument(
         "--placement",
         choices=PLACEMENTS,
         default="interleaved",
-        help="fresh blocks between the old ones or behind them (appended), or closed copies of the whole stack "
-        "behind it (stacked; multiples of the old depth) (default: %(default)s)",
+        help="fresh blocks between the old ones or after them (appended), or copies of all old blocks with zero gates "
+        "after them (stacked; multiples of the old depth) (default: %(default)s)",
     )
     parser.add_argument(
-        "--restart", action="store_true", help="count steps and data from 0, with Adam's moments zero, to warm up anew"
+        "--restart", action="store_true", help="start again at step 0 with an empty optimizer state and a new warm-up"
     )
     try:
         grow(parser.parse_args())
@@ -44,7 +44,7 @@ def grow(options: argparse.Namespace) -> None:
         f"{grown.folder}: step {grown.step}, {before.depth} blocks grown to {after.depth} ({options.placement}), "
         f"{model_parameters(before).total:,} parameters to {model_parameters(after).total:,}, "
         f"{model_flops(after) / model_flops(before):.2f} times the operations\n"
-        "go on with the run's configuration and\n"
+        "continue with the run's configuration and\n"
         f"  model.depth={after.depth} checkpoint.resume={grown.folder} run.dir=A_NEW_DIRECTORY"
     )
 

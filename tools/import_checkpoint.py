@@ -1,8 +1,9 @@
-"""Turns published weights of a DiT into a checkpoint that training starts from.
+"""Import published DiT weights as a checkpoint that training can start from.
 
 SOURCE is a folder of diffusers' DiTTransformer2DModel (or of a pipeline with one), or a file with the names of the
-original DiT: .safetensors, or .pt, of which tensors alone are read. CONFIG is the configuration of the run that will
-start from it: needed for a file, and useful always, since everything is then checked against the run and its data.
+original DiT: .safetensors, or .pt, from which only tensors are read. CONFIG is the configuration of the run that will
+start from it. It is required for a file, and always useful, because the weights are then checked against the run and
+its data.
 """
 
 import argparse
@@ -28,13 +29,13 @@ def import_checkpoint(options: argparse.Namespace) -> None:
     from rdm_scale.config import load_config
 
     config = load_config(options.config, options.overrides) if options.config else None
-    from rdm_scale.checkpoint.convert.import_weights import elements, import_weights, open_published
+    from rdm_scale.checkpoint.convert.import_weights import import_weights, open_published
     from rdm_scale.data.compatibility import check_data
     from rdm_scale.storage.location import Location
 
     facts = check_data(config) if config else None
     published = open_published(options.source, config.model if config else None)
-    with ProgressReporter("importing", elements(published), "parameter", scaled=True) as progress:
+    with ProgressReporter("importing", published.elements, "parameter", scaled=True) as progress:
         folder = import_weights(
             published,
             Location(options.out),
@@ -43,7 +44,7 @@ def import_checkpoint(options: argparse.Namespace) -> None:
             facts.class_names if facts else (),
             progress.update,
         )
-    print(f"{elements(published):,} parameters are in {folder}; train from them with")
+    print(f"{published.elements:,} parameters are in {folder}; train from them with")
     print(f"  python -m rdm_scale.train {options.config or 'CONFIG'} checkpoint.resume={folder}")
     if config is None:
         print("where CONFIG describes this model:")

@@ -1,10 +1,10 @@
-"""Takes a checkpoint out of training: one folder of safetensors, here or for diffusers; or looks at it.
+"""Merge a checkpoint into one folder of safetensors, for this project or for diffusers; or inspect or verify it.
 
-%(prog)s RUN_OR_STEP OUT                  consolidated weights and configuration
+%(prog)s RUN_OR_STEP OUT                  merged weights and configuration
 %(prog)s RUN_OR_STEP OUT --to diffusers   a folder for diffusers.DiTTransformer2DModel.from_pretrained
 %(prog)s --average A B C OUT              the mean of several checkpoints
 %(prog)s --inspect RUN_OR_STEP            its tensors, norms, gates and the layout that wrote it
-%(prog)s --verify RUN_OR_STEP             reads everything and compares all checksums
+%(prog)s --verify RUN_OR_STEP             read everything and compare all checksums
 """
 
 import argparse
@@ -25,12 +25,12 @@ def main() -> None:
         help="a checkpoint's folder, a run's directory (its newest checkpoint) or a merged folder, and the folder to "
         "write; any fsspec URL",
     )
-    parser.add_argument("--weights", choices=["ema", "raw"], default="ema", help="averaged (default) or last weights")
+    parser.add_argument("--weights", choices=["ema", "raw"], default="ema", help="EMA (default) or last weights")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="default: %(default)s")
-    parser.add_argument("--to", choices=["diffusers"], help="names, shapes and configuration of diffusers' DiT")
-    parser.add_argument("--max-file-gb", type=float, default=5.0, help="larger weights are cut (default: %(default)s)")
+    parser.add_argument("--to", choices=["diffusers"], help="write a folder for diffusers' DiT")
+    parser.add_argument("--max-file-gb", type=float, default=5.0, help="size of one file (default: %(default)s)")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--average", action="store_true", help="the mean of all checkpoints given")
+    what.add_argument("--average", action="store_true", help="write the mean of several checkpoints")
     what.add_argument("--inspect", action="store_true", help="print what is in a checkpoint; writes nothing")
     what.add_argument("--verify", action="store_true", help="find damaged bytes; writes nothing")
     options = parser.parse_args()
@@ -48,40 +48,42 @@ def merge(options: argparse.Namespace) -> None:
     if not inputs or (len(inputs) > 1) != options.average:
         raise ConfigError("give a checkpoint and the folder to write, or several checkpoints with --average")
     if options.average and options.to:
-        raise ConfigError("--average writes our own format: average first, then export that folder with --to diffusers")
+        raise ConfigError(
+            "--average writes a merged folder: average first, then export that folder with --to diffusers"
+        )
     if not 0 < options.max_file_gb < math.inf:
         raise ConfigError("--max-file-gb must be above 0")
-    from rdm_scale.checkpoint.convert.merge import elements, export_diffusers, merge, refuse_taken
-    from rdm_scale.checkpoint.sources import open_model
+    from rdm_scale.checkpoint.convert.merge import export_diffusers, merge, refuse_occupied
+    from rdm_scale.checkpoint.model_source import open_model
     from rdm_scale.dtypes import PRECISIONS
     from rdm_scale.storage.location import Location
 
     out = Location(output)
-    refuse_taken(out)
+    refuse_occupied(out)
     sources = [open_model(path, "weights" if options.weights == "raw" else "ema") for path in inputs]
     dtype = PRECISIONS[options.dtype].torch
     limit = int(options.max_file_gb * 1e9)
-    with ProgressReporter("writing", elements(sources), "parameter", scaled=True) as progress:
+    with ProgressReporter("writing", sources[0].elements, "parameter", scaled=True) as progress:
         if options.to:
             export_diffusers(sources[0], out, dtype, limit, progress.update)
         else:
             merge(sources, out, dtype, limit, progress.update)
-    kind = {"ema": "averaged", "weights": "last"}[sources[0].weights]
+    kind = {"ema": "EMA", "weights": "last"}[sources[0].weights]
     origin = f"the mean of {len(sources)} checkpoints" if options.average else f"step {sources[0].step}"
     print(f"the {kind} weights of {origin} are in {out}")
 
 
 def inspect(path: str, options: argparse.Namespace) -> None:
-    from rdm_scale.checkpoint.sources import find_checkpoint, open_model
+    from rdm_scale.checkpoint.model_source import find_checkpoint, open_model
     from rdm_scale.checkpoint.summary import gates, summarize
 
     folder = find_checkpoint(path)
     state, count, tensors = summarize(folder)
     total = 0
     print(f"{folder}: step {state['step']}, {count} tensors, written by the layout {json.dumps(state.get('layout'))}")
-    print("norms of each field:")
+    print("norms of each state entry:")
     for tensor in tensors:
-        norms = "  ".join(f"{field} {norm:.6g}" for field, norm in tensor.norms.items())
+        norms = "  ".join(f"{entry} {norm:.6g}" for entry, norm in tensor.norms.items())
         print(f"  {tensor.name}  {list(tensor.shape)}  {norms}")
         total += math.prod(tensor.shape)
     print(f"{total:,} parameters")
@@ -93,18 +95,20 @@ def inspect(path: str, options: argparse.Namespace) -> None:
 
 
 def verify(path: str, options: argparse.Namespace) -> None:
-    from rdm_scale.checkpoint.sources import find_checkpoint
-    from rdm_scale.checkpoint.summary import verify
+    from rdm_scale.checkpoint.directory import COMMIT, STATE
+    from rdm_scale.checkpoint.model_source import find_checkpoint
+    from rdm_scale.checkpoint.verify import verify
     from rdm_scale.storage.location import Location
 
     folder = Location(path)
-    if not (folder / "state.json").exists() and not (folder / "commit.json").exists():  # of a damaged one, say what
+    # A damaged checkpoint is opened as it is, so that the error names the damage.
+    if not (folder / STATE).exists() and not (folder / COMMIT).exists():
         folder = find_checkpoint(path)
     with ProgressReporter("verifying", unit="B", scaled=True) as progress:
         problems = verify(folder, progress.update)
     if problems:
         raise CheckpointError("\n  ".join([f"{folder} has {len(problems)} damaged blocks:", *problems]))
-    print(f"{folder} is whole: every checksum matches")
+    print(f"{folder} is intact: every checksum matches")
 
 
 def _one(paths: list[str]) -> str:

@@ -1,32 +1,36 @@
-"""The directory of a run's checkpoints, on any file system: which are complete, which is the newest, which must go.
+"""The directory of a run's checkpoints, on any file system: save, list, open and prune checkpoints.
 
 A checkpoint is a folder `step_00000100` that holds the ranks' tensors, `state.json` and, written last, `commit.json`
-with the size and checksum of every other file. Without a valid `commit.json` it does not count. Nothing here talks to
-other ranks: the caller decides who calls what, and waits for all ranks' files before the commit.
+with the size and checksum of every other file. A folder without a valid `commit.json` is not a checkpoint. Nothing here
+communicates with other ranks: the caller decides which rank calls what, and waits for all ranks' files before the
+commit.
 """
 
 import contextlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple, cast
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rdm_scale.checkpoint.format.index import FileRecord, digest
 from rdm_scale.checkpoint.format.reader import TensorReader
 from rdm_scale.checkpoint.format.slices import SliceTable
+from rdm_scale.checkpoint.state import CheckpointState
 from rdm_scale.errors import CheckpointError, IncompleteError
 from rdm_scale.storage.location import Location
 
 COMMIT, STATE = "commit.json", "state.json"
 _MAX_JSON_BYTES = 2**28  # files from elsewhere are untrusted; a commit of 10,000 ranks takes 2 MB
-_VERSION: Literal[2] = 2  # 1 had its indices in JSON
+_VERSION: Literal[2] = 2  # version 1 had JSON indices
 _STEP = re.compile(r"step_(\d{8}|[1-9]\d{8,17})")
 
 
 class _Commit(BaseModel):
+    """Content of `commit.json`."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: Literal["rdm_scale.checkpoint"] = "rdm_scale.checkpoint"
@@ -43,94 +47,113 @@ class _Commit(BaseModel):
 class OpenedCheckpoint(NamedTuple):
     """State and tensors of a checkpoint."""
 
-    state: dict[str, Any]
+    state: CheckpointState
     reader: TensorReader
 
 
+class NewestCheckpoint(NamedTuple):
+    """Result of the search for the newest complete checkpoint."""
+
+    step: int | None  # None if there is none
+    skipped: list[str]  # the reason for each later one that is not complete
+
+
 class CheckpointDirectory:
-    """Checkpoints of one run, a folder for each step. Other entries of the directory are never touched."""
+    """Checkpoints of one run, one folder per step. Other entries of the directory are never touched."""
 
     def __init__(self, root: Location) -> None:
         self.root = root
 
     def folder(self, step: int) -> Location:
+        """Folder of the checkpoint of `step`, whether it exists or not."""
         return self.root / f"step_{step:08d}"
 
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, ascending."""
-        return [step for step in self._all() if is_checkpoint(self.folder(step))]
+        """Steps of the complete checkpoints, in ascending order."""
+        return [step for step in self._all_steps() if is_checkpoint(self.folder(step))]
 
     def latest(self) -> int | None:
-        """The newest complete checkpoint's step."""
-        return self.newest()[0]
+        """Step of the newest complete checkpoint."""
+        return self.newest().step
 
-    def newest(self) -> tuple[int | None, list[str]]:
-        """The step of the newest checkpoint that is complete, with files of the right sizes, and why each later one
-        is not it. Raises CheckpointError when one cannot be read: it may be the newest."""
+    def newest(self) -> NewestCheckpoint:
+        """Find the newest checkpoint that is complete and whose files have the right sizes.
+
+        Raises:
+            CheckpointError: a later one cannot be read, so that it may be the newest.
+        """
         reasons: list[str] = []
-        for step in reversed(self._all()):
+        for step in reversed(self._all_steps()):
             try:
                 _read_state(self.folder(step), _verified_commit(self.folder(step)))
             except IncompleteError as error:
                 reasons.append(str(error))
             else:
-                return step, reasons
-        return None, reasons
+                return NewestCheckpoint(step, reasons)
+        return NewestCheckpoint(None, reasons)
 
     def begin(self, step: int) -> Location:
-        """An empty folder for the checkpoint of `step`; what an interrupted save, or a run that was taken back to an
-        earlier step, left there is removed. Raises CheckpointError when it cannot be made."""
+        """Make an empty folder for the checkpoint of `step`.
+
+        Files that an interrupted save, or a run that was set back to an earlier step, left there are removed. Raises
+        CheckpointError if the folder cannot be made.
+        """
         folder = self.folder(step)
-        with _reported(f"prepare {folder}"):
+        with _os_errors_reported(f"prepare {folder}"):
             self._remove(step)
             folder.make_dir()
         return folder
 
-    def commit(self, step: int, state: Mapping[str, Any], files: Sequence[FileRecord]) -> None:
-        """Makes the checkpoint of `step` complete, after all ranks have written their files.
+    def commit(self, step: int, state: CheckpointState, files: Sequence[FileRecord]) -> None:
+        """Complete the checkpoint of `step` after all ranks have written their files.
 
         Args:
-            state: JSON, with `step` and whatever training needs to go on.
+            step: the step that `begin` was called with.
+            state: content of `state.json`; must be of the same step.
             files: the records of all ranks' files.
 
         Raises:
-            CheckpointError: it cannot be written; then the checkpoint does not count.
+            CheckpointError: the commit cannot be written, and the folder is not a checkpoint.
         """
         folder = self.folder(step)
         if state["step"] != step:
             raise ValueError(f"the state is of step {state['step']}, not {step}")
         content = json.dumps(state, indent=1, allow_nan=False).encode()
         record = FileRecord(name=STATE, bytes=len(content), xxh3=digest(content))
-        with _reported(f"complete {folder}"):
+        with _os_errors_reported(f"complete {folder}"):
             (folder / STATE).write(content)
-            _sync(folder)  # names of files first, so that a power cut cannot leave a commit without them
+            _sync(folder)  # file names first, so that a power failure cannot leave a commit without them
             (folder / COMMIT).write(_Commit.of([*files, record]).model_dump_json().encode())
             _sync(folder)
             _sync(self.root)
 
     def open(self, step: int) -> OpenedCheckpoint:
-        """State and tensors of the checkpoint of `step`. Raises CheckpointError as `open_checkpoint` does."""
+        """Open the checkpoint of `step`. Raises CheckpointError as `open_checkpoint` does."""
         return open_checkpoint(self.folder(step))
 
     def abandon(self, step: int) -> None:
-        """Removes what there is of a checkpoint that could not be completed."""
-        with _reported(f"remove {self.folder(step)}"):
+        """Remove a checkpoint, complete or not."""
+        with _os_errors_reported(f"remove {self.folder(step)}"):
             self._remove(step)
 
     def prune(self, keep: int, every: int = 0) -> None:
-        """Removes all complete checkpoints but the newest `keep` (0 keeps all) and those of every so many steps,
-        and what interrupted saves have left that is older than the newest complete one."""
+        """Remove old checkpoints, and interrupted saves that are older than the newest complete checkpoint.
+
+        Args:
+            keep: number of newest checkpoints to keep; 0 keeps all.
+            every: also keep the checkpoints whose step is a multiple of this, if not 0.
+        """
         complete = self.steps()
         if not complete:
             return
         old = complete[:-keep] if keep else []
-        for step in self._all():
+        for step in self._all_steps():
             interrupted = step < complete[-1] and not (self.folder(step) / COMMIT).exists()
             if interrupted or (step in old and not (every and step % every == 0)):
                 self.abandon(step)
 
-    def _all(self) -> list[int]:
-        with _reported(f"list {self.root}"):
+    def _all_steps(self) -> list[int]:
+        with _os_errors_reported(f"list {self.root}"):
             matches = [_STEP.fullmatch(name) for name in self.root.names()]
             steps = sorted(int(match[1]) for match in matches if match)
             return [step for step in steps if self.folder(step).is_dir()]
@@ -138,7 +161,7 @@ class CheckpointDirectory:
     def _remove(self, step: int) -> None:
         folder = self.folder(step)
         commit = folder / COMMIT
-        if commit.exists():  # first, so that an interrupted removal cannot be taken for a checkpoint
+        if commit.exists():  # first, so that after an interrupted removal the folder is not a checkpoint
             commit.remove()
             _sync(folder)
         if folder.exists():
@@ -146,8 +169,11 @@ class CheckpointDirectory:
 
 
 def is_checkpoint(folder: Location) -> bool:
-    """Whether the folder holds a checkpoint that was completed; `open_checkpoint` finds out whether it still is.
-    Raises CheckpointError when that cannot be read."""
+    """Test if the folder holds a checkpoint that was completed; `open_checkpoint` verifies that all files are there.
+
+    Raises:
+        CheckpointError: the folder cannot be read.
+    """
     try:
         _read_commit(folder)
     except IncompleteError:
@@ -155,36 +181,37 @@ def is_checkpoint(folder: Location) -> bool:
     return True
 
 
-def read_state(folder: Location) -> dict[str, Any]:
-    """The state that a complete checkpoint was committed with. Raises CheckpointError as `open_checkpoint` does."""
+def read_state(folder: Location) -> CheckpointState:
+    """Read the state of a complete checkpoint. Raises CheckpointError as `open_checkpoint` does."""
     return _read_state(folder, _read_commit(folder))
 
 
 def open_checkpoint(folder: Location, needed: SliceTable | None = None) -> OpenedCheckpoint:
-    """State and tensors of the checkpoint in `folder`, after the sizes of all its files have been verified.
+    """Open the checkpoint in `folder` after verifying the sizes of all its files.
 
     Args:
-        needed: the slices that will be read, see TensorReader.
+        folder: the checkpoint's folder.
+        needed: the slices that will be read, if known; see TensorReader.
 
     Raises:
-        CheckpointError: it was never completed, or a file is missing, truncated or damaged (IncompleteError); or it
-            cannot be read. The message says which.
+        IncompleteError: it was never completed, or a file is missing, truncated or damaged.
+        CheckpointError: it cannot be read.
     """
     commit = _verified_commit(folder)
     return OpenedCheckpoint(_read_state(folder, commit), TensorReader(folder, commit.files, needed))
 
 
 def _verified_commit(folder: Location) -> _Commit:
-    """The commit of a checkpoint whose files are all there, with the sizes that it says."""
+    """Read the commit and verify that all files exist and have the recorded sizes."""
     commit = _read_commit(folder)
-    with _reported(f"list {folder}"):
-        there = folder.stats()  # one listing: asking for each of thousands is slow on S3
+    with _os_errors_reported(f"list {folder}"):
+        found = folder.stats()  # one listing: a request for each of thousands of files is slow on S3
     for file in commit.files:
-        if file.name not in there:
+        if file.name not in found:
             raise IncompleteError(f"{folder / file.name} is missing: the checkpoint is damaged; use another one")
-        if there[file.name].bytes != file.bytes:
+        if found[file.name].bytes != file.bytes:
             raise IncompleteError(
-                f"{folder / file.name} has {there[file.name].bytes:,} bytes instead of {file.bytes:,}: the checkpoint "
+                f"{folder / file.name} has {found[file.name].bytes:,} bytes instead of {file.bytes:,}: the checkpoint "
                 "is damaged; use another one"
             )
     return commit
@@ -198,7 +225,7 @@ def _read_commit(folder: Location) -> _Commit:
         if not folder.exists():
             raise IncompleteError(f"there is no checkpoint {folder}") from None
         raise IncompleteError(
-            f"{folder} has no {COMMIT}: it is no checkpoint, or saving it was interrupted; use another one"
+            f"{folder} has no {COMMIT}: it is not a checkpoint, or saving it was interrupted; use another one"
         ) from None
     except ValidationError as error:
         other = next((e["input"] for e in error.errors() if e["loc"] == ("version",)), None)
@@ -211,11 +238,11 @@ def _read_commit(folder: Location) -> _Commit:
     if commit != _Commit.of(commit.files):
         raise IncompleteError(f"{where} is damaged: its checksum differs; use another checkpoint")
     if len({file.name for file in commit.files}) != len(commit.files):
-        raise IncompleteError(f"{where} lists a file twice: it is not one of ours")
+        raise IncompleteError(f"{where} lists a file twice: it was not written by rdm_scale")
     return commit
 
 
-def _read_state(folder: Location, commit: _Commit) -> dict[str, Any]:
+def _read_state(folder: Location, commit: _Commit) -> CheckpointState:
     where = folder / STATE
     expected = next((file.xxh3 for file in commit.files if file.name == STATE), None)
     try:
@@ -229,8 +256,8 @@ def _read_state(folder: Location, commit: _Commit) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise IncompleteError(f"{where} is not JSON: {error}") from None
     if not isinstance(state, dict) or type(state.get("step")) is not int:
-        raise IncompleteError(f"{where} does not say at which step it was written: it is not one of ours")
-    return state
+        raise IncompleteError(f"{where} does not say its step: it was not written by rdm_scale")
+    return cast(CheckpointState, state)
 
 
 def _read_json(where: Location) -> bytes:
@@ -247,7 +274,7 @@ def _read_json(where: Location) -> bytes:
 
 
 def _sync(folder: Location) -> None:
-    """Makes the names in a local folder durable; object stores have no such state."""
+    """Make the file names in a local folder durable; object stores do not need it."""
     if folder.is_local:
         descriptor = os.open(folder.path, os.O_RDONLY)
         try:
@@ -257,7 +284,8 @@ def _sync(folder: Location) -> None:
 
 
 @contextlib.contextmanager
-def _reported(action: str) -> Iterator[None]:
+def _os_errors_reported(action: str) -> Iterator[None]:
+    """Turn OSErrors into CheckpointErrors that name the action."""
     try:
         yield
     except OSError as error:

@@ -6,7 +6,7 @@ with the sums that it makes anyway, whether its thread is still busy (`busy`), a
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from rdm_scale.checkpoint.directory import CheckpointDirectory
 from rdm_scale.checkpoint.format.index import FileRecord
 from rdm_scale.checkpoint.format.writer import write_tensors
 from rdm_scale.checkpoint.sharded_state import slice_table
+from rdm_scale.checkpoint.state import CheckpointState
 from rdm_scale.config.schema import CheckpointConfig
 from rdm_scale.errors import CheckpointError
 
@@ -32,7 +33,7 @@ _NOTABLE_S = 0.1  # shorter waits for the save before are not worth a word
 class _Save:
     """A save under way: first its files are written, then it is committed."""
 
-    state: Mapping[str, Any]
+    state: CheckpointState
     began: float
     work: Future[Any]
     stall_s: float
@@ -40,7 +41,7 @@ class _Save:
 
     @property
     def step(self) -> int:
-        return int(self.state["step"])
+        return self.state["step"]
 
 
 class Saver:
@@ -77,7 +78,7 @@ class Saver:
         stall_s, self.stall_s = self.stall_s, None
         return stall_s
 
-    def start(self, state: Mapping[str, Any]) -> None:
+    def start(self, state: CheckpointState) -> None:
         """Begins to save the weights as they are now as the checkpoint of `state["step"]`.
 
         A save that is still under way is waited for, and the user is told.
@@ -145,7 +146,7 @@ class Saver:
         while self._save is not None:
             self.advance()
 
-    def save(self, state: Mapping[str, Any]) -> None:
+    def save(self, state: CheckpointState) -> None:
         """Saves, complete on return, unless the checkpoint of this step is there already.
 
         Raises:

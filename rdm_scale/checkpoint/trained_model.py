@@ -1,10 +1,10 @@
-"""A model out of a checkpoint, whole and on one process, for sampling and tools."""
+"""Loading of a trained model onto one process, for sampling and tools."""
 
 from dataclasses import dataclass
 
 import torch
 
-from rdm_scale.checkpoint.sources import Weights, open_model
+from rdm_scale.checkpoint.model_source import Weights, open_model
 from rdm_scale.codecs.record import CodecRecord
 from rdm_scale.config import RunConfig
 from rdm_scale.data.manifest import TextEncoding
@@ -20,25 +20,25 @@ class TrainedModel:
     step: int
     codec: CodecRecord
     class_names: tuple[str, ...]
-    text: TextEncoding | None  # how the captions that it was trained on were encoded
+    text: TextEncoding | None  # encoding of the captions that it was trained on
 
 
 def load_model(path: str, weights: Weights = "ema") -> DiffusionTransformer:
-    """The model of a checkpoint, or of a folder that tools/merge_checkpoint.py wrote, in fp32 and ready to draw
-    samples; see `load_trained`."""
+    """Load the model of a checkpoint or merged folder in fp32, ready for sampling; see `load_trained`."""
     return load_trained(path, weights).model
 
 
 def load_trained(path: str, weights: Weights = "ema", device: str | torch.device = "cpu") -> TrainedModel:
-    """The model of a checkpoint or merged folder in fp32, with its configuration, codec and class names.
+    """Load the model of a checkpoint or merged folder in fp32, with its configuration, codec and class names.
 
     Args:
-        path: as `open_model` takes it.
-        weights: the averaged weights (ema) or the trained ones (weights); a merged folder has only one of them.
-        device: where the model is put.
+        path: a checkpoint's folder, a run's directory or a folder of checkpoints (the newest one is used), or a folder
+            that tools/merge_checkpoint.py wrote; a local path or any fsspec URL.
+        weights: the EMA weights (ema) or the last ones (weights). A merged folder has only one of them, which is used.
+        device: device of the model.
 
     Raises:
-        CheckpointError: there is no complete checkpoint, or it is damaged or not one of this project's.
+        CheckpointError: there is no complete checkpoint, or it is damaged or was not written by this project.
     """
     source = open_model(path, weights)
     with torch.device("meta"):

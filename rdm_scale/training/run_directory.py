@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from rdm_scale.checkpoint.directory import CheckpointDirectory, read_state
+from rdm_scale.checkpoint.state import CheckpointState
 from rdm_scale.config import ModelConfig, RunConfig, flatten, load_config, to_yaml
 from rdm_scale.errors import CheckpointError, ConfigError
 from rdm_scale.storage.location import Location
@@ -73,7 +74,7 @@ def plan_start(config: RunConfig, identity: dict[str, Any]) -> Start:
     return _start_from(state, str(folder), skipped)
 
 
-def _start_from(state: dict[str, Any], folder: str, skipped: tuple[str, ...] = ()) -> Start:
+def _start_from(state: CheckpointState, folder: str, skipped: tuple[str, ...] = ()) -> Start:
     lost = state.get("lost_shards", [])
     try:
         named = tuple((str(digest), str(shard)) for digest, shard in lost)
@@ -156,7 +157,7 @@ def _refuse_other_run(run_dir: Path, config: RunConfig) -> None:
         raise ConfigError(f"{run_dir} holds {METRICS} but no {CONFIG}: it is not a run of ours; set run.dir elsewhere")
 
 
-def _binding(identity: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
+def _binding(identity: dict[str, Any], state: CheckpointState) -> dict[str, Any]:
     """What of a run's identity a checkpoint must agree on: all of it, unless no step has been trained (imported
     weights); then only what the checkpoint says itself."""
     if state["step"] > 0 or not isinstance(state["identity"], dict):

@@ -7,12 +7,12 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
 
 import torch
 
 from rdm_scale import checkpoint
 from rdm_scale.batch import TrainingBatch
+from rdm_scale.checkpoint.state import CheckpointState
 from rdm_scale.config import RunConfig
 from rdm_scale.data.captions import empty_caption
 from rdm_scale.data.compatibility import DataFacts
@@ -121,7 +121,7 @@ class Trainer:
         loss, samples = self.mesh.all_reduce_sum_over_data(total).tolist()
         return loss / samples
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> CheckpointState:
         """State that a checkpoint holds beside its tensors."""
         return {
             "step": self.step,

@@ -10,8 +10,9 @@ from rdm_scale.checkpoint.convert.checkpoint_writer import STATE_ENTRIES, write_
 from rdm_scale.checkpoint.convert.grow import grow_checkpoint
 from rdm_scale.checkpoint.convert.import_weights import import_weights, open_published
 from rdm_scale.checkpoint.convert.merge import export_diffusers, merge
-from rdm_scale.checkpoint.sources import open_model
-from rdm_scale.checkpoint.summary import gates, summarize, verify
+from rdm_scale.checkpoint.model_source import open_model
+from rdm_scale.checkpoint.summary import gates, summarize
+from rdm_scale.checkpoint.verify import verify
 from rdm_scale.codecs.record import CodecRecord
 from rdm_scale.config import RunConfig, parse_config
 from rdm_scale.errors import CheckpointError

@@ -1,4 +1,4 @@
-"""The tools around a checkpoint, as typed: merge, look, leave for diffusers, come back, and train on."""
+"""The command-line tools for checkpoints: merge, inspect, export to diffusers, import, and continue training."""
 
 import json
 from pathlib import Path
@@ -47,7 +47,7 @@ def tool(tmp_path: Path, name: str, *arguments: object) -> Result:
     return Running(tmp_path, TOOLS / f"{name}.py", arguments).result()
 
 
-def test_merging_averaging_and_looking(run: Path, tmp_path: Path) -> None:
+def test_merge_average_and_inspect(run: Path, tmp_path: Path) -> None:
     out, step = tmp_path / "out", run / "run" / "checkpoints" / "step_00000001"
     done = tool(tmp_path, "merge_checkpoint", run / "run", out, "--weights", "raw", "--dtype", "bf16")
     assert done.returncode == 0 and f"the last weights of step 3 are in {out}" in done.stdout
@@ -62,10 +62,10 @@ def test_merging_averaging_and_looking(run: Path, tmp_path: Path) -> None:
     done = tool(tmp_path, "merge_checkpoint", "--inspect", step)
     assert '"pipeline": 3' in done.stdout and "head.out.bias  [16]  weights 4  ema 0" in done.stdout
 
-    assert "is whole" in tool(tmp_path, "merge_checkpoint", "--verify", step).stdout
+    assert "is intact" in tool(tmp_path, "merge_checkpoint", "--verify", step).stdout
 
 
-def test_leaving_and_coming_back_to_train(run: Path, tmp_path: Path, ranks: RankPool) -> None:
+def test_exported_weights_are_imported_and_trained(run: Path, tmp_path: Path, ranks: RankPool) -> None:
     checkpoints = tmp_path / "imported"
     config = run / "run" / "config.yaml"
     assert tool(tmp_path, "merge_checkpoint", run / "run", tmp_path / "dit", "--to", "diffusers").returncode == 0
@@ -78,7 +78,7 @@ def test_leaving_and_coming_back_to_train(run: Path, tmp_path: Path, ranks: Rank
         "model__residual": "adaln_zero",
         "model__timestep_spacing": "diffusers",
         "train__steps": 2,
-        "train__seed": 11,  # the weights bind a run to their model only
+        "train__seed": 11,  # imported weights bind a run to their model only
         "checkpoint__resume": f"{checkpoints}/step_00000000",
     }
     trained = run_config(tmp_path, str(run / "latents" / "manifest.json"), **changes)
@@ -112,12 +112,14 @@ def test_leaving_and_coming_back_to_train(run: Path, tmp_path: Path, ranks: Rank
         ("import_checkpoint", ["RUN", "x"], "there is no"),
     ],
 )
-def test_mistakes_are_told_in_a_line(run: Path, tmp_path: Path, name: str, arguments: list[str], message: str) -> None:
+def test_mistakes_are_reported_in_one_line(
+    run: Path, tmp_path: Path, name: str, arguments: list[str], message: str
+) -> None:
     done = tool(tmp_path, name, *(str(run / "run") if a == "RUN" else a for a in arguments))
     assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
 
 
-def test_verifying_fails_with_the_place(run: Path, tmp_path: Path) -> None:
+def test_verification_fails_with_the_damaged_bytes(run: Path, tmp_path: Path) -> None:
     step = run / "run" / "checkpoints" / "step_00000001"
     data = step / "rank_00000.safetensors"
     content = bytearray(data.read_bytes())

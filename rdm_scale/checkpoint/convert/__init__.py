@@ -1,1 +1,1 @@
-"""Conversions of checkpoints: merging, other libraries' names and files, and growth in depth."""
+"""Conversions of checkpoints: merge, export to diffusers, import and growth."""

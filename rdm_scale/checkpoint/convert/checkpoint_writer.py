@@ -1,8 +1,8 @@
-"""A checkpoint written by one process out of logical tensors, for tools that make one from something else."""
+"""Writer of checkpoints from logical tensors on one process, for tools that convert something to a checkpoint."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,42 +11,56 @@ from rdm_scale.checkpoint.directory import CheckpointDirectory
 from rdm_scale.checkpoint.format.index import FileRecord
 from rdm_scale.checkpoint.format.slices import SliceTable, TensorSlice, regions_of_range
 from rdm_scale.checkpoint.format.writer import write_tensors
+from rdm_scale.checkpoint.state import CheckpointState
 from rdm_scale.storage.location import Location
 
-STATE_ENTRIES = ("weights", "exp_avg", "exp_avg_sq", "ema")  # of a checkpoint that training goes on from
-FILE_ELEMENTS = 2**24  # of each field in one file: 64 MiB, what the writer holds in memory
+STATE_ENTRIES = ("weights", "exp_avg", "exp_avg_sq", "ema")  # entries that training continues from
+FILE_ELEMENTS = 2**24  # of each state entry in one file: 64 MiB, which the writer holds in memory
 
-Named = tuple[str, Mapping[str, Tensor]]
+
+NamedEntries = tuple[str, Mapping[str, Tensor]]  # name of a logical tensor, and its state entries
+
+
+class _FileContent(NamedTuple):
+    table: SliceTable
+    buffers: dict[str, Tensor]  # of each state entry
+
+
+class _FlatRange(NamedTuple):
+    first: int
+    elements: int
 
 
 def write_checkpoint(
     directory: CheckpointDirectory,
-    state: Mapping[str, Any],
-    tensors: Iterable[Named],
+    state: CheckpointState,
+    tensors: Iterable[NamedEntries],
     file_elements: int = FILE_ELEMENTS,
 ) -> Location:
-    """Writes the checkpoint of `state["step"]`, in place of an earlier one of that step, complete on return.
+    """Write a complete checkpoint of `state["step"]`, replacing an earlier one of that step.
 
-    Tensors are taken one by one as they come and cut over as many files as it takes, so that memory holds
-    `file_elements` of each field and one tensor, whatever the size of the whole.
+    Tensors are taken one by one and split over as many files as needed, so that memory holds `file_elements` of each
+    state entry and one tensor.
 
     Args:
-        state: JSON, as `Trainer.save` writes it; its `layout` says who wrote the checkpoint.
-        tensors: (name, {field: tensor}), each name once; of any float type, all fields of the tensor's logical shape.
-            A field that is one number everywhere may be an expanded scalar.
+        directory: the directory of checkpoints.
+        state: state of the run; its `layout` says who wrote the checkpoint.
+        tensors: name and state entries of each logical tensor, without duplicates, in any floating-point type. An entry
+            that is a single number may be an expanded scalar.
+        file_elements: elements of each state entry per file.
 
     Returns:
         The checkpoint's folder.
 
     Raises:
-        CheckpointError: it cannot be written. Then, as with whatever `tensors` raises, none of it is left.
+        CheckpointError: the checkpoint cannot be written. Nothing is left of it then, nor after an error in `tensors`.
     """
     step = state["step"]
     folder = directory.begin(step)
     try:
         files: list[FileRecord] = []
-        for number, (pieces, fields) in enumerate(_filled(tensors, file_elements)):
-            files += write_tensors(folder, number, pieces, fields)
+        for number, content in enumerate(_split_into_files(tensors, file_elements)):
+            files += write_tensors(folder, number, content.table, content.buffers)
         directory.commit(step, state, files)
     except BaseException:
         directory.abandon(step)
@@ -54,39 +68,39 @@ def write_checkpoint(
     return folder
 
 
-def _filled(tensors: Iterable[Named], capacity: int) -> Iterator[tuple[SliceTable, dict[str, Tensor]]]:
-    """The tensors one after the other in flat buffers, which are handed out as often as they are full."""
+def _split_into_files(tensors: Iterable[NamedEntries], capacity: int) -> Iterator[_FileContent]:
+    """Copy the tensors one after the other into flat buffers, which are yielded whenever they are full."""
     seen: set[str] = set()
     buffers: dict[str, Tensor] = {}
-    pieces: list[TensorSlice] = []
+    slices: list[TensorSlice] = []
     start = 0
-    for name, fields in tensors:
+    for name, entries in tensors:
         if name in seen:
             raise ValueError(f"{name} is given twice")
         seen.add(name)
-        buffers = buffers or {field: torch.empty(capacity) for field in fields}
-        shapes = {tuple(tensor.shape) for tensor in fields.values()}
-        if fields.keys() != buffers.keys() or len(shapes) != 1:
-            raise ValueError(f"{name} must have the fields {', '.join(buffers)}, all of one shape")
+        buffers = buffers or {entry: torch.empty(capacity) for entry in entries}
+        shapes = {tuple(tensor.shape) for tensor in entries.values()}
+        if entries.keys() != buffers.keys() or len(shapes) != 1:
+            raise ValueError(f"{name} must have the state entries {', '.join(buffers)}, all of one shape")
         shape = shapes.pop()
         for first, count in _ranges(math.prod(shape), capacity, start):
-            for box in regions_of_range(shape, first, count):
-                where = tuple(slice(o, o + n) for o, n in zip(box.offset, box.extent, strict=True))
-                for field, tensor in fields.items():
-                    buffers[field][start : start + box.numel].view(box.extent).copy_(tensor[where])
-                pieces.append(TensorSlice(name, shape, box, start))
-                start += box.numel
+            for region in regions_of_range(shape, first, count):
+                selection = tuple(slice(o, o + n) for o, n in zip(region.offset, region.extent, strict=True))
+                for entry, tensor in entries.items():
+                    buffers[entry][start : start + region.numel].view(region.extent).copy_(tensor[selection])
+                slices.append(TensorSlice(name, shape, region, start))
+                start += region.numel
             if start == capacity:
-                yield SliceTable.of(pieces), buffers
-                pieces, start = [], 0
-    if pieces:
-        yield SliceTable.of(pieces), buffers
+                yield _FileContent(SliceTable.of(slices), buffers)
+                slices, start = [], 0
+    if slices:
+        yield _FileContent(SliceTable.of(slices), buffers)
 
 
-def _ranges(elements: int, capacity: int, start: int) -> Iterator[tuple[int, int]]:
-    """(first, count) of the ranges that a tensor is cut into where buffers, of which `start` is taken, are full."""
+def _ranges(elements: int, capacity: int, start: int) -> Iterator[_FlatRange]:
+    """Split a tensor where buffers are full, the first of which already holds `start` elements."""
     first = 0
     while first < elements:
         count = min(elements - first, capacity - start)
-        yield first, count
+        yield _FlatRange(first, count)
         first, start = first + count, 0

@@ -1,26 +1,35 @@
-"""A checkpoint of a deeper model out of one of a shallower, which training goes on from."""
+"""Depth growth of a checkpoint: write the checkpoint of a deeper model, from which training continues.
+
+models/depth_growth.py says which weights the deeper model has. Its optimizer state follows from them: gates are
+multiplied by q, and a loss that is the same function of the products has a gradient 1/q times as large in the new
+gates. Adam's exp_avg is therefore multiplied by 1/q and its exp_avg_sq by 1/q^2. New blocks start without optimizer
+state.
+"""
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rdm_scale.checkpoint.convert.checkpoint_writer import STATE_ENTRIES, write_checkpoint
-from rdm_scale.checkpoint.convert.depth_growth import Growth, Placement
+from rdm_scale.checkpoint.convert.checkpoint_writer import STATE_ENTRIES, NamedEntries, write_checkpoint
 from rdm_scale.checkpoint.directory import CheckpointDirectory, open_checkpoint
 from rdm_scale.checkpoint.format.reader import TensorReader
-from rdm_scale.checkpoint.sources import find_checkpoint
+from rdm_scale.checkpoint.model_source import find_checkpoint, parameter_shapes
+from rdm_scale.checkpoint.state import CheckpointState
 from rdm_scale.config import RunConfig, parse_config
 from rdm_scale.errors import CheckpointError
-from rdm_scale.models import build_model
+from rdm_scale.models.depth_growth import BlockPlacement, DepthGrowth
 from rdm_scale.storage.location import Location
+from rdm_scale.storage.safetensors_folder import Shape
+
+_GATE_POWERS = {"exp_avg": -1, "exp_avg_sq": -2}  # of q, for each entry of the optimizer state
 
 
 @dataclass(frozen=True)
-class Grown:
+class GrownCheckpoint:
     """The checkpoint that was written, and the run's configuration before and after."""
 
     folder: Location
@@ -30,36 +39,40 @@ class Grown:
 
 
 def grow_checkpoint(
-    path: str, depth: int, out: str, placement: Placement = "interleaved", restart: bool = False
-) -> Grown:
-    """Writes into the folder `out` a checkpoint of `depth` blocks that computes what the one at `path` does.
+    path: str, depth: int, out: str, placement: BlockPlacement = "interleaved", restart: bool = False
+) -> GrownCheckpoint:
+    """Write a checkpoint of `depth` blocks with the same function as the one at `path`.
 
-    Weights, moments and averages become those that models/growth.py says; everything else of the state goes along, so
-    that training goes on with the same step, data and seed. One block is in memory at a time.
+    Weights, EMA weights and optimizer state are grown. The rest of the state is copied, so that training continues with
+    the same step, data and seed. Memory holds one block at a time.
 
     Args:
-        path: a checkpoint's folder, or a run's directory or folder of checkpoints, of which the newest is taken; local
-            or any fsspec URL, as `out`.
-        restart: step and position in the data are 0 again and all moments zero, so that warm-up and schedule of the
-            learning rate begin anew.
+        path: a checkpoint's folder, or a run's directory or a folder of checkpoints (the newest one is used); a local
+            path or any fsspec URL.
+        depth: number of blocks of the deeper model.
+        out: folder of checkpoints to write to; a local path or any fsspec URL.
+        placement: places of the new blocks.
+        restart: reset the step, the position in the data and the optimizer state to 0, so that the warm-up and the
+            learning rate schedule start again.
 
     Raises:
-        CheckpointError: there is no complete checkpoint at `path`, it is damaged or not one of this project's, or `out`
-            holds a checkpoint of that step.
-        ConfigError: its model cannot be grown so.
+        CheckpointError: there is no complete checkpoint at `path`, it is damaged or was not written by this project, or
+            `out` already has a checkpoint of that step.
+        ConfigError: its model cannot be grown in this way.
     """
     source = find_checkpoint(path)
     state, reader = open_checkpoint(source)
     before = parse_config(state.get("config", {}), str(source))
-    growth = Growth(before.model, depth, placement)
+    growth = DepthGrowth(before.model, depth, placement)
     after = before.model_copy(update={"model": growth.new})
     after = parse_config(after.model_dump(mode="json"), f"of {source} with model.depth={depth}")
     directory, step = CheckpointDirectory(Location(out)), 0 if restart else state["step"]
     if directory.folder(step).exists():
-        raise CheckpointError(f"{directory.folder(step)} exists already: name another folder, or remove it first")
-    shapes = _shapes(growth, reader, source)
-    tensors = _tensors(growth, reader, shapes, before.train.seed, keeps_moments=not restart)
-    changes = {
+        raise CheckpointError(f"{directory.folder(step)} exists already: choose another folder, or remove it first")
+    shapes = _checked_shapes(growth, reader, source)
+    tensors = _grown_tensors(growth, reader, shapes, before.train.seed, keep_optimizer_state=not restart)
+    grown: CheckpointState = {
+        **state,
         "step": step,
         "samples": step * before.train.global_batch_size,
         "config": after.model_dump(mode="json"),
@@ -67,47 +80,62 @@ def grow_checkpoint(
         "layout": {"tensor": 1, "pipeline": 1, "data": 1},
         "grown_from": {"checkpoint": str(source), "depth": before.model.depth, "placement": placement},
     }
-    return Grown(write_checkpoint(directory, {**state, **changes}, tensors), step, before, after)
+    return GrownCheckpoint(write_checkpoint(directory, grown, tensors), step, before, after)
 
 
-def _identity(state: Mapping[str, Any], source: Location) -> dict[str, Any]:
-    identity = state.get("identity")
+def grown_entry(growth: DepthGrowth, name: str, entry: str, source: Tensor) -> Tensor:
+    """State entry of the grown model's parameter `name`, given the same entry of its source."""
+    if entry not in _GATE_POWERS:
+        return growth.grown_value(name, source)
+    if growth.is_new(name):
+        return torch.zeros_like(source)
+    return growth.rescale_gates(name, source, _GATE_POWERS[entry])
+
+
+def initial_entry(growth: DepthGrowth, name: str, entry: str, shape: Shape, seed: int) -> Tensor:
+    """State entry of the grown model's parameter `name`, which has no source."""
+    return torch.zeros(shape) if entry in _GATE_POWERS else growth.initial_value(name, torch.Size(shape), seed)
+
+
+def _identity(state: CheckpointState, source: Location) -> dict[str, Any]:
+    identity: object = state.get("identity")
     if not isinstance(identity, dict):
-        raise CheckpointError(f"{source} does not say what run it belongs to: it is not one of ours")
+        raise CheckpointError(f"the state of {source} has no identity of a run: it was not written by rdm_scale")
     return identity
 
 
-def _shapes(growth: Growth, reader: TensorReader, source: Location) -> dict[str, torch.Size]:
-    """Names and shapes of the grown model, whose sources are all in the checkpoint and all that is in it."""
-    with torch.device("meta"):
-        shapes = {name: p.shape for name, p in build_model(growth.new).named_parameters()}
+def _checked_shapes(growth: DepthGrowth, reader: TensorReader, source: Location) -> dict[str, Shape]:
+    """Names and shapes of the grown model, after checking that the checkpoint holds exactly their sources."""
+    shapes = parameter_shapes(growth.new)
     sources = {old: shape for name, shape in shapes.items() if (old := growth.source(name)) is not None}
-    for odd in sorted(sources.keys() ^ set(reader.names())):
+    for name in sorted(sources.keys() ^ set(reader.names())):
         raise CheckpointError(
-            f"{source} {'lacks' if odd in sources else 'has'} the tensor {odd}, which does not fit its configuration: "
-            "it was not written by this version of the project"
+            f"{source} {'lacks' if name in sources else 'has'} the tensor {name}, which does not match its "
+            "configuration: it was not written by this version of rdm_scale"
         )
     for name, shape in sources.items():
-        if reader.shape(name) != tuple(shape):
-            raise CheckpointError(f"{source}: {name} has shape {list(reader.shape(name))}, not as configured")
+        if reader.shape(name) != shape:
+            raise CheckpointError(
+                f"{source}: {name} has shape {list(reader.shape(name))}, but its configuration says {list(shape)}"
+            )
     return shapes
 
 
-def _tensors(
-    growth: Growth, reader: TensorReader, shapes: dict[str, torch.Size], seed: int, keeps_moments: bool
-) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """The grown model's tensors in all fields, a block after the other."""
+def _grown_tensors(
+    growth: DepthGrowth, reader: TensorReader, shapes: dict[str, Shape], seed: int, keep_optimizer_state: bool
+) -> Iterator[NamedEntries]:
+    """All state entries of the grown model's parameters, block by block."""
     for _, group in itertools.groupby(shapes, lambda name: name.split(".")[:2]):
         names = list(group)
         sources = {name: old for name in names if (old := growth.source(name)) is not None}
-        values = {field: reader.read_many(field, list(sources.values())) for field in STATE_ENTRIES}
+        values = {entry: reader.read_many(entry, list(sources.values())) for entry in STATE_ENTRIES}
         for name in names:
-            tensors = {
-                field: growth.carried(name, field, values[field][sources[name]])
+            entries = {
+                entry: grown_entry(growth, name, entry, values[entry][sources[name]])
                 if name in sources
-                else growth.fresh(name, field, shapes[name], seed)
-                for field in STATE_ENTRIES
+                else initial_entry(growth, name, entry, shapes[name], seed)
+                for entry in STATE_ENTRIES
             }
-            if not keeps_moments:
-                tensors |= {field: torch.zeros(shapes[name]) for field in ("exp_avg", "exp_avg_sq")}
-            yield name, tensors
+            if not keep_optimizer_state:
+                entries |= {entry: torch.zeros(shapes[name]) for entry in _GATE_POWERS}
+            yield name, entries

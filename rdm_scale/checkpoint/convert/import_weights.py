@@ -1,71 +1,82 @@
-"""Published weights of a DiT, turned into a checkpoint that training starts from."""
+"""Import of published DiT weights: write a checkpoint that training can start from."""
 
 import math
 import pickle
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from rdm_scale.checkpoint.convert.checkpoint_writer import write_checkpoint
-from rdm_scale.checkpoint.convert.dit_names import (
-    Correspondence,
-    correspondences,
+from rdm_scale.checkpoint.convert.checkpoint_writer import NamedEntries, write_checkpoint
+from rdm_scale.checkpoint.convert.diffusers_config import parse_diffusers_config
+from rdm_scale.checkpoint.convert.parameter_mapping import (
+    ParameterMapping,
     diffusers_names,
-    model_of,
+    map_parameters,
     original_names,
 )
 from rdm_scale.checkpoint.directory import CheckpointDirectory
-from rdm_scale.checkpoint.sources import CONFIG, compare_shapes
+from rdm_scale.checkpoint.model_source import CONFIG, compare_shapes
+from rdm_scale.checkpoint.state import CheckpointState
 from rdm_scale.codecs.record import CodecRecord
 from rdm_scale.config import ModelConfig, RunConfig, flatten, parse_config
 from rdm_scale.errors import CheckpointError
 from rdm_scale.storage.location import Location
 from rdm_scale.storage.safetensors_folder import SafetensorsReader, Shape, read_json
 
-POSITIONS = "pos_embed"  # a fixed table, which the original DiT keeps among its weights
+POSITIONS = "pos_embed"  # a fixed table that the original DiT stores among its weights
 _UNREADABLE = (
     zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError, TypeError, OSError,
 )  # fmt: skip
-NO_DATA = "none"  # data.train of a checkpoint that was imported without a configuration
+NO_DATA = "none"  # data.train of a checkpoint imported without a configuration
 
 
 @dataclass(frozen=True)
-class Published:
-    """Weights from elsewhere, not converted yet, that were seen to be all of `model` and nothing else."""
+class PublishedWeights:
+    """External weights, not converted yet, whose names and shapes are exactly those of `model`."""
 
     where: Location
     model: ModelConfig
-    pairs: dict[str, Correspondence]
-    read: Callable[[str], Tensor]
+    mappings: dict[str, ParameterMapping]  # by own name
+    read: Callable[[str], Tensor]  # returns an external tensor by its name
+
+    @property
+    def elements(self) -> int:
+        """Number of elements of all parameters."""
+        return sum(math.prod(mapping.shape) for mapping in self.mappings.values())
 
     def stream(self) -> Iterator[tuple[str, Tensor]]:
-        """(our name, fp32 tensor) of every parameter. Raises CheckpointError: copies of an embedder differ."""
-        for name, pair in self.pairs.items():
-            yield name, pair.to_ours(self.read)
+        """Convert every parameter to fp32, one by one, with its own name.
+
+        Raises:
+            CheckpointError: a tensor cannot be read, or copies of an embedder differ.
+        """
+        for name, mapping in self.mappings.items():
+            yield name, mapping.from_external(self.read)
 
 
-def open_published(source: str, model: ModelConfig | None) -> Published:
-    """The weights at `source`: a folder of diffusers' DiT (or a pipeline's, with a folder `transformer`), or a file
-    with the names of the original DiT, .safetensors or .pt.
+def open_published(source: str, model: ModelConfig | None) -> PublishedWeights:
+    """Open external weights without converting them.
 
     Args:
-        model: what the weights should be; needed for a file, which does not say the number of heads.
+        source: a folder of diffusers' DiT (or of a pipeline, with a folder `transformer`), or a .safetensors or .pt
+            file with the names of the original DiT.
+        model: expected configuration; required for a file, which does not contain the number of heads.
 
     Raises:
-        CheckpointError: a file is missing, damaged or pickled objects; tensors are missing, strange or of other
-            shapes; embedders of blocks differ; or it is another model than `model`, with the keys that differ.
+        CheckpointError: a file is missing, damaged or contains pickled objects; tensors are missing, unknown or have
+            other shapes; embedders of blocks differ; or the model is not `model`, with the keys that differ.
     """
     here = Location(source)
     published = _open_folder(here) if here.is_dir() else _open_file(here, model)
     if model is not None:
-        # gates are not used by adaln_zero, and may be set to anything
-        there, wanted = (dict(flatten(m.model_dump(mode="json", exclude={"gate"}))) for m in (published.model, model))
+        # adaln_zero does not use model.gate, which may have any values
+        found, wanted = (dict(flatten(m.model_dump(mode="json", exclude={"gate"}))) for m in (published.model, model))
         lines = [
-            f"model.{k}: {there[k]} there, {wanted[k]} in the configuration" for k in there if there[k] != wanted[k]
+            f"model.{k}: {found[k]} there, {wanted[k]} in the configuration" for k in found if found[k] != wanted[k]
         ]
         if lines:
             raise CheckpointError("\n  ".join([f"{here} is another model than the configuration's:", *lines]))
@@ -74,32 +85,36 @@ def open_published(source: str, model: ModelConfig | None) -> Published:
 
 
 def import_weights(
-    published: Published,
+    published: PublishedWeights,
     out: Location,
     config: RunConfig | None = None,
     codec: CodecRecord | None = None,
     class_names: tuple[str, ...] = (),
     progress: Callable[[int], object] = lambda elements: None,
 ) -> Location:
-    """Writes a checkpoint of step 0 with the weights, averages equal to them, and moments of zero, to the folder of
-    checkpoints `out`.
+    """Write a checkpoint of step 0 with these weights, equal EMA weights, and an optimizer state of zeros.
 
     Args:
-        config: of the run that will start from it; None: one that has the model and published DiTs' objective only.
-        codec: of the data, identity if not known.
+        published: the weights to import.
+        out: folder of checkpoints to write to.
+        config: configuration of the run that will start from it; by default a minimal one with the model and the
+            objective of published DiTs.
+        codec: codec of the run's data; identity by default.
+        class_names: class names of the run's data; numbers by default.
         progress: called with the number of elements of each tensor written.
 
     Returns:
-        The checkpoint's folder: what `checkpoint.resume` takes.
+        The checkpoint's folder, for `checkpoint.resume`.
 
     Raises:
-        CheckpointError: `out` has checkpoints already or cannot be written, or weights cannot be read. Nothing is left.
+        CheckpointError: `out` has checkpoints already or cannot be written, or the weights cannot be read. Nothing is
+            written then.
     """
     directory = CheckpointDirectory(out)
     if (latest := directory.latest()) is not None:
         raise CheckpointError(f"{out} holds checkpoints already (step {latest}): choose another folder")
     config = config or _bare_config(published.model)
-    state = {
+    state: CheckpointState = {
         "step": 0,
         "samples": 0,
         "config": config.model_dump(mode="json"),
@@ -110,56 +125,62 @@ def import_weights(
         "layout": {"imported_from": str(published.where)},
     }
 
-    def fields() -> Iterator[tuple[str, dict[str, Tensor]]]:
+    def entries() -> Iterator[NamedEntries]:
         for name, tensor in published.stream():
             zeros = torch.zeros(()).expand(tensor.shape)
             yield name, {"weights": tensor, "exp_avg": zeros, "exp_avg_sq": zeros, "ema": tensor}
             progress(tensor.numel())
 
-    return write_checkpoint(directory, state, fields())
+    return write_checkpoint(directory, state, entries())
 
 
-def _open_folder(folder: Location) -> Published:
+def _open_folder(folder: Location) -> PublishedWeights:
     if not (folder / CONFIG).exists() and (folder / "transformer" / CONFIG).exists():
         folder = folder / "transformer"
-    model = model_of(read_json(folder / CONFIG), folder / CONFIG)
+    model = parse_diffusers_config(read_json(folder / CONFIG), folder / CONFIG)
     reader = SafetensorsReader.of_folder(folder, "diffusion_pytorch_model")
-    if model.depth > len(reader.shapes):  # before anything of that size is built
+    if model.depth > len(reader.shapes):  # before a model of that size is built
         raise CheckpointError(f"{folder} claims {model.depth:,} blocks and holds only {len(reader.shapes):,} tensors")
-    pairs = correspondences(diffusers_names, model)
-    compare_shapes(reader.shapes, _expected(pairs), folder)
-    return Published(folder, model, pairs, reader.read)
+    mappings = map_parameters(diffusers_names, model)
+    compare_shapes(reader.shapes, _external_shapes(mappings), folder)
+    return PublishedWeights(folder, model, mappings, reader.read)
 
 
-def _open_file(file: Location, model: ModelConfig | None) -> Published:
+def _open_file(file: Location, model: ModelConfig | None) -> PublishedWeights:
     if model is None:
-        raise CheckpointError(f"{file} does not say its number of heads: give a configuration too, as CONFIG")
+        raise CheckpointError(f"{file} does not contain the number of heads: give a configuration too, as CONFIG")
     if model.residual != "adaln_zero" or model.condition != "class":
         raise CheckpointError(f"{file} can only be a model with model.residual=adaln_zero and model.condition=class")
-    shapes, read = _tensors_of_file(file)
+    tensors = _open_tensors(file)
     model = model.model_copy(update={"timestep_spacing": "dit"})
-    pairs = correspondences(original_names, model)
-    expected = _expected(pairs)
-    if POSITIONS in shapes:
+    mappings = map_parameters(original_names, model)
+    expected = _external_shapes(mappings)
+    if POSITIONS in tensors.shapes:
         expected[POSITIONS] = (1, model.tokens, model.hidden_size)
-    compare_shapes(shapes, expected, file)
-    return Published(file, model, pairs, read)
+    compare_shapes(tensors.shapes, expected, file)
+    return PublishedWeights(file, model, mappings, tensors.read)
 
 
-def _tensors_of_file(file: Location) -> tuple[dict[str, Shape], Callable[[str], Tensor]]:
+class _NamedTensors(NamedTuple):
+    shapes: dict[str, Shape]
+    read: Callable[[str], Tensor]
+
+
+def _open_tensors(file: Location) -> _NamedTensors:
     if file.name.endswith(".safetensors"):
         reader = SafetensorsReader([file])
-        return reader.shapes, reader.read
+        return _NamedTensors(reader.shapes, reader.read)
     if not file.name.endswith((".pt", ".pth")):
         raise CheckpointError(f"{file} is neither a folder of diffusers nor a .safetensors or .pt file")
-    tensors = _unpickled(file)
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}, tensors.__getitem__
+    tensors = _unpickle(file)
+    return _NamedTensors({name: tuple(tensor.shape) for name, tensor in tensors.items()}, tensors.__getitem__)
 
 
-def _unpickled(file: Location) -> dict[str, Tensor]:
-    """A state dict out of torch's own format, by the unpickler that makes tensors and containers and nothing else.
+def _unpickle(file: Location) -> dict[str, Tensor]:
+    """Read a state dict in torch's format with the restricted unpickler, which creates only tensors and containers.
 
-    The format before torch 1.6 is refused: it allocates what it claims. So are compressed files, which may unfold.
+    The format before torch 1.6 is refused because it allocates whatever size it claims, and so are compressed files,
+    which may expand to any size.
     """
     try:
         with file.open("rb") as content:
@@ -172,7 +193,7 @@ def _unpickled(file: Location) -> dict[str, Tensor]:
     except _UNREADABLE as error:
         first = str(error).strip().splitlines()[:1]
         raise CheckpointError(
-            f"{file} is not a plain file of tensors, and nothing else in it is run or loaded: {' '.join(first)}"
+            f"{file} is not a plain file of tensors; nothing else is loaded or executed: {' '.join(first)}"
         ) from None
     for key in ("ema", "model"):  # as the original training saves them
         if isinstance(found, dict) and isinstance(found.get(key), dict):
@@ -184,14 +205,14 @@ def _unpickled(file: Location) -> dict[str, Tensor]:
     return found
 
 
-def _expected(pairs: dict[str, Correspondence]) -> dict[str, Shape]:
-    return {name: shape for pair in pairs.values() for name, shape in pair.shapes().items()}
+def _external_shapes(mappings: dict[str, ParameterMapping]) -> dict[str, Shape]:
+    return {name: shape for mapping in mappings.values() for name, shape in mapping.external_shapes().items()}
 
 
-def _refuse_differing_copies(published: Published) -> None:
-    for pair in published.pairs.values():
-        if any(len(names) > 1 for names in pair.theirs):
-            pair.to_ours(published.read)
+def _refuse_differing_copies(published: PublishedWeights) -> None:
+    for mapping in published.mappings.values():
+        if any(len(names) > 1 for names in mapping.names):
+            mapping.from_external(published.read)
 
 
 def _bare_config(model: ModelConfig) -> RunConfig:
@@ -202,7 +223,3 @@ def _bare_config(model: ModelConfig) -> RunConfig:
         "run": {"dir": "run"},
     }
     return parse_config(tree, "of the imported model")
-
-
-def elements(published: Published) -> int:
-    return sum(math.prod(pair.shape) for pair in published.pairs.values())

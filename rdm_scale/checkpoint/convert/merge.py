@@ -1,14 +1,17 @@
-"""One folder of weights that other programs read, out of checkpoints of any layout; streamed, so that memory stays
-bounded whatever the size of the model."""
+"""Merge checkpoints of any layout into one folder of weights that other programs read.
 
-import math
+Tensors are streamed one by one, so that memory stays bounded for models of any size.
+"""
+
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from rdm_scale.checkpoint.convert.dit_names import config_of, correspondences, diffusers_names
-from rdm_scale.checkpoint.sources import CONFIG, MERGED, MergedConfig, ModelSource
+from rdm_scale.checkpoint.convert.diffusers_config import encode_diffusers_config
+from rdm_scale.checkpoint.convert.parameter_mapping import diffusers_names, map_parameters
+from rdm_scale.checkpoint.model_source import CONFIG, MERGED, MergedConfig, ModelSource
 from rdm_scale.config import flatten
 from rdm_scale.errors import CheckpointError
 from rdm_scale.storage.location import Location
@@ -26,22 +29,23 @@ def merge(
     max_file_bytes: int = MAX_FILE_BYTES,
     progress: Progress = lambda elements: None,
 ) -> None:
-    """Writes the mean of the sources' weights, of one source just these, as a merged folder; `config.json` comes last.
+    """Write the mean of the sources' weights to a merged folder; `config.json` is written last.
 
     Args:
-        sources: of one model; the first one's configuration is written, its step is that of the newest.
-        out: a folder that does not exist yet or is empty.
-        dtype: of the file, fp32 or bf16; the mean is taken in fp64.
-        progress: called with the number of elements done, tensor by tensor.
+        sources: checkpoints of one model. The configuration of the first one and the step of the newest are written.
+        out: a folder that does not exist or is empty.
+        dtype: type of the stored weights, fp32 or bf16. The mean is computed in fp64.
+        max_file_bytes: larger weights are split into several files.
+        progress: called with the number of elements of each tensor written.
 
     Raises:
-        CheckpointError: the sources are of different models, `out` is taken or cannot be written, or a source is
-            damaged; nothing is left in `out` then.
+        CheckpointError: the sources are different models, `out` is not empty or cannot be written, or a source is
+            damaged. Nothing is left in `out` then.
     """
     first = sources[0]
     for other in sources[1:]:
-        mine, theirs = (dict(flatten(s.config.model.model_dump(mode="json"))) for s in (first, other))
-        if differing := [key for key in mine if mine[key] != theirs[key]]:
+        a, b = (dict(flatten(s.config.model.model_dump(mode="json"))) for s in (first, other))
+        if differing := [key for key in a if a[key] != b[key]]:
             raise CheckpointError(
                 f"{first.where} and {other.where} cannot be averaged: they differ in model.{', model.'.join(differing)}"
             )
@@ -55,10 +59,8 @@ def merge(
         class_names=first.class_names,
         text=first.text,
     )
-    _write(
-        out, MERGED, first.shapes, _mean(sources), dtype, max_file_bytes, progress,
-        config.model_dump_json(indent=1).encode(),
-    )  # fmt: skip
+    folder = _OutputFolder(out, MERGED, dtype, max_file_bytes, progress)
+    folder.write(first.shapes, _mean(sources), config.model_dump_json(indent=1).encode())
 
 
 def export_diffusers(
@@ -68,27 +70,21 @@ def export_diffusers(
     max_file_bytes: int = MAX_FILE_BYTES,
     progress: Progress = lambda elements: None,
 ) -> None:
-    """Writes a folder that `diffusers.DiTTransformer2DModel.from_pretrained` loads.
+    """Write a folder that `diffusers.DiTTransformer2DModel.from_pretrained` loads.
 
-    Raises:
-        CheckpointError: DiT of diffusers cannot express the model, and what to do instead; or as `merge`.
+    Args and errors are those of `merge`; CheckpointError is also raised if diffusers' DiT cannot express the model.
     """
-    config = config_of(source.config.model)
-    pairs = correspondences(diffusers_names, source.config.model)
+    config = encode_diffusers_config(source.config.model)
+    mappings = map_parameters(diffusers_names, source.config.model)
     shapes: dict[str, Shape] = {}
-    for pair in pairs.values():
-        shapes |= pair.shapes()
-    renamed = (named for name, tensor in source.stream() for named in pairs[name].to_theirs(tensor))
-    _write(out, "diffusion_pytorch_model", shapes, renamed, dtype, max_file_bytes, progress, config)
+    for mapping in mappings.values():
+        shapes |= mapping.external_shapes()
+    tensors = (named for name, tensor in source.stream() for named in mappings[name].to_external(tensor))
+    _OutputFolder(out, "diffusion_pytorch_model", dtype, max_file_bytes, progress).write(shapes, tensors, config)
 
 
-def elements(sources: Sequence[ModelSource]) -> int:
-    """Elements of one of the sources, for showing progress."""
-    return sum(map(math.prod, sources[0].shapes.values()))
-
-
-def refuse_taken(out: Location) -> None:
-    """Raises CheckpointError unless `out` is free to be written to."""
+def refuse_occupied(out: Location) -> None:
+    """Raise CheckpointError if `out` is a file or a folder that is not empty."""
     try:
         names = out.names()
         is_file = not names and out.exists() and not out.is_dir()
@@ -97,7 +93,7 @@ def refuse_taken(out: Location) -> None:
     if names:
         raise CheckpointError(f"{out} is not empty (it holds {names[0]}): choose another folder")
     if is_file:
-        raise CheckpointError(f"{out} is a file: choose another place")
+        raise CheckpointError(f"{out} is a file: choose another folder")
 
 
 def _mean(sources: Sequence[ModelSource]) -> Iterator[tuple[str, Tensor]]:
@@ -111,25 +107,28 @@ def _mean(sources: Sequence[ModelSource]) -> Iterator[tuple[str, Tensor]]:
         yield parts[0][0], (total / len(parts)).float()
 
 
-def _write(
-    out: Location,
-    stem: str,
-    shapes: dict[str, Shape],
-    tensors: Iterator[tuple[str, Tensor]],
-    dtype: torch.dtype,
-    max_file_bytes: int,
-    progress: Progress,
-    config: bytes,
-) -> None:
-    refuse_taken(out)
-    try:
-        write_safetensors(
-            out, stem, shapes, tensors, dtype, max_file_bytes, lambda done: progress(done // dtype.itemsize)
-        )
-        (out / CONFIG).write(config)
-    except BaseException as error:
-        if out.exists():
-            out.remove()
-        if isinstance(error, OSError):
-            raise CheckpointError(f"cannot write {out / CONFIG}: {error.strerror or error}") from error
-        raise
+@dataclass(frozen=True)
+class _OutputFolder:
+    """A folder of weights to write."""
+
+    out: Location
+    stem: str  # of the file names
+    dtype: torch.dtype
+    max_file_bytes: int
+    progress: Progress
+
+    def write(self, shapes: dict[str, Shape], tensors: Iterator[tuple[str, Tensor]], config: bytes) -> None:
+        """Write weights, then `config.json`; after an error the folder is removed."""
+        refuse_occupied(self.out)
+        try:
+            write_safetensors(
+                self.out, self.stem, shapes, tensors, self.dtype, self.max_file_bytes,
+                lambda done: self.progress(done // self.dtype.itemsize),
+            )  # fmt: skip
+            (self.out / CONFIG).write(config)
+        except BaseException as error:
+            if self.out.exists():
+                self.out.remove()
+            if isinstance(error, OSError):
+                raise CheckpointError(f"cannot write {self.out / CONFIG}: {error.strerror or error}") from error
+            raise

@@ -1,1 +1,1 @@
-"""The files of a checkpoint: slices of logical tensors in safetensors, with an index and checksums."""
+"""Files of a checkpoint: slices of logical tensors in safetensors format, with an index and checksums."""

@@ -1,4 +1,4 @@
-"""Checkpoints written from logical tensors: read like any other, however small the files that they are cut into."""
+"""Checkpoints written from logical tensors are read like any other, however small their files are."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,7 +34,7 @@ def directory(tmp_path: Path) -> CheckpointDirectory:
 
 
 @pytest.mark.parametrize(("capacity", "files"), [(1000, 1), (137, 1), (136, 2), (29, 5), (1, 137)])
-def test_what_was_written_is_read(directory: CheckpointDirectory, capacity: int, files: int) -> None:
+def test_tensors_are_read_back(directory: CheckpointDirectory, capacity: int, files: int) -> None:
     folder = write_checkpoint(directory, STATE, stream(), capacity)
     assert folder.path == directory.folder(7).path
     assert len([name for name in folder.names() if name.endswith(INDEX)]) == files
@@ -46,14 +46,14 @@ def test_what_was_written_is_read(directory: CheckpointDirectory, capacity: int,
         assert torch.equal(reader.read("ema", name), (2 * tensor).bfloat16().float())
 
 
-def test_the_order_is_that_of_the_tensors(directory: CheckpointDirectory) -> None:
+def test_tensors_are_stored_in_order(directory: CheckpointDirectory) -> None:
     folder = write_checkpoint(directory, STATE, stream(), 20)
     with safe_open(f"{folder}/rank_00000.safetensors", "pt") as file:
         expected = torch.cat([TENSORS["scale"].view(1), TENSORS["bias"], TENSORS["weight"].flatten()[:6]])
         assert torch.equal(file.get_tensor("weights"), expected)
 
 
-def test_what_fails_leaves_nothing_and_an_earlier_step_alone(directory: CheckpointDirectory) -> None:
+def test_nothing_is_left_after_a_failure_but_earlier_steps(directory: CheckpointDirectory) -> None:
     write_checkpoint(directory, STATE | {"step": 3}, stream())
 
     def fails() -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -70,10 +70,10 @@ def test_what_fails_leaves_nothing_and_an_earlier_step_alone(directory: Checkpoi
     ("second", "message"),
     [
         (("a", {"ema": torch.ones(2)}), "a is given twice"),
-        (("b", {"weights": torch.ones(2)}), "b must have the fields ema"),
+        (("b", {"weights": torch.ones(2)}), "b must have the state entries ema"),
     ],
 )
-def test_tensors_that_cannot_be_are_refused(
+def test_inconsistent_tensors_are_refused(
     directory: CheckpointDirectory, second: tuple[str, dict[str, Tensor]], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):

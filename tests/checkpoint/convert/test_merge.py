@@ -1,4 +1,4 @@
-"""Merged folders: read by us and by safetensors itself, averaged, and left out when something fails."""
+"""Merged folders: read by this project and by safetensors, averaged, and removed after a failure."""
 
 import json
 import re
@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from rdm_scale.checkpoint import CheckpointDirectory, load_model, load_trained
 from rdm_scale.checkpoint.convert.checkpoint_writer import write_checkpoint
 from rdm_scale.checkpoint.convert.merge import merge
-from rdm_scale.checkpoint.sources import open_model
-from rdm_scale.checkpoint.summary import gates, summarize, verify
+from rdm_scale.checkpoint.model_source import open_model
+from rdm_scale.checkpoint.summary import gates, summarize
+from rdm_scale.checkpoint.verify import verify
 from rdm_scale.codecs.record import CodecRecord
 from rdm_scale.config import RunConfig, parse_config
 from rdm_scale.errors import CheckpointError
@@ -32,7 +33,7 @@ def run_config(**model: Any) -> RunConfig:
 
 
 def save(directory: Location, step: int, config: RunConfig) -> torch.nn.Module:
-    """A checkpoint whose averages are the model of seed `step`, and whose weights are one more."""
+    """Save a checkpoint whose EMA weights are the model of seed `step` plus `step`, and whose weights are one more."""
     model = build_model(config.model, seed=step)
     for p in model.parameters():
         p.data += step
@@ -95,18 +96,18 @@ def test_raw_weights_and_bf16(run: Location, tmp_path: Path) -> None:
     assert load_model(str(tmp_path / "out")).get_parameter("head.out.bias").dtype == torch.float32
 
 
-def test_the_mean_is_the_mean(run: Location, tmp_path: Path) -> None:
+def test_averages_are_the_mean_of_the_sources(run: Location, tmp_path: Path) -> None:
     merge([open_model(step(run, n)) for n in (1, 2, 6)], Location(tmp_path / "out"))
     models = [dict(build_model(run_config().model, seed=n).named_parameters()) for n in (1, 2, 6)]
     averaged = load_model(str(tmp_path / "out"))
     for name, parameter in averaged.named_parameters():
         torch.testing.assert_close(parameter, sum(m[name] for m in models) / 3 + 3)  # (1 + 2 + 6) / 3
-    again = open_model(str(tmp_path / "out"))  # a merged folder is a source too
+    again = open_model(str(tmp_path / "out"))  # a merged folder is also a source
     merge([again, open_model(step(run, 6))], Location(tmp_path / "second"))
     assert load_model(str(tmp_path / "second")).get_parameter("head.out.bias")[0].item() == pytest.approx(4.5)
 
 
-def test_other_models_are_not_averaged(run: Location, tmp_path: Path) -> None:
+def test_different_models_are_not_averaged(run: Location, tmp_path: Path) -> None:
     save(Location(tmp_path / "other"), 3, run_config(num_heads=4, num_classes=6))
     with pytest.raises(CheckpointError, match=r"differ in model.num_heads, model.num_classes"):
         merge([open_model(step(run, 1)), open_model(str(tmp_path / "other"))], Location(tmp_path / "out"))
@@ -128,7 +129,7 @@ def damaged_bytes(name: str, message: str) -> tuple[int, int]:
     return begin, end
 
 
-def test_a_damaged_source_leaves_nothing(run: Location, tmp_path: Path) -> None:
+def test_nothing_is_left_after_a_damaged_source(run: Location, tmp_path: Path) -> None:
     flip(Path(step(run, 6)) / "rank_00002.safetensors", 20_000)
     with pytest.raises(CheckpointError) as raised:
         merge([open_model(step(run, 6))], Location(tmp_path / "out"))
@@ -142,7 +143,7 @@ def test_a_damaged_source_leaves_nothing(run: Location, tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "taken").iterdir()] == ["mine.txt"]
 
 
-def test_verifying_names_every_damaged_block(run: Location) -> None:
+def test_verification_names_every_damaged_block(run: Location) -> None:
     folder = Location(step(run, 2))
     assert verify(folder) == []
     flip(Path(folder.path) / "rank_00000.safetensors", 500)
@@ -156,7 +157,7 @@ def test_verifying_names_every_damaged_block(run: Location) -> None:
         verify(folder)
 
 
-def test_inspection_tells_norms_and_gates(run: Location) -> None:
+def test_summary_contains_norms_and_gates(run: Location) -> None:
     state, count, summaries = summarize(Location(step(run, 2)))
     model = build_model(run_config().model, seed=2)
     assert (state["layout"]["data"], count) == (3, len(list(model.parameters())))
@@ -180,10 +181,12 @@ def test_inspection_tells_norms_and_gates(run: Location) -> None:
         ({"config": {"model": {"hidden_size": 48}}}, r"head.out.bias|other shapes"),
         ({"config": {"model": {"depth": 1}}}, "which the model does not, blocks.1"),
         ({"codec": {"name": 3}}, "codec.name"),
-        ({"format": "else"}, "no folder that tools/merge_checkpoint.py wrote"),
+        ({"format": "else"}, "nor a folder that tools/merge_checkpoint.py wrote"),
     ],
 )
-def test_a_folder_that_lies_is_refused(run: Location, tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_a_folder_that_contradicts_its_configuration_is_refused(
+    run: Location, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
     merge([open_model(step(run, 1))], Location(tmp_path / "out"))
     path = tmp_path / "out" / "config.json"
     tree = json.loads(path.read_text())
@@ -200,7 +203,7 @@ def test_a_folder_that_lies_is_refused(run: Location, tmp_path: Path, change: di
     tracemalloc.stop()
 
 
-def test_the_pipeline_draws_from_a_merged_folder(run: Location, tmp_path: Path) -> None:
+def test_the_pipeline_samples_from_a_merged_folder(run: Location, tmp_path: Path) -> None:
     merge([open_model(step(run, 1))], Location(tmp_path / "out"))
     pipe = RDMPipeline.from_pretrained(str(tmp_path / "out"), codec="identity")
     images = pipe(class_labels=[0, 4, 5], num_inference_steps=2, guidance_scale=1.5, seed=3)

@@ -1,13 +1,13 @@
-"""Where the weights of one whole model come from: a checkpoint of any layout, or a folder of merged weights.
+"""Sources of a model's weights: a checkpoint of any layout, or a folder of merged weights.
 
-A merged folder holds `model.safetensors` (or numbered files and their index) with the parameters under our names, and
-`config.json` with everything else that is needed to use them.
+A merged folder holds `model.safetensors` (or numbered files and their index) with the parameters under this project's
+names, and `config.json` with everything else that is needed to use them.
 """
 
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rdm_scale.checkpoint.directory import CheckpointDirectory, is_checkpoint, open_checkpoint
 from rdm_scale.checkpoint.format.reader import TensorReader
+from rdm_scale.checkpoint.state import CheckpointState
 from rdm_scale.codecs.record import CodecRecord
 from rdm_scale.config import ModelConfig, RunConfig, parse_config
 from rdm_scale.data.manifest import TextEncoding
@@ -24,10 +25,10 @@ from rdm_scale.storage.location import Location
 from rdm_scale.storage.safetensors_folder import SafetensorsReader, Shape, read_json
 
 Weights = Literal["ema", "weights"]
-MERGED = "model"  # .safetensors
+MERGED = "model"  # stem of the .safetensors files
 CONFIG = "config.json"
 _MAX_POSITIONS = 2**31
-_GROUP_ELEMENTS = 2**23  # small tensors are read together, up to 32 MiB
+_GROUP_ELEMENTS = 2**23  # small tensors are read together, up to 32 MiB at a time
 
 
 class MergedConfig(BaseModel):
@@ -40,7 +41,7 @@ class MergedConfig(BaseModel):
     weights: Weights
     dtype: str
     step: int
-    averaged: tuple[str, ...] = ()  # the checkpoints that these weights are the mean of
+    averaged: tuple[str, ...] = ()  # the checkpoints whose mean these weights are
     config: dict[str, Any]
     codec: CodecRecord
     class_names: tuple[str, ...]
@@ -49,7 +50,7 @@ class MergedConfig(BaseModel):
 
 @dataclass(frozen=True)
 class ModelSource:
-    """The weights of a model, not read yet, and what is needed to use them. All its shapes fit its configuration."""
+    """Weights of a model, not read yet, with what is needed to use them. All shapes match the configuration."""
 
     where: Location
     weights: Weights
@@ -61,11 +62,19 @@ class ModelSource:
     shapes: dict[str, Shape]  # in the order of the model's parameters
     _reader: TensorReader | SafetensorsReader
 
+    @property
+    def elements(self) -> int:
+        """Number of elements of all parameters."""
+        return sum(map(math.prod, self.shapes.values()))
+
     def stream(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) of every parameter in fp32, in the order of `shapes`; memory holds one, or a few small ones.
+        """Read every parameter in fp32, in the order of `shapes`; memory holds one, or a few small ones.
+
+        Yields:
+            Name and tensor.
 
         Raises:
-            CheckpointError: a file cannot be read, or its bytes are not what was written.
+            CheckpointError: a file cannot be read or is damaged.
         """
         if isinstance(self._reader, SafetensorsReader):
             yield from ((name, self.read(name)) for name in self.shapes)
@@ -74,22 +83,22 @@ class ModelSource:
             yield from self._reader.read_many(self.weights, group).items()
 
     def read(self, name: str) -> Tensor:
-        """One parameter in fp32. Raises CheckpointError as `stream` does."""
+        """Read one parameter in fp32. Raises CheckpointError as `stream` does."""
         if isinstance(self._reader, SafetensorsReader):
             return self._reader.read(name).float()
         return self._reader.read(self.weights, name)
 
 
 def open_model(path: str, weights: Weights = "ema") -> ModelSource:
-    """The weights at `path`: a checkpoint's folder, a run's directory or folder of checkpoints, of which the newest is
-    taken, or a merged folder; local or any fsspec URL.
+    """Open the weights at `path` without reading them.
 
     Args:
-        weights: the averaged weights (ema) or the trained ones (weights); a merged folder has only one of them, which
-            is taken.
+        path: a checkpoint's folder, a run's directory or a folder of checkpoints (the newest one is used), or a merged
+            folder; a local path or any fsspec URL.
+        weights: the EMA weights (ema) or the last ones (weights). A merged folder has only one of them, which is used.
 
     Raises:
-        CheckpointError: there is no complete checkpoint, or it is damaged or not one of this project's.
+        CheckpointError: there is no complete checkpoint, or it is damaged or was not written by this project.
     """
     if weights not in ("ema", "weights"):
         raise CheckpointError(f"weights={weights!r}: choose ema or weights")
@@ -101,14 +110,19 @@ def open_model(path: str, weights: Weights = "ema") -> ModelSource:
     if weights not in reader.entries():
         raise CheckpointError(f"{folder} has no {weights}; it has {', '.join(reader.entries())}")
     shapes = {name: reader.shape(name) for name in reader.names()}
-    config, codec, names, text = _described(state, folder)
+    found = _describe(state, folder)
+    shapes = _checked_shapes(shapes, found.config.model, folder)
     return ModelSource(
-        folder, weights, state["step"], config, codec, names, text, _fitting(shapes, config.model, folder), reader
+        folder, weights, state["step"], found.config, found.codec, found.class_names, found.text, shapes, reader
     )
 
 
 def find_checkpoint(path: str) -> Location:
-    """The checkpoint at `path`, or the newest one of the run or folder of checkpoints at `path`."""
+    """Find the checkpoint at `path`, or the newest one of the run or folder of checkpoints at `path`.
+
+    Raises:
+        CheckpointError: there is none.
+    """
     here = Location(path)
     if is_checkpoint(here):
         return here
@@ -120,20 +134,20 @@ def find_checkpoint(path: str) -> Location:
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
-    """Shapes of a model's parameters by name, in their order; nothing is allocated."""
+    """Shapes of a model's parameters by name, in their order. Nothing is allocated."""
     with torch.device("meta"):
         return {name: tuple(p.shape) for name, p in build_model(config).named_parameters()}
 
 
 def compare_shapes(found: Mapping[str, Shape], expected: Mapping[str, Shape], where: object) -> None:
-    """Raises CheckpointError unless names and shapes are the same; it lists what is missing, strange or different."""
-    missing, strange = [n for n in expected if n not in found], [n for n in found if n not in expected]
+    """Raise CheckpointError unless names and shapes are equal, with the missing, unknown and different ones."""
+    missing, unknown = [n for n in expected if n not in found], [n for n in found if n not in expected]
     wrong = [
         f"{name} {list(found[name])} instead of {list(shape)}"
         for name, shape in expected.items()
         if name in found and tuple(found[name]) != tuple(shape)
     ]
-    problems = [("lacks", missing), ("has, which the model does not,", strange), ("has other shapes:", wrong)]
+    problems = [("lacks", missing), ("has, which the model does not,", unknown), ("has other shapes:", wrong)]
     lines = [f"it {what} {_few(names)}" for what, names in problems if names]
     if lines:
         raise CheckpointError(
@@ -149,7 +163,7 @@ def _open_merged(folder: Location) -> ModelSource:
     tree = read_json(folder / CONFIG)
     if tree.get("format") != "rdm_scale.model":
         raise CheckpointError(
-            f"{folder} is no checkpoint and no folder that tools/merge_checkpoint.py wrote"
+            f"{folder} is neither a checkpoint nor a folder that tools/merge_checkpoint.py wrote"
             + (": use tools/import_checkpoint.py for a model of diffusers" if "_class_name" in tree else "")
         )
     try:
@@ -159,31 +173,40 @@ def _open_merged(folder: Location) -> ModelSource:
         raise CheckpointError(f"{folder / CONFIG}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     config = parse_config(merged.config, str(folder / CONFIG))
     reader = SafetensorsReader.of_folder(folder, MERGED)
-    shapes = _fitting(reader.shapes, config.model, folder)
+    shapes = _checked_shapes(reader.shapes, config.model, folder)
     return ModelSource(
         folder, merged.weights, merged.step, config, merged.codec, merged.class_names, merged.text, shapes, reader
     )  # fmt: skip
 
 
-def _described(
-    state: dict[str, Any], folder: Location
-) -> tuple[RunConfig, CodecRecord, tuple[str, ...], TextEncoding | None]:
+class _Description(NamedTuple):
+    config: RunConfig
+    codec: CodecRecord
+    class_names: tuple[str, ...]
+    text: TextEncoding | None
+
+
+def _describe(state: CheckpointState, folder: Location) -> _Description:
+    """Validate the parts of a checkpoint's state that are needed to use its weights."""
     missing = [key for key in ("config", "codec", "class_names") if key not in state]
     if missing:
-        raise CheckpointError(f"{folder} does not say its {missing[0]}: it is not one of ours")
+        raise CheckpointError(f"the state of {folder} has no {missing[0]}: it was not written by rdm_scale")
     try:
         codec = CodecRecord.model_validate(state["codec"])
         text = None if state.get("text") is None else TextEncoding.model_validate(state["text"])
     except ValidationError as error:
-        raise CheckpointError(f"{folder} does not say validly how its data were made: {error}") from None
-    return parse_config(state["config"], str(folder)), codec, tuple(state["class_names"]), text
+        raise CheckpointError(f"{folder} does not validly describe the encoding of its data: {error}") from None
+    return _Description(parse_config(state["config"], str(folder)), codec, tuple(state["class_names"]), text)
 
 
-def _fitting(found: Mapping[str, Shape], config: ModelConfig, where: Location) -> dict[str, Shape]:
-    """The model's shapes, after it was seen that `found` are these: nothing is built on a claim alone."""
+def _checked_shapes(found: Mapping[str, Shape], config: ModelConfig, where: Location) -> dict[str, Shape]:
+    """Shapes of the configured model, after checking that `found` are equal.
+
+    The configuration is untrusted: it is compared with the tensors before a model of its size is built.
+    """
     if config.depth > len(found):
         raise CheckpointError(f"{where} claims {config.depth:,} blocks and holds only {len(found):,} tensors")
-    if config.tokens * config.hidden_size > _MAX_POSITIONS:  # tables that no tensor in the files vouches for
+    if config.tokens * config.hidden_size > _MAX_POSITIONS:  # tables that are not among the tensors
         raise CheckpointError(f"{where} claims {config.tokens:,} tokens of width {config.hidden_size:,}: impossible")
     try:
         expected = parameter_shapes(config)

@@ -1,4 +1,4 @@
-"""Weights to diffusers and back, held to diffusers' own model; and what is refused on the way in."""
+"""Weights exported to diffusers and imported again, compared with diffusers' own model; and refused imports."""
 
 import json
 import zipfile
@@ -14,7 +14,7 @@ from rdm_scale.checkpoint import CheckpointDirectory, load_model
 from rdm_scale.checkpoint.convert.checkpoint_writer import write_checkpoint
 from rdm_scale.checkpoint.convert.import_weights import import_weights, open_published
 from rdm_scale.checkpoint.convert.merge import export_diffusers
-from rdm_scale.checkpoint.sources import open_model
+from rdm_scale.checkpoint.model_source import open_model
 from rdm_scale.codecs.record import CodecRecord
 from rdm_scale.config import ModelConfig, RunConfig, parse_config
 from rdm_scale.errors import CheckpointError
@@ -40,7 +40,7 @@ def run_config(**model: Any) -> RunConfig:
 
 
 def random_model(config: ModelConfig) -> torch.nn.Module:
-    """No parameter is zero, so that none may be lost unnoticed."""
+    """A model without zeros, so that a missing parameter is noticed."""
     model = build_model(config)
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
@@ -89,7 +89,7 @@ def test_diffusers_computes_the_same(exported: tuple[torch.nn.Module, Path]) -> 
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
-def test_a_folder_of_diffusers_comes_back(exported: tuple[torch.nn.Module, Path], tmp_path: Path) -> None:
+def test_an_exported_folder_is_imported_again(exported: tuple[torch.nn.Module, Path], tmp_path: Path) -> None:
     model, folder = exported
     out = import_weights(open_published(str(folder), None), Location(tmp_path / "checkpoints"))
     assert out.name == "step_00000000"
@@ -103,7 +103,7 @@ def test_a_folder_of_diffusers_comes_back(exported: tuple[torch.nn.Module, Path]
     assert torch.equal(load_model(str(tmp_path / "checkpoints"))(latents, t, labels), model(latents, t, labels))
 
 
-def test_what_diffusers_saved_is_imported(tmp_path: Path) -> None:
+def test_a_model_saved_by_diffusers_is_imported(tmp_path: Path) -> None:
     from diffusers import DiTTransformer2DModel
 
     theirs = DiTTransformer2DModel(
@@ -125,7 +125,7 @@ def test_what_diffusers_saved_is_imported(tmp_path: Path) -> None:
 
 
 def original(model: torch.nn.Module, config: ModelConfig) -> dict[str, Tensor]:
-    """The state dict of the original DiT: every part written out by hand."""
+    """The state dict of the original DiT, converted independently of the package."""
     ours = {name: p.clone() for name, p in model.named_parameters()}
     heads, size = config.num_heads, config.hidden_size // config.num_heads
     found = {"pos_embed": model.pos_spatial[None].clone()}
@@ -145,7 +145,7 @@ def original(model: torch.nn.Module, config: ModelConfig) -> dict[str, Tensor]:
             if f"{mine}.{leaf}" not in ours:
                 continue
             value = ours[f"{mine}.{leaf}"]
-            if theirs.endswith("qkv"):  # row of (q/k/v, head, channel) out of row (head, q/k/v, channel)
+            if theirs.endswith("qkv"):  # rows (q/k/v, head, channel) from rows (head, q/k/v, channel)
                 rows = [(h * 3 + x) * size + c for x in range(3) for h in range(heads) for c in range(size)]
                 value = value[rows]
             found[f"{theirs}.{leaf}"] = value
@@ -154,7 +154,7 @@ def original(model: torch.nn.Module, config: ModelConfig) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["dit.safetensors", "dit.pt", "nested.pt"])
-def test_files_of_the_original_are_imported(tmp_path: Path, kind: str) -> None:
+def test_files_of_the_original_dit_are_imported(tmp_path: Path, kind: str) -> None:
     config = run_config(timestep_spacing="dit")
     model = random_model(config.model)
     state = original(model, config.model)
@@ -171,7 +171,7 @@ def test_a_file_needs_a_configuration_that_fits(tmp_path: Path) -> None:
     config = run_config(timestep_spacing="dit")
     save_file(original(random_model(config.model), config.model), tmp_path / "dit.safetensors")
     path = str(tmp_path / "dit.safetensors")
-    with pytest.raises(CheckpointError, match="does not say its number of heads: give a configuration"):
+    with pytest.raises(CheckpointError, match="does not contain the number of heads: give a configuration"):
         open_published(path, None)
     with pytest.raises(CheckpointError, match=r"model.timestep_spacing: dit there, diffusers in the configuration"):
         open_published(path, run_config().model)
@@ -213,7 +213,7 @@ EMBEDDER = "transformer_blocks.1.norm1.emb.timestep_embedder.linear_2.bias"
         ({}, {"out_channels": 4}, "out_channels=4 is neither once nor twice"),
     ],
 )
-def test_what_does_not_fit_is_refused(
+def test_weights_that_do_not_fit_are_refused(
     exported: tuple[torch.nn.Module, Path],
     tmp_path: Path,
     tensors: dict[str, Any],
@@ -229,7 +229,7 @@ class Bomb:
         return (Path("executed").touch, ())
 
 
-def test_pickles_are_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pickled_objects_are_not_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     model = run_config(timestep_spacing="dit").model
     state = {"x_embedder.proj.weight": torch.zeros(24)}
@@ -241,7 +241,7 @@ def test_pickles_are_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             small.writestr(entry.filename, plain.read(entry))
     torch.save([torch.zeros(3)], "list.pt")
     for name, message in (
-        ("bomb.pt", "nothing else in it is run or loaded"),
+        ("bomb.pt", "nothing else is loaded or executed"),
         ("old.pt", "not a plain file of tensors"),
         ("small.pt", "it is compressed"),
         ("list.pt", "does not hold a dictionary of names and dense tensors"),
@@ -258,17 +258,17 @@ def test_pickles_are_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     [
         ({"residual": "neural_rdm"}, "model.residual=neural_rdm has no adaLN-Zero blocks"),
         ({"timestep_spacing": "dit"}, "timestep frequencies with i/127"),
-        ({"base_depth": 1}, "model.base_depth=1: it has no multiplier of its branches"),
-        ({"mlp_ratio": 2.0}, "it always has 4"),
-        ({"condition": "none"}, "it takes class labels only"),
+        ({"base_depth": 1}, "model.base_depth=1: it does not scale its branches"),
+        ({"mlp_ratio": 2.0}, "its ratio is always 4"),
+        ({"condition": "none"}, "it supports class labels only"),
         (
             {"input": {"channels": 3, "frames": 2, "height": 8, "width": 8}},
-            "model.input.frames=2: it takes images",
+            "model.input.frames=2: it supports images",
         ),
         ({"input": {"channels": 3, "height": 8, "width": 4}}, "8 x 4 with patches 2 x 2 is not square"),
     ],
 )
-def test_what_diffusers_cannot_express_is_refused(tmp_path: Path, model: dict[str, Any], reason: str) -> None:
+def test_models_that_diffusers_cannot_express_are_refused(tmp_path: Path, model: dict[str, Any], reason: str) -> None:
     _, folder = saved(tmp_path, run_config(**model))
     with pytest.raises(CheckpointError, match=rf"(?s){reason}.*RDMPipeline"):
         export_diffusers(open_model(str(folder)), Location(tmp_path / "out"))

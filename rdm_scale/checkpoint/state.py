@@ -1,0 +1,40 @@
+"""Content of a checkpoint's `state.json`."""
+
+from collections.abc import Sequence
+from typing import Any, Required, TypedDict
+
+
+class WriterLayout(TypedDict, total=False):
+    """Layout of the run that wrote a checkpoint; for information only."""
+
+    tensor: int
+    pipeline: int
+    data: int
+    imported_from: str  # source of imported weights
+
+
+class GrowthRecord(TypedDict):
+    """Checkpoint and depth that a model was grown from, and the placement of its new blocks."""
+
+    checkpoint: str
+    depth: int
+    placement: str
+
+
+class CheckpointState(TypedDict, total=False):
+    """State of a run beside its tensors.
+
+    Keys may be missing in older checkpoints, and unknown keys are kept. When a checkpoint is read, only `step` has been
+    validated; whoever uses another value validates it.
+    """
+
+    step: Required[int]
+    samples: int
+    config: dict[str, Any]
+    identity: dict[str, Any]  # values that a resumed run must agree on
+    codec: dict[str, Any]
+    class_names: list[str]
+    text: dict[str, Any] | None  # encoding of the captions
+    lost_shards: Sequence[Sequence[str]]  # (digest of the manifest, name of the shard)
+    layout: WriterLayout
+    grown_from: GrowthRecord
