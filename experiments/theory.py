@@ -1,17 +1,15 @@
-"""How samplers come near the probability flow, and backpropagation the adjoint equation.
+"""Convergence of the samplers to the probability flow, and of backpropagation to the adjoint equation.
 
 Prints tables, writes experiments/results/theory.json, draws docs/images/probability_flow.png and adjoint.png.
 
     python experiments/theory.py
 """
 
-import torch
 from matplotlib.figure import Figure
 
 from benchmarks.report import IMAGES, write_results
-from rdm_scale.models.sensitivity import sensitivities, trajectory
+from experiments.adjoint import adjoint_distances
 from tests.diffusion.test_probability_flow import DDPM, FLOW, draw, path_error
-from tests.models.test_sensitivity import PLACES, continuous
 from tests.support.mixture import wasserstein
 from tests.support.smooth_chain import SmoothChain
 
@@ -20,7 +18,7 @@ LENGTHS = (16, 32, 64, 128, 256, 512, 1024)
 
 
 def sampling() -> dict[str, dict[str, list[float]]]:
-    """Errors by sampler: of paths, for those that follow the flow, and of the marginal."""
+    """Errors of each sampler by number of steps: of the marginal and, for deterministic samplers, of the path."""
     found: dict[str, dict[str, list[float]]] = {}
     for diffusion, names in ((FLOW, ("euler", "heun")), (DDPM, ("ddim", "ddpm"))):
         for name in names:
@@ -28,20 +26,6 @@ def sampling() -> dict[str, dict[str, list[float]]]:
             if name != "ddpm":
                 found[name]["path"] = [path_error(diffusion, name, n) for n in STEPS]
     return found
-
-
-def adjoint() -> list[float]:
-    """Largest relative distance of the discrete adjoint from the continuous one, by the length of the chain."""
-    chain = SmoothChain()
-    flow = {place: continuous(chain, place)[1] for place in PLACES}
-    errors = []
-    for length in LENGTHS:
-        units = chain.units(length)
-        states = trajectory(units, chain.start)
-        last = states[-1].clone().requires_grad_()
-        found = sensitivities(units, states, torch.autograd.grad(chain.loss(last), last)[0])
-        errors.append(max(((found[round(p * length)] - s).norm() / s.norm()).item() for p, s in flow.items()))
-    return errors
 
 
 def plot(errors: dict[str, dict[str, list[float]]], distances: list[float]) -> None:
@@ -62,7 +46,7 @@ def plot(errors: dict[str, dict[str, list[float]]], distances: list[float]) -> N
         axes.legend()
     figure.savefig(IMAGES / "probability_flow.png")
     figure = Figure(figsize=(6, 4.2), dpi=110, layout="constrained")
-    axes = figure.add_subplot(xlabel="residual units L", title="discrete adjoint against the adjoint equation")
+    axes = figure.add_subplot(xlabel="residual branches L", title="discrete adjoint against the adjoint equation")
     axes.loglog(LENGTHS, distances, marker="o", label="largest relative distance")
     axes.loglog(LENGTHS, [distances[0] * LENGTHS[0] / n for n in LENGTHS], "k:", label="1 / L")
     axes.grid(alpha=0.3, which="both")
@@ -71,12 +55,12 @@ def plot(errors: dict[str, dict[str, list[float]]], distances: list[float]) -> N
 
 
 def main() -> None:
-    errors, distances = sampling(), adjoint()
+    errors, distances = sampling(), adjoint_distances(SmoothChain(), LENGTHS)
     print(f"| error after steps | {' | '.join(map(str, STEPS))} |\n|{'---|' * (len(STEPS) + 1)}")
     for name, by_kind in errors.items():
         for kind, values in by_kind.items():
             print(f"| {name}, {kind} | {' | '.join(f'{value:.5f}' for value in values)} |")
-    print(f"\n| units | {' | '.join(map(str, LENGTHS))} |\n|{'---|' * (len(LENGTHS) + 1)}")
+    print(f"\n| branches | {' | '.join(map(str, LENGTHS))} |\n|{'---|' * (len(LENGTHS) + 1)}")
     print(f"| distance of the adjoints | {' | '.join(f'{value:.5f}' for value in distances)} |")
     plot(errors, distances)
     result = {"steps": STEPS, "errors": errors, "lengths": LENGTHS, "distances": distances}
