@@ -28,7 +28,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "data.codecs.loading": ("codecs.registry",),
     "data.encoding": ("encoding",),
     "data.encoding.inspection": ("encoding.inspection",),
-    "data.encoding.job": ("encoding.job",),
+    "data.encoding.job": ("encoding.job", "encoding.runner"),
     "data.encoding.planning": ("encoding.planning",),
     "data.images": ("encoding.images", "encoding.inputs"),
     "data.inputs": ("encoding.inputs",),
@@ -58,10 +58,14 @@ NAMES: dict[str, dict[str, str]] = {
 RENAMED = {
     "Among": "AttentionScope",
     "Codec": "CodecRecord",
+    "Kind": "MediaKind",
     "Part": "ModelPart",
+    "Settings": "EncodingSettings",
+    "VideoSize": "VideoMetadata",
     "denormalise": "denormalize",
     "initialise": "initialize",
     "normalise": "normalize",
+    "probe_video": "read_video_metadata",
 }
 _ROOT = "rdm_scale."
 

@@ -44,6 +44,23 @@ def test_renamed_type_is_found_under_its_old_name(room: str, old: str, new: str)
         assert getattr(module, old) is getattr(module, new)
 
 
+@pytest.mark.parametrize(
+    ("old", "name", "new"),
+    [
+        ("data.inputs", "Kind", "media.MediaKind"),
+        ("data.encoding.planning", "Settings", "planning.EncodingSettings"),
+        ("data.encoding.job", "encode", "runner.encode"),
+        ("data.videos", "probe_video", "videos.read_video_metadata"),
+        ("data.videos", "VideoSize", "videos.VideoMetadata"),
+    ],
+)
+def test_renamed_names_of_encoding(old: str, name: str, new: str) -> None:
+    module, _, renamed = new.rpartition(".")
+    with pytest.warns(DeprecationWarning, match=f"import {renamed} from rdm_scale.encoding"):
+        found = getattr(importlib.import_module(f"rdm_scale.{old}"), name)
+    assert found is getattr(importlib.import_module(f"rdm_scale.encoding.{module}"), renamed)
+
+
 def test_every_new_home_exists() -> None:
     homes = [home for found in MODULES.values() for home in found] + [
         h for names in NAMES.values() for h in names.values()

@@ -1,34 +1,40 @@
-"""Encodes images or videos into latent shards that rdm_scale.train reads, and looks at what was encoded.
+"""Encode images or videos into latent shards for rdm_scale.train, and inspect what was encoded.
 
     %(prog)s INPUT OUTPUT --codec CODEC --size 256     encode
     %(prog)s OUTPUT --verify                           read everything again and check it
     %(prog)s OUTPUT --stats                            mean and deviation of each channel, also as a plot
-    %(prog)s OUTPUT --decode 40                        a picture (or a moving one) of decoded samples
+    %(prog)s OUTPUT --decode 40                        an image grid (animated for clips) of samples
 
 INPUT is a folder of images (PNG, JPEG, WebP) or videos (MP4, MOV, AVI, WebM, MKV) whose sub-folders are the classes, a
 webdataset tar or a folder or quoted glob of tars (`key.png` with its class in `key.cls`, its caption in `key.txt`), or
 a .jsonl or .parquet list of paths. INPUT, OUTPUT and the folders of models may be on any fsspec location, for instance
 s3://bucket/prefix. Samples are shuffled over the whole input, centre-cropped and resized.
 
-Under torchrun the ranks share the work. The same command goes on where a job was cut off, with any number of ranks, and
-ends with the same bytes as one that was not.
+Under torchrun the ranks share the work. The same command resumes an interrupted job, with any number of ranks, and ends
+with the same bytes as an uninterrupted one.
 """
 
 import argparse
 import io
 import os
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rdm_scale.errors import DataError, RdmError
 from rdm_scale.progress import ProgressReporter
 
 if TYPE_CHECKING:
-    from rdm_scale.encoding.job import Job
+    import torch
+
+    from rdm_scale.encoding.inputs import MediaSet
+    from rdm_scale.encoding.job import EncodingJob, EncodingResult
+    from rdm_scale.encoding.media import MediaKind
+    from rdm_scale.encoding.planning import EncodingSettings
+    from rdm_scale.encoding.text import TextEncoder
 
 HOLDOUT_SHARE = 0.1
 MAX_REJECTED = 0.01
-AT_ONCE = {"image": 64, "video": 8}  # samples in a batch and in a member
+BATCH_SIZE: dict["MediaKind", int] = {"image": 64, "video": 8}  # also the samples of a member
 PREVIEW_COLUMNS = 10
 UNIT_STD = (0.5, 2.0)  # beyond these the noise levels of training do not fit the latents
 
@@ -165,59 +171,81 @@ class StageProgress:
 
 def encode(options: argparse.Namespace) -> None:
     from rdm_scale.data.manifest import MANIFEST_NAME
-    from rdm_scale.encoding.job import REJECTED, Ranks, check_output
-    from rdm_scale.encoding.job import encode as run
+    from rdm_scale.encoding.job import ProcessRank
+    from rdm_scale.encoding.runner import encode as run_job
 
-    ranks = Ranks(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
-    job = _job(options, speaks=ranks.rank == 0)
-    if check_output(list(job.folders.values()), job.digest):
-        if ranks.rank == 0:
-            if job.work.exists():  # cut off when nothing else was left to do
-                job.work.remove()
-            print(f"{job.folder / MANIFEST_NAME}: complete already, nothing to do")
+    rank = ProcessRank(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+    job = _job(options, described=rank.rank == 0)
+    if job.output.check(job.digest):
+        if rank.rank == 0:
+            if job.output.work.exists():  # interrupted when nothing else was left to do
+                job.output.work.remove()
+            print(f"{job.output.train / MANIFEST_NAME}: complete already, nothing to do")
         return
-    progress = StageProgress(ranks.rank == 0, job.codec.device)
+    progress = StageProgress(rank.rank == 0, job.codec.device)
     try:
-        encoded = run(job, ranks, progress.show)
+        result = run_job(job, rank, progress.show)
     finally:
         progress.close()
-    if encoded is None:
+    if result is None:
         return
-    for folder, manifest in zip(job.folders.values(), (encoded.train, encoded.holdout), strict=False):
+    _report(job, result)
+    if options.preview:
+        _write_preview(options.preview, job)
+
+
+def _report(job: "EncodingJob", result: "EncodingResult") -> None:
+    from rdm_scale.data.manifest import MANIFEST_NAME
+
+    for folder, manifest in zip(job.output.by_split.values(), (result.train, result.holdout), strict=False):
         assert manifest is not None
         shapes = ", ".join(str(list(shape)) for shape in manifest.buckets)
         print(f"{folder / MANIFEST_NAME}: {manifest.samples} samples, latents {shapes} [C, T, H, W]")
-    if encoded.train.rejected:
-        print(f"{encoded.train.rejected} inputs could not be encoded: see {job.folder / REJECTED}")
-    if job.text is not None and encoded.truncated:
-        print(f"{encoded.truncated} captions were cut to {job.text.record.max_tokens} tokens")
-    print(f"normalized latents: mean {encoded.mean:.3f}, standard deviation {encoded.std:.3f}")
-    if not UNIT_STD[0] <= encoded.std <= UNIT_STD[1]:
+    if result.train.rejected:
+        print(f"{result.train.rejected} inputs could not be encoded: see {job.output.rejected}")
+    if job.text is not None and result.truncated:
+        print(f"{result.truncated} captions were cut to {job.text.record.max_tokens} tokens")
+    print(f"normalized latents: mean {result.mean:.3f}, standard deviation {result.std:.3f}")
+    if not UNIT_STD[0] <= result.std <= UNIT_STD[1]:
         print(
             "warning: diffusion expects a standard deviation near 1: is this codec meant for such inputs, and is the "
             "scaling_factor in its config.json right?",
             file=sys.stderr,
         )
-    if options.preview:
-        _write_preview(options.preview, job)
 
 
-def _job(options: argparse.Namespace, speaks: bool) -> "Job":
-    """Looks at the input and loads the models; what is wrong with the folders is said before that takes its time."""
+def _job(options: argparse.Namespace, described: bool) -> "EncodingJob":
+    """List the input, check the output folders, and only then load the models, which takes time."""
     from rdm_scale.codecs import load_codec
     from rdm_scale.device import local_device
     from rdm_scale.encoding.inputs import Columns, find_media
-    from rdm_scale.encoding.job import Job, check_output
-    from rdm_scale.encoding.planning import Bucket, Settings, inputs_digest, job_digest
+    from rdm_scale.encoding.job import EncodingJob
+    from rdm_scale.encoding.output import OutputFolders
+    from rdm_scale.encoding.planning import inputs_digest
     from rdm_scale.storage.location import Location
 
     columns = Columns(options.path_column, options.label_column, options.caption_column, options.key_column)
     source = find_media(options.paths[0], columns)
-    if speaks:
+    if described:
         _describe(options, source)
+    settings = _settings(options, source.kind)
+    output = OutputFolders(Location(options.paths[1]), Location(options.holdout) if options.holdout else None)
+    inputs = inputs_digest(source, settings)
+    output.check(inputs)
+    device = local_device()
+    codec = load_codec(options.codec, device)
+    if settings.kind == "moments" and not codec.has_posterior:
+        raise DataError(f"the codec {options.codec} has no posterior to sample from: leave out --latents moments")
+    text = _text_encoder(options, source.captioned, device)
+    return EncodingJob.create(source, settings, codec, output, text, options.max_rejected, inputs)
+
+
+def _settings(options: argparse.Namespace, kind: "MediaKind") -> "EncodingSettings":
+    from rdm_scale.encoding.planning import Bucket, EncodingSettings
+
     buckets = [Bucket.parse(text) for text in options.buckets or []]
     buckets = buckets or [Bucket(options.frames or 1, options.size, options.size)]
-    settings = Settings(
+    settings = EncodingSettings(
         buckets=tuple(dict.fromkeys(buckets)),
         kind=options.latents,
         dtype=options.dtype,
@@ -227,24 +255,15 @@ def _job(options: argparse.Namespace, speaks: bool) -> "Job":
         stride=options.stride,
         clip_step=options.clip_step,
         holdout_share=(options.holdout_share or HOLDOUT_SHARE) if options.holdout else 0.0,
-        batch_size=options.batch_size or AT_ONCE[source.kind],
-        samples_per_member=options.samples_per_member or AT_ONCE[source.kind],
+        batch_size=options.batch_size or BATCH_SIZE[kind],
+        samples_per_member=options.samples_per_member or BATCH_SIZE[kind],
         members_per_shard=options.members_per_shard,
     )
-    settings.check(source.kind)
-    folder, holdout = Location(options.paths[1]), Location(options.holdout) if options.holdout else None
-    inputs = inputs_digest(source, settings)
-    check_output([folder, holdout] if holdout else [folder], inputs)
-    device = local_device()
-    codec = load_codec(options.codec, device)
-    if settings.kind == "moments" and not codec.has_posterior:
-        raise DataError(f"the codec {options.codec} has no posterior to sample from: leave out --latents moments")
-    text = _text_encoder(options, source.captioned, device)
-    digest = job_digest(inputs, codec=codec.record.model_dump_json(), text=repr(text and text.record))
-    return Job(source, settings, codec, text, folder, holdout, digest, options.max_rejected)
+    settings.check(kind)
+    return settings
 
 
-def _describe(options: argparse.Namespace, source: Any) -> None:
+def _describe(options: argparse.Namespace, source: "MediaSet") -> None:
     classes = f"{len(source.class_names)} classes" if source.class_names else "no classes"
     captions = "" if not source.captioned else ", captions" if options.text_encoder else ", captions that are left out"
     print(f"{options.paths[0]}: {len(source.files)} {source.kind}s, {classes}{captions}", flush=True)
@@ -254,7 +273,7 @@ def _describe(options: argparse.Namespace, source: Any) -> None:
         print(f"note: {source.ignored} files that are neither images nor videos were ignored")
 
 
-def _text_encoder(options: argparse.Namespace, captioned: bool, device: Any) -> Any:
+def _text_encoder(options: argparse.Namespace, captioned: bool, device: "torch.device") -> "TextEncoder | None":
     if not options.text_encoder:
         return None
     if not captioned:
@@ -264,37 +283,37 @@ def _text_encoder(options: argparse.Namespace, captioned: bool, device: Any) -> 
     return TextEncoder(options.text_encoder, device)
 
 
-def _write_preview(place: str, job: "Job") -> None:
+def _write_preview(file: str, job: "EncodingJob") -> None:
     import torch
 
-    from rdm_scale.encoding.pixels import load, reconstruct
-    from rdm_scale.encoding.planning import Item, split
+    from rdm_scale.encoding.pixels import load_sample, reconstruct
+    from rdm_scale.encoding.planning import PlannedSample, split_files
     from rdm_scale.sampling.image_grid import image_grid, middle_frames
     from rdm_scale.storage.location import Location
 
     files, bucket = job.source.files, job.settings.buckets[0]
     index = {file.key: number for number, file in enumerate(files)}
     originals, names = [], []
-    for file in split(files, job.settings.seed, job.settings.holdout_share)[0][:PREVIEW_COLUMNS]:
+    for one in split_files(files, job.settings.seed, job.settings.holdout_share).train[:PREVIEW_COLUMNS]:
         try:
-            originals.append(load(job.source, Item(index[file.key], 0, 0), bucket, job.settings))
-        except DataError:  # one of those in rejected.jsonl
+            originals.append(load_sample(job.source, PlannedSample(index[one.key], 0, 0), bucket, job.settings))
+        except DataError:  # it is listed in rejected.jsonl
             continue
-        if file.label >= 0:
-            names.append(job.source.class_names[file.label])
+        if one.label >= 0:
+            names.append(job.source.class_names[one.label])
     if not originals:
         raise DataError(
             f"the data is encoded, but none of the first {PREVIEW_COLUMNS} inputs can be drawn in a preview"
         )
     pixels = torch.stack(originals)
     both = torch.cat([middle_frames(pixels), middle_frames(reconstruct(pixels, job.codec))])
-    picture = io.BytesIO()
-    image_grid(both, len(originals), names).save(picture, "PNG")
+    png = io.BytesIO()
+    image_grid(both, len(originals), names).save(png, "PNG")
     try:
-        Location(place).write(picture.getvalue())
+        Location(file).write(png.getvalue())
     except OSError as error:
-        raise DataError(f"the data is encoded, but the preview {place} cannot be written: {error}") from None
-    print(f"{place}: originals above their reconstructions")
+        raise DataError(f"the data is encoded, but the preview {file} cannot be written: {error}") from None
+    print(f"{file}: originals above their reconstructions")
 
 
 def verify(options: argparse.Namespace) -> None:
@@ -313,13 +332,13 @@ def verify(options: argparse.Namespace) -> None:
 
 def stats(options: argparse.Namespace) -> None:
     from rdm_scale.data.manifest import read_manifest
-    from rdm_scale.encoding.inspection import measure
+    from rdm_scale.encoding.inspection import measure_statistics
     from rdm_scale.evaluation.plots import plot_channels
     from rdm_scale.storage.location import Location
 
     url = options.paths[0]
     with ProgressReporter("measuring", read_manifest(url)[0].samples) as progress:
-        manifest = measure(url, progress.update)
+        manifest = measure_statistics(url, progress.update)
     figures = manifest.statistics
     assert figures is not None
     print("channel       mean   deviation   (raw latents)")
@@ -334,14 +353,14 @@ def decode(options: argparse.Namespace) -> None:
     from rdm_scale.codecs import codec_of
     from rdm_scale.data.manifest import read_manifest
     from rdm_scale.device import local_device
-    from rdm_scale.encoding.inspection import decoded
+    from rdm_scale.encoding.inspection import decode_samples
     from rdm_scale.sampling.image_grid import write_grid
     from rdm_scale.storage.location import Location
 
     url = options.paths[0]
     manifest, _ = read_manifest(url)
     codec = codec_of(manifest.codec, local_device(), location=options.codec)
-    found = decoded(url, codec, options.decode)
+    found = decode_samples(url, codec, options.decode)
     for (_, frames, height, width), pixels in found.items():
         suffix = f"-{frames}x{height}x{width}" if len(found) > 1 else ""
         place = Location((options.picture or f"{_folder(url)}/decoded.png").removesuffix(".png") + f"{suffix}.png")

@@ -1,24 +1,24 @@
-"""Writes clips of scikit-learn's scans of handwritten digits as a webdataset tar: small videos without a download.
+"""Write clips of scikit-learn's scans of handwritten digits as a webdataset tar: small videos without a download.
 
 Each clip shows one scan that moves along a line and grows or shrinks, on black. The tar holds `00000.mp4`, `00000.cls`
-(the digit), `00001.mp4`, ... and goes into tools/encode_latents.py as a user's own videos would. Clip i is the same
-however many there are, and the same versions of the libraries write the same bytes.
+(the digit), `00001.mp4`, ... and tools/encode_latents.py reads it as it would a user's own videos. Clip i is the same
+for any number of clips, and the same versions of the libraries write the same bytes.
 """
 
 import argparse
 import io
 import sys
-import tarfile
 from fractions import Fraction
 
 import numpy as np
 from PIL import Image
 
+from rdm_scale.encoding.tars import pack_tar
 from rdm_scale.storage.location import Location
 
 CODECS = {"mp4": "libx264", "avi": "mpeg4", "webm": "libvpx", "mkv": "libx264", "mov": "libx264"}
-_OPTIONS = {  # nearly without loss, a key frame every half second at 24 frames a second
-    # Without cpu-independent, one clip in thirty does not even repeat on the same machine.
+_OPTIONS = {  # nearly lossless, with a key frame every half second at 24 frames a second
+    # Without cpu-independent, one clip in thirty differs between two runs on the same machine.
     "libx264": {"crf": "16", "g": "12", "threads": "1", "x264-params": "cpu-independent=1"},
     "mpeg4": {"qscale": "2", "g": "12", "threads": "1"},
     "libvpx": {"crf": "4", "b": "1M", "g": "12", "threads": "1", "deadline": "good", "cpu-used": "2"},
@@ -27,7 +27,7 @@ _FORMATS = {"mkv": "matroska"}  # where FFmpeg's name is another
 
 
 def render(scan: np.ndarray, index: int, frames: int, size: int) -> np.ndarray:
-    """A scan [8, 8] with values 0..16 as uint8 [frames, size, size, 3], moving in a way that depends on `index`."""
+    """Render a scan [8, 8] with values 0..16 as uint8 [frames, size, size, 3]; its motion depends on `index`."""
     small = Image.fromarray(np.rint(scan * (255 / 16)).astype(np.uint8))
     rng = np.random.default_rng(index)
     sides = rng.uniform(0.45, 0.95, 2) * size  # of the digit, at both ends of the clip
@@ -42,7 +42,7 @@ def render(scan: np.ndarray, index: int, frames: int, size: int) -> np.ndarray:
 
 
 def encode(clip: np.ndarray, container: str, fps: int = 24) -> bytes:
-    """uint8 [T, H, W, 3], of even height and width, as a video file."""
+    """Encode frames uint8 [T, H, W, 3], of even height and width, as a video file."""
     import av
 
     buffer = io.BytesIO()
@@ -59,20 +59,16 @@ def encode(clip: np.ndarray, container: str, fps: int = 24) -> bytes:
 
 
 def clips_tar(clips: int, container: str = "mp4", frames: int = 24, size: int = 32, fps: int = 24) -> bytes:
-    """A webdataset tar of `clips` clips; after the last scan the first one comes again, moving otherwise."""
+    """The tar of `clips` clips; after the last scan the first one is used again, moving in another way."""
     from sklearn.datasets import load_digits  # slow to import, and not needed for --help
 
     scans, labels = load_digits(return_X_y=True)
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for index in range(clips):
-            scan, label = scans[index % len(scans)].reshape(8, 8), labels[index % len(scans)]
-            video = encode(render(scan, index, frames, size), container, fps)
-            for extension, content in ((container, video), ("cls", str(label).encode())):
-                member = tarfile.TarInfo(f"{index:05d}.{extension}")  # its time, owner and mode are constants
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-    return buffer.getvalue()
+
+    def sample(index: int) -> dict[str, bytes]:
+        scan, label = scans[index % len(scans)].reshape(8, 8), labels[index % len(scans)]
+        return {container: encode(render(scan, index, frames, size), container, fps), "cls": str(label).encode()}
+
+    return pack_tar(map(sample, range(clips)))
 
 
 def main() -> int:

@@ -1,19 +1,19 @@
-"""Writes scikit-learn's 1,797 scans of handwritten digits as a webdataset tar: real data without a download.
+"""Write scikit-learn's 1,797 scans of handwritten digits as a webdataset tar: real data without a download.
 
 The scans (8 x 8, values 0 to 16, from the UCI "Optical Recognition of Handwritten Digits" test set) are enlarged to
 32 x 32 RGB. The tar holds `00000.png`, `00000.cls`, `00001.png`, ... and, with --captions, `00000.txt`, ...: sentences
-of varying form that name the digit. It goes into tools/encode_latents.py as a
-user's own images would. The same versions of the libraries write the same bytes.
+of varying form that name the digit. tools/encode_latents.py reads it as it would a user's own images. The same versions
+of the libraries write the same bytes.
 """
 
 import argparse
 import io
 import sys
-import tarfile
 
 import numpy as np
 from PIL import Image
 
+from rdm_scale.encoding.tars import pack_tar
 from rdm_scale.storage.location import Location
 
 SIZE = 32
@@ -31,7 +31,7 @@ FORMS = (
 
 
 def png(scan: np.ndarray) -> bytes:
-    """A scan [8, 8] with values 0..16 as the bytes of a 32 x 32 RGB PNG."""
+    """Encode a scan [8, 8] with values 0..16 as a 32 x 32 RGB PNG."""
     small = Image.fromarray(np.rint(scan * (255 / 16)).astype(np.uint8))
     buffer = io.BytesIO()
     small.resize((SIZE, SIZE), Image.Resampling.BICUBIC).convert("RGB").save(buffer, "PNG")
@@ -39,25 +39,21 @@ def png(scan: np.ndarray) -> bytes:
 
 
 def caption(index: int, label: int) -> str:
-    """Of the scan with this index: all forms in turn, the digit as a word or, in every third one, as a figure."""
+    """Caption of a scan: the forms in turn, with the digit as a word or, in every third caption, as a figure."""
     return FORMS[index % len(FORMS)].format(label if index % 3 == 2 else WORDS[label])
 
 
 def digits_tar(captions: bool = False) -> bytes:
+    """The tar of all scans, with their classes and, if asked for, captions."""
     from sklearn.datasets import load_digits  # slow to import, and not needed for --help
 
     scans, labels = load_digits(return_X_y=True)
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for index, (scan, label) in enumerate(zip(scans.reshape(-1, 8, 8), labels, strict=True)):
-            files = [("png", png(scan)), ("cls", str(label).encode())]
-            if captions:
-                files.append(("txt", caption(index, int(label)).encode()))
-            for extension, content in files:
-                member = tarfile.TarInfo(f"{index:05d}.{extension}")  # its time, owner and mode are constants
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-    return buffer.getvalue()
+
+    def sample(index: int) -> dict[str, bytes]:
+        files = {"png": png(scans[index].reshape(8, 8)), "cls": str(labels[index]).encode()}
+        return files | ({"txt": caption(index, int(labels[index])).encode()} if captions else {})
+
+    return pack_tar(map(sample, range(len(scans))))
 
 
 def main() -> int:

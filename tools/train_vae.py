@@ -1,4 +1,4 @@
-"""Trains a small diffusers AutoencoderKL (4 channels, a quarter of the size) on images, as a codec for encode_latents.
+"""Train a small diffusers AutoencoderKL (4 channels, a quarter of the size) on images, as a codec for encode_latents.
 
 INPUT is what encode_latents takes: a folder of images, webdataset tars, or a list of paths. The loss is the
 mean squared error plus a weighted Kullback-Leibler divergence to N(0, 1) (Kingma & Welling 2013), each averaged over
@@ -60,13 +60,13 @@ def main() -> None:
 
 def run(options: argparse.Namespace) -> None:
     from rdm_scale.encoding.inputs import find_images
-    from rdm_scale.encoding.planning import split
+    from rdm_scale.encoding.planning import split_files
 
     folder = Path(options.output)
     if folder.exists():
         raise DataError(f"{folder} exists already: choose another folder or remove it")
     source = find_images(options.input)
-    images, held_out = split(source.files, options.seed, options.holdout_share)
+    images, held_out = split_files(source.files, options.seed, options.holdout_share)
     if not images or not held_out:
         raise DataError(f"{len(source.files)} images are too few to train on some and measure the others")
     vae = build_vae(options.size, options.width, options.seed)
@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def build_vae(size: int, width: int, seed: int) -> Any:
-    """A light AutoencoderKL for size x size images, initialized by the seed."""
+    """Build a light AutoencoderKL for size x size images, initialized by the seed."""
     import torch
     from diffusers import AutoencoderKL
 
@@ -122,7 +122,7 @@ def train(vae: Any, images: "Sequence[MediaFile]", options: argparse.Namespace) 
 
 
 def batches(images: "Sequence[MediaFile]", options: argparse.Namespace) -> "Iterator[Tensor]":
-    """One batch [B, 3, size, size] a step; every epoch takes the images in another order, and tails carry over."""
+    """Yield one batch [B, 3, size, size] per step; each epoch is shuffled anew, and a batch may span two epochs."""
     import torch
 
     from rdm_scale import rng
@@ -141,24 +141,21 @@ def batches(images: "Sequence[MediaFile]", options: argparse.Namespace) -> "Iter
 def measure_normalization(
     vae: Any, images: "Sequence[MediaFile]", options: argparse.Namespace
 ) -> dict[str, float | list[float]]:
-    """The entries of config.json that bring every channel of the posterior means to mean 0 and variance 1."""
+    """Entries of config.json that normalize every channel of the posterior means to mean 0 and variance 1."""
     import torch
 
-    from rdm_scale.encoding.pixels import load_batches
+    from rdm_scale.encoding.moments import MomentAccumulator
+    from rdm_scale.encoding.pixels import load_image_batches
 
-    total, squares, count = torch.zeros(LATENT_CHANNELS), torch.zeros(LATENT_CHANNELS), 0
+    moments = MomentAccumulator(LATENT_CHANNELS)
     with torch.no_grad():
-        for _, pixels in load_batches(images, options.size, options.batch_size):
-            latents = vae.encode(pixels).latent_dist.mean.double()
-            total, squares = total + latents.sum((0, 2, 3)), squares + latents.square().sum((0, 2, 3))
-            count += latents[:, 0].numel()
-    mean = total / count
-    deviation = (squares / count - mean**2).sqrt()
-    return {"scaling_factor": 1.0, "latents_mean": mean.tolist(), "latents_std": deviation.tolist()}
+        for _, pixels in load_image_batches(images, options.size, options.batch_size):
+            moments.add(vae.encode(pixels).latent_dist.mean)
+    return {"scaling_factor": 1.0, "latents_mean": moments.mean.tolist(), "latents_std": moments.std.tolist()}
 
 
 def save(vae: Any, folder: Path) -> None:
-    """Writes the folder whole or not at all."""
+    """Write the folder completely or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -173,16 +170,16 @@ def save(vae: Any, folder: Path) -> None:
 def report(
     folder: Path, held_out: "Sequence[MediaFile]", class_names: Sequence[str], options: argparse.Namespace
 ) -> None:
-    """Prints the mean squared error of held-out images through the codec as it is loaded, and draws some of them."""
+    """Print the mean squared error of held-out images through the codec as it is loaded, and draw some of them."""
     import torch
 
     from rdm_scale.codecs import load_codec
-    from rdm_scale.encoding.pixels import load_batches, reconstruct
+    from rdm_scale.encoding.pixels import load_image_batches, reconstruct
     from rdm_scale.sampling.image_grid import image_grid
 
     codec = load_codec(str(folder))
     total = 0.0
-    for _, originals in load_batches(held_out, options.size, options.batch_size):
+    for _, originals in load_image_batches(held_out, options.size, options.batch_size):
         restored = reconstruct(originals.unsqueeze(2), codec).squeeze(2)
         total += float((originals - restored).square().mean(dim=(1, 2, 3)).sum())
     print(f"{folder}: mean squared error {total / len(held_out):.5f} on {len(held_out)} held-out images in [-1, 1]")
@@ -191,7 +188,7 @@ def report(
         shown = ([by_label[label] for label in sorted(by_label)] or list(held_out))[:PREVIEW_COLUMNS]
         names = [class_names[image.label] for image in shown if class_names]
         picture, path = io.BytesIO(), Path(options.preview)
-        _, originals = next(load_batches(shown, options.size, len(shown)))
+        _, originals = next(load_image_batches(shown, options.size, len(shown)))
         pair = torch.cat([originals, reconstruct(originals.unsqueeze(2), codec).squeeze(2)])
         image_grid(pair, len(shown), names).save(picture, "PNG")
         path.parent.mkdir(parents=True, exist_ok=True)

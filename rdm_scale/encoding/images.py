@@ -1,70 +1,93 @@
-"""Pixels of images: an encoded file to a tensor of the size that is wanted.
+"""Image decoding: PNG, JPEG or WebP bytes to a tensor of a given size.
 
-Files are untrusted: pixels are bounded before they are decoded, and only the PNG, JPEG and WebP decoders are used.
+Files are untrusted: the number of pixels is checked before they are decoded, and no other decoders are used.
 """
 
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from rdm_scale.errors import DataError
 
 _FORMATS = ("PNG", "JPEG", "WEBP")
 _MAX_PIXELS = 89_478_485  # PIL's own threshold, above which it warns of a decompression bomb
-# Where a PNG can say how it is to be turned. PIL looks for these at its end too, and decodes all of it on the way.
-_PNG_ORIENTATIONS = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
-_TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
+# Chunks of a PNG that may hold an orientation. PIL searches its end for them, too, and decodes all pixels on the way.
+_PNG_ORIENTATION_CHUNKS = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
+_TRANSPOSING_ORIENTATIONS = (5, 6, 7, 8)  # of EXIF: height and width are exchanged
 
 
-def image_size(content: bytes, name: str) -> tuple[int, int]:
-    """(height, width) of an encoded image as it is shown, upright; its pixels are not decoded.
+class ImageSize(NamedTuple):
+    """Pixels of an image as it is shown, upright."""
+
+    height: int
+    width: int
+
+
+class CropBox(NamedTuple):
+    """Part of an image in pixels, which may be fractions, as PIL's `resize` takes it."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+
+def image_size(content: bytes, name: str) -> ImageSize:
+    """Read the size of an encoded image from its header, without decoding pixels.
+
+    Args:
+        name: of the file, for error messages.
 
     Raises:
-        DataError: it is no PNG, JPEG or WebP, or has too many pixels; the message holds `name`.
+        DataError: it is no PNG, JPEG or WebP, or has too many pixels.
     """
     with _opened(content, name) as image:
-        oriented = image.format != "PNG" or any(mark in content for mark in _PNG_ORIENTATIONS)
-        turned = oriented and image.getexif().get(ExifTags.Base.Orientation) in _TURNED
-        return (image.width, image.height) if turned else (image.height, image.width)
+        oriented = image.format != "PNG" or any(chunk in content for chunk in _PNG_ORIENTATION_CHUNKS)
+        transposed = oriented and image.getexif().get(ExifTags.Base.Orientation) in _TRANSPOSING_ORIENTATIONS
+        return ImageSize(image.width, image.height) if transposed else ImageSize(image.height, image.width)
 
 
 def decode(content: bytes, height: int, width: int, name: str) -> Tensor:
-    """An encoded image to float32 [3, height, width] in [-1, 1]: upright, RGB, transparency over white, centre crop.
+    """Decode an image to RGB, float32 [3, height, width] in [-1, 1], upright and center-cropped.
 
-    The largest centred box of the target's aspect is resized with PIL's antialiased bicubic filter. Only that box is
-    ever computed, so that a long thin image does not grow to a huge one on the way.
+    The largest centered box with the target's aspect ratio is resized with PIL's antialiased bicubic filter. Only that
+    box is computed, so a long thin image does not grow to a huge one in between. Transparency is blended over white.
+
+    Args:
+        name: of the file, for error messages.
 
     Raises:
-        DataError: it is no PNG, JPEG or WebP, is damaged, or has too many pixels; the message holds `name`.
+        DataError: it is no PNG, JPEG or WebP, is damaged, or has too many pixels.
     """
     with _opened(content, name) as image:
         rgb = _to_rgb(ImageOps.exif_transpose(image))
-    box = centre_box(rgb.height, rgb.width, height, width)
+    box = center_box(rgb.height, rgb.width, height, width)
     pixels = rgb.resize((width, height), Image.Resampling.BICUBIC, box=box)
     return torch.from_numpy(np.array(pixels)).permute(2, 0, 1).float() / 127.5 - 1
 
 
-def centre_box(height: int, width: int, to_height: int, to_width: int) -> tuple[float, float, float, float]:
-    """(left, top, right, bottom) of the largest box of the target's aspect in the middle of an image.
+def center_box(height: int, width: int, to_height: int, to_width: int) -> CropBox:
+    """Largest box with the aspect ratio of to_height x to_width in the center of an image.
 
-    Its sides may be fractions of pixels; its corner is a whole pixel, as a crop of whole pixels would have it.
+    Its sides may be fractions of pixels; its top left corner lies on integer pixels, as that of a plain crop would.
     """
     if width * to_height >= height * to_width:
         box_height, box_width = float(height), height * to_width / to_height
     else:
         box_height, box_width = width * to_height / to_width, float(width)
     left, top = (width - box_width) // 2, (height - box_height) // 2
-    return left, top, left + box_width, top + box_height
+    return CropBox(left, top, left + box_width, top + box_height)
 
 
 @contextmanager
 def _opened(content: bytes, name: str) -> Iterator[Image.Image]:
-    """The image, its header read and its number of pixels checked; what goes wrong in the body is a DataError too."""
+    """Open an image and check its number of pixels; errors inside the `with` block are raised as DataError, too."""
     try:
         with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
             if image.width * image.height > _MAX_PIXELS:
@@ -72,7 +95,9 @@ def _opened(content: bytes, name: str) -> Iterator[Image.Image]:
             yield image
     except DataError:
         raise
-    except Exception as error:  # the decoders raise whatever comes to them when a file is damaged
+    except UnidentifiedImageError:  # its message holds the address of a buffer
+        raise DataError(f"cannot decode the image {name}: it is no PNG, JPEG or WebP; repair or remove it") from None
+    except Exception as error:  # for a damaged file the decoders raise exceptions of many types
         raise DataError(f"cannot decode the image {name}: {error}; repair or remove it") from None
 
 

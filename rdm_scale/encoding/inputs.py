@@ -1,100 +1,111 @@
-"""What can be encoded: images or videos in folders, in webdataset tars, or named by lists; found, not yet read.
+"""Input data sets of images or videos: folders, webdataset tars, or lists of paths; listed, not yet read.
 
-Finding reads names, and the small files beside them (classes, captions), so that millions of images or videos fit.
-Everything is untrusted: sizes are bounded, and a set that is not whole (some without a class, two with one key) is
-refused.
+Listing reads file names and the small files beside them (classes, captions), so millions of images or videos fit in
+memory. Inputs are untrusted: sizes are bounded, and an inconsistent set (some files without a class, two files with one
+key) is refused.
 """
 
-import posixpath
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
 
 from rdm_scale.encoding import lists
-from rdm_scale.encoding.lists import Columns, in_list
-from rdm_scale.encoding.media import EXTENSIONS, MAX_CAPTION_BYTES, Found, Kind, MediaFile, as_text, kind_of
-from rdm_scale.encoding.tars import in_tars
+from rdm_scale.encoding.folders import read_folder
+from rdm_scale.encoding.lists import Columns, read_list
+from rdm_scale.encoding.media import EXTENSIONS, MediaEntry, MediaFile, MediaKind, media_kind
+from rdm_scale.encoding.tars import read_tars
 from rdm_scale.errors import DataError
 from rdm_scale.storage.location import Location
 
-__all__ = ["Columns", "Kind", "MediaFile", "MediaSet", "find_media"]
+__all__ = ["Columns", "MediaFile", "MediaKind", "MediaSet", "find_images", "find_media"]
 
 _MAX_CLASSES = 1_000_000
-_UNFIT = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # in a key; surrogates stand for bytes that are not UTF-8
-_READERS = 16  # captions read at a time: each is a file of its own
-_CAPTIONS_AT_ONCE = 4096
+_BAD_IN_KEY = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # surrogates stand for bytes that are not UTF-8
 
 
 @dataclass(frozen=True)
 class MediaSet:
-    """Images or videos, in the order of their source."""
+    """Images, or videos, in the order of their source."""
 
     files: tuple[MediaFile, ...]
-    kind: Kind
+    kind: MediaKind
     class_names: tuple[str, ...]  # empty: no classes, all labels are -1
-    captioned: bool  # all have a caption, which may be empty; otherwise none has
-    ignored: int  # files or entries that are neither image nor video by their name, nor belong to one
+    captioned: bool  # True: every file has a caption, which may be empty; False: none has
+    ignored: int  # number of files or entries that are neither an image nor a video, nor belong to one
 
 
 def find_media(url: str, columns: Columns | None = None, options: Mapping[str, Any] | None = None) -> MediaSet:
-    """All images, or all videos, of an input, which may be on any fsspec file system:
+    """List the images, or the videos, of an input on any fsspec file system.
 
-    - a folder, searched to its bottom and sorted. The class is the name of the sub-folder directly below it, if there
+    - A folder, searched recursively and sorted. The class is the name of the sub-folder directly below it, if there
       are any; a caption is in `name.txt` beside the file. Hidden files are ignored.
-    - a webdataset tar, or a folder or glob of them. Of `key.png` the class is in `key.cls`, a number or a name, the
+    - A webdataset tar, or a folder or glob of them. Of `key.png` the class is in `key.cls`, a number or a name, the
       caption in `key.txt`; or both are fields of `key.json`.
-    - a `.jsonl` or `.parquet` list (or a glob of them) of paths with optional labels, captions and keys.
+    - A `.jsonl` or `.parquet` list (or a glob of them) of paths with optional labels, captions and keys.
 
     Args:
         columns: names in lists and in a tar's `key.json`; by default path, label, caption and key.
         options: of the fsspec file system, beyond what it takes from the environment.
 
     Raises:
-        ConfigError: the URL names no file system that is known.
-        DataError: nothing there, both images and videos, a damaged tar or list, two files with one key, or only some
-            with a class or a caption.
+        ConfigError: the URL names an unknown file system.
+        DataError: there is nothing, there are both images and videos, a tar or list is damaged, two files have one
+            key, or only some have a class or a caption.
     """
     columns = columns or Columns()
     location = Location(url, options)
-    gathered = _Gathered()
+    collector = _Collector()
     try:
-        source, numbers = _source(location, columns, options)
-        for found in source:
-            gathered.add(found)
+        source = _open_source(location, columns, options)
+        for entry in source.entries:
+            collector.add(entry)
     except OSError as error:
         raise DataError(f"cannot read the input {location}: {error}") from None
-    return gathered.result(location, columns, numbers=numbers)
+    return collector.result(location, columns, numbers=source.numbers)
 
 
-class _Gathered:
-    """Files so far. Class names are held once each, and labels numbered as they come until all are known."""
+def find_images(url: str) -> MediaSet:
+    """List the images of an input, see `find_media`. Raises DataError: also if it holds videos."""
+    source = find_media(url)
+    if source.kind != "image":
+        raise DataError(f"{url} holds {len(source.files)} videos: images are needed here")
+    return source
+
+
+class _Collector:
+    """Collects the entries of a source and checks that they make a consistent set.
+
+    Each class name is stored once, and labels are provisional until all names are known.
+    """
 
     def __init__(self) -> None:
         self.files: list[MediaFile] = []
-        self.kinds: Counter[Kind] = Counter()
-        self.classes: dict[str, int] = {}
+        self.kinds: Counter[MediaKind] = Counter()
+        self.classes: dict[str, int] = {}  # class name to provisional label
         self.ignored = 0
 
-    def add(self, found: Found | None) -> None:
-        if found is None:
+    def add(self, entry: MediaEntry | None) -> None:
+        """Add an entry; None counts a file that is neither an image nor a video."""
+        if entry is None:
             self.ignored += 1
             return
-        kind, key, class_name, caption, location, name, offset, length = found
-        if _UNFIT.search(key):
-            raise DataError(f"the name of {name!r} holds a control character or is not UTF-8: rename it")
-        label = -1 if class_name is None else self.classes.setdefault(class_name, len(self.classes))
+        if _BAD_IN_KEY.search(entry.key):
+            raise DataError(f"the name of {entry.name!r} holds a control character or is not UTF-8: rename it")
+        label = -1 if entry.class_name is None else self.classes.setdefault(entry.class_name, len(self.classes))
         if len(self.classes) > _MAX_CLASSES:
-            raise DataError(f"{name}: there are more than {_MAX_CLASSES} classes: are these labels?")
-        self.kinds[kind] += 1
-        self.files.append(MediaFile(key, label, caption, location, name, offset, length))
+            raise DataError(f"{entry.name}: there are more than {_MAX_CLASSES} classes: is this a column of labels?")
+        self.kinds[entry.kind] += 1
+        self.files.append(
+            MediaFile(entry.key, label, entry.caption, entry.location, entry.name, entry.offset, entry.length)
+        )
 
     def result(self, where: Location, columns: Columns, *, numbers: bool) -> MediaSet:
+        """The complete set. Raises DataError: it is empty or inconsistent."""
         if not self.files:
             known = ", ".join(extension for extensions in EXTENSIONS.values() for extension in extensions)
             raise DataError(
@@ -109,26 +120,29 @@ class _Gathered:
         (kind,) = self.kinds
         _check_unique(self.files)
         captions = sum(file.caption is not None for file in self.files)
-        self._check_whole(captions, "caption", f"{kind}s", where)
-        self._check_whole(sum(file.label >= 0 for file in self.files), "class", f"{kind}s", where)
+        self._check_all_or_none(captions, "caption", f"{kind}s", where)
+        self._check_all_or_none(sum(file.label >= 0 for file in self.files), "class", f"{kind}s", where)
         _check_columns(columns, label=bool(self.classes), caption=bool(captions), where=where)
         class_names = self._number_classes(where, numbers)
         return MediaSet(tuple(self.files), kind, class_names, bool(captions), self.ignored)
 
-    def _check_whole(self, given: int, what: str, kind: str, where: Location) -> None:
+    def _check_all_or_none(self, given: int, what: str, kind: str, where: Location) -> None:
         if given and (missing := len(self.files) - given):
             raise DataError(
                 f"{where}: {missing} of {len(self.files)} {kind} have no {what}: give all of them one, or none"
             )
 
     def _number_classes(self, where: Location, numbers: bool) -> tuple[str, ...]:
-        """Gives the files their labels; with `numbers`, class names that are all numbers are the labels."""
+        """Give the files their final labels and return the class names in that order.
+
+        With `numbers`, class names that are all numbers are the labels themselves.
+        """
         if not self.classes:
             return ()
-        names = list(self.classes)  # by the labels that the files have so far
+        names = list(self.classes)  # indexed by the provisional labels
         if numbers and all(name.isascii() and name.isdigit() for name in names):
             if max(map(len, names)) > len(str(_MAX_CLASSES)) or max(map(int, names)) >= _MAX_CLASSES:
-                raise DataError(f"{where}: a class number is not below {_MAX_CLASSES}")
+                raise DataError(f"{where}: a class number is not below {_MAX_CLASSES}: number the classes from 0 on")
             labels = list(map(int, names))
             ordered = [str(i) for i in range(max(labels) + 1)]
         else:
@@ -141,7 +155,7 @@ class _Gathered:
 
 
 def _check_columns(columns: Columns, *, label: bool, caption: bool, where: Location) -> None:
-    """A column that was asked for by name, and is nowhere, is a mistake rather than an unlabelled set."""
+    """Refuse a column that was named explicitly and is nowhere: a mistake rather than an unlabeled set."""
     for field, given in (("label", label), ("caption", caption)):
         name, default = getattr(columns, field), next(f.default for f in fields(Columns) if f.name == field)
         if name != default and not given:
@@ -165,37 +179,47 @@ def _check_unique(files: Sequence[MediaFile]) -> None:
             seen[file.key] = file.name
 
 
-def _source(
-    location: Location, columns: Columns, options: Mapping[str, Any] | None
-) -> tuple[Iterator[Found | None], bool]:
-    """What `location` stands for, and whether classes there may be given as numbers."""
+class _InputSource(NamedTuple):
+    """Entries of an input, None for each file that is neither an image nor a video."""
+
+    entries: Iterator[MediaEntry | None]
+    numbers: bool  # classes may be given as numbers
+
+
+def _open_source(location: Location, columns: Columns, options: Mapping[str, Any] | None) -> _InputSource:
     if location.is_dir():
         names = [name for name in location.names() if not name.startswith(".")]
         tars = [name for name in names if name.endswith(".tar")]
-        if tars and any(kind_of(name) for name in names):
+        if tars and any(media_kind(name) for name in names):
             raise DataError(f"{location} holds both tars and images or videos: keep them in folders of their own")
         if tars:
-            return in_tars([location / name for name in tars], columns), True
-        return _in_folder(location), False
+            return _InputSource(read_tars([location / name for name in tars], columns), numbers=True)
+        return _InputSource(read_folder(location), numbers=False)
+    matches = _matches(location)
+    tars_only = [match for match in matches if match.name.endswith(".tar")]
+    if not tars_only:
+        entries = (entry for match in matches for entry in read_list(match, columns, options))
+        return _InputSource(entries, numbers=True)
+    if len(tars_only) < len(matches):
+        raise DataError(f"{location} matches both tars and lists: give them one at a time")
+    return _InputSource(read_tars(matches, columns), numbers=True)
+
+
+def _matches(location: Location) -> list[Location]:
+    """The tars or lists that a path or glob stands for."""
     if location.exists():
-        matches = [location]
         if not _is_container(location):
             raise DataError(
                 f"{location} is neither a folder nor a .tar, .jsonl or .parquet file "
                 "(what is compressed must be unpacked first)"
             )
-    else:
-        matches = _glob(location)
-        if not matches:
-            raise DataError(f"the input {location} does not exist")
-        if wrong := [match for match in matches if not _is_container(match) or match.is_dir()]:
-            raise DataError(f"{location} matches {wrong[0]}, which is not a .tar, .jsonl or .parquet file")
-    tars_only = [match for match in matches if match.name.endswith(".tar")]
-    if not tars_only:
-        return (found for match in matches for found in in_list(match, columns, options)), True
-    if len(tars_only) < len(matches):
-        raise DataError(f"{location} matches both tars and lists: give them one at a time")
-    return in_tars(matches, columns), True
+        return [location]
+    matches = _glob(location)
+    if not matches:
+        raise DataError(f"the input {location} does not exist")
+    if wrong := [match for match in matches if not _is_container(match) or match.is_dir()]:
+        raise DataError(f"{location} matches {wrong[0]}, which is not a .tar, .jsonl or .parquet file")
+    return matches
 
 
 def _glob(location: Location) -> list[Location]:
@@ -207,48 +231,3 @@ def _glob(location: Location) -> list[Location]:
 
 def _is_container(location: Location) -> bool:
     return location.name.endswith((".tar", *(f".{extension}" for extension in lists.EXTENSIONS)))
-
-
-def _in_folder(folder: Location) -> Iterator[Found | None]:
-    media: list[tuple[Kind, str]] = []  # paths below the folder
-    texts: dict[str, int] = {}  # sizes of the .txt files, by path
-    others = 0
-    for relative, stat in sorted(folder.find().items()):
-        if any(part.startswith(".") for part in relative.split("/")):
-            continue
-        if kind := kind_of(relative):
-            media.append((kind, relative))
-        elif relative.endswith(".txt"):
-            texts[relative] = stat.bytes
-        else:
-            others += 1
-    beside = {f"{posixpath.splitext(relative)[0]}.txt" for _, relative in media} & texts.keys() if texts else set()
-    yield from [None] * (others + len(texts) - len(beside))
-    with ThreadPoolExecutor(_READERS) as pool:
-        for start in range(0, len(media), _CAPTIONS_AT_ONCE):
-            part = media[start : start + _CAPTIONS_AT_ONCE]
-            names = [f"{posixpath.splitext(relative)[0]}.txt" for _, relative in part]
-            captions: Iterable[str | None] = [None] * len(part)
-            if beside:
-                captions = pool.map(
-                    lambda name: _caption(folder / name, texts[name]) if name in beside else None, names
-                )
-            for (kind, relative), caption in zip(part, captions, strict=True):
-                file = folder / relative
-                class_name = relative.split("/")[0] if "/" in relative else None
-                yield Found(kind, posixpath.splitext(relative)[0], class_name, caption, file, str(file))
-
-
-def _caption(file: Location, size: int) -> str:
-    if size > MAX_CAPTION_BYTES:
-        raise DataError(f"{file} has {size} bytes: too many for a caption")
-    content = file.read_range(0, MAX_CAPTION_BYTES + 1)
-    return as_text(content, MAX_CAPTION_BYTES, str(file), "a caption")
-
-
-def find_images(url: str) -> MediaSet:
-    """As `find_media`, where nothing but images will do. Raises DataError: these are videos, too."""
-    source = find_media(url)
-    if source.kind != "image":
-        raise DataError(f"{url} holds {len(source.files)} videos: images are needed here")
-    return source

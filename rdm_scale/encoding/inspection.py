@@ -1,9 +1,10 @@
-"""Looking at encoded data: whether all of it is right, what its statistics are, and what it decodes to."""
+"""Inspection of encoded data sets: verification of every byte, channel statistics, and decoded samples."""
 
 import hashlib
 import io
 import tarfile
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 import xxhash
@@ -17,6 +18,7 @@ from rdm_scale.data.dataset import OpenDataset, open_dataset
 from rdm_scale.data.manifest import MANIFEST_NAME, ChannelStatistics, Manifest, Shape, TarIndex, read_manifest
 from rdm_scale.data.shards import read_member, unpack_samples
 from rdm_scale.dtypes import STORED_DTYPES
+from rdm_scale.encoding.moments import MomentAccumulator
 from rdm_scale.errors import DataError
 from rdm_scale.storage.location import Location
 
@@ -25,20 +27,24 @@ _REPEATED_SHOWN = 10
 Progress = Callable[[int], object]  # called with the number of samples just looked at
 
 
-def verify(url: str, progress: Progress = lambda samples: None) -> tuple[Manifest, list[str]]:
-    """Reads every byte of a set and checks it against the manifest.
+class Verification(NamedTuple):
+    """Result of `verify`."""
 
-    Sizes, sha256 of each shard, the tars' own lists of members, checksums, shapes, types, labels, finite values, ids
-    that occur twice, and captions that do not belong to their samples.
+    manifest: Manifest
+    faults: list[str]  # one line each
 
-    Returns:
-        The manifest, and a line for each fault.
+
+def verify(url: str, progress: Progress = lambda samples: None) -> Verification:
+    """Read every byte of a data set and check it against the manifest.
+
+    Checks sizes, the sha256 of each shard, the tars' own lists of members, checksums, shapes, dtypes, labels, finite
+    values, ids that occur twice, and captions that do not belong to their samples.
 
     Raises:
         DataError: there is no valid manifest.
     """
     opened = open_dataset(DataSource(path=url))
-    ids: dict[str, Tensor] = {}  # of each member
+    ids: dict[str, Tensor] = {}  # by member
     faults: list[str] = []
     for index, shard in enumerate(opened.manifest.shards):
         if index in opened.damaged:
@@ -46,7 +52,7 @@ def verify(url: str, progress: Progress = lambda samples: None) -> tuple[Manifes
         else:
             faults += _verify_shard(opened, index, ids)
         progress(shard.samples)
-    return opened.manifest, [*faults, *_repeated(ids)]
+    return Verification(opened.manifest, [*faults, *_repeated(ids)])
 
 
 def _verify_shard(opened: OpenDataset, index: int, ids: dict[str, Tensor]) -> Iterator[str]:
@@ -55,9 +61,9 @@ def _verify_shard(opened: OpenDataset, index: int, ids: dict[str, Tensor]) -> It
     contents: list[list[bytes | None]] = []  # of the members of the shard, and of its side-car
     for tar in (shard, shard.text):
         if tar is not None:
-            members, faults = _read_tar(folder / tar.name, tar)
-            contents.append(members)
-            yield from faults
+            found = _read_tar(folder / tar.name, tar)
+            contents.append(found.members)
+            yield from found.faults
     for number, (content, *text) in enumerate(zip(*contents, strict=True)):
         where = f"member {shard.members[number].name} of {folder / shard.name}"
         if content is None or None in text:
@@ -75,31 +81,36 @@ def _verify_shard(opened: OpenDataset, index: int, ids: dict[str, Tensor]) -> It
             yield f"{where} and the captions beside it are not of the same samples: encode the data again"
 
 
-def _read_tar(place: Location, tar: TarIndex) -> tuple[list[bytes | None], list[str]]:
-    """The members of a tar, None for those that are not what was written, and what is wrong with it."""
+class _TarContent(NamedTuple):
+    members: list[bytes | None]  # None: damaged
+    faults: list[str]
+
+
+def _read_tar(file: Location, tar: TarIndex) -> _TarContent:
+    """Read the members of a tar and check them against the manifest."""
     try:
-        content = place.read()
+        content = file.read()
     except OSError as error:
-        return [None] * len(tar.members), [f"cannot read {place}: {error}"]
+        return _TarContent([None] * len(tar.members), [f"cannot read {file}: {error}"])
     faults: list[str] = []
     try:
-        with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as file:
-            listed = [(member.name, member.offset_data, member.size) for member in file]
+        with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as opened:
+            listed = [(member.name, member.offset_data, member.size) for member in opened]
     except tarfile.TarError as error:
-        faults.append(f"{place} is not a tar: {error}")
+        faults.append(f"{file} is not a tar: {error}")
     else:
         if listed != [(member.name, member.offset, member.bytes) for member in tar.members]:
-            faults.append(f"{place} lists other members, or lists them elsewhere, than the manifest")
+            faults.append(f"{file} lists other members, or lists them elsewhere, than the manifest")
     members: list[bytes | None] = []
     for member in tar.members:
         part = content[member.offset : member.offset + member.bytes]
-        whole = xxhash.xxh3_64_hexdigest(part) == member.xxh3
-        members.append(part if whole else None)
-        if not whole:
-            faults.append(f"member {member.name} of {place} is not what was written: its xxh3 is another")
+        intact = xxhash.xxh3_64_hexdigest(part) == member.xxh3
+        members.append(part if intact else None)
+        if not intact:
+            faults.append(f"member {member.name} of {file} is not what was written: its xxh3 is another")
     if not faults and hashlib.sha256(content).hexdigest() != tar.sha256:
-        faults.append(f"{place} is not what was written: its sha256 is another, though its members are whole")
-    return members, faults
+        faults.append(f"{file} is not what was written: its sha256 is another, though its members are intact")
+    return _TarContent(members, faults)
 
 
 def _caption_ids(content: bytes, manifest: Manifest, folder: Location, tar: TarIndex, number: int) -> Tensor:
@@ -112,7 +123,7 @@ def _caption_ids(content: bytes, manifest: Manifest, folder: Location, tar: TarI
 
 
 def _repeated(ids: dict[str, Tensor]) -> Iterator[str]:
-    """Ids that occur more than once. Sorted, since a dictionary of ten million would take a gigabyte."""
+    """Find ids that occur more than once, by sorting: a dictionary of ten million would take a gigabyte."""
     if not ids:
         return
     ordered = torch.cat(list(ids.values())).sort().values
@@ -124,44 +135,45 @@ def _repeated(ids: dict[str, Tensor]) -> Iterator[str]:
         yield f"{more} other ids are there more than once"
 
 
-def measure(url: str, progress: Progress = lambda samples: None) -> Manifest:
-    """Computes the statistics of the raw latents of a set and writes them into its manifest.
+def measure_statistics(url: str, progress: Progress = lambda samples: None) -> Manifest:
+    """Compute the channel statistics of the raw latents of a data set and write them into its manifest.
 
     Raises:
-        DataError: the set is damaged, or its manifest cannot be written.
+        DataError: the data set is damaged, or its manifest cannot be written.
     """
     manifest, folder = read_manifest(url)
     channels = manifest.shape[0]
-    count, total, squares = 0, torch.zeros(channels).double(), torch.zeros(channels).double()
+    moments = MomentAccumulator(channels)
     for index, shard in enumerate(manifest.shards):
         for number, member in enumerate(shard.members):
             latents = read_member(folder, manifest, index, number)["latents"].double()
             if not latents.isfinite().all():
-                raise DataError(f"member {member.name} of {folder / shard.name} holds latents that are not finite")
-            mean, variance = latents[:, :channels], torch.zeros(())
-            if manifest.kind == "moments":
-                variance = clamp_log_variance(latents[:, channels:]).exp()
-            count += mean[:, 0].numel()
-            total += mean.sum((0, 2, 3, 4))
-            squares += (mean.square() + variance).sum((0, 2, 3, 4))
+                raise DataError(
+                    f"member {member.name} of {folder / shard.name} holds latents that are not finite: encode the data "
+                    "again"
+                )
+            posterior = manifest.kind == "moments"
+            variance = clamp_log_variance(latents[:, channels:]).exp() if posterior else None
+            moments.add(latents[:, :channels], variance)
             progress(member.samples)
-    mean = total / count
-    std = (squares / count - mean.square()).clamp(min=0).sqrt()
-    statistics = ChannelStatistics(mean=tuple(mean.tolist()), std=tuple(std.tolist()))
+    statistics = ChannelStatistics(mean=tuple(moments.mean.tolist()), std=tuple(moments.std.tolist()))
     measured = manifest.model_copy(update={"statistics": statistics})
-    place = Location(url) if url.endswith(".json") else folder / MANIFEST_NAME
+    file = Location(url) if url.endswith(".json") else folder / MANIFEST_NAME
     try:
-        place.write(measured.to_json())
+        file.write(measured.to_json())
     except OSError as error:
-        raise DataError(f"cannot write {place}: {error}") from None
+        raise DataError(f"cannot write {file}: {error}") from None
     return measured
 
 
-def decoded(url: str, codec: LatentCodec, count: int) -> dict[Shape, Tensor]:
-    """Samples from all over a set, decoded to pixels [N, 3, T, H, W] in [-1, 1], by the shape of their latents.
+def decode_samples(url: str, codec: LatentCodec, count: int) -> dict[Shape, Tensor]:
+    """Decode samples at equal distances in a data set.
+
+    Returns:
+        Pixels [N, 3, T, H, W] in [-1, 1], by the shape of their latents.
 
     Raises:
-        DataError: the set is damaged, or the codec does not fit it.
+        DataError: the data set is damaged, or the codec does not fit it.
     """
     manifest, folder = read_manifest(url)
     count = min(count, manifest.samples)
@@ -170,7 +182,7 @@ def decoded(url: str, codec: LatentCodec, count: int) -> dict[Shape, Tensor]:
     first = 0
     for index, shard in enumerate(manifest.shards):
         for number, member in enumerate(shard.members):
-            chosen = [place - first for place in wanted if first <= place < first + member.samples]
+            chosen = [position - first for position in wanted if first <= position < first + member.samples]
             first += member.samples
             if chosen:
                 latents = read_member(folder, manifest, index, number)["latents"]

@@ -1,7 +1,7 @@
-"""Lists of images or videos: a JSON object a line, or the rows of a Parquet file, read as a stream.
+"""Lists of images or videos: JSON lines or Parquet, read as a stream.
 
-The column `path` is relative to the list's folder, or any absolute path or URL. Columns for a class, a caption and a
-key are optional. Listed files are not opened here, so a list of millions costs no more than reading it.
+The column `path` is relative to the list's folder, or an absolute path or URL. Columns for a class, a caption and a
+key are optional. Listed files are not opened, so a list of millions costs no more than reading it.
 """
 
 import json
@@ -9,16 +9,16 @@ import math
 import posixpath
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from rdm_scale.encoding.media import MAX_CAPTION_BYTES, Found, kind_of
+from rdm_scale.encoding.media import MAX_CAPTION_BYTES, MediaEntry, media_kind
 from rdm_scale.errors import ConfigError, DataError
 from rdm_scale.storage.location import Location
 
 EXTENSIONS = ("jsonl", "parquet")
 _MAX_LINE_BYTES = 2**20
 _MAX_TEXT = 4096  # characters of a path, a class name or a key
-_MAX_COLUMN_BYTES = 2**31  # of one row group, unpacked
+MAX_COLUMN_BYTES = 2**31  # of one row group, uncompressed
 _CHUNK_BYTES = 2**20
 _BATCH_ROWS = 8192
 
@@ -33,51 +33,71 @@ class Columns:
     key: str = "key"
 
 
-def in_list(location: Location, columns: Columns, options: Mapping[str, Any] | None = None) -> Iterator[Found | None]:
-    """All images and videos of a list, in its order; None for each entry that is neither by its name.
+class _Row(NamedTuple):
+    """One entry of a list."""
+
+    values: Mapping[str, Any]  # by column
+    name: str  # for error messages: the list and the line or row
+
+
+def read_list(
+    location: Location,
+    columns: Columns,
+    options: Mapping[str, Any] | None = None,
+    *,
+    max_column_bytes: int = MAX_COLUMN_BYTES,
+) -> Iterator[MediaEntry | None]:
+    """Read all images and videos of a list, in its order.
 
     The key of an entry without one is its path without the extension.
 
     Args:
-        options: of the file systems of URLs in the list, where they are not that of the list itself.
+        options: of the file systems of URLs in the list that are on another file system than the list.
+        max_column_bytes: of a column in one row group of a Parquet file, uncompressed.
+
+    Yields:
+        Entries, and None for every row whose path is neither an image nor a video by its extension.
 
     Raises:
-        DataError: not such a list, no column of paths, or a value that cannot be what its column says.
+        DataError: the file is no such list, has no column of paths, or holds an invalid value.
         OSError: it cannot be read.
     """
-    rows = _json_rows(location) if location.name.endswith(".jsonl") else _parquet_rows(location, columns)
-    places = _Places(location, options)
+    if location.name.endswith(".jsonl"):
+        rows = _json_rows(location)
+    else:
+        rows = _parquet_rows(location, columns, max_column_bytes)
+    resolver = _PathResolver(location, options)
     keyed = None
     for row, name in rows:
         path = _required_text(row, columns.path, name)
-        key = _key_of(row.get(columns.key), columns.key, name)
+        key = _parse_key(row.get(columns.key), columns.key, name)
         if keyed is None:
             keyed = key is not None
         elif keyed != (key is not None):
             raise DataError(f"{name}: some entries have a {columns.key!r} and others have none: give all one, or none")
         query = "?" in path and path.startswith(("http://", "https://"))
-        kind = kind_of(path.partition("?")[0] if query else path)
+        kind = media_kind(path.partition("?")[0] if query else path)
         if kind is None:
             yield None
             continue
-        class_name = class_of(row.get(columns.label), columns.label, name)
-        caption = caption_of(row.get(columns.caption), columns.caption, name)
-        place = places.find(path, name)
+        class_name = parse_label(row.get(columns.label), columns.label, name)
+        caption = parse_caption(row.get(columns.caption), columns.caption, name)
+        file = resolver.resolve(path, name)
         if key is None:
             key = path if query else posixpath.splitext(path if "://" in path else posixpath.normpath(path))[0]
-        yield Found(kind, key, class_name, caption, place, str(place))
+        yield MediaEntry(kind, key, class_name, caption, file, str(file))
 
 
-class _Places:
-    """Paths and URLs of a list as locations; each file system is looked up once, not once an entry."""
+class _PathResolver:
+    """Turns paths and URLs of a list into locations; each file system is opened once, not once per entry."""
 
     def __init__(self, location: Location, options: Mapping[str, Any] | None) -> None:
         self._folder, self._options = location.parent, dict(options or {})
         own = location.fs.protocol
         self._systems = dict.fromkeys((own,) if isinstance(own, str) else own, location.fs)
 
-    def find(self, path: str, name: str) -> Location:
-        """Raises DataError: a URL of an unknown file system."""
+    def resolve(self, path: str, name: str) -> Location:
+        """Location of a path or URL. Raises DataError: the file system is unknown."""
         scheme, separator, _ = path.partition("://")
         if not separator:
             if not path.startswith("/"):
@@ -92,8 +112,7 @@ class _Places:
         return Location(fs._strip_protocol(path), fs)
 
 
-def _json_rows(location: Location) -> Iterator[tuple[Mapping[str, Any], str]]:
-    """Each line's object and its place, for messages."""
+def _json_rows(location: Location) -> Iterator[_Row]:
     for number, line in enumerate(_lines(location), 1):
         name = f"{location}, line {number}"
         if not line.strip():
@@ -101,38 +120,38 @@ def _json_rows(location: Location) -> Iterator[tuple[Mapping[str, Any], str]]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{name} is not JSON: {error}") from None
+            raise DataError(f"{name} is not JSON ({error}): correct it") from None
         if not isinstance(row, dict):
             raise DataError(f"{name} is not a JSON object, such as " + '{"path": "a.png", "caption": "..."}')
-        yield row, name
+        yield _Row(row, name)
 
 
 def _lines(location: Location) -> Iterator[bytes]:
     rest = b""
     with location.open() as file:
         while chunk := file.read(_CHUNK_BYTES):
-            *whole, rest = (rest + chunk).split(b"\n")
-            yield from whole
+            *complete, rest = (rest + chunk).split(b"\n")
+            yield from complete
             if len(rest) > _MAX_LINE_BYTES:
                 raise DataError(f"{location} has a line of more than {_MAX_LINE_BYTES} bytes: is it a .jsonl file?")
     if rest:
         yield rest
 
 
-def _parquet_rows(location: Location, columns: Columns) -> Iterator[tuple[Mapping[str, Any], str]]:
+def _parquet_rows(location: Location, columns: Columns, max_column_bytes: int) -> Iterator[_Row]:
     import pyarrow as pa  # takes a second to import
     import pyarrow.parquet as pq
 
     try:
         with location.open() as file, pq.ParquetFile(file) as parquet:
             used = _used_columns(location, parquet.schema_arrow, columns)
-            _check_row_groups(location, parquet.metadata, used)
+            _check_row_groups(location, parquet.metadata, used, max_column_bytes)
             row = 0
             for batch in parquet.iter_batches(_BATCH_ROWS, columns=used, use_threads=False):
                 for values in zip(*(batch.column(name).to_pylist() for name in used), strict=True):
                     row += 1
-                    yield dict(zip(used, values, strict=True)), f"{location}, row {row}"
-    except (pa.ArrowException, ValueError, OSError) as error:  # OSError is Arrow's for damaged pages, too
+                    yield _Row(dict(zip(used, values, strict=True)), f"{location}, row {row}")
+    except (pa.ArrowException, ValueError, OSError) as error:  # Arrow raises OSError for damaged pages, too
         what = "cannot be read" if isinstance(error, OSError) else "is not a Parquet file, or a damaged one"
         raise DataError(f"{location} {what}: {str(error).strip()}") from None
 
@@ -152,22 +171,23 @@ def _used_columns(location: Location, schema: Any, columns: Columns) -> Sequence
     return [name for name in dict.fromkeys(wanted) if name in names]
 
 
-def _check_row_groups(location: Location, metadata: Any, used: Sequence[str]) -> None:
-    """Pages are unpacked as a whole: a hostile or careless file must not take all memory."""
+def _check_row_groups(location: Location, metadata: Any, used: Sequence[str], limit: int) -> None:
+    """Refuse row groups that would not fit in memory, since a column chunk is uncompressed at once."""
     for group in range(metadata.num_row_groups):
         for index in range(metadata.num_columns):
             column = metadata.row_group(group).column(index)
-            if column.path_in_schema.split(".")[0] in used and column.total_uncompressed_size > _MAX_COLUMN_BYTES:
+            if column.path_in_schema.split(".")[0] in used and column.total_uncompressed_size > limit:
                 raise DataError(
                     f"{location}: column {column.path_in_schema!r} has {column.total_uncompressed_size} bytes in one "
                     "row group: write it with smaller row groups"
                 )
 
 
-def class_of(value: object, column: str, name: str) -> str | None:
-    """The class that a label names, a number written in digits; None where there is none.
+def parse_label(value: object, column: str, name: str) -> str | None:
+    """Class name of a label, a number as its digits; None for no label.
 
-    Raises DataError: it is neither text nor a number from 0 on.
+    Raises:
+        DataError: it is neither text nor a number from 0 on.
     """
     if value is None or (isinstance(value, float) and math.isnan(value)):  # NaN: pandas' missing number
         return None
@@ -180,12 +200,12 @@ def class_of(value: object, column: str, name: str) -> str | None:
     raise DataError(f"{name}: {_shown(value)} in {column!r} is no label: give a number from 0 on or a name, or nothing")
 
 
-def caption_of(value: object, column: str, name: str) -> str | None:
-    """A caption, without white space around it; None where there is none. Raises DataError: it cannot be one."""
+def parse_caption(value: object, column: str, name: str) -> str | None:
+    """Caption without white space around it; None for no caption. Raises DataError: it is no text, or too long."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
     if not isinstance(value, str):
-        raise DataError(f"{name}: {_shown(value)} in {column!r} is no caption: it must be one text")
+        raise DataError(f"{name}: {_shown(value)} in {column!r} is no caption: it must be one string")
     try:
         size = len(value) if value.isascii() else len(value.encode())
     except UnicodeEncodeError:
@@ -195,14 +215,16 @@ def caption_of(value: object, column: str, name: str) -> str | None:
     return value.strip()
 
 
-def _key_of(value: object, column: str, name: str) -> str | None:
+def _parse_key(value: object, column: str, name: str) -> str | None:
     if value is None:
         return None
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if isinstance(value, str) and 0 < len(value) <= _MAX_TEXT:
         return value
-    raise DataError(f"{name}: {_shown(value)} in {column!r} is no key: it must be a text, not empty, or a number")
+    raise DataError(
+        f"{name}: {_shown(value)} in {column!r} is no key: it must be a number or a string that is not empty"
+    )
 
 
 def _required_text(row: Mapping[str, Any], column: str, name: str) -> str:
@@ -210,7 +232,7 @@ def _required_text(row: Mapping[str, Any], column: str, name: str) -> str:
     if value is None:
         raise DataError(f"{name} has no {column!r}: every entry needs the path or URL of its file")
     if not isinstance(value, str) or not 0 < len(value) <= _MAX_TEXT:
-        raise DataError(f"{name}: {_shown(value)} in {column!r} is no path or URL")
+        raise DataError(f"{name}: {_shown(value)} in {column!r} is no path or URL: correct it")
     return value
 
 

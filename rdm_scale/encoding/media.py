@@ -1,6 +1,6 @@
-"""One image or video of a user's data: where it is, and how its bytes are reached.
+"""One image or video of a user's data set: where it is stored, and how its bytes are read.
 
-It may be a file of its own or a part of a tar; a video inside a tar is read in place, without loading or unpacking it.
+The bytes are a file of their own or a range of a tar. A video inside a tar is read in place, without unpacking it.
 """
 
 import io
@@ -11,39 +11,43 @@ from typing import Any, BinaryIO, Literal, NamedTuple, cast
 from rdm_scale.errors import DataError
 from rdm_scale.storage.location import Location
 
-Kind = Literal["image", "video"]
-EXTENSIONS: dict[Kind, tuple[str, ...]] = {
+MediaKind = Literal["image", "video"]
+EXTENSIONS: dict[MediaKind, tuple[str, ...]] = {
     "image": ("png", "jpg", "jpeg", "webp"),
     "video": ("mp4", "avi", "webm", "mkv", "mov"),
 }
+KIND_BY_EXTENSION = {extension: kind for kind, extensions in EXTENSIONS.items() for extension in extensions}
 MAX_CAPTION_BYTES = 2**16
-KINDS = {extension: kind for kind, extensions in EXTENSIONS.items() for extension in extensions}
-_MAX_IMAGE_BYTES = 2**28  # larger than any image within PIL's limit on pixels has a reason to be
+_MAX_IMAGE_BYTES = 2**28  # an image within the limit on pixels never needs more
 _BUFFER_BYTES = 2**18  # a demuxer reads a few bytes at a time
 
 
-def kind_of(name: str) -> Kind | None:
-    """What a file is by the extension of its name; None for other files."""
-    return KINDS.get(posixpath.splitext(name)[1][1:].lower())
+def media_kind(name: str) -> MediaKind | None:
+    """Kind of a file, by the extension of its name; None if it is neither an image nor a video."""
+    return KIND_BY_EXTENSION.get(posixpath.splitext(name)[1][1:].lower())
 
 
 @dataclass(frozen=True, slots=True)
 class MediaFile:
-    """One image or video that has been found but not read: a file, or `length` bytes at `offset` of a tar."""
+    """An image or video that has been found but not read: a file, or `length` bytes at `offset` of a tar."""
 
     key: str  # unique in its set: the path below the input, or the name in the tar, without the extension
     label: int  # index into the set's class names; -1 without classes
     caption: str | None
     location: Location
-    name: str  # for messages: where a person finds it
+    name: str  # path or URL for error messages, with `:member` for a member of a tar
     offset: int = 0
-    length: int | None = None  # None: the whole file
+    length: int | None = None  # None: up to the end of the file
 
     def read(self) -> bytes:
-        """All of it. Raises DataError: the file cannot be read, is too large for an image, or ends early."""
+        """Read all bytes.
+
+        Raises:
+            DataError: the file cannot be read, is too large for an image, or is shorter than when it was found.
+        """
         try:
             if self.length is None and not self.location.is_local:
-                content = self.location.read_range(0, _MAX_IMAGE_BYTES + 1)  # asking for its size is a request more
+                content = self.location.read_range(0, _MAX_IMAGE_BYTES + 1)  # saves the request for the size
                 length = len(content)
             else:
                 length = self.location.size() if self.length is None else self.length
@@ -51,28 +55,31 @@ class MediaFile:
         except OSError as error:
             raise DataError(f"cannot read {self.name}: {error}") from None
         if length > _MAX_IMAGE_BYTES:
-            raise DataError(f"{self.name} has more than {_MAX_IMAGE_BYTES} bytes: too large for an image file")
+            raise DataError(
+                f"{self.name} has more than {_MAX_IMAGE_BYTES} bytes: too large for an image file; shrink or remove it"
+            )
         if len(content) != length:
             raise DataError(_ends_early(self.name, len(content), length))
         return content
 
     def open(self) -> BinaryIO:
-        """A seekable, read-only file of exactly these bytes, of any size.
+        """Open as a seekable, read-only file of exactly these bytes; any size is allowed.
 
-        Raises DataError, here and when it is read: the file cannot be read, or ends early.
+        Raises:
+            DataError: the file cannot be read, or ends early; raised here and by every read.
         """
         try:
             length = self.location.size() if self.length is None else self.length
             file = self.location.open()
         except Exception as error:  # clients of object stores have exceptions of their own
             raise DataError(f"cannot read {self.name}: {error}") from None
-        return cast(BinaryIO, io.BufferedReader(_Window(file, self.offset, length, self.name), _BUFFER_BYTES))
+        return cast(BinaryIO, io.BufferedReader(_ByteWindow(file, self.offset, length, self.name), _BUFFER_BYTES))
 
 
-class Found(NamedTuple):
-    """What a source (folder, tar, list) says of one file, before classes are numbered."""
+class MediaEntry(NamedTuple):
+    """An image or video as a folder, tar or list describes it, before class names are numbered."""
 
-    kind: Kind
+    kind: MediaKind
     key: str
     class_name: str | None
     caption: str | None
@@ -82,21 +89,27 @@ class Found(NamedTuple):
     length: int | None = None
 
 
-def as_text(content: bytes, limit: int, name: str, what: str) -> str:
-    """The text of a small file beside an image or video, without white space around it.
+def decode_text(content: bytes, limit: int, name: str, what: str) -> str:
+    """Decode a small UTF-8 file and strip white space around the text.
 
-    Raises DataError: it is longer than `limit` bytes, or not UTF-8; the message says that `name` must hold `what`.
+    Args:
+        limit: in bytes.
+        name: of the file, for error messages.
+        what: the file must hold, for error messages.
+
+    Raises:
+        DataError: it has more than `limit` bytes, or is not UTF-8.
     """
     if len(content) > limit:
-        raise DataError(f"{name} has {len(content)} bytes: too many for {what}")
+        raise DataError(f"{name} has {len(content)} bytes: too many for {what} (at most {limit})")
     try:
         return content.decode("utf-8").strip()
     except UnicodeDecodeError:
         raise DataError(f"{name} is not UTF-8 text: it must hold {what}") from None
 
 
-class _Window(io.RawIOBase):
-    """`length` bytes of another file from `offset` on, as a file of its own."""
+class _ByteWindow(io.RawIOBase):
+    """Read-only view of `length` bytes of another file, starting at `offset`."""
 
     def __init__(self, file: Any, offset: int, length: int, name: str) -> None:
         self._file, self._offset, self._length, self._name = file, offset, length, name
@@ -115,7 +128,7 @@ class _Window(io.RawIOBase):
         start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
         if start + offset < 0:
             raise ValueError(f"cannot seek to {start + offset}, before the start of {self._name}")
-        self._position = start + offset  # beyond the end is allowed, as in any file: nothing is read there
+        self._position = start + offset  # beyond the end is allowed, as in any file: reads return nothing there
         return self._position
 
     def readinto(self, buffer: Any) -> int:
@@ -140,4 +153,4 @@ class _Window(io.RawIOBase):
 
 
 def _ends_early(name: str, found: int, expected: int) -> str:
-    return f"{name} ends after {found} of {expected} bytes: was it changed meanwhile?"
+    return f"{name} ends after {found} of {expected} bytes: it was changed while it was in use; run the command again"

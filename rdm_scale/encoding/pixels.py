@@ -1,42 +1,53 @@
-"""From found files to pixels: images and clips alike, of one size and in batches."""
+"""Pixels of samples: images and clips loaded at the size of a bucket, and reconstructions through a codec."""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rdm_scale.codecs import LatentCodec, normalize
 from rdm_scale.encoding.images import decode, image_size
-from rdm_scale.encoding.inputs import Kind, MediaFile, MediaSet
-from rdm_scale.encoding.planning import Bucket, Item, Probe, Settings
-from rdm_scale.encoding.videos import decode_clip, probe_video
+from rdm_scale.encoding.inputs import MediaFile, MediaSet
+from rdm_scale.encoding.media import MediaKind
+from rdm_scale.encoding.planning import Bucket, EncodingSettings, MediaMetadata, PlannedSample
+from rdm_scale.encoding.videos import decode_clip, read_video_metadata
 
 READERS = 8  # threads that read and decode
 
 
-def probe(file: MediaFile, kind: Kind, fps: float | None) -> Probe:
-    """The size of an image or video. Raises DataError: it cannot be read, or is none."""
-    if kind == "image":
-        return Probe(1, *image_size(file.read(), file.name))
-    with file.open() as content:
-        found = probe_video(content, file.name, fps)
-    return Probe(found.frames, found.height, found.width)
+def read_metadata(file: MediaFile, kind: MediaKind, fps: float | None) -> MediaMetadata:
+    """Read the size of an image or video.
 
+    Args:
+        fps: frame rate at which the frames of a video are counted; None: its own.
 
-def load(source: MediaSet, item: Item, bucket: Bucket, settings: Settings) -> Tensor:
-    """A sample's pixels, float32 [3, T, H, W] in [-1, 1].
-
-    Raises DataError: its file cannot be read or decoded, or ends too early.
+    Raises:
+        DataError: the file cannot be read, or is no image or video.
     """
-    file = source.files[item.file]
-    pixels = _load(file, source.kind, bucket, item.clip * settings.clip_starts(bucket), settings)
-    return pixels.flip(-1) if item.view else pixels
-
-
-def _load(file: MediaFile, kind: Kind, bucket: Bucket, start: int, settings: Settings) -> Tensor:
     if kind == "image":
-        return decode(file.read(), bucket.height, bucket.width, file.name).unsqueeze(1)
+        return MediaMetadata(1, *image_size(file.read(), file.name))
+    with file.open() as content:
+        found = read_video_metadata(content, file.name, fps)
+    return MediaMetadata(found.frames, found.height, found.width)
+
+
+def load_sample(source: MediaSet, sample: PlannedSample, bucket: Bucket, settings: EncodingSettings) -> Tensor:
+    """Load the pixels of a sample, float32 [3, T, H, W] in [-1, 1].
+
+    Raises:
+        DataError: the file cannot be read or decoded, or ends before the clip does.
+    """
+    file = source.files[sample.file]
+    if source.kind == "image":
+        pixels = decode(file.read(), bucket.height, bucket.width, file.name).unsqueeze(1)
+    else:
+        pixels = _load_clip(file, sample.clip * settings.clip_interval(bucket), bucket, settings)
+    return pixels.flip(-1) if sample.view else pixels
+
+
+def _load_clip(file: MediaFile, start: int, bucket: Bucket, settings: EncodingSettings) -> Tensor:
     with file.open() as content:
         return decode_clip(
             content,
@@ -50,17 +61,21 @@ def _load(file: MediaFile, kind: Kind, bucket: Bucket, start: int, settings: Set
         )
 
 
-def load_batches(
-    files: Sequence[MediaFile], size: int, batch_size: int
-) -> Iterator[tuple[Sequence[MediaFile], Tensor]]:
-    """Batches of images with their pixels [B, 3, size, size] in [-1, 1]. Raises DataError: one cannot be decoded."""
+class ImageBatch(NamedTuple):
+    files: Sequence[MediaFile]
+    pixels: Tensor  # [B, 3, size, size] in [-1, 1]
+
+
+def load_image_batches(files: Sequence[MediaFile], size: int, batch_size: int) -> Iterator[ImageBatch]:
+    """Load batches of square images. Raises DataError: a file cannot be read or decoded."""
     with ThreadPoolExecutor(READERS) as pool:
         for start in range(0, len(files), batch_size):
             batch = files[start : start + batch_size]
-            yield batch, torch.stack(list(pool.map(lambda file: decode(file.read(), size, size, file.name), batch)))
+            images = pool.map(lambda file: decode(file.read(), size, size, file.name), batch)
+            yield ImageBatch(batch, torch.stack(list(images)))
 
 
 def reconstruct(pixels: Tensor, codec: LatentCodec) -> Tensor:
-    """What the codec makes of pixels [B, 3, T, H, W] by way of its latents' mode, on the CPU."""
+    """Encode pixels [B, 3, T, H, W] and decode the mode of their latents, on the CPU."""
     modes = codec.encode(pixels)[:, : codec.channels]
     return codec.decode(normalize(modes, codec.record)).cpu()

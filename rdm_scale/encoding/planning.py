@@ -1,24 +1,31 @@
-"""What an encoding job will write: which samples, in which order, in which shard, known before anything is encoded.
+"""Encoding plans: which samples a job writes, in which order and into which shard, fixed before anything is encoded.
 
-A plan follows from the inputs' keys, the settings and (where there are several buckets, or videos) the size of each
-input; never from who encodes what, or when. So many processes can share a job, and one that is cut off can go on.
+A plan is a function of the inputs' keys, the settings and (with several buckets, or videos) the size of each input,
+never of which process encodes what, or when. So many processes can share a job, and an interrupted job can be resumed.
 """
 
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, NamedTuple
+from dataclasses import asdict, astuple, dataclass, field, fields
+from typing import Literal, NamedTuple
 
 from rdm_scale import rng
+from rdm_scale.codecs.record import CodecRecord
 from rdm_scale.encoding.inputs import MediaFile, MediaSet
+from rdm_scale.encoding.media import MediaKind
+from rdm_scale.encoding.text import TextEncoderRecord
 from rdm_scale.errors import ConfigError, DataError
 
-SIDES = ("train", "holdout")
+Split = Literal["train", "holdout"]
+SPLITS: tuple[Split, Split] = ("train", "holdout")
 
 
 class Bucket(NamedTuple):
-    """A size in pixels that inputs are brought to; images have one frame."""
+    """A size in pixels that inputs are cropped and resized to; images have one frame.
+
+    Digests of jobs and shards contain its repr: renaming the class or its fields would orphan jobs begun before.
+    """
 
     frames: int
     height: int
@@ -26,7 +33,7 @@ class Bucket(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> "Bucket":
-        """From HxW or TxHxW. Raises ConfigError."""
+        """Parse HxW or TxHxW. Raises ConfigError."""
         try:
             sizes = [int(part) for part in text.lower().split("x")]
             if len(sizes) in (2, 3) and min(sizes) > 0:
@@ -39,155 +46,202 @@ class Bucket(NamedTuple):
         return "x".join(map(str, self if self.frames > 1 else self[1:]))
 
 
-class Probe(NamedTuple):
-    """The size of an input: frames at the rate that clips are taken at."""
+class MediaMetadata(NamedTuple):
+    """Size of an image or video; an image has one frame."""
 
-    frames: int
+    frames: int  # at the frame rate of the clips
     height: int
     width: int
 
 
 @dataclass(frozen=True)
-class Settings:
-    """All that decides what an encoding job writes, beside its inputs and its codec."""
+class EncodingSettings:
+    """Everything that decides what a job writes, besides its inputs and models.
+
+    Digests of jobs contain the names and values of all fields: renaming one would orphan jobs begun before.
+    """
 
     buckets: tuple[Bucket, ...]
     kind: Literal["mode", "moments"] = "mode"
     dtype: Literal["float32", "float16", "bfloat16"] = "float16"
     seed: int = 0
     flips: bool = False  # a mirrored second view of each sample
-    fps: float | None = None  # of clips; None: the videos' own
-    stride: int = 1  # frames from one of a clip to the next
+    fps: float | None = None  # of clips; None: the video's own
+    stride: int = 1  # frames from one frame of a clip to the next
     clip_step: int | None = None  # frames from the start of a clip to that of the next; None: a clip's length
     holdout_share: float = 0.0
     batch_size: int = 64
     samples_per_member: int = 64
     members_per_shard: int = 64
 
-    def check(self, kind: str) -> None:
-        """Raises ConfigError: these settings make no sense for images, or for videos."""
+    def check(self, kind: MediaKind) -> None:
+        """Raise ConfigError if these settings do not apply to images, or to videos."""
         if kind == "image" and (
             any(b.frames > 1 for b in self.buckets) or self.fps or self.clip_step or self.stride > 1
         ):
             raise ConfigError("the input holds images: frames, fps, stride and clip step are for videos")
 
-    def clip_starts(self, bucket: Bucket) -> int:
+    def clip_interval(self, bucket: Bucket) -> int:
         """Frames from the start of a clip to that of the next."""
         return self.clip_step or bucket.frames * self.stride
+
+    def clip_span(self, bucket: Bucket) -> int:
+        """Frames from the first to the last of a clip, both included."""
+        return (bucket.frames - 1) * self.stride + 1
 
     @property
     def samples_per_shard(self) -> int:
         return self.samples_per_member * self.members_per_shard
 
 
-class Item(NamedTuple):
-    """A sample to be: a view (1: mirrored) of a clip of a file."""
+class PlannedSample(NamedTuple):
+    """A view of a clip of an input file."""
 
-    file: int
-    clip: int
-    view: int
+    file: int  # index into MediaSet.files
+    clip: int  # 0 for images
+    view: int  # 1: mirrored
 
 
-@dataclass(frozen=True, eq=False)  # compared as objects: hashing thousands of items again and again would take seconds
+@dataclass(frozen=True, eq=False)  # compared by identity: hashing thousands of samples repeatedly would take seconds
 class PlannedShard:
-    side: Literal["train", "holdout"]
-    number: int  # of its side
-    bucket: Bucket
-    items: tuple[Item, ...]
+    """The samples of one latent shard, in their order; all are of one bucket."""
 
-    def batches(self, size: int) -> Iterator[tuple[Item, ...]]:
-        return (self.items[first : first + size] for first in range(0, len(self.items), size))
+    split: Split
+    number: int  # counted within its split
+    bucket: Bucket
+    samples: tuple[PlannedSample, ...]
+
+    def batches(self, size: int) -> Iterator[tuple[PlannedSample, ...]]:
+        return (self.samples[first : first + size] for first in range(0, len(self.samples), size))
 
     def digest(self, source: MediaSet) -> str:
-        """A short hash of what is to be in it."""
-        content = (self.bucket, [(source.files[item.file].key, item.clip, item.view) for item in self.items])
+        """Short hash of the bucket and the samples."""
+        content = (self.bucket, [(source.files[one.file].key, one.clip, one.view) for one in self.samples])
         return hashlib.sha256(repr(content).encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
-class Plan:
+class EncodingPlan:
+    """All shards of a job, and the inputs that cannot be encoded."""
+
     shards: tuple[PlannedShard, ...]
-    unfit: dict[int, str]  # inputs from which nothing can be taken, and why
-    samples: int = field(init=False)
+    rejected: dict[int, str]  # index of the input: reason
+    sample_count: int = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "samples", sum(len(shard.items) for shard in self.shards))
+        object.__setattr__(self, "sample_count", sum(len(shard.samples) for shard in self.shards))
 
 
-def inputs_digest(source: MediaSet, settings: Settings) -> str:
-    """A hash of what is encoded and how, models left out: it is known before they are loaded."""
+def inputs_digest(source: MediaSet, settings: EncodingSettings) -> str:
+    """Hash of the inputs and the settings without the models, so that it is known before these are loaded."""
     digest = hashlib.sha256(repr((asdict(settings), source.kind, source.class_names)).encode())
     for file in source.files:
         digest.update(repr((file.key, file.label, file.caption)).encode())
     return digest.hexdigest()[:32]
 
 
-def job_digest(inputs: str, **models: str) -> str:
-    """A hash of everything that decides what a job writes. It begins with `inputs`, the `inputs_digest`."""
-    return inputs + hashlib.sha256(repr(sorted(models.items())).encode()).hexdigest()[:32]
+def job_digest(inputs: str, codec: CodecRecord, text: TextEncoderRecord | None) -> str:
+    """Hash of everything that decides what a job writes.
+
+    Args:
+        inputs: the `inputs_digest`, with which the result begins.
+        text: None if captions are not encoded.
+    """
+    described = None
+    if text is not None:  # spelled out: digests of jobs begun before must not depend on the name of the class
+        values = zip(fields(text), astuple(text), strict=True)
+        described = f"TextRecord({', '.join(f'{one.name}={value!r}' for one, value in values)})"
+    models = [("codec", codec.model_dump_json()), ("text", str(described))]
+    return inputs + hashlib.sha256(repr(models).encode()).hexdigest()[:32]
 
 
-def needs_probes(source: MediaSet, settings: Settings) -> bool:
-    """Whether a plan depends on the inputs' sizes."""
+def needs_metadata(source: MediaSet, settings: EncodingSettings) -> bool:
+    """True if a plan depends on the sizes of the inputs."""
     return source.kind == "video" or len(settings.buckets) > 1
 
 
-def make_plan(source: MediaSet, settings: Settings, probes: Sequence[Probe | str] | None) -> Plan:
-    """The plan of a job.
+def make_plan(
+    source: MediaSet, settings: EncodingSettings, metadata: Sequence[MediaMetadata | str] | None
+) -> EncodingPlan:
+    """Plan the shards of a job.
 
     Args:
-        probes: of each file its size, or why it has none; None where `needs_probes` is false.
+        metadata: size of each input file, or the reason why it cannot be read; None if not `needs_metadata`.
 
     Raises:
-        DataError: nothing can be taken from any input, or one side would be empty.
+        DataError: no input can be encoded, or one split would be empty.
     """
-    items: dict[tuple[str, Bucket], list[tuple[int, str, Item]]] = {}
-    unfit: dict[int, str] = {}
+    keyed: dict[tuple[Split, Bucket], list[_Keyed]] = {}
+    rejected: dict[int, str] = {}
     for index, file in enumerate(source.files):
-        probe = Probe(1, 1, 1) if probes is None else probes[index]
-        bucket = _bucket(probe, settings) if isinstance(probe, Probe) else probe
-        if isinstance(bucket, str):
-            unfit[index] = bucket
+        size = MediaMetadata(1, 1, 1) if metadata is None else metadata[index]
+        if isinstance(size, str):
+            rejected[index] = size
             continue
-        side = SIDES[is_held_out(file.key, settings.seed, settings.holdout_share)]
-        of_bucket = items.setdefault((side, bucket), [])
-        for item in _items(index, probe, bucket, settings):  # type: ignore[arg-type]
-            order = rng.key(settings.seed, "shuffle", file.key, item.clip, item.view)
-            of_bucket.append((order, file.key, item))
-    _check_sides(source, settings, {side for side, _ in items}, unfit)
+        bucket = _choose_bucket(size, settings)
+        if bucket is None:
+            shortest = min(map(settings.clip_span, settings.buckets))
+            rejected[index] = f"it has {size.frames} frames at the frame rate of the clips, and a clip takes {shortest}"
+            continue
+        split = SPLITS[is_held_out(file.key, settings.seed, settings.holdout_share)]
+        of_bucket = keyed.setdefault((split, bucket), [])
+        for sample in _samples(index, size, bucket, settings):
+            order = rng.key(settings.seed, "shuffle", file.key, sample.clip, sample.view)
+            of_bucket.append(_Keyed(order, file.key, sample))
+    _check_splits(source, settings, {split for split, _ in keyed}, rejected)
     shards: list[PlannedShard] = []
-    for side in SIDES:
-        chosen = [(bucket, items[side, bucket]) for bucket in settings.buckets if (side, bucket) in items]
-        shards += _shards(side, chosen, settings.samples_per_shard)
-    return Plan(tuple(shards), unfit)
+    for split in SPLITS:
+        number = 0
+        for bucket in settings.buckets:
+            ordered = [one.sample for one in sorted(keyed.get((split, bucket), []))]
+            for first in range(0, len(ordered), settings.samples_per_shard):
+                samples = tuple(ordered[first : first + settings.samples_per_shard])
+                shards.append(PlannedShard(split, number, bucket, samples))
+                number += 1
+    return EncodingPlan(tuple(shards), rejected)
+
+
+class _Keyed(NamedTuple):
+    """A sample with what it is sorted by."""
+
+    order: int
+    key: str
+    sample: PlannedSample
 
 
 def is_held_out(key: str, seed: int, share: float) -> bool:
-    """A function of the key alone, so that a sample never changes sides when data are added."""
+    """True if the sample with this key is in the holdout.
+
+    A function of key and seed alone: a sample never changes splits when data are added.
+    """
     return rng.key(seed, "holdout", key) < share * 2**63
 
 
-def split(files: Sequence[MediaFile], seed: int, share: float) -> tuple[list[MediaFile], list[MediaFile]]:
-    """(training, held-out) files, each in an order that depends on nothing but their keys and the seed."""
-    sides: tuple[list[MediaFile], list[MediaFile]] = ([], [])
+class FileSplits(NamedTuple):
+    train: list[MediaFile]
+    holdout: list[MediaFile]
+
+
+def split_files(files: Sequence[MediaFile], seed: int, holdout_share: float) -> FileSplits:
+    """Shuffle files and split off the holdout; order and split depend on nothing but the keys and the seed."""
+    splits = FileSplits([], [])
     for file in sorted(files, key=lambda file: (rng.key(seed, "shuffle", file.key), file.key)):
-        sides[is_held_out(file.key, seed, share)].append(file)
-    return sides
+        splits[is_held_out(file.key, seed, holdout_share)].append(file)
+    return splits
 
 
-def _bucket(probe: Probe, settings: Settings) -> Bucket | str:
-    """Where an input belongs: the longest clips that it has, then the nearest aspect, then the most pixels that it
-    fills. Text: why nowhere."""
-    long_enough = [bucket for bucket in settings.buckets if _span(bucket, settings) <= probe.frames]
-    if not long_enough:
-        shortest = min(_span(bucket, settings) for bucket in settings.buckets)
-        return f"it has {probe.frames} frames at the frame rate of the clips, and a clip takes {shortest}"
-    if len(long_enough) == 1:
-        return long_enough[0]
-    aspect = math.log(probe.height / probe.width)
+def _choose_bucket(size: MediaMetadata, settings: EncodingSettings) -> Bucket | None:
+    """Bucket of an input; None if it is too short for all.
 
-    def misfit(bucket: Bucket) -> tuple[int, float, bool, int]:
-        enlarged = bucket.height > probe.height or bucket.width > probe.width
+    Longer clips come first, then the nearest aspect ratio, then the most pixels without enlarging the input.
+    """
+    long_enough = [bucket for bucket in settings.buckets if settings.clip_span(bucket) <= size.frames]
+    if len(long_enough) <= 1:
+        return long_enough[0] if long_enough else None
+    aspect = math.log(size.height / size.width)
+
+    def rank(bucket: Bucket) -> tuple[int, float, bool, int]:
+        enlarged = bucket.height > size.height or bucket.width > size.width
         pixels = bucket.height * bucket.width
         return (
             -bucket.frames,
@@ -196,40 +250,24 @@ def _bucket(probe: Probe, settings: Settings) -> Bucket | str:
             pixels if enlarged else -pixels,
         )
 
-    return min(long_enough, key=misfit)
+    return min(long_enough, key=rank)
 
 
-def _span(bucket: Bucket, settings: Settings) -> int:
-    """Frames from a clip's first to its last, both counted."""
-    return (bucket.frames - 1) * settings.stride + 1
-
-
-def _items(index: int, probe: Probe, bucket: Bucket, settings: Settings) -> Iterator[Item]:
-    last = probe.frames - _span(bucket, settings)
-    for clip in range(last // settings.clip_starts(bucket) + 1):
-        yield Item(index, clip, 0)
+def _samples(file: int, size: MediaMetadata, bucket: Bucket, settings: EncodingSettings) -> Iterator[PlannedSample]:
+    last = size.frames - settings.clip_span(bucket)
+    for clip in range(last // settings.clip_interval(bucket) + 1):
+        yield PlannedSample(file, clip, 0)
         if settings.flips:
-            yield Item(index, clip, 1)
+            yield PlannedSample(file, clip, 1)
 
 
-def _check_sides(source: MediaSet, settings: Settings, filled: set[str], unfit: dict[int, str]) -> None:
+def _check_splits(source: MediaSet, settings: EncodingSettings, filled: set[Split], rejected: dict[int, str]) -> None:
     if not filled:
-        index, reason = next(iter(unfit.items()))
+        index, reason = next(iter(rejected.items()))
         raise DataError(f"none of the {len(source.files)} inputs can be encoded; {source.files[index].name}: {reason}")
     if settings.holdout_share and len(filled) < 2:
-        empty = next(side for side in SIDES if side not in filled)
+        empty = next(split for split in SPLITS if split not in filled)
         raise DataError(
-            f"a share of {settings.holdout_share} of {len(source.files)} inputs leaves the {empty} side empty: "
+            f"a share of {settings.holdout_share} of {len(source.files)} inputs leaves the {empty} split empty: "
             "change the share or add inputs"
         )
-
-
-def _shards(
-    side: Any, buckets: Sequence[tuple[Bucket, list[tuple[int, str, Item]]]], size: int
-) -> Iterator[PlannedShard]:
-    number = 0
-    for bucket, keyed in buckets:
-        ordered = [item for _, _, item in sorted(keyed)]
-        for first in range(0, len(ordered), size):
-            yield PlannedShard(side, number, bucket, tuple(ordered[first : first + size]))
-            number += 1

@@ -1,4 +1,4 @@
-"""What became of the shards of a plan: a small file for each that is done, in a folder that ranks and repeats share."""
+"""Records of finished shards: one small JSON file each, in a folder that all ranks and later runs of a job share."""
 
 from typing import NamedTuple
 
@@ -6,60 +6,61 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rdm_scale.data.manifest import Shard
 from rdm_scale.encoding.inputs import MediaSet
-from rdm_scale.encoding.planning import Plan, PlannedShard
+from rdm_scale.encoding.planning import EncodingPlan, PlannedShard
 from rdm_scale.errors import DataError
 from rdm_scale.storage.location import Location
 
 
-class Rejected(NamedTuple):
+class RejectedSample(NamedTuple):
     """A sample that could not be decoded."""
 
-    item: int  # index in its planned shard
+    position: int  # in PlannedShard.samples
     reason: str
 
 
-class Record(BaseModel):
-    """What became of a planned shard; `shard` is None when none of its samples could be decoded."""
+class ShardRecord(BaseModel):
+    """Result of a planned shard. The fields are a file format: jobs begun before are resumed from it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    shard: Shard | None
-    rejected: tuple[Rejected, ...]
-    truncated: int  # captions that were cut
-    count: int  # elements of the normalized latents, their sum, and that of their squares
-    total: float
-    squares: float
+    shard: Shard | None  # None: no sample could be decoded
+    rejected: tuple[RejectedSample, ...]
+    truncated: int  # number of captions that were truncated
+    count: int  # number of elements of the normalized latents
+    total: float  # their sum
+    squares: float  # sum of their squares
 
 
-class Records:
-    """The records of a plan's shards. All methods raise OSError: the folder cannot be read or written."""
+class RecordStore:
+    """Records of a plan's shards. Every method raises OSError if the folder cannot be read or written."""
 
-    def __init__(self, folder: Location, plan: Plan, source: MediaSet) -> None:
+    def __init__(self, folder: Location, plan: EncodingPlan, source: MediaSet) -> None:
         self._folder = folder
-        # Tied to what a shard is planned to hold: a record of another plan is never taken for one of this.
-        self._names = {s: f"{s.side}-{s.number:06d}-{s.digest(source)}.json" for s in plan.shards}
+        # The digest in the name keeps the record of another plan from being taken for one of this plan.
+        self._names = {s: f"{s.split}-{s.number:06d}-{s.digest(source)}.json" for s in plan.shards}
 
-    def done(self) -> set[PlannedShard]:
-        """The shards that are recorded, by whomever."""
+    def finished(self) -> set[PlannedShard]:
+        """The shards that any rank has recorded."""
         present = self._folder.stats()
         return {shard for shard, name in self._names.items() if name in present}
 
-    def write(self, shard: PlannedShard, record: Record) -> None:
+    def write(self, shard: PlannedShard, record: ShardRecord) -> None:
         (self._folder / self._names[shard]).write(record.model_dump_json().encode())
 
-    def read(self, shard: PlannedShard) -> Record:
-        """Raises DataError: it is damaged."""
-        place = self._folder / self._names[shard]
+    def read(self, shard: PlannedShard) -> ShardRecord:
+        """The record of a finished shard. Raises DataError: it is damaged; it is removed then."""
+        file = self._folder / self._names[shard]
         try:
-            return Record.model_validate_json(place.read())
+            return ShardRecord.model_validate_json(file.read())
         except ValidationError:
-            place.remove()
-            raise DataError(f"{place} is damaged and was removed: run the same command again") from None
+            file.remove()
+            raise DataError(f"{file} is damaged and was removed: run the same command again") from None
 
-    def forget(self, shard: PlannedShard) -> None:
+    def remove(self, shard: PlannedShard) -> None:
+        """Remove a record, so that the shard is encoded again."""
         (self._folder / self._names[shard]).remove()
 
-    def forget_others(self) -> None:
-        """Removes the records of other plans: their shards are written over, or will be removed."""
+    def remove_others(self) -> None:
+        """Remove the records of other plans: their shards will be overwritten or removed."""
         for name in self._folder.stats().keys() - set(self._names.values()):
             (self._folder / name).remove()

@@ -1,116 +1,158 @@
-"""Webdataset tars of images or videos: their members indexed by one pass over the headers.
+"""Webdataset tars of images or videos: members indexed by one pass over the headers, and small tars packed.
 
 Of `key.png` (or another image or video) the class is in `key.cls` and the caption in `key.txt`, or both in `key.json`.
 """
 
+import io
 import json
 import posixpath
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import NamedTuple
 
-from rdm_scale.encoding.lists import Columns, caption_of, class_of
-from rdm_scale.encoding.media import KINDS, MAX_CAPTION_BYTES, Found, Kind, as_text
+from rdm_scale.encoding.lists import Columns, parse_caption, parse_label
+from rdm_scale.encoding.media import KIND_BY_EXTENSION, MAX_CAPTION_BYTES, MediaEntry, decode_text
 from rdm_scale.errors import DataError
 from rdm_scale.storage.location import Location
 
 _MAX_CLASS_BYTES = 1024
 _MAX_JSON_BYTES = 2**20
-_READERS = 8  # tars indexed at a time: an object store answers slowly
+_TAR_READERS = 8  # threads, a tar each: an object store answers slowly
 
 
-def in_tars(tars: Sequence[Location], columns: Columns) -> Iterator[Found | None]:
-    """All images and videos of the tars, in their order; None for each file that is neither, nor belongs to one.
+def read_tars(tars: Sequence[Location], columns: Columns) -> Iterator[MediaEntry | None]:
+    """Index all images and videos of the tars, in their order.
+
+    Yields:
+        Entries, and None for every member that is neither an image, a video nor belongs to one.
 
     Raises:
-        DataError: a damaged tar, or one that is cut short; a class or caption that cannot be one.
+        DataError: a tar is damaged or cut short; a class or caption is invalid.
         OSError: a tar cannot be read.
     """
-    with ThreadPoolExecutor(_READERS) as pool:
-        for found, others in pool.map(partial(_index, columns=columns), tars):
-            yield from found
-            yield from [None] * others
+    with ThreadPoolExecutor(_TAR_READERS) as pool:
+        for index in pool.map(partial(_index, columns=columns), tars):
+            yield from index.entries
+            yield from [None] * index.others
 
 
-def _index(location: Location, columns: Columns) -> tuple[list[Found], int]:
+def pack_tar(samples: Iterable[Mapping[str, bytes]]) -> bytes:
+    """Pack samples into a webdataset tar: `00000.png`, `00000.cls`, `00001.png`, ...
+
+    Times, owners and modes are constants, so the same samples give the same bytes.
+
+    Args:
+        samples: contents of the files of each sample, by extension.
+    """
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for index, files in enumerate(samples):
+            for extension, content in files.items():
+                member = tarfile.TarInfo(f"{index:05d}.{extension}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+class _IndexedTar(NamedTuple):
+    entries: list[MediaEntry]
+    others: int  # number of members that are neither media nor belong to any
+
+
+class _Annotation(NamedTuple):
+    """Fields of a `key.json`."""
+
+    class_name: str | None = None
+    caption: str | None = None
+
+
+def _index(location: Location, columns: Columns) -> _IndexedTar:
     try:
-        return _Index(location, columns).result()
+        return _TarIndexer(location, columns).index()
     except tarfile.TarError as error:
-        raise DataError(f"{location} is not a tar file, or a damaged one: {error}") from None
+        raise DataError(f"{location} is not a tar file, or a damaged one ({error}): copy it again") from None
 
 
-class _Index:
-    """What one tar holds: its media, and classes and captions by key, wherever in the tar they are."""
+class _TarIndexer:
+    """Reads the headers of one tar; classes and captions may come before or after their image or video."""
 
     def __init__(self, location: Location, columns: Columns) -> None:
-        self.location, self.columns = location, columns
-        self.media: list[tuple[Kind, str, str, int, int]] = []  # kind, key, name, offset, length
-        self.classes: dict[str, str] = {}
-        self.captions: dict[str, str] = {}
-        self.records: dict[str, tuple[str | None, str | None]] = {}  # class and caption of key.json
-        self.others = 0
-        size = location.size()
-        with location.open() as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        self._location, self._columns = location, columns
+        self._media: list[MediaEntry] = []  # without class and caption
+        self._classes: dict[str, str] = {}  # by key
+        self._captions: dict[str, str] = {}
+        self._annotations: dict[str, _Annotation] = {}
+        self._others = 0
+
+    def index(self) -> _IndexedTar:
+        size = self._location.size()
+        with self._location.open() as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 self._add(tar, member)
                 tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep every header it has read
-            if tar.offset + tarfile.BLOCKSIZE > size:  # the end-of-archive block is missing
+            if tar.offset + tarfile.BLOCKSIZE > size:
                 raise DataError(
-                    f"{location} is cut short: it has no end-of-archive mark after {len(self.media)} images or videos"
+                    f"{self._location} is cut short: it has no end-of-archive mark after {len(self._media)} images or "
+                    "videos; copy it again"
                 )
+        entries = [self._annotated(entry) for entry in self._media]
+        keys = {entry.key for entry in entries}
+        annotated = (self._classes, self._captions, self._annotations)
+        return _IndexedTar(entries, self._others + sum(key not in keys for by_key in annotated for key in by_key))
 
-    def result(self) -> tuple[list[Found], int]:
-        """The images and videos, and the number of other files."""
-        found = []
-        for kind, key, name, offset, length in self.media:
-            class_name, caption = self.records.get(key, (None, None))
-            class_name = self.classes.get(key, class_name)
-            caption = self.captions.get(key, caption)
-            found.append(Found(kind, key, class_name, caption, self.location, name, offset, length))
-        keys = {file.key for file in found}
-        alone = sum(key not in keys for beside in (self.classes, self.captions, self.records) for key in beside)
-        return found, self.others + alone
+    def _annotated(self, entry: MediaEntry) -> MediaEntry:
+        class_name, caption = self._annotations.get(entry.key, _Annotation())
+        return entry._replace(
+            class_name=self._classes.get(entry.key, class_name), caption=self._captions.get(entry.key, caption)
+        )
 
     def _add(self, tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
         path = posixpath.normpath(member.name)
         if not member.isfile() or any(part.startswith(".") for part in path.split("/")):
             return
-        name = f"{self.location}:{path}"
+        name = f"{self._location}:{path}"
         if member.issparse():
             raise DataError(f"{name} is stored as a sparse file, which is not read: write the tar without --sparse")
         folder, base = posixpath.split(path)
         stem, _, extension = base.partition(".")  # webdataset: a key ends at the first dot of the base name
         key, extension = posixpath.join(folder, stem), extension.lower()
-        if kind := KINDS.get(extension):
-            self.media.append((kind, key, name, member.offset_data, member.size))
+        if kind := KIND_BY_EXTENSION.get(extension):
+            self._media.append(MediaEntry(kind, key, None, None, self._location, name, member.offset_data, member.size))
         elif extension == "cls":
-            what = "the number or name of a class"
-            text = as_text(_content(tar, member, name, _MAX_CLASS_BYTES, what), _MAX_CLASS_BYTES, name, what)
+            text = _text(tar, member, name, _MAX_CLASS_BYTES, "the number or name of a class")
             if not text:
-                raise DataError(f"{name} is empty: it must hold {what}")
-            self.classes[key] = text
+                raise DataError(f"{name} is empty: it must hold the number or name of a class")
+            self._classes[key] = text
         elif extension == "txt":
-            content = _content(tar, member, name, MAX_CAPTION_BYTES, "a caption")
-            self.captions[key] = as_text(content, MAX_CAPTION_BYTES, name, "a caption")
+            self._captions[key] = _text(tar, member, name, MAX_CAPTION_BYTES, "a caption")
         elif extension == "json":
-            self.records[key] = self._record(_content(tar, member, name, _MAX_JSON_BYTES, "a label and caption"), name)
+            self._annotations[key] = self._annotation(
+                _content(tar, member, name, _MAX_JSON_BYTES, "a label and caption"), name
+            )
         else:
-            self.others += 1
+            self._others += 1
 
-    def _record(self, content: bytes, name: str) -> tuple[str | None, str | None]:
+    def _annotation(self, content: bytes, name: str) -> _Annotation:
         try:
-            record = json.loads(content)
+            values = json.loads(content)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{name} is not JSON: {error}") from None
-        if not isinstance(record, dict):
-            raise DataError(f"{name} is not a JSON object with fields such as label and caption")
-        label, caption = record.get(self.columns.label), record.get(self.columns.caption)
-        return class_of(label, self.columns.label, name), caption_of(caption, self.columns.caption, name)
+            raise DataError(f"{name} is not JSON ({error}): correct it") from None
+        if not isinstance(values, dict):
+            raise DataError(f"{name} is not a JSON object with fields such as label and caption: correct it")
+        label, caption = self._columns.label, self._columns.caption
+        return _Annotation(
+            parse_label(values.get(label), label, name), parse_caption(values.get(caption), caption, name)
+        )
+
+
+def _text(tar: tarfile.TarFile, member: tarfile.TarInfo, name: str, limit: int, what: str) -> str:
+    return decode_text(_content(tar, member, name, limit, what), limit, name, what)
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo, name: str, limit: int, what: str) -> bytes:
     content = tar.extractfile(member) if member.size <= limit else None
     if content is None:
-        raise DataError(f"{name} has {member.size} bytes: too many for {what}")
+        raise DataError(f"{name} has {member.size} bytes: too many for {what} (at most {limit})")
     return content.read()

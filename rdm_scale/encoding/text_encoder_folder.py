@@ -38,7 +38,9 @@ _FLAGS: dict[str, Pooling] = {
 
 
 @dataclass(frozen=True)
-class TextFolder:
+class TextEncoderFolder:
+    """Files of a text encoder in a temporary folder."""
+
     location: str  # where it came from
     path: Path  # with config.json, the weights, tokenizer.json and what belongs to it; gone after use
     config: dict[str, Any]
@@ -50,7 +52,7 @@ class TextFolder:
 
 
 @contextmanager
-def text_folder(url: str, options: Mapping[str, Any] | None = None) -> Iterator[TextFolder]:
+def text_encoder_folder(url: str, options: Mapping[str, Any] | None = None) -> Iterator[TextEncoderFolder]:
     """A local copy of the known files of the encoder at `url`, a folder on any fsspec file system.
 
     Raises:
@@ -65,7 +67,7 @@ def text_folder(url: str, options: Mapping[str, Any] | None = None) -> Iterator[
         yield staged
 
 
-def _stage(folder: Location, path: Path) -> TextFolder:
+def _stage(folder: Location, path: Path) -> TextEncoderFolder:
     names = folder.names() if folder.is_dir() else []
     transformer, pooling, unit_norm = folder, None, False
     if _MODULES in names:
@@ -91,7 +93,7 @@ def _stage(folder: Location, path: Path) -> TextFolder:
     left = _MAX_WEIGHT_BYTES
     for name in (TOKENIZER, *weights, *([INDEX] if WEIGHTS not in weights else [])):
         left -= _bring(transformer / name, path / name, left)
-    return TextFolder(
+    return TextEncoderFolder(
         str(folder),
         path,
         config,

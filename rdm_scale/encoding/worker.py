@@ -1,231 +1,248 @@
-"""One rank's part of an encoding: pixels are loaded in threads and put together in another, encoded here, and packed
-and written in one more.
+"""One rank's share of an encoding job: load pixels, encode them, pack and write shards.
 
-The codec is what an encoding waits for; everything else happens beside it.
+Loading and writing happen in threads beside the codec, which is the bottleneck of an encoding.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from rdm_scale.codecs import LatentCodec, normalize
-from rdm_scale.codecs.record import CodecRecord
+from rdm_scale.codecs import normalize
+from rdm_scale.codecs.codec import clamp_log_variance
 from rdm_scale.data.captions import pack_text
 from rdm_scale.data.manifest import Shard, TarIndex
 from rdm_scale.data.shards import PackedMember, pack_samples, sample_id, write_tar
 from rdm_scale.dtypes import STORED_DTYPES
-from rdm_scale.encoding.inputs import MediaSet
-from rdm_scale.encoding.pixels import READERS, load
-from rdm_scale.encoding.planning import Item, PlannedShard, Settings
-from rdm_scale.encoding.records import Record, Rejected
-from rdm_scale.encoding.text import TextEncoder
+from rdm_scale.encoding.job import EncodingJob
+from rdm_scale.encoding.moments import MomentAccumulator
+from rdm_scale.encoding.pixels import READERS, load_sample
+from rdm_scale.encoding.planning import Bucket, PlannedSample, PlannedShard
+from rdm_scale.encoding.records import RejectedSample, ShardRecord
 from rdm_scale.errors import DataError
-from rdm_scale.storage.location import Location
 
 _BATCHES_AHEAD = 2
 _SHARDS_UNWRITTEN = 2  # that may wait for the writing thread
 
+# load: read and decode a sample (reading threads); collate: wait for the samples of a batch and stack them (a thread);
+# wait: for a batch, or for a shard to be written; encode, statistics: of a batch; write: pack and write a shard (a
+# thread).
+WorkerStage = Literal["load", "collate", "wait", "encode", "statistics", "write"]
+StageTrace = Callable[[WorkerStage], AbstractContextManager[object]]
+
+
+def no_trace(stage: WorkerStage) -> AbstractContextManager[object]:
+    """Trace nothing."""
+    return nullcontext()
+
 
 @dataclass(frozen=True)
-class Batch:
-    """What could be loaded of some items, where the codec is, and why others could not, by their place among all."""
+class LoadedBatch:
+    """Samples that could be loaded, with their pixels on the codec's device, and those that could not."""
 
-    items: list[Item]
-    pixels: Tensor | None  # [B, 3, T, H, W]
-    rejected: list[tuple[int, str]]
+    samples: list[PlannedSample]
+    pixels: Tensor | None  # [B, 3, T, H, W]; None: no sample could be loaded
+    rejected: list[RejectedSample]  # by position in the batch
 
     def __len__(self) -> int:
-        return len(self.items) + len(self.rejected)
+        return len(self.samples) + len(self.rejected)
 
 
 @dataclass
-class Statistics:
-    """Of normalized latents, over the posterior too when the moments are kept."""
+class EncodedShard:
+    """Latents of a planned shard, as far as it is encoded."""
 
-    count: int = 0
-    total: float = 0.0
-    squares: float = 0.0
-
-    def add(self, latents: Tensor, record: CodecRecord, kind: str) -> None:
-        """Takes in raw latents [B, C or 2C, T, H, W]."""
-        mean, log_variance = latents.double(), None
-        if kind == "moments":
-            mean, log_variance = mean.chunk(2, dim=1)
-        unit = normalize(mean, record)
-        self.count += unit.numel()
-        self.total += float(unit.sum())
-        self.squares += float(unit.square().sum())
-        if log_variance is not None:
-            deviation = normalize(mean + (0.5 * log_variance).exp(), record) - unit
-            self.squares += float(deviation.square().sum())
-
-
-@dataclass
-class ShardLatents:
-    """A shard while it is being encoded."""
-
-    items: list[Item] = field(default_factory=list)
-    latents: list[Tensor] = field(default_factory=list)  # as they are stored
-    rejected: list[Rejected] = field(default_factory=list)
-    statistics: Statistics = field(default_factory=Statistics)
+    samples: list[PlannedSample] = field(default_factory=list)
+    latents: list[Tensor] = field(default_factory=list)  # of each batch, in the dtype they are stored in
+    rejected: list[RejectedSample] = field(default_factory=list)
+    moments: MomentAccumulator = field(default_factory=MomentAccumulator)  # of the normalized latents
 
 
 class Worker:
     """Encodes shards of a plan.
 
     Args:
-        folder_of: the folder of a side.
-        text: encodes the captions; None without captions.
+        trace: entered around each stage, in the thread that runs it.
     """
 
-    def __init__(
-        self,
-        source: MediaSet,
-        settings: Settings,
-        codec: LatentCodec,
-        text: TextEncoder | None,
-        folder_of: Callable[[str], Location],
-    ) -> None:
-        self.source, self.settings, self.codec, self.text = source, settings, codec, text
-        self._folder_of = folder_of
-        # On a GPU pixels arrive while the codec works: on the stream of its kernels they would wait for these.
-        self._arrivals = torch.cuda.Stream(codec.device) if codec.device.type == "cuda" else None
+    def __init__(self, job: EncodingJob, trace: StageTrace = no_trace) -> None:
+        self._job, self._trace = job, trace
+        # A stream of its own, since on that of the codec's kernels the copies of pixels would wait for these.
+        cuda = job.codec.device.type == "cuda"
+        self._copy_stream = torch.cuda.Stream(job.codec.device) if cuda else None
 
     def run(
         self,
         shards: Sequence[PlannedShard],
-        written: Callable[[PlannedShard, Record], None],
+        written: Callable[[PlannedShard, ShardRecord], None],
         progress: Callable[[int], object],
     ) -> None:
-        """Encodes and writes shards.
+        """Encode and write shards.
 
         Args:
-            written: called after a shard, by the writing thread.
+            written: called after each shard, by the writing thread.
             progress: called with the number of samples after each batch.
 
         Raises:
-            DataError: a latent is not finite in the dtype, or a vector of a caption.
+            DataError: a latent, or a vector of a caption, is not finite in the dtype.
             OSError: a shard cannot be written.
         """
 
-        def finish(planned: PlannedShard, encoded: ShardLatents) -> None:
-            written(planned, self._write(planned, encoded))
+        def finish(planned: PlannedShard, encoded: EncodedShard) -> None:
+            with self._trace("write"):
+                record = self._write(planned, encoded)
+            written(planned, record)
 
         with (
             ThreadPoolExecutor(READERS, "pixels") as readers,
-            ThreadPoolExecutor(1, "batches") as gatherer,
+            ThreadPoolExecutor(1, "batches") as collator,
             ThreadPoolExecutor(1, "shards") as writer,
         ):
-            batches = self._loading(shards, readers, gatherer)
+            batches = self._load_batches(shards, readers, collator)
             unwritten: deque[Future[None]] = deque()
             try:
                 for planned in shards:
                     unwritten.append(writer.submit(finish, planned, self._encode(planned, batches, progress)))
                     while len(unwritten) > _SHARDS_UNWRITTEN:
-                        unwritten.popleft().result()
+                        with self._trace("wait"):
+                            unwritten.popleft().result()
                 for pending in unwritten:
-                    pending.result()
+                    with self._trace("wait"):
+                        pending.result()
             except BaseException:
-                gatherer.shutdown(wait=False, cancel_futures=True)
-                readers.shutdown(wait=False, cancel_futures=True)
-                writer.shutdown(wait=False, cancel_futures=True)
+                for pool in (collator, readers, writer):
+                    pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def _loading(
-        self, shards: Sequence[PlannedShard], readers: ThreadPoolExecutor, gatherer: ThreadPoolExecutor
-    ) -> Iterator[Batch]:
-        """The batches of all shards in turn; while one is in use the next ones are being loaded."""
-        loading: deque[Future[Batch]] = deque()
+    def _load_batches(
+        self, shards: Sequence[PlannedShard], readers: ThreadPoolExecutor, collator: ThreadPoolExecutor
+    ) -> Iterator[LoadedBatch]:
+        """Load the batches of all shards in their order, some of them ahead."""
+        loading: deque[Future[LoadedBatch]] = deque()
         for shard in shards:
-            for items in shard.batches(self.settings.batch_size):
-                each = [readers.submit(load, self.source, item, shard.bucket, self.settings) for item in items]
-                loading.append(gatherer.submit(self._gather, items, each))
+            for samples in shard.batches(self._job.settings.batch_size):
+                pixels = [readers.submit(self._load, sample, shard.bucket) for sample in samples]
+                loading.append(collator.submit(self._collate, samples, pixels))
                 if len(loading) > _BATCHES_AHEAD:
-                    yield loading.popleft().result()
-        yield from (batch.result() for batch in loading)
+                    yield self._await(loading.popleft())
+        for batch in loading:
+            yield self._await(batch)
 
-    def _gather(self, items: Sequence[Item], loading: "Sequence[Future[Tensor]]") -> Batch:
-        kept, pixels, rejected = [], [], []
-        for place, (item, each) in enumerate(zip(items, loading, strict=True)):
-            try:
-                pixels.append(each.result())
-                kept.append(item)
-            except DataError as error:
-                rejected.append((place, str(error)))
-        return Batch(kept, self._together(pixels) if pixels else None, rejected)
+    def _await(self, batch: "Future[LoadedBatch]") -> LoadedBatch:
+        with self._trace("wait"):
+            return batch.result()
 
-    def _together(self, pixels: Sequence[Tensor]) -> Tensor:
-        """One tensor where the codec is. Its memory may be used again once the latents made of it are on the CPU."""
-        if self._arrivals is None:
+    def _load(self, sample: PlannedSample, bucket: Bucket) -> Tensor:
+        with self._trace("load"):
+            return load_sample(self._job.source, sample, bucket, self._job.settings)
+
+    def _collate(self, samples: Sequence[PlannedSample], loading: "Sequence[Future[Tensor]]") -> LoadedBatch:
+        loaded, pixels, rejected = [], [], []
+        with self._trace("collate"):
+            for position, (sample, future) in enumerate(zip(samples, loading, strict=True)):
+                try:
+                    pixels.append(future.result())
+                    loaded.append(sample)
+                except DataError as error:
+                    rejected.append(RejectedSample(position, str(error)))
+            return LoadedBatch(loaded, self._stack(pixels) if pixels else None, rejected)
+
+    def _stack(self, pixels: Sequence[Tensor]) -> Tensor:
+        """Stack pixels on the codec's device."""
+        if self._copy_stream is None:
             return torch.stack([*pixels])
         pinned = torch.empty(len(pixels), *pixels[0].shape, pin_memory=True)
         torch.stack([*pixels], out=pinned)
-        with torch.cuda.stream(self._arrivals):
-            there = pinned.to(self.codec.device, non_blocking=True)
-        self._arrivals.synchronize()
-        return there
+        with torch.cuda.stream(self._copy_stream):
+            on_device = pinned.to(self._job.codec.device, non_blocking=True)
+        # The allocator may reuse this memory as soon as the batch is freed. That is safe, since the latents have been
+        # copied to the CPU by then, after all kernels that read the pixels.
+        self._copy_stream.synchronize()
+        return on_device
 
-    def _encode(self, shard: PlannedShard, batches: Iterator[Batch], progress: Callable[[int], object]) -> ShardLatents:
-        encoded = ShardLatents()
+    def _encode(
+        self, shard: PlannedShard, batches: Iterator[LoadedBatch], progress: Callable[[int], object]
+    ) -> EncodedShard:
+        encoded = EncodedShard()
         seen = 0
-        for _ in shard.batches(self.settings.batch_size):
+        for _ in shard.batches(self._job.settings.batch_size):
             batch = next(batches)
-            encoded.items += batch.items
-            encoded.rejected += (Rejected(seen + place, reason) for place, reason in batch.rejected)
+            encoded.samples += batch.samples
+            encoded.rejected += (RejectedSample(seen + one.position, one.reason) for one in batch.rejected)
             seen += len(batch)
             if batch.pixels is not None:
-                latents = self._latents(batch.items, batch.pixels)
+                latents = self._latents(batch.samples, batch.pixels)
                 encoded.latents.append(latents)
-                encoded.statistics.add(latents, self.codec.record, self.settings.kind)
+                with self._trace("statistics"):
+                    self._add_moments(encoded.moments, latents)
             progress(len(batch))
         return encoded
 
-    def _latents(self, items: Sequence[Item], pixels: Tensor) -> Tensor:
-        """[B, C or 2C, T, H, W] as they are stored."""
-        settings, codec = self.settings, self.codec
-        moments = codec.encode(pixels)
+    def _latents(self, samples: Sequence[PlannedSample], pixels: Tensor) -> Tensor:
+        """Latents or moments [B, C or 2C, T, H, W] as they are stored."""
+        settings, codec = self._job.settings, self._job.codec
+        with self._trace("encode"):
+            moments = codec.encode(pixels)
         kept = moments if settings.kind == "moments" else moments[:, : codec.channels]
         latents = kept.to("cpu", STORED_DTYPES[settings.dtype].torch)
         finite = latents.flatten(1).isfinite().all(dim=1)
         if not finite.all():
-            worst = self.source.files[items[int(finite.int().argmin())].file]
+            worst = self._job.source.files[samples[int(finite.int().argmin())].file]
             raise DataError(
                 f"the codec {codec.record.location} makes latents of {worst.name} that are not finite in "
                 f"{settings.dtype}: encode with --dtype float32, or another codec"
             )
         return latents
 
-    def _write(self, planned: PlannedShard, encoded: ShardLatents) -> Record:
-        cut = 0 if self.text is None else self.text.truncated
-        shard = self._write_shard(planned, encoded) if encoded.items else None
-        return Record(
+    def _add_moments(self, moments: MomentAccumulator, latents: Tensor) -> None:
+        record = self._job.codec.record
+        if self._job.settings.kind == "mode":
+            moments.add(normalize(latents.double(), record))
+            return
+        mean, log_variance = latents.double().chunk(2, dim=1)
+        normalized = normalize(mean, record)
+        deviation = normalize(mean + (0.5 * clamp_log_variance(log_variance)).exp(), record) - normalized
+        moments.add(normalized, deviation.square())
+
+    def _write(self, planned: PlannedShard, encoded: EncodedShard) -> ShardRecord:
+        text, moments = self._job.text, encoded.moments
+        truncated = 0 if text is None else text.truncated
+        shard = self._write_shard(planned, encoded) if encoded.samples else None
+        return ShardRecord(
             shard=shard,
             rejected=tuple(encoded.rejected),
-            truncated=0 if self.text is None else self.text.truncated - cut,
-            **vars(encoded.statistics),
+            truncated=0 if text is None else text.truncated - truncated,
+            count=moments.count,
+            total=float(moments.total),
+            squares=float(moments.squares),
         )
 
-    def _write_shard(self, planned: PlannedShard, encoded: ShardLatents) -> Shard:
-        files, settings, folder = self.source.files, self.settings, self._folder_of(planned.side)
+    def _write_shard(self, planned: PlannedShard, encoded: EncodedShard) -> Shard:
+        job, settings = self._job, self._job.settings
+        folder, dtype = job.output.by_split[planned.split], STORED_DTYPES[settings.dtype].torch
+        files = [job.source.files[sample.file] for sample in encoded.samples]
         latents = torch.cat(encoded.latents)
-        ids = torch.tensor([sample_id(files[item.file].key, item.clip, item.view) for item in encoded.items])
-        labels = torch.tensor([files[item.file].label for item in encoded.items])
-        captions = [files[item.file].caption or "" for item in encoded.items]
+        ids = torch.tensor(
+            [sample_id(file.key, one.clip, one.view) for file, one in zip(files, encoded.samples, strict=True)]
+        )
+        labels = torch.tensor([file.label for file in files])
+        captions = [file.caption or "" for file in files]
         members: list[PackedMember] = []
         texts: list[PackedMember] = []
         for first in range(0, len(ids), settings.samples_per_member):
             part = slice(first, first + settings.samples_per_member)
             name = f"{planned.number * settings.members_per_shard + len(members):08d}.safetensors"
             members.append(PackedMember(name, len(ids[part]), pack_samples(latents[part], ids[part], labels[part])))
-            if self.text is not None:
-                content = pack_text(self.text.encode(captions[part]), ids[part], STORED_DTYPES[settings.dtype].torch)
+            if job.text is not None:
+                content = pack_text(job.text.encode(captions[part]), ids[part], dtype)
                 texts.append(PackedMember(name, len(ids[part]), content))
-        # The side-car first: beside a shard that is there, its captions are.
+        # Captions first: a shard of latents must never be there without them.
         side_car: TarIndex | None = write_tar(folder, f"text-{planned.number:06d}.tar", texts) if texts else None
         tar = write_tar(folder, f"shard-{planned.number:06d}.tar", members)
-        shape = self.codec.latent_shape(*planned.bucket)
+        shape = job.codec.latent_shape(*planned.bucket)
         return Shard(**dict(tar), samples=len(ids), shape=shape, text=side_car)

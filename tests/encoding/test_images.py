@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from rdm_scale.encoding.images import centre_box, decode, image_size
+from rdm_scale.encoding.images import center_box, decode, image_size
 from rdm_scale.errors import DataError
 from tests.support.media_files import encoded, flat
 
@@ -152,7 +152,7 @@ def test_a_box_of_any_aspect_is_covered_and_centred(height, width):
 def test_boxes_lie_within_the_image():
     for height, width in ((1, 30_000), (30_000, 1), (479, 853), (1, 1)):
         for to_height, to_width in ((8, 8), (7, 300), (301, 8), (256, 144)):
-            left, top, right, bottom = centre_box(height, width, to_height, to_width)
+            left, top, right, bottom = center_box(height, width, to_height, to_width)
             assert 0 <= left < right <= width and 0 <= top < bottom <= height
             assert (right - left) / (bottom - top) == pytest.approx(to_width / to_height)
             decode(encoded(flat("red", size=(width, height))), to_height, to_width, "x")

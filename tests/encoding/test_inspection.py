@@ -12,9 +12,9 @@ from rdm_scale.codecs import load_codec
 from rdm_scale.data.captions import EncodedText, pack_text
 from rdm_scale.data.manifest import ChannelStatistics, Manifest, TextEncoding, read_manifest
 from rdm_scale.data.shards import PackedMember, pack_samples, write_tar
-from rdm_scale.encoding.inspection import decoded, measure, verify
-from rdm_scale.encoding.job import encode
+from rdm_scale.encoding.inspection import decode_samples, measure_statistics, verify
 from rdm_scale.encoding.planning import Bucket
+from rdm_scale.encoding.runner import encode
 from rdm_scale.errors import DataError
 from rdm_scale.storage.location import Location
 from tests.support.encoding_jobs import contents, ids_of, make_job, pixels_of, png, read_all, write_clips
@@ -161,7 +161,7 @@ def test_latents_that_are_not_finite_though_the_checksums_are_right(copy, value)
     )
     before = contents(copy)
     with pytest.raises(DataError, match=r"shard-000001.tar holds latents that are not finite"):
-        measure(str(copy))
+        measure_statistics(str(copy))
     assert contents(copy) == before
 
 
@@ -191,7 +191,7 @@ def test_labels_and_shapes_that_the_manifest_does_not_know(copy):
 
 
 def test_no_manifest(tmp_path):
-    for look in (verify, measure, lambda url: decoded(url, load_codec("identity"), 1)):
+    for look in (verify, measure_statistics, lambda url: decode_samples(url, load_codec("identity"), 1)):
         with pytest.raises(DataError, match="there is no manifest"):
             look(str(tmp_path))
 
@@ -199,7 +199,7 @@ def test_no_manifest(tmp_path):
 def test_statistics_of_the_mode_are_those_of_numpy(encoded, copy):
     before, _ = read_manifest(str(copy))
     seen = []
-    measured = measure(str(copy), seen.append)
+    measured = measure_statistics(str(copy), seen.append)
     latents = read_all(copy)[1]["latents"].double().numpy()
     np.testing.assert_allclose(measured.statistics.mean, latents.mean((0, 2, 3, 4)), rtol=1e-12)
     np.testing.assert_allclose(measured.statistics.std, latents.std((0, 2, 3, 4)), rtol=1e-9)
@@ -207,7 +207,7 @@ def test_statistics_of_the_mode_are_those_of_numpy(encoded, copy):
     assert after == measured and after.digest == before.digest and after.job == before.job and sum(seen) == COUNT
     assert after.model_copy(update={"statistics": None}) == before
     assert {name for name, content in contents(copy).items() if content != contents(encoded)[name]} == {"manifest.json"}
-    assert measure(str(copy)) == measured and verify(str(copy))[1] == []
+    assert measure_statistics(str(copy)) == measured and verify(str(copy))[1] == []
 
 
 def test_statistics_of_moments_are_of_the_posterior(copy):
@@ -218,7 +218,7 @@ def test_statistics_of_moments_are_of_the_posterior(copy):
         samples["latents"] = torch.randn(len(text), 6, 1, 8, 8, generator=generator).contiguous()
 
     rewrite(folder, manifest.model_copy(update={"kind": "moments"}), change)
-    measured = measure(str(copy / "manifest.json"))
+    measured = measure_statistics(str(copy / "manifest.json"))
     mean, log_variance = read_all(copy)[1]["latents"].double().chunk(2, 1)
     noise = torch.randn(200, *mean.shape, generator=generator, dtype=torch.float64)
     drawn = (mean + (log_variance / 2).exp() * noise).flatten(0, 1).numpy()
@@ -233,7 +233,7 @@ def test_decoded_samples_come_from_all_over_the_set(encoded, digits):
     codec = load_codec("identity")
     by_id, ids = ids_of(digits), read_all(encoded)[1]["ids"].tolist()
     for count, wanted in ((3, [0, 10, 20]), (1, [0]), (COUNT, range(COUNT)), (1000, range(COUNT))):
-        ((shape, pixels),) = decoded(str(encoded), codec, count).items()
+        ((shape, pixels),) = decode_samples(str(encoded), codec, count).items()
         assert shape == (3, 1, 8, 8)
         assert torch.equal(pixels, torch.stack([pixels_of(by_id[ids[i]]) for i in wanted]))
 
@@ -242,14 +242,14 @@ def test_clips_and_buckets_are_decoded_by_their_shape(tmp_path, memory):
     write_clips(tmp_path / "in", 2)
     url = f"memory:/{memory.path}/clips"
     encode(make_job(tmp_path / "in", url, 32, codec="digits", frames=4, kind="moments"))
-    ((shape, pixels),) = decoded(url, load_codec("digits"), 4).items()
+    ((shape, pixels),) = decode_samples(url, load_codec("digits"), 4).items()
     assert shape == (4, 4, 8, 8) and pixels.shape == (4, 3, 4, 32, 32)
-    assert verify(url)[1] == [] and measure(url).statistics
+    assert verify(url)[1] == [] and measure_statistics(url).statistics
     (tmp_path / "images").mkdir()
     for i in range(4):
         (tmp_path / f"images/{i}.png").write_bytes(png(np.full((8, 8 + 8 * (i % 2), 3), 60 * i, np.uint8)))
     encode(make_job(tmp_path / "images", tmp_path / "out", buckets=(Bucket(1, 4, 4), Bucket(1, 4, 8))))
-    found = decoded(str(tmp_path / "out"), load_codec("identity"), 10)
+    found = decode_samples(str(tmp_path / "out"), load_codec("identity"), 10)
     assert {shape: len(pixels) for shape, pixels in found.items()} == {(3, 1, 4, 4): 2, (3, 1, 4, 8): 2}
     assert sorted(pixels[0, 0, 0, 0, 0].item() for pixels in found.values())[0] < 0
     assert json.loads((tmp_path / "out/manifest.json").read_bytes())["shards"][1]["shape"] == [3, 1, 4, 8]

@@ -15,8 +15,10 @@ from rdm_scale.data.captions import unpack_text
 from rdm_scale.data.manifest import read_manifest
 from rdm_scale.data.shards import read_bytes, read_member, sample_id
 from rdm_scale.dtypes import STORED_DTYPES
-from rdm_scale.encoding.job import Ranks, check_output, encode
+from rdm_scale.encoding.job import ProcessRank
+from rdm_scale.encoding.output import OutputFolders
 from rdm_scale.encoding.planning import Bucket
+from rdm_scale.encoding.runner import encode
 from rdm_scale.encoding.text import TextEncoder
 from rdm_scale.errors import DataError
 from rdm_scale.storage.location import Location
@@ -113,7 +115,7 @@ def test_held_out_samples_go_to_their_own_folder(digits, tmp_path):
     assert_done(tmp_path / "out")
     assert_done(tmp_path / "held")
     (tmp_path / "held/manifest.json").unlink()
-    assert not check_output([Location(tmp_path / "out"), Location(tmp_path / "held")], encoded.train.job)
+    assert not OutputFolders(Location(tmp_path / "out"), Location(tmp_path / "held")).check(encoded.train.job)
 
 
 def test_captions_lie_beside_their_samples(digits, tmp_path):
@@ -218,7 +220,7 @@ def test_a_job_goes_on_where_it_was_cut_off(digits, tmp_path, monkeypatch):
     (tmp_path / "held/text-000000.tar.partial-9").parent.mkdir(exist_ok=True)
     (tmp_path / "held/text-000000.tar.partial-9").write_bytes(b"half")
     (tmp_path / "out/.encoding/train-000001-0123456789ab.json.partial-123").write_bytes(b"half")
-    assert not check_output(list(job.folders.values()), job.digest)
+    assert not job.output.check(job.digest)
     encoded_again = []
     real = job.codec.encode
     monkeypatch.setattr(job.codec, "encode", lambda pixels: encoded_again.append(len(pixels)) or real(pixels))
@@ -226,24 +228,24 @@ def test_a_job_goes_on_where_it_was_cut_off(digits, tmp_path, monkeypatch):
     assert sum(encoded_again) == COUNT - 12 * len(records)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert contents(tmp_path / "held") == contents(tmp_path / "whole_held")
-    assert check_output(list(job.folders.values()), job.digest)
+    assert job.output.check(job.digest)
 
 
 def test_ranks_one_after_the_other_make_the_same_bytes(digits, tmp_path):
     encode(make_job(digits, tmp_path / "whole"))
     job = make_job(digits, tmp_path / "out")
     with pytest.raises(KeyboardInterrupt):  # the first one has made the plan
-        encode(job, Ranks(0, 3), progress=lambda *told: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert [encode(job, Ranks(rank, 3)) for rank in (1, 2)] == [None, None]
+        encode(job, ProcessRank(0, 3), progress=lambda *told: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert [encode(job, ProcessRank(rank, 3)) for rank in (1, 2)] == [None, None]
     plan = (tmp_path / "out/.encoding/plan.json").read_bytes()
-    assert (len(list((tmp_path / "out").glob("shard-*"))), encode(job, Ranks(0, 3)).train.samples) == (3, COUNT)
+    assert (len(list((tmp_path / "out").glob("shard-*"))), encode(job, ProcessRank(0, 3)).train.samples) == (3, COUNT)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     # a rank that comes when all is done, or has just read the plan then
     job.codec.encode = None
-    assert encode(job, Ranks(2, 3)) is None
+    assert encode(job, ProcessRank(2, 3)) is None
     (tmp_path / "out/.encoding").mkdir()
     (tmp_path / "out/.encoding/plan.json").write_bytes(plan)
-    assert encode(job, Ranks(2, 3)) is None
+    assert encode(job, ProcessRank(2, 3)) is None
     shutil.rmtree(tmp_path / "out/.encoding")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
@@ -273,7 +275,7 @@ def test_a_shard_that_is_removed_or_cut_before_the_end_is_noticed(digits, tmp_pa
         with pytest.raises(KeyboardInterrupt):
             encode(job, progress=stop_after(2))
         damage(tmp_path / "out/shard-000000.tar")
-        with pytest.raises(DataError, match=r"shard-000000.tar was written and is no longer there, or not whole: run"):
+        with pytest.raises(DataError, match=r"shard-000000.tar was written and is no longer there, or incomplete: run"):
             encode(job)
         assert not (tmp_path / "out/manifest.json").exists()
         encode(job)
@@ -312,26 +314,26 @@ def test_folders_in_use_are_not_touched(digits, tmp_path):
     encode(first)
     before = contents(tmp_path / "out")
     (tmp_path / "out/decoded.png").write_bytes(b"")  # a look at it
-    assert check_output([first.folder], first.digest)
+    assert first.output.check(first.digest)
     (tmp_path / "out/decoded.png").unlink()
     other = make_job(digits, tmp_path / "out", seed=1)
-    for folders in ([other.folder], [Location(tmp_path / "new"), other.folder]):
+    for output in (other.output, OutputFolders(Location(tmp_path / "new"), other.output.train)):
         for digest in (other.digest, other.digest[:32]):  # before the codec is loaded, too
             with pytest.raises(
                 DataError, match="already holds encoded data, of other inputs or made with other settings"
             ):
-                check_output(folders, digest)
+                output.check(digest)
     assert contents(tmp_path / "out") == before and not (tmp_path / "new").exists()
 
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis/shard-of-glass.tar").write_text("ten years of work")
     with pytest.raises(DataError, match=r"not empty \(it holds shard-of-glass.tar\)"):
-        check_output([Location(tmp_path / "thesis")], first.digest)
+        OutputFolders(Location(tmp_path / "thesis")).check(first.digest)
     with pytest.raises(DataError, match="is a file"):
-        check_output([Location(tmp_path / "thesis/shard-of-glass.tar")], first.digest)
+        OutputFolders(Location(tmp_path / "thesis/shard-of-glass.tar")).check(first.digest)
     for held in (tmp_path / "a", tmp_path / "a/held", tmp_path):
         with pytest.raises(DataError, match="must be two folders"):
-            check_output([Location(tmp_path / "a"), Location(held)], first.digest)
+            OutputFolders(Location(tmp_path / "a"), Location(held)).check(first.digest)
 
 
 def test_the_beginnings_of_another_job_are_not_gone_on_with(digits, tmp_path):
@@ -340,12 +342,12 @@ def test_the_beginnings_of_another_job_are_not_gone_on_with(digits, tmp_path):
     before = contents(tmp_path / "out")
     other = make_job(digits, tmp_path / "out", dtype="float16")
     for call in (
-        lambda: check_output([other.folder], other.digest),
-        lambda: check_output([other.folder], other.digest[:32]),
+        lambda: other.output.check(other.digest),
+        lambda: other.output.check(other.digest[:32]),
         lambda: encode(other),
-        lambda: encode(other, Ranks(1, 2)),
+        lambda: encode(other, ProcessRank(1, 2)),
     ):
-        with pytest.raises(DataError, match="the beginnings of an encoding of other inputs or with other settings"):
+        with pytest.raises(DataError, match="an unfinished encoding of other inputs or with other settings"):
             call()
     assert contents(tmp_path / "out") == before
 
@@ -368,8 +370,8 @@ def test_input_and_output_in_memory(digits, memory, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         encode(job, progress=stop_after(2))
     encode(job)
-    assert check_output([job.folder], job.digest)
+    assert job.output.check(job.digest)
     found = {path.rsplit("/", 1)[-1]: fs.cat_file(path) for path in fs.find(f"{memory.path}/out")}
     assert found == contents(tmp_path / "out")
-    with pytest.raises(DataError, match=re.escape(f"{job.folder} already holds encoded data")):
-        check_output([job.folder], "another")
+    with pytest.raises(DataError, match=re.escape(f"{job.output.train} already holds encoded data")):
+        job.output.check("another")

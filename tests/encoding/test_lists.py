@@ -8,7 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from rdm_scale.encoding.inputs import Columns, find_media
+from rdm_scale.encoding.lists import read_list
 from rdm_scale.errors import DataError
+from rdm_scale.storage.location import Location
 from tests.support.media_files import BLUE, RED, write_tar
 
 
@@ -111,16 +113,15 @@ def test_parquet_files_that_hold_the_images_themselves_are_refused(tmp_path):
         find_media(str(tmp_path / "a.parquet"))
 
 
-def test_a_damaged_parquet_file_and_one_of_huge_row_groups(tmp_path, monkeypatch):
+def test_a_damaged_parquet_file_and_one_of_huge_row_groups(tmp_path):
     url = write_list(tmp_path / "a.parquet", [{"path": f"{i}.png"} for i in range(1000)])
     whole = (tmp_path / "a.parquet").read_bytes()
     (tmp_path / "b.parquet").write_bytes(whole[:4] + b"\x00" * 300 + whole[304:])
     with pytest.raises(DataError, match=r"b\.parquet"):
         find_media(str(tmp_path / "b.parquet"))
     assert len(find_media(url).files) == 1000
-    monkeypatch.setattr("rdm_scale.encoding.lists._MAX_COLUMN_BYTES", 1000)
     with pytest.raises(DataError, match="write it with smaller row groups"):
-        find_media(url)
+        list(read_list(Location(url), Columns(), max_column_bytes=1000))
 
 
 def test_missing_labels_of_pandas_and_categories(pictures):

@@ -7,7 +7,7 @@ import pytest
 
 from rdm_scale import rng
 from rdm_scale.data.shards import sample_id
-from rdm_scale.encoding.job import encode
+from rdm_scale.encoding.runner import encode
 from rdm_scale.errors import DataError
 from tests.support.encoding_jobs import (
     assert_done,
@@ -120,6 +120,8 @@ def test_a_side_of_which_nothing_can_be_decoded(tmp_path):
     (tmp_path / "in").mkdir()
     for i in range(3):
         (tmp_path / f"in/{i}.png").write_bytes(b"")
-    with pytest.raises(DataError, match=r"none of the inputs of the train side could be encoded: see .*rejected.jsonl"):
+    with pytest.raises(
+        DataError, match=r"none of the inputs of the train split could be encoded: see .*rejected.jsonl"
+    ):
         encode(make_job(tmp_path / "in", tmp_path / "out", max_rejected=1.0))
     assert len(reasons(tmp_path / "out")) == 3

@@ -1,6 +1,7 @@
 """Clips against a plain decode of the whole file, frame rates by hand-worked examples, and damaged files."""
 
 import io
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
@@ -12,9 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import rdm_scale.encoding.videos as videos
 from rdm_scale.encoding.images import decode as decode_image
-from rdm_scale.encoding.videos import VideoSize, decode_clip, probe_video
+from rdm_scale.encoding.video_stream import TimedFrame, VideoLimits, VideoStream
+from rdm_scale.encoding.videos import VideoMetadata, decode_clip, read_video_metadata
 from rdm_scale.errors import DataError
 from tests.support.clip_files import BUNNY, all_frames, counting, digit_clip, numbers, video
 
@@ -44,12 +45,12 @@ def clip_of(content: bytes, start: int = 0, frames: int = 1, name: str = "a vide
     return decode_clip(io.BytesIO(content), name, start=start, frames=frames, **defaults | options)
 
 
-def probe(content: bytes, fps: float | None = None) -> VideoSize:
-    return probe_video(io.BytesIO(content), "a video", fps)
+def probe(content: bytes, fps: float | None = None) -> VideoMetadata:
+    return read_video_metadata(io.BytesIO(content), "a video", fps)
 
 
 def test_a_real_clip_is_what_a_plain_decode_gives(bunny: bytes) -> None:
-    assert probe(bunny) == VideoSize(frames=50, height=180, width=320, fps=25.0)
+    assert probe(bunny) == VideoMetadata(frames=50, height=180, width=320, fps=25.0)
     linear = all_frames(bunny)
     for start in (49, 0, 13, 12, 11, 25, 37):  # in no order, on and around key frames
         assert torch.equal(clip_of(bunny, start, height=180, width=320)[:, 0], linear[:, start])
@@ -60,14 +61,14 @@ def test_a_real_clip_is_what_a_plain_decode_gives(bunny: bytes) -> None:
 
 def test_decoding_starts_at_the_key_frame_before(bunny: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded = []
-    plain = videos._timed
+    plain = VideoStream.frames
 
-    def counted(*arguments: Any) -> Any:
-        for item in plain(*arguments):
-            decoded.append(round(item[0] * 25))
-            yield item
+    def counted(video: VideoStream) -> Iterator[TimedFrame]:
+        for frame in plain(video):
+            decoded.append(round(frame.time * 25))
+            yield frame
 
-    monkeypatch.setattr(videos, "_timed", counted)
+    monkeypatch.setattr(VideoStream, "frames", counted)
     clip_of(bunny, 30, 2)
     assert decoded == list(range(24, 32))
 
@@ -76,7 +77,7 @@ def test_decoding_starts_at_the_key_frame_before(bunny: bytes, monkeypatch: pyte
 def test_every_container(container: str, codec: str, pixels: str, size: tuple[int, int], options: dict) -> None:
     content = video(counting(30, *size), container, codec, pixels=pixels, options=options)
     height, width = size
-    assert probe(content) == VideoSize(30, height, width, 24.0)
+    assert probe(content) == VideoMetadata(30, height, width, 24.0)
     linear = all_frames(content)
     assert all(abs(number - i) <= 1 for i, number in enumerate(numbers(linear)))  # mpeg4 loses a little
     for start in (29, 0, 7, 8, 9, 20):
@@ -89,7 +90,7 @@ def test_another_frame_rate() -> None:
     """At 10 a second frame i is shown at i / 10 s, which is frame floor(2.4 i) of 24 a second."""
     content = video(counting(30), options=REORDERED)
     expected = [0, 2, 4, 7, 9, 12, 14, 16, 19, 21, 24, 26, 28]  # 1.3 s is beyond 30 / 24 = 1.25 s
-    assert probe(content, 10.0) == VideoSize(len(expected), 48, 64, 10.0)
+    assert probe(content, 10.0) == VideoMetadata(len(expected), 48, 64, 10.0)
     assert numbers(clip_of(content, 0, 13, fps=10.0)) == expected
     assert numbers(clip_of(content, 1, 4, fps=10.0, stride=3)) == expected[1::3]
     # A higher rate shows frames several times: i / 60 s is frame floor(0.4 i).
@@ -158,14 +159,14 @@ def test_the_same_clip_in_any_order_and_on_many_threads(bunny: bytes, tmp_path: 
     file = io.BytesIO(bunny)
     first = decode_clip(file, "v", fps=12.5, start=9, frames=4, height=32, width=32)
     assert not file.closed and first.numpy().tobytes() == alone[9]
-    probe_video(file, "v")
+    read_video_metadata(file, "v")
     assert decode_clip(file, "v", fps=12.5, start=0, frames=4, height=32, width=32).numpy().tobytes() == alone[0]
 
 
 @pytest.mark.parametrize("container", ["mp4", "avi", "webm", "mkv", "mov"])
 def test_clips_of_digits(container: str) -> None:
     content = digit_clip(3, container)
-    assert probe(content) == VideoSize(24, 32, 32, 24.0)
+    assert probe(content) == VideoMetadata(24, 32, 32, 24.0)
     clip = clip_of(content, 0, 24, height=32, width=32)
     assert clip.amax() > 0.7 and clip.mean() < -0.5  # bright strokes on black
     assert (clip[:, 0] - clip[:, -1]).abs().max() > 1  # that move
@@ -245,20 +246,19 @@ def test_damaged_headers_raise_nothing_else(bunny: bytes) -> None:
 )
 def test_what_is_no_video(content: bytes, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        probe_video(io.BytesIO(content), "words.mp4")
+        read_video_metadata(io.BytesIO(content), "words.mp4")
     with pytest.raises(DataError, match=message):
         clip_of(content, name="words.mp4")
 
 
-def test_limits(bunny: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_limits(bunny: bytes) -> None:
     with pytest.raises(DataError, match="a video claims to have 199900000 frames"):
         probe(bunny, 1e8)
-    monkeypatch.setattr(videos, "_MAX_PIXELS", 320 * 179)
+    limits = VideoLimits(pixels=320 * 179)
     with pytest.raises(DataError, match="a video has frames of 320 x 180 pixels; at most 57280 are decoded"):
-        probe(bunny)
-    monkeypatch.setattr(videos, "_MAX_FILE_BYTES", 1000)
+        read_video_metadata(io.BytesIO(bunny), "a video", limits=limits)
     with pytest.raises(DataError, match=f"a video has {len(bunny)} bytes: too large"):
-        clip_of(bunny)
+        clip_of(bunny, limits=VideoLimits(file_bytes=1000))
 
 
 def test_an_impossible_clip_is_the_fault_of_the_caller(bunny: bytes) -> None:

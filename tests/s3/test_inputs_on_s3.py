@@ -13,7 +13,7 @@ from PIL import Image
 from rdm_scale.encoding.images import image_size
 from rdm_scale.encoding.inputs import find_media
 from rdm_scale.encoding.text import TextEncoder
-from rdm_scale.encoding.videos import probe_video
+from rdm_scale.encoding.videos import read_video_metadata
 from rdm_scale.errors import DataError
 
 
@@ -75,7 +75,7 @@ def test_videos_in_tars_are_read_in_place(put):
     for file in found.files:
         with file.open() as video:
             i, k = map(int, file.key.split("-"))
-            assert probe_video(video, file.name, None).frames == 3 + i + k
+            assert read_video_metadata(video, file.name, None).frames == 3 + i + k
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])

@@ -14,8 +14,9 @@ from rdm_scale.codecs import load_codec
 from rdm_scale.data.manifest import Manifest, read_manifest
 from rdm_scale.data.shards import read_member, sample_id
 from rdm_scale.encoding.inputs import MediaFile, MediaSet, find_media
-from rdm_scale.encoding.job import Job
-from rdm_scale.encoding.planning import Bucket, Settings, inputs_digest, job_digest
+from rdm_scale.encoding.job import EncodingJob
+from rdm_scale.encoding.output import OutputFolders
+from rdm_scale.encoding.planning import Bucket, EncodingSettings
 from rdm_scale.encoding.text import TextEncoder
 from rdm_scale.storage.location import Location
 from tests.support.clip_files import digit_clip
@@ -64,7 +65,7 @@ def make_job(
     text: TextEncoder | None = None,
     max_rejected: float = 0.0,
     **settings: Any,
-) -> Job:
+) -> EncodingJob:
     settings = {
         "buckets": (Bucket(frames, size, size),),
         "dtype": "float32",
@@ -73,14 +74,10 @@ def make_job(
         "members_per_shard": 3,
         "holdout_share": 0.3 if holdout else 0.0,
     } | settings
-    found, loaded = find_media(str(source)), load_codec(codec)
-    digest = job_digest(
-        inputs_digest(found, Settings(**settings)),
-        codec=loaded.record.model_dump_json(),
-        text=repr(text and text.record),
+    output = OutputFolders(Location(str(out)), Location(str(holdout)) if holdout else None)
+    return EncodingJob.create(
+        find_media(str(source)), EncodingSettings(**settings), load_codec(codec), output, text, max_rejected
     )
-    held = Location(str(holdout)) if holdout else None
-    return Job(found, Settings(**settings), loaded, text, Location(str(out)), held, digest, max_rejected)
 
 
 def read_all(out: object) -> tuple[Manifest, dict[str, Tensor]]:

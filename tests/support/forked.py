@@ -14,7 +14,7 @@ FORKS.set_forkserver_preload(
         "pytest",
         "torch",
         "diffusers.models.autoencoders.autoencoder_kl",
-        "rdm_scale.encoding.job",
+        "rdm_scale.encoding.runner",
         "rdm_scale.encoding.inspection",
         "rdm_scale.sampling.image_grid",
     ]
