@@ -1,11 +1,11 @@
 """What encoding waits for: the share of its time that is spent inside the VAE, and what bounds it when that is small.
 
-The encoding job itself (`rdm_scale.encoding.job`) on synthetic JPEGs, with a VAE of the size of Stable Diffusion's
+The encoding job itself (`rdm_scale.encoding.runner`) on synthetic JPEGs, with a VAE of the size of Stable Diffusion's
 and with a tiny one, both with random weights. Models are loaded and the inputs listed before the clock starts; it ends
 when the manifest is written. The first batch's JPEGs are read before there is anything to encode: that and the writing
 of the last shard are all that cannot be hidden, so the share grows with the number of images.
 
-Each stage is timed by its wrapper: wall time of the main thread (VAE, and all else that it does, and waiting), CPU time
+Each stage is timed by the worker's trace: wall time of the main thread (VAE, statistics, waiting), CPU time
 of the threads that read and of the one that writes. A stage bounds the job when it is what fills the wall time: the VAE
 by its own wall time; reading when all cores are busy, mostly with that, and the main thread waits. Prints Markdown,
 writes benchmarks/results/encoding.json.
@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,12 +33,22 @@ from PIL import Image
 from benchmarks.report import write_results
 from rdm_scale.codecs import load_codec
 from rdm_scale.device import local_device
-from rdm_scale.encoding import worker
 from rdm_scale.encoding.inputs import find_media
-from rdm_scale.encoding.job import Job, encode
-from rdm_scale.encoding.planning import Bucket, Settings, inputs_digest, job_digest
+from rdm_scale.encoding.job import EncodingJob
+from rdm_scale.encoding.output import OutputFolders
+from rdm_scale.encoding.planning import Bucket, EncodingSettings
+from rdm_scale.encoding.runner import encode
+from rdm_scale.encoding.worker import WorkerStage
 from rdm_scale.storage.location import Location
 
+STAGES: dict[WorkerStage, str] = {
+    "encode": "VAE",
+    "load": "reading and decoding",
+    "write": "packing and writing",
+    "statistics": "statistics",
+    "wait": "waiting for pixels",
+    "collate": "putting batches together",
+}
 JPEG_SIZE = (384, 512)  # height and width: cropped and resized to the size that is encoded
 
 
@@ -99,23 +109,21 @@ def write_jpegs(folder: Path, count: int) -> None:
         list(pool.map(write, range(count)))
 
 
-def job_of(images: Path, vae: Path, output: Path, options: argparse.Namespace) -> Job:
+def job_of(images: Path, vae: Path, output: Path, options: argparse.Namespace) -> EncodingJob:
     source = find_media(str(images))
-    settings = Settings((Bucket(1, options.size, options.size),), batch_size=options.batch_size)
+    settings = EncodingSettings((Bucket(1, options.size, options.size),), batch_size=options.batch_size)
     codec = load_codec(str(vae), local_device())
-    digest = job_digest(inputs_digest(source, settings), codec=codec.record.model_dump_json(), text="None")
-    return Job(source, settings, codec, None, Location(output), None, digest, max_rejected=0.0)
+    return EncodingJob.create(source, settings, codec, OutputFolders(Location(output)))
 
 
-def measure(job: Job, images: int) -> dict[str, Any]:
+def measure(job: EncodingJob, images: int) -> dict[str, Any]:
     """Wall and CPU seconds of the job, and of its stages."""
-    with stages(job) as spent:
-        job.codec.encode(torch.zeros(1, 3, 1, *job.settings.buckets[0][1:]))  # what libraries do once
-        spent.clear()
-        wall, cpu = time.perf_counter(), time.process_time()
-        encode(job)
-        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    stage = {name: dict(zip(("wall_s", "cpu_s"), times, strict=True)) for name, times in spent.items()}
+    job.codec.encode(torch.zeros(1, 3, 1, *job.settings.buckets[0][1:]))  # initialization of libraries
+    times = StageTimes()
+    wall, cpu = time.perf_counter(), time.process_time()
+    encode(job, trace=times)
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    stage = {name: dict(zip(("wall_s", "cpu_s"), spent, strict=True)) for name, spent in times.spent.items()}
     main_thread = stage["VAE"]["wall_s"] + stage["waiting for pixels"]["wall_s"]
     return {
         "images": images,
@@ -130,45 +138,24 @@ def measure(job: Job, images: int) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def stages(job: Job) -> Iterator[dict[str, list[float]]]:
-    """{stage: [wall seconds, CPU seconds of its threads]}, filled while the job runs."""
-    spent: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-    lock = threading.Lock()
+class StageTimes:
+    """Wall and CPU seconds of each stage, summed over its threads. A trace of `rdm_scale.encoding.worker`."""
 
-    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **options: Any) -> Any:
-            wall, cpu = time.perf_counter(), time.thread_time()
-            try:
-                result = function(*arguments, **options)
-                if name == "VAE" and torch.cuda.is_available():
-                    torch.cuda.synchronize()
-                return result
-            finally:
-                elsewhere = threading.current_thread() is not threading.main_thread()
-                stage = "putting batches together" if name == "waiting for pixels" and elsewhere else name
-                with lock:
-                    spent[stage][0] += time.perf_counter() - wall
-                    spent[stage][1] += time.thread_time() - cpu
+    def __init__(self) -> None:
+        self.spent: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])  # stage: [wall, CPU]
+        self._lock = threading.Lock()
 
-        return call
-
-    wrapped = [
-        (job.codec, "_encode", "VAE"),
-        (worker, "load", "reading and decoding"),
-        (worker.Worker, "_write", "packing and writing"),
-        (worker.Statistics, "add", "statistics"),
-        (worker.Future, "result", "waiting for pixels"),
-        (worker.Worker, "_together", "putting batches together"),
-    ]
-    originals = [getattr(owner, attribute) for owner, attribute, _ in wrapped]
-    for (owner, attribute, name), original in zip(wrapped, originals, strict=True):
-        setattr(owner, attribute, timed(name, original))
-    try:
-        yield spent
-    finally:
-        for (owner, attribute, _), original in zip(wrapped, originals, strict=True):
-            setattr(owner, attribute, original)
+    @contextmanager
+    def __call__(self, stage: WorkerStage) -> Iterator[None]:
+        wall, cpu = time.perf_counter(), time.thread_time()
+        try:
+            yield
+            if stage == "encode" and torch.cuda.is_available():
+                torch.cuda.synchronize()
+        finally:
+            with self._lock:
+                self.spent[STAGES[stage]][0] += time.perf_counter() - wall
+                self.spent[STAGES[stage]][1] += time.thread_time() - cpu
 
 
 def report(result: dict[str, Any]) -> None:
