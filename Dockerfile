@@ -1,9 +1,8 @@
-# Training on NVIDIA GPUs, with NVIDIA apex and DeepSpeed's kernels built in.
+# Training on NVIDIA GPUs, with NVIDIA apex and DeepSpeed's kernels prebuilt.
 #
-# What was checked and what was not: the Python part (constraints, package, entry points) is what `make` installs and
-# tests on CPUs. This image itself has not been built by the project's continuous integration, which has neither
-# Docker nor a GPU; the CUDA base, the apex build and the DeepSpeed kernels are written after their projects'
-# instructions and have to be tried on a GPU machine first:
+# Tested: the Python part (constraints, package, commands), which `make` installs on CPUs. Not tested: the image as a
+# whole. Continuous integration has neither Docker nor a GPU; the CUDA base, the apex build and the DeepSpeed kernels
+# follow their projects' instructions. Try it on a GPU machine first:
 #
 #   docker build -t rdm_scale .
 #   docker run --gpus all --ipc=host -v "$PWD/data:/work/data" -v "$PWD/runs:/work/runs" rdm_scale \
@@ -18,11 +17,12 @@ RUN python3.11 -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH
 
 WORKDIR /work
-# constraints.txt pins the CPU build of torch by its version alone; the index below serves the CUDA build of it.
+# The version of torch that the adapters are tested with. For another CUDA than that of pip's default build, name the
+# index of PyTorch that has it.
 COPY constraints.txt setup.py pyproject.toml README.md LICENSE ./
 RUN pip install torch==2.13.0
 
-# FusedAdam (optional; rdm_scale falls back to PyTorch's fused AdamW). PyPI's `apex` is another package.
+# FusedAdam. Optional: without it rdm_scale uses PyTorch's fused AdamW. PyPI's `apex` is an unrelated package.
 ARG APEX_VERSION=25.09
 ENV TORCH_CUDA_ARCH_LIST="8.0;9.0"
 RUN git clone --depth 1 --branch ${APEX_VERSION} https://github.com/NVIDIA/apex /tmp/apex \
@@ -32,7 +32,7 @@ RUN git clone --depth 1 --branch ${APEX_VERSION} https://github.com/NVIDIA/apex 
 COPY configs configs
 COPY tools tools
 COPY rdm_scale rdm_scale
-# No kernel is compiled at the first step: what DeepSpeed would build then is built here.
+# Build DeepSpeed's kernels now; otherwise the first training step compiles them.
 RUN grep -v '^torch==' constraints.txt > /tmp/constraints.txt \
     && DS_BUILD_FUSED_ADAM=1 pip install --no-build-isolation -c /tmp/constraints.txt deepspeed==0.19.8 \
     && pip install -c /tmp/constraints.txt .

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Starts a training run with DeepSpeed's launcher, on this machine or on all that a hostfile names.
+# Start a training run with DeepSpeed's launcher, on this machine or on the nodes of a hostfile.
 #
 #   launch/deepspeed.sh configs/dit_xl.yaml train.steps=1000
 #   HOSTFILE=launch/hostfile.example launch/deepspeed.sh configs/dit_xl.yaml
 #
-# PROCESSES: ranks on this machine (default: its GPUs, or 1). With HOSTFILE the launcher reaches the others by ssh.
+# PROCESSES: ranks on this machine (default: one per GPU, or 1). With HOSTFILE the launcher reaches the nodes by ssh.
 set -euo pipefail
-PATH=$(cd "$(dirname "$0")/.." && pwd)/.venv/bin:$PATH # what `make` installed, when it is there
+PATH=$(cd "$(dirname "$0")/.." && pwd)/.venv/bin:$PATH # the environment that `make` created, if any
 
 if [[ $# -eq 0 || $1 == -h || $1 == --help ]]; then
     sed -n '2,7s/^# \{0,1\}//p' "$0"

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Starts a training run with torchrun: one process per GPU, or as many as PROCESSES says.
+# Start a training run with torchrun: one process per GPU, or PROCESSES of them.
 #
 #   launch/torchrun.sh configs/dit_xl.yaml train.steps=1000
 #
 # On several nodes run the same command on each of them, with these variables set:
-#   NODES (how many), NODE_RANK (0 on the first), MASTER_ADDR (the first node's address), MASTER_PORT (free there).
+#   NODES (their number), NODE_RANK (0 on the first), MASTER_ADDR (address of the first), MASTER_PORT (a free port there).
 set -euo pipefail
-PATH=$(cd "$(dirname "$0")/.." && pwd)/.venv/bin:$PATH # what `make` installed, when it is there
+PATH=$(cd "$(dirname "$0")/.." && pwd)/.venv/bin:$PATH # the environment that `make` created, if any
 
 if [[ $# -eq 0 || $1 == -h || $1 == --help ]]; then
     sed -n '2,7s/^# \{0,1\}//p' "$0"

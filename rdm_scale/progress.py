@@ -12,7 +12,7 @@ Item = TypeVar("Item")
 
 
 class ProgressReporter:
-    """Report how much of a piece of work is done, at what rate, and how long the rest will take.
+    """Report on long work: how much is done, at what rate, and how long the rest will take.
 
     On a terminal this is tqdm's bar. Elsewhere it is a line without carriage returns: the first after a second, then
     one every `interval_s`, and always one at the end. Rates are averages since the reporter was made.

@@ -176,7 +176,7 @@ def again(places: Places) -> str:
 
 
 def trained_so_far(run: Path) -> str:
-    """How far a run was trained, in words."""
+    """Words for the last step of a run."""
     try:
         last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"]
     except (OSError, IndexError, ValueError):

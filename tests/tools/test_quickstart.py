@@ -1,11 +1,11 @@
-"""What the second call of the quickstart says. (The first takes minutes: see docs/performance.md.)"""
+"""A second call of the quickstart. (The first takes minutes: see docs/performance.md.)"""
 
 import subprocess
 import sys
 from pathlib import Path
 
 
-def test_a_second_call_says_what_exists_and_touches_nothing(tmp_path: Path) -> None:
+def test_a_second_call_lists_what_exists_and_changes_nothing(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "quickstart"
     run.mkdir(parents=True)
     (run / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
