@@ -1,4 +1,4 @@
-"""The configuration: what is accepted, what is refused, and in which words."""
+"""The configuration: valid values, refused values, and their error messages."""
 
 import re
 import subprocess
@@ -27,7 +27,7 @@ def refusal(path: Path, *overrides: str) -> str:
     return str(caught.value)
 
 
-def test_sources_are_a_path_or_a_list_of_them_with_weights(path: Path) -> None:
+def test_sources_are_one_path_or_a_list_with_weights(path: Path) -> None:
     assert [(s.path, s.weight) for s in load_config(path, ["data.train=a"]).data.train] == [("a", 1.0)]
     config = load_config(path, ["data.train=[{path: a, weight: 3}, b]"])
     assert [(s.path, s.weight) for s in config.data.train] == [("a", 3.0), ("b", 1.0)]
@@ -91,11 +91,11 @@ def test_the_resolved_configuration_reads_back_as_itself(path: Path, tmp_path: P
         ("sampling.sampler=ddim", "choose euler or heun"),
     ],
 )
-def test_mistakes_are_told_with_their_key(path: Path, override: str, words: str) -> None:
+def test_mistakes_are_reported_with_their_key(path: Path, override: str, words: str) -> None:
     assert words in refusal(path, override)
 
 
-def test_all_mistakes_are_told_at_once(path: Path) -> None:
+def test_all_mistakes_are_reported_at_once(path: Path) -> None:
     message = refusal(path, "train.steps=0", "optimizer.lr=-1", "chekpoint.every=3")
     assert "train.steps=0" in message and "optimizer.lr=-1" in message and "did you mean checkpoint?" in message
 
@@ -110,7 +110,7 @@ def test_all_mistakes_are_told_at_once(path: Path) -> None:
         ("a: !!python/object/apply:os.system ['true']", "not valid YAML"),
     ],
 )
-def test_files_that_are_no_configuration(tmp_path: Path, text: str, words: str) -> None:
+def test_invalid_files_are_refused(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "bad.yaml").write_text(text)
     assert words in refusal(tmp_path / "bad.yaml")
 
@@ -119,7 +119,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
     assert f"cannot read the configuration {tmp_path / 'none.yaml'}: No such file" in refusal(tmp_path / "none.yaml")
 
 
-def test_data_parallel_size_is_what_the_world_leaves_over(path: Path) -> None:
+def test_data_parallel_size_is_the_rest_of_the_world_size(path: Path) -> None:
     config = load_config(path, ["train.global_batch_size=12", "train.micro_batch_size=2"])
     assert [config.data_parallel_size(world) for world in (1, 2, 3, 6)] == [1, 2, 3, 6]
     with pytest.raises(ConfigError, match=r"12 is not divisible by the 5 data-parallel ranks"):
@@ -147,12 +147,12 @@ def test_help_lists_every_key(path: Path) -> None:
     assert "data.train = required" in text and "[plain, rezero, layerscale, adaln_zero, neural_rdm]" in text
 
 
-def test_a_tree_from_a_checkpoint_is_checked_too() -> None:
+def test_a_configuration_tree_is_checked_too() -> None:
     with pytest.raises(ConfigError, match="the configuration somewhere is not valid"):
         parse_config(MINIMAL | {"surprise": 1}, "somewhere")
 
 
-def test_reading_a_configuration_imports_nothing_heavy() -> None:
+def test_reading_a_configuration_imports_nothing_slow() -> None:
     code = (
         "import sys; import rdm_scale.config, rdm_scale.train; "
         "print([m for m in ('torch', 'deepspeed', 'megatron', 'diffusers') if m in sys.modules])"
@@ -183,7 +183,7 @@ def test_the_configurations_in_the_repository_are_valid(file: Path) -> None:
         (["parallel.zero_stage=1", "parallel.keep_gathered=never"], "needs parallel.zero_stage=3"),
     ],
 )
-def test_layouts_that_cannot_be_are_refused(path: Path, overrides: list[str], words: str) -> None:
+def test_impossible_layouts_are_refused(path: Path, overrides: list[str], words: str) -> None:
     assert words in refusal(path, *overrides)
 
 

@@ -1,4 +1,4 @@
-"""Every file in configs/ is a run that could be started as it stands: it loads, and lies on the GPUs that it names."""
+"""Every file in configs/ can be started as it is: it loads, and fits the GPUs that it names."""
 
 import re
 from pathlib import Path

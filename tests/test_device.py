@@ -1,4 +1,4 @@
-"""Which device a process takes, on machines with as many GPUs as the test says."""
+"""The device of a process, on machines with a mocked number of GPUs."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def set_gpus(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
 @pytest.mark.parametrize(
     ("gpus", "local_rank", "expected"), [(0, None, "cpu"), (0, "3", "cpu"), (2, None, "cuda:0"), (2, "1", "cuda:1")]
 )
-def test_a_gpu_each_or_the_cpu(
+def test_each_local_rank_has_a_gpu_or_the_cpu(
     monkeypatch: pytest.MonkeyPatch, gpus: int, local_rank: str | None, expected: str
 ) -> None:
     set_gpus(monkeypatch, gpus)
@@ -25,7 +25,7 @@ def test_a_gpu_each_or_the_cpu(
     assert local_device() == torch.device(expected)
 
 
-def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     set_gpus(monkeypatch, 2)
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(ConfigError, match=r"2 GPUs .* start one rank per GPU, or set CUDA_VISIBLE_DEVICES="):

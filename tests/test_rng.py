@@ -1,4 +1,4 @@
-"""Keyed randomness: known keys, no two purposes in one key, nothing shared between generators."""
+"""Keyed randomness: fixed keys, distinct keys for distinct purposes, independent generators."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ def test_key_is_the_documented_hash_of_its_parts() -> None:
 
 
 def test_key_never_changes() -> None:
-    """Not from process to process, nor from release to release: runs that resume rely on it."""
+    """Neither between processes nor between releases: resumed runs rely on it."""
     assert (rng.key(7, "noise", "a", 12), rng.key(0, "init")) == (9042133693415243533, 2815299708589431485)
 
 
@@ -54,7 +54,7 @@ def test_generators_do_not_share_state() -> None:
     assert not torch.equal(torch.rand(5, generator=rng.generator(3, "t", 9)), alone)
 
 
-def test_draws_over_neighbouring_indices_are_uniform() -> None:
+def test_draws_over_neighboring_indices_are_uniform() -> None:
     """Chi-square over 20 bins; 43.8 is exceeded with probability 0.001 at 19 degrees of freedom."""
     draws = torch.tensor([torch.rand((), generator=rng.generator(0, "t", i)).item() for i in range(4000)])
     counts = torch.histc(draws, bins=20, min=0, max=1)

@@ -1,7 +1,7 @@
 """The validated configuration of a run.
 
-Nothing heavy is imported here, so that a mistake costs a second and not a minute, and nothing is opened but the YAML
-file: `load_config` needs neither data nor a world size.
+This package imports neither PyTorch nor anything else that is slow to import, so that mistakes are reported within a
+second. `load_config` opens nothing but the YAML file: it needs neither data nor a world size.
 """
 
 from rdm_scale.config.loading import describe_keys, load_config, parse_config, to_yaml

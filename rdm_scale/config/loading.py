@@ -1,4 +1,4 @@
-"""Configurations out of YAML and dotted `key=value` overrides, and what is said when they are wrong."""
+"""Reading configurations from YAML and dotted `key=value` overrides, with error messages for every mistake."""
 
 import difflib
 import json
@@ -16,7 +16,7 @@ from rdm_scale.errors import ConfigError
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice and reads 1e-4 as a number (YAML 1.1 takes it for text)."""
+    """SafeLoader that refuses duplicate keys and reads 1e-4 as a number (in YAML 1.1 it is a string)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -56,13 +56,13 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 def _section(path: tuple[Any, ...]) -> type[Section]:
     section: Any = RunConfig
     for name in path:
-        # an index leads from a list of sections to one of them
+        # An index leads from a list of sections to one of them.
         section = get_args(section)[0] if isinstance(name, int) else section.model_fields[name].annotation
     return cast(type[Section], section)
 
 
 def _describe(error: Any) -> str:
-    """One line for one pydantic error: which key, what is wrong, what would be right."""
+    """One line for one pydantic error: the key, what is wrong with it, and what would be valid."""
     location = tuple(error["loc"])
     key = ".".join(str(part) for part in location)
     if error["type"] == "extra_forbidden":
@@ -80,10 +80,11 @@ def _describe(error: Any) -> str:
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
-    """Reads and checks a configuration file, with `key=value` overrides applied in order.
+    """Read a configuration file, apply `key=value` overrides in order, and check the result.
 
     Raises:
-        ConfigError: file missing, not YAML, unknown key, wrong type or impossible combination; all mistakes at once.
+        ConfigError: the file is missing or not YAML, or has unknown keys, wrong types or impossible combinations; one
+            message lists all mistakes.
     """
     path = Path(path)
     try:
@@ -103,9 +104,9 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
 
 def parse_config(tree: dict[str, Any], where: str) -> RunConfig:
-    """Checks a configuration that is already a tree (for instance out of a checkpoint found at `where`)."""
+    """Check a configuration given as a tree, for instance from a checkpoint; error messages contain `where`."""
     try:
-        # Through JSON: strict typing (no "3" for 3, no true for 1) that still takes a list for a tuple.
+        # Through JSON, where strict typing (no "3" for 3, no true for 1) still accepts a list for a tuple.
         return RunConfig.model_validate_json(json.dumps(tree, default=str), strict=True)
     except ValidationError as error:
         lines = sorted({_describe(e) for e in error.errors()})
@@ -113,7 +114,7 @@ def parse_config(tree: dict[str, Any], where: str) -> RunConfig:
 
 
 def describe_keys() -> str:
-    """Every key with its type's default and meaning, one line each, for --help."""
+    """List every key with its default, description and choices, for `--help`."""
 
     def lines(section: type[Section], prefix: str) -> Iterator[str]:
         for name, field in section.model_fields.items():
@@ -130,4 +131,5 @@ def describe_keys() -> str:
 
 
 def to_yaml(config: RunConfig) -> str:
+    """The configuration as YAML that `load_config` reads back."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

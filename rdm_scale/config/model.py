@@ -1,4 +1,4 @@
-"""The part of the configuration that says what a model is made of, and what follows from it."""
+"""Configuration of the model, and quantities that follow from it."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from rdm_scale.config.section import Section
 
 AttentionScope = Literal["full", "spatial", "temporal"]
-TIMESTEP_FREQUENCIES = 256  # of the timestep embedding: half cosines, half sines, as in DiT
+TIMESTEP_FREQUENCIES = 256  # size of the timestep embedding: half cosines, half sines, as in DiT
 
 
 class InputConfig(Section):
@@ -22,59 +22,68 @@ class InputConfig(Section):
 class GateConfig(Section):
     multiplier: float = Field(1.0, gt=0, description="m0 of the fixed branch multiplier m(L) = m0 * L^-p")
     exponent: float = Field(
-        0.5, ge=0, description="p of m(L) = m0 * L^-p; L counts residual branches, of base_depth if given"
+        0.5, ge=0, description="p of m(L) = m0 * L^-p; L is the number of residual branches (at base_depth, if given)"
     )
-    per_channel: bool = Field(True, description="gates a, b per channel; false: one scalar each per branch")
-    conditional: bool = Field(True, description="add a gate g(c), a function of the condition, to m * a")
+    per_channel: bool = Field(True, description="gates a and b per channel; false: one scalar each per branch")
+    conditional: bool = Field(True, description="add g(c), a function of the condition, to the gate m * a")
 
 
 class TextConfig(Section):
-    width: int = Field(768, ge=1, description="text condition: channels of the text encoder's tokens")
-    pooled_width: int = Field(768, ge=1, description="text condition: channels of its pooled vector")
+    width: int = Field(768, ge=1, description="condition text: channels of the text encoder's token vectors")
+    pooled_width: int = Field(768, ge=1, description="condition text: channels of its pooled vector")
 
 
 class ModelConfig(Section):
     input: InputConfig = InputConfig()
-    patch_size: tuple[int, int, int] = Field((1, 2, 2), description="patch of [t, h, w] latents per token")
+    patch_size: tuple[int, int, int] = Field((1, 2, 2), description="size [t, h, w] of the latent patch of one token")
     hidden_size: int = Field(384, ge=8, description="width D of the residual stream")
-    depth: int = Field(12, ge=1, description="number of blocks (attention + MLP each; factorized: of both kinds)")
+    depth: int = Field(
+        12,
+        ge=1,
+        description="number of blocks, each attention and MLP; factorized: spatial and temporal blocks together",
+    )
     base_depth: int | None = Field(
         None,
         ge=1,
-        description="depth at which optimizer.* was tuned, for which branches and epsilon are then scaled; "
+        description="depth at which optimizer.* was tuned; branches and epsilon are scaled from it to this depth; "
         "null: this depth",
     )
     base_width: int | None = Field(
         None,
         ge=8,
-        description="hidden_size at which optimizer.* was tuned, for which rates, decay and initial values "
-        "are then scaled; null: this hidden_size",
+        description="hidden_size at which optimizer.* was tuned; learning rates, weight decay and initialization "
+        "are scaled from it to this hidden_size; null: this hidden_size",
     )
     num_heads: int = Field(6, ge=1, description="attention heads; must divide hidden_size")
-    mlp_ratio: float = Field(4.0, gt=0, description="MLP width over hidden_size")
+    mlp_ratio: float = Field(4.0, gt=0, description="width of the MLP divided by hidden_size")
     residual: Literal["plain", "rezero", "layerscale", "adaln_zero", "neural_rdm"] = Field(
-        "neural_rdm", description="residual structure of every branch (gate.* applies to neural_rdm)"
+        "neural_rdm", description="residual structure of every branch; gate.* applies to neural_rdm only"
     )
     gate: GateConfig = GateConfig()
     stacking: Literal["flow", "u"] = Field(
         "flow",
-        description="how blocks are joined: flow is a chain; u also has long skips from block i to block depth-1-i",
+        description="how blocks are connected; flow: a chain; u: a chain and long skips from block i to depth-1-i",
     )
     attention: Literal["joint", "factorized"] = Field(
         "joint",
-        description="joint: all tokens attend to each other; factorized: in turns of blocks, those of a frame and "
-        "those of a place in all frames (Latte)",
+        description="joint: full attention over all tokens; factorized: blocks alternate between spatial attention "
+        "(within a frame) and temporal attention (over all frames at one location), as in Latte",
     )
     positions: Literal["sincos", "rotary"] = Field(
-        "sincos", description="sincos: fixed tables added to the tokens; rotary: axial turns of queries and keys (RoPE)"
+        "sincos",
+        description="position embedding; sincos: fixed, added to the tokens; rotary: axial RoPE of queries and keys",
     )
-    qk_norm: bool = Field(False, description="RMS-normalize the queries and keys of each head, with learned scales")
+    qk_norm: bool = Field(
+        False, description="RMS normalization of the queries and keys of each head, with learned scales"
+    )
     condition: Literal["none", "class", "text"] = Field("class", description="what the model is conditioned on")
     text: TextConfig = TextConfig()
-    num_classes: int = Field(1000, ge=1, description="number of classes; one more embedding is the null class")
-    learned_variance: bool = Field(False, description="predict the variance too (ddpm only): 2C output channels")
+    num_classes: int = Field(1000, ge=1, description="number of classes, without the null class")
+    learned_variance: bool = Field(
+        False, description="predict the variance, too, in 2C output channels (objective ddpm only)"
+    )
     timestep_spacing: Literal["dit", "diffusers"] = Field(
-        "dit", description="frequencies of the timestep embedding: i/128 (dit) or i/127 (diffusers)"
+        "dit", description="exponents of the frequencies of the timestep embedding: i/128 (dit) or i/127 (diffusers)"
     )
 
     @model_validator(mode="after")
@@ -90,13 +99,13 @@ class ModelConfig(Section):
         axes = 3 if self.input.frames > 1 else 2
         if self.positions == "rotary" and (self.head_size % 2 or self.head_size < 2 * axes):
             raise ValueError(
-                f"model.positions=rotary turns pairs of channels along {axes} axes, and a head has {self.head_size} "
-                f"(model.hidden_size / model.num_heads): make it even and at least {2 * axes}"
+                f"model.positions=rotary rotates pairs of channels along {axes} axes, and a head has {self.head_size} "
+                f"channels (model.hidden_size / model.num_heads): make it even and at least {2 * axes}"
             )
         if self.attention == "factorized" and self.depth % 2:
             raise ValueError(
-                f"model.depth={self.depth} is odd: under model.attention=factorized blocks come in pairs, one that "
-                "works in space and one that works along time"
+                f"model.depth={self.depth} is odd: with model.attention=factorized blocks come in pairs, one with "
+                "spatial and one with temporal attention"
             )
         return self
 
@@ -122,27 +131,30 @@ class ModelConfig(Section):
 
     @property
     def head_size(self) -> int:
+        """Channels of one attention head."""
         return self.hidden_size // self.num_heads
 
     def attention_scope(self, block: int) -> AttentionScope:
-        """Self-attention scope of a block: full over all tokens or, alternating from block to block, spatial (over
-        the tokens of a frame) and temporal (over the tokens at one position in all frames)."""
+        """Tokens that attend to each other in a block.
+
+        Full: all tokens. Spatial: the tokens of a frame. Temporal: the tokens at one position in all frames.
+        """
         if self.attention == "joint":
             return "full"
         return "temporal" if block % 2 else "spatial"
 
     def skip_source(self, block: int) -> int | None:
-        """The block whose output a block takes by a long skip, if it does."""
-        mirror = self.depth - 1 - block
-        return mirror if self.stacking == "u" and mirror < block else None
+        """The block whose output a long skip carries to this block, or None."""
+        source = self.depth - 1 - block
+        return source if self.stacking == "u" and source < block else None
 
     def starts_skip(self, block: int) -> bool:
-        """Whether a block's output goes into a long skip."""
+        """True if a long skip starts at the output of this block."""
         return self.stacking == "u" and block < self.depth - 1 - block
 
     @property
     def branches(self) -> int:
-        """Number L of residual branches: the units of all blocks."""
+        """Number L of residual branches in all blocks."""
         return self._branches_at(self.depth)
 
     @property
@@ -156,4 +168,5 @@ class ModelConfig(Section):
 
     @property
     def mlp_size(self) -> int:
+        """Hidden size of the MLP."""
         return int(self.hidden_size * self.mlp_ratio)

@@ -1,4 +1,4 @@
-"""The tree of typed, documented fields that a run is configured by, with the checks between fields beside them."""
+"""Sections and keys of the configuration, each typed and documented, with the checks between keys beside them."""
 
 import hashlib
 from collections.abc import Iterator
@@ -12,52 +12,56 @@ from rdm_scale.errors import ConfigError
 
 
 class DiffusionConfig(Section):
-    objective: Literal["ddpm", "flow"] = Field("flow", description="ddpm: predict the noise; flow: the velocity")
-    noise_schedule: Literal["linear", "cosine"] = Field("linear", description="ddpm: the betas")
+    objective: Literal["ddpm", "flow"] = Field(
+        "flow", description="ddpm: predict the noise; flow (rectified flow): predict the velocity"
+    )
+    noise_schedule: Literal["linear", "cosine"] = Field("linear", description="ddpm: schedule of the betas")
     num_timesteps: int = Field(1000, ge=2, description="ddpm: number of diffusion steps in training")
     timestep_sampling: Literal["uniform", "logit_normal"] = Field("uniform", description="flow: distribution of t")
     logit_mean: float = Field(0.0, description="flow, logit_normal: mean of logit(t)")
     logit_std: float = Field(1.0, gt=0, description="flow, logit_normal: standard deviation of logit(t)")
-    condition_dropout: float = Field(0.1, ge=0, le=1, description="share of samples trained with the null condition")
+    condition_dropout: float = Field(
+        0.1, ge=0, le=1, description="probability of training a sample with the null condition"
+    )
 
 
 class SamplingConfig(Section):
     sampler: Literal["ddpm", "ddim", "euler", "heun"] | None = Field(
-        None, description="ddpm or ddim (ddpm objective), euler or heun (flow); null: ddpm and euler"
+        None, description="ddpm or ddim (objective ddpm), euler or heun (objective flow); null: ddpm or euler"
     )
     steps: int = Field(50, ge=1, description="sampling steps")
-    guidance: float = Field(1.0, ge=0, description="classifier-free guidance scale; 1 switches guidance off")
+    guidance: float = Field(1.0, ge=0, description="scale of classifier-free guidance; 1: no guidance")
 
 
 class DataSource(Section):
-    path: str = Field(min_length=1, description="URL or path of a manifest.json (any fsspec location)")
-    weight: float = Field(1.0, gt=0, description="share of the steps, relative to the other sources'")
+    path: str = Field(min_length=1, description="URL or path of a manifest.json, on any fsspec file system")
+    weight: float = Field(1.0, gt=0, description="share of the steps, relative to the weights of the other data sets")
 
 
 class DataConfig(Section):
     train: tuple[DataSource, ...] = Field(
-        description="URL or path of the training set's manifest.json (any fsspec location), or a list of such sets "
-        "with their shares of the steps: [{path: ..., weight: ...}, ...]",
+        description="URL or path of the manifest.json of the training data, on any fsspec file system, or a list of "
+        "data sets with their shares of the steps: [{path: ..., weight: ...}, ...]",
     )
     validation: tuple[DataSource, ...] = Field(
-        (), description="the held-out set or sets, written like data.train; null: no validation loss"
+        (), description="validation data, written like data.train; null: no validation loss"
     )
-    prefetch: int = Field(2, ge=1, description="batches read ahead in the background")
-    workers: int = Field(4, ge=1, description="parts of shards that a data-parallel rank reads at the same time")
-    cache_dir: str | None = Field(None, description="local directory in which what was read is kept; null: nowhere")
-    cache_gib: float = Field(64.0, gt=0, description="size up to which data.cache_dir may grow")
+    prefetch: int = Field(2, ge=1, description="batches prepared in the background, ahead of the step")
+    workers: int = Field(4, ge=1, description="range requests that a data-parallel rank makes at the same time")
+    cache_dir: str | None = Field(None, description="local directory that caches what was read; null: no cache")
+    cache_gib: float = Field(64.0, gt=0, description="size limit of data.cache_dir in GiB")
     options: dict[str, Any] = Field(
-        {}, description="fsspec options of the sets' file system; S3 credentials and endpoint come from AWS_* variables"
+        {}, description="fsspec options of the file system; S3 credentials and endpoint come from AWS_* variables"
     )
-    read_timeout_s: float = Field(45.0, gt=0, description="seconds that one read may take, with all its tries")
+    read_timeout_s: float = Field(45.0, gt=0, description="time limit of one read in seconds, including retries")
     lost_shards: int = Field(
-        0, ge=0, description="shards that may prove unreadable before the run ends; others stand in for their samples"
+        0, ge=0, description="number of unreadable shards to tolerate; samples of other shards substitute for theirs"
     )
 
     @field_validator("train", "validation", mode="before")
     @classmethod
     def _as_list(cls, value: Any) -> Any:
-        """One manifest is a list of one; an entry may be its path alone."""
+        """Accept a single source for a list of one, and a path for a source of weight 1."""
         if value is None:
             return ()
         entries = value if isinstance(value, list | tuple) else [value]
@@ -74,13 +78,17 @@ class OptimizerConfig(Section):
     lr: float = Field(1e-4, gt=0, description="peak learning rate of AdamW")
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's betas")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
-    weight_decay: float = Field(0.0, ge=0, description="decay of weight matrices (never of gates, biases, embeddings)")
-    warmup_steps: int = Field(0, ge=0, description="linear warm-up from 0 over so many steps")
-    schedule: Literal["constant", "cosine", "linear"] = Field("constant", description="learning rate after warm-up")
-    schedule_steps: int | None = Field(None, ge=1, description="step at which cosine or linear reach their end")
-    final_lr_ratio: float = Field(0.0, ge=0, le=1, description="learning rate at the end of the schedule over lr")
-    grad_clip: float = Field(1.0, ge=0, description="bound of the global gradient norm; 0: no clipping")
-    ema_decay: float = Field(0.9999, ge=0, lt=1, description="decay of the averaged weights, after its warm-up")
+    weight_decay: float = Field(0.0, ge=0, description="weight decay of matrices (never of gates, biases, embeddings)")
+    warmup_steps: int = Field(0, ge=0, description="steps of linear learning rate warm-up from 0")
+    schedule: Literal["constant", "cosine", "linear"] = Field(
+        "constant", description="learning rate schedule after the warm-up"
+    )
+    schedule_steps: int | None = Field(None, ge=1, description="step at which a cosine or linear schedule ends")
+    final_lr_ratio: float = Field(
+        0.0, ge=0, le=1, description="learning rate at the end of the schedule, divided by lr"
+    )
+    grad_clip: float = Field(1.0, ge=0, description="maximum global gradient norm; 0: no clipping")
+    ema_decay: float = Field(0.9999, ge=0, lt=1, description="decay of the EMA weights, after its warm-up")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -89,8 +97,8 @@ class OptimizerConfig(Section):
         if self.schedule != "constant":
             if self.schedule_steps is None:
                 raise ValueError(
-                    f"optimizer.schedule={self.schedule} needs optimizer.schedule_steps (its length is its own key, "
-                    "so that a run can be prolonged without changing its past)"
+                    f"optimizer.schedule={self.schedule} needs optimizer.schedule_steps, the step at which it "
+                    "ends (separate from train.steps, so that a run can be extended without changing earlier steps)"
                 )
             if self.schedule_steps <= self.warmup_steps:
                 raise ValueError(
@@ -102,31 +110,38 @@ class OptimizerConfig(Section):
 class ParallelConfig(Section):
     tensor: int = Field(1, ge=1, description="tensor-parallel size")
     pipeline: int = Field(1, ge=1, description="pipeline-parallel size")
-    sequence: bool = Field(False, description="keep 1/tensor of the tokens on a rank between the linear layers")
+    sequence: bool = Field(
+        False,
+        description="sequence parallelism: a tensor-parallel rank keeps 1/tensor of the tokens between linear layers",
+    )
     zero_stage: Literal[0, 1, 2, 3] = Field(
-        3, description="DeepSpeed ZeRO stage of the data-parallel axis: what is sharded over it (0: nothing)"
+        3, description="DeepSpeed ZeRO stage of the data-parallel axis; 0: nothing is sharded"
     )
     schedule: Literal["1f1b", "interleaved_1f1b", "v_1f1b"] = Field("1f1b", description="pipeline schedule")
     chunks: int | None = Field(
-        None, ge=1, description="model chunks a pipeline rank; null: 2, or 1 under the schedule 1f1b"
+        None, ge=1, description="model chunks per pipeline rank; null: 2, or 1 with the schedule 1f1b"
     )
     keep_gathered: Literal["auto", "always", "never"] = Field(
         "auto",
-        description="ZeRO 3: gather parameters and reduce gradients once a step (always) or by block (never); auto: "
-        "once if memory allows",
+        description="ZeRO 3: gather parameters and reduce gradients once per step (always) or per block (never); auto: "
+        "once per step if memory allows",
     )
     recompute: str = Field(
         "none",
         pattern=r"^(none|full|selective|every_([2-9]|[1-9]\d+))$",
-        description="activations computed again in the backward: none, full, selective (all but matrix products and "
-        "attention), or every_N (every N-th block fully: every_2, every_3, ...)",
+        description="activation checkpointing: none, full, selective (all but matrix products and attention), "
+        "or every_N (recompute every N-th block: every_2, every_3, ...)",
     )
-    memory_gib: float | None = Field(None, gt=0, description="memory that a rank may use; null: what its device has")
-    timeout_s: int = Field(600, ge=1, description="seconds after which a collective that hangs ends the run")
+    memory_gib: float | None = Field(
+        None, gt=0, description="memory that a rank may use in GiB; null: all memory of its device"
+    )
+    timeout_s: int = Field(
+        600, ge=1, description="timeout of collectives in seconds; a collective that hangs ends the run"
+    )
 
     @field_validator("schedule", mode="before")
     @classmethod
-    def _say_why_not(cls, schedule: Any) -> Any:
+    def _explain_missing_schedule(cls, schedule: Any) -> Any:
         if schedule == "zero_bubble":
             raise ValueError(
                 "parallel.schedule=zero_bubble is not offered: splitting the backward costs more than the bubble it "
@@ -136,6 +151,7 @@ class ParallelConfig(Section):
 
     @property
     def chunks_per_rank(self) -> int:
+        """Model chunks per pipeline rank."""
         return self.chunks or (1 if self.schedule == "1f1b" else 2)
 
     @model_validator(mode="after")
@@ -153,19 +169,27 @@ class ParallelConfig(Section):
             raise ValueError(f"{given}: parallel.schedule=v_1f1b has 2 on every rank")
         if self.keep_gathered == "never" and self.zero_stage < 3:
             raise ValueError(
-                f"parallel.keep_gathered=never needs parallel.zero_stage=3: stage {self.zero_stage} keeps them whole"
+                f"parallel.keep_gathered=never needs parallel.zero_stage=3: stage {self.zero_stage} does not shard them"
             )
         return self
 
 
 class TrainConfig(Section):
-    steps: int = Field(1000, ge=1, description="optimizer steps in all (not in addition, on resume)")
-    global_batch_size: int = Field(256, ge=1, description="samples per step over all ranks")
-    micro_batch_size: int | None = Field(None, ge=1, description="samples per forward; null: a rank's whole share")
+    steps: int = Field(1000, ge=1, description="total number of optimizer steps, including those before a resume")
+    global_batch_size: int = Field(256, ge=1, description="samples per step, over all ranks")
+    micro_batch_size: int | None = Field(
+        None, ge=1, description="samples per forward and backward; null: all of a rank's samples at once"
+    )
     seed: int = Field(0, ge=0, description="seed of initialization, data order and noise")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="compute type of the branches; masters are fp32")
-    residual_dtype: Literal["fp32", "bf16"] = Field("fp32", description="type of the residual stream under bf16")
-    deterministic: bool = Field(False, description="refuse non-deterministic GPU kernels (CPU runs always repeat)")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="compute dtype of the residual branches; master weights are always fp32"
+    )
+    residual_dtype: Literal["fp32", "bf16"] = Field(
+        "fp32", description="dtype of the residual stream with precision bf16"
+    )
+    deterministic: bool = Field(
+        False, description="refuse nondeterministic GPU kernels (CPU runs are always deterministic)"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -180,26 +204,30 @@ class TrainConfig(Section):
 
 
 class MonitorConfig(Section):
-    log_every: int = Field(10, ge=1, description="steps between lines on the console")
-    tensorboard: bool = Field(True, description="write scalars and sample grids to run.dir/tensorboard")
+    log_every: int = Field(10, ge=1, description="steps between lines of console output")
+    tensorboard: bool = Field(True, description="write metrics and sample grids to run.dir/tensorboard")
     validate_every: int = Field(500, ge=0, description="steps between validation losses; 0: never")
-    validation_samples: int = Field(1024, ge=1, description="size of the validation set that is used, at most")
+    validation_samples: int = Field(1024, ge=1, description="maximum number of validation samples")
     depth_every: int = Field(
-        100, ge=0, description="steps between profiles along depth (run.dir/depth.jsonl); 0: never"
+        100, ge=0, description="steps between profiles over depth in run.dir/depth.jsonl; 0: never"
     )
     sample_every: int = Field(0, ge=0, description="steps between sample grids in run.dir/samples; 0: never")
-    sample_columns: int = Field(10, ge=1, description="classes (or samples) shown in a sample grid")
+    sample_columns: int = Field(
+        10, ge=1, description="columns of a sample grid: classes, or samples of a model without classes"
+    )
 
 
 class CheckpointConfig(Section):
-    dir: str | None = Field(None, description="where checkpoints go (any fsspec URL); null: run.dir/checkpoints")
+    dir: str | None = Field(None, description="directory or fsspec URL of the checkpoints; null: run.dir/checkpoints")
     every: int = Field(1000, ge=0, description="steps between checkpoints; 0: only at the end")
-    keep: int = Field(3, ge=0, description="how many of the newest checkpoints are kept; 0: all")
-    keep_every: int = Field(0, ge=0, description="checkpoints of every so many steps are kept for good; 0: none")
+    keep: int = Field(3, ge=0, description="number of newest checkpoints to keep; 0: all")
+    keep_every: int = Field(0, ge=0, description="keep checkpoints of multiples of this step permanently; 0: none")
     on_failure: Literal["stop", "continue"] = Field(
-        "stop", description="when a checkpoint cannot be saved: stop the run, or go on and try at the next"
+        "stop", description="if a checkpoint cannot be saved: stop the run, or continue until the next checkpoint"
     )
-    resume: str = Field("auto", description="auto (newest complete checkpoint here), never, or a checkpoint's path")
+    resume: str = Field(
+        "auto", description="auto (newest complete checkpoint of this run), never, or the path of a checkpoint"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -212,11 +240,11 @@ class CheckpointConfig(Section):
 
 
 class RunSection(Section):
-    dir: str = Field(description="local directory of this run's metrics, samples and checkpoints")
+    dir: str = Field(description="local directory of the run: metrics, samples and checkpoints")
 
 
 class RunConfig(Section):
-    """Everything a run is made of."""
+    """Complete configuration of a run."""
 
     model: ModelConfig = ModelConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
@@ -242,12 +270,14 @@ class RunConfig(Section):
         if self.sampling.guidance != 1 and self.model.condition == "none":
             raise ValueError("sampling.guidance other than 1 needs a model.condition other than none")
         if self.monitor.sample_every and self.model.condition == "text":
-            raise ValueError("monitor.sample_every needs labels to draw: with model.condition=text set it to 0")
+            raise ValueError(
+                "monitor.sample_every needs class labels or no condition: with model.condition=text set it to 0"
+            )
         self._check_layout()
         return self
 
     def _check_layout(self) -> None:
-        """Whether the model can be cut as `parallel` says."""
+        """Check that the model can be divided as `parallel` says."""
         model, parallel = self.model, self.parallel
         for what, size in (("num_heads", model.num_heads), ("hidden_size * model.mlp_ratio", model.mlp_size)):
             if size % parallel.tensor:
@@ -270,10 +300,10 @@ class RunConfig(Section):
             )
 
     def data_parallel_size(self, world_size: int) -> int:
-        """The data-parallel size that a world of `world_size` ranks leaves over.
+        """Data-parallel size of a world of `world_size` ranks: the ranks divided by tensor and pipeline sizes.
 
         Raises:
-            ConfigError: the layout does not fit the world, or the batch does not fit the layout.
+            ConfigError: the layout does not divide the world, or the batch cannot be divided over the ranks.
         """
         model_parallel = self.parallel.tensor * self.parallel.pipeline
         if world_size % model_parallel:
@@ -301,19 +331,19 @@ class RunConfig(Section):
         return dp
 
     def identity(self) -> dict[str, Any]:
-        """What makes this run this run: a resume must agree on all of it (the data's identity comes on top)."""
+        """Values that a resumed run must not change, by dotted key; the identity of the data is added elsewhere."""
         tree = self.model_dump(mode="json")
         kept = {"model": tree["model"], "diffusion": tree["diffusion"]}
         kept["train"] = {name: tree["train"][name] for name in ("seed", "global_batch_size")}
         return dict(flatten(kept))
 
     def digest(self) -> str:
-        """A short hash of the whole configuration, by which ranks check that they agree."""
+        """A short hash of the configuration, by which ranks check that they agree."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of every leaf of a nested dictionary."""
+    """Iterate over (dotted key, value) of all leaves of a nested dictionary."""
     for name, value in tree.items():
         if isinstance(value, dict):
             yield from flatten(value, f"{prefix}{name}.")

@@ -1,9 +1,9 @@
-"""What every part of the configuration is."""
+"""Base class of all sections of the configuration."""
 
 from pydantic import BaseModel, ConfigDict
 
 
 class Section(BaseModel):
-    """A part of the configuration: immutable, and a key it does not know is an error."""
+    """A section of the configuration: immutable; unknown keys are an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)

@@ -1,4 +1,4 @@
-"""Which source, and which bucket of a source, each step reads: exact shares in closed form.
+"""Assignment of steps to sources, and to the buckets of a source: exact shares in closed form.
 
 Steps are the slots of a schedule, and each slot is assigned to one of several choices (sources, or the buckets of one
 source: its samples of one shape). Slots come in periods. A choice with share q of the slots per period gets

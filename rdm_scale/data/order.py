@@ -71,7 +71,7 @@ class RowSegment:
 
 
 class SegmentIndices(NamedTuple):
-    """For each of several positions, the segment with its sample and the index of the sample in the segment."""
+    """Segment of the sample at each of several positions, and the index of the sample in the segment."""
 
     segments: list[RowSegment]
     indices: list[int]
@@ -82,6 +82,13 @@ class _EpochOrder(NamedTuple):
 
     reads: Indices
     bounds: Indices
+
+
+class _SegmentStarts(NamedTuple):
+    """Starts of segments, counted through all epochs, and offsets of places in them."""
+
+    starts: Indices
+    offsets: Indices
 
 
 class GlobalOrder:
@@ -149,22 +156,19 @@ class GlobalOrder:
         while len(indices) < len(positions):
             epoch, first = divmod(positions.start + len(indices), self.samples)
             count = min(len(positions) - len(indices), self.samples - first)
-            segment_starts, offsets = self._walk(epoch, np.arange(first, first + count))
-            starts += segment_starts.tolist()
-            indices += offsets.tolist()
+            found = self._find_segments(epoch, np.arange(first, first + count))
+            starts += found.starts.tolist()
+            indices += found.offsets.tolist()
         return SegmentIndices([self._segment(start) for start in starts], indices)
 
-    def _walk(self, epoch: int, places: Indices) -> tuple[Indices, Indices]:
-        """For each place of an epoch, where its segment starts in the walk through all epochs, and the offset there.
-
-        Place i is sample i div C of the part of row i mod C.
-        """
+    def _find_segments(self, epoch: int, places: Indices) -> _SegmentStarts:
+        """Find the segments of some places of an epoch; place i is sample i div C of the part of row i mod C."""
         nth, row = np.divmod(places, self.global_batch_size)
         part_start = self._parts[row]
         index = part_start + nth
         bounds = self._epoch(epoch).bounds
         start = np.maximum(part_start, bounds[bounds.searchsorted(index, side="right") - 1])
-        return epoch * self.samples + start, index - start
+        return _SegmentStarts(epoch * self.samples + start, index - start)
 
     def _location(self, read: ContiguousRead, sample: int) -> SampleLocation:
         base = self._members_before[np.searchsorted(self._shards, read.shard)]

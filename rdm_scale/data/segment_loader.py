@@ -12,7 +12,7 @@ from rdm_scale.data.reader import ContiguousReader, UnreadableError
 class SegmentLoader:
     """Loads the segments of planned batches.
 
-    The segments of the last batch of each bucket are in use; most of the next batch's segments are among them.
+    The segments of the last batch of each bucket are in use; the next batch of the bucket needs most of them again.
 
     Args:
         lost_shards: shards to substitute; unreadable ones are added, within the budget.

@@ -14,6 +14,7 @@ from rdm_scale import checkpoint
 from rdm_scale.batch import TrainingBatch
 from rdm_scale.checkpoint.state import CheckpointState
 from rdm_scale.config import RunConfig
+from rdm_scale.data.buffer_pool import BufferPool
 from rdm_scale.data.captions import empty_caption
 from rdm_scale.data.compatibility import DataFacts
 from rdm_scale.data.held_out import HeldOut
@@ -55,6 +56,7 @@ class Trainer:
             num_classes=config.model.num_classes if config.model.condition == "class" else None,
             empty_caption=None if facts.text is None else empty_caption(facts.text),
         )
+        self._buffers = BufferPool()  # shared, because training and validation never read at the same time
         self.stream = self._open_stream(start) if mesh.reads_data else None
         self.held_out = self._open_held_out() if config.data.validation and mesh.reads_data else None
         self.grid = SampleGrid(config, mesh, facts) if config.monitor.sample_every else None
@@ -150,6 +152,7 @@ class Trainer:
             config=self.config.data,
             lost=start.lost_shards,
             captions=self.facts.text is not None,
+            buffers=self._buffers,
         )
 
     def _open_held_out(self) -> HeldOut:
@@ -162,6 +165,7 @@ class Trainer:
             dp_size=self.mesh.data_size,
             config=self.config.data,
             captions=self.facts.text is not None,
+            buffers=self._buffers,
         )
 
     def _drawn(self) -> Iterator[TrainingBatch]:
