@@ -31,7 +31,7 @@ from rdm_scale.config import RunConfig, parse_config
 from rdm_scale.models import build_model
 from rdm_scale.parallel.mesh import Mesh, build_mesh
 from rdm_scale.parallel.parallelize import ParallelModel, parallelize
-from rdm_scale.parallel.plan import plan
+from rdm_scale.parallel.plan import plan_parallelism
 from rdm_scale.training.optimizer import build_optimizer
 
 SHALLOW, DEEP = 28, 1000
@@ -93,7 +93,9 @@ def start(configure: Callable[[int], RunConfig], mesh: Mesh) -> tuple[dict[int, 
 
 
 def parallel_model(config: RunConfig, mesh: Mesh) -> ParallelModel:
-    return parallelize(config, mesh, plan(config, 1, None), partial(build_optimizer, config.optimizer, config.model))
+    return parallelize(
+        config, mesh, plan_parallelism(config, 1, None), partial(build_optimizer, config.optimizer, config.model)
+    )
 
 
 def ours(model: ParallelModel) -> Step:

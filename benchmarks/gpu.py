@@ -35,7 +35,7 @@ from rdm_scale.config import CheckpointConfig, RunConfig, load_config, parse_con
 from rdm_scale.diffusion import build_objective
 from rdm_scale.parallel.mesh import Mesh, build_mesh
 from rdm_scale.parallel.parallelize import ParallelModel, parallelize
-from rdm_scale.parallel.plan import Layout, memory_of_rank, plan
+from rdm_scale.parallel.plan import ParallelPlan, memory_of_rank, plan_parallelism
 from rdm_scale.storage.location import Location
 from rdm_scale.training.optimizer import build_optimizer
 
@@ -140,8 +140,8 @@ def measured(config: RunConfig, steps: int) -> dict[str, Any]:
     }
 
 
-def built(mesh: Mesh, config: RunConfig) -> tuple[ParallelModel, Layout]:
-    layout = plan(config, 1, memory_of_rank(config))
+def built(mesh: Mesh, config: RunConfig) -> tuple[ParallelModel, ParallelPlan]:
+    layout = plan_parallelism(config, 1, memory_of_rank(config))
     return parallelize(config, mesh, layout, partial(build_optimizer, config.optimizer, config.model)), layout
 
 

@@ -8,7 +8,7 @@ all ranks together, which does not count what else the machine is busy with.
     bubble   idle share of the pipeline's ranks: `planned` as the layout's table says, from floating-point operations;
              `replayed` by the schedule's simulation with the CPU time that each chunk's forwards and backwards took.
              Two ranks on two cores can be watched in real time: `observed` is then the share of the time between the
-             first operation and the last that ranks did not spend in forwards and backwards, but in receives
+             first action and the last that ranks did not spend in forwards and backwards, but in receives
     memory   bytes of live tensors by kind at the end of a step's last backward, before gradients are reduced; `planned`
              is the layout's table. The peak is the process's during a step, less what it held before the model was
              built and less pages of libraries; it includes activations and buffers of the transport. It is found in a
@@ -38,8 +38,8 @@ from benchmarks.traffic import TrafficCounter
 from rdm_scale.batch import ModelInputs, TrainingBatch
 from rdm_scale.config import RunConfig, parse_config
 from rdm_scale.parallel.parallel_model import ParallelModel
-from rdm_scale.parallel.pipeline.schedules import Operation, operations, simulate
-from rdm_scale.parallel.plan import Layout, plan
+from rdm_scale.parallel.pipeline.schedules import FORWARD, Action, ActionKind, ChunkCost, build_schedule, simulate
+from rdm_scale.parallel.plan import ParallelPlan, plan_parallelism
 from tests.support.rank_pool import RankPool
 
 PICTURE = IMAGES / "parallel.png"
@@ -121,24 +121,24 @@ def configuration(parallel: dict[str, Any]) -> RunConfig:
 
 
 class Clock:
-    """What each operation of the pipeline takes on this rank: seconds of CPU, and of wall time less receives."""
+    """What each action of the pipeline takes on this rank: seconds of CPU, and of wall time less receives."""
 
     def __init__(self, model: ParallelModel) -> None:
-        self.marks: list[tuple[Operation | None, float, float, float]] = []
+        self.marks: list[tuple[Action | None, float, float, float]] = []
         self.channels = model.channels
         model.on_action = self._mark
 
-    def spans(self) -> list[tuple[Operation, float, float]]:
-        """(operation, CPU, wall) of each operation."""
+    def spans(self) -> list[tuple[Action, float, float]]:
+        """(action, CPU, wall) of each action."""
         return [
-            (operation, cpu - cpu_before, wall - before - (waited - waited_before))
-            for (operation, cpu_before, before, waited_before), (_, cpu, wall, waited) in itertools.pairwise(self.marks)
-            if operation is not None
+            (action, cpu - cpu_before, wall - before - (waited - waited_before))
+            for (action, cpu_before, before, waited_before), (_, cpu, wall, waited) in itertools.pairwise(self.marks)
+            if action is not None
         ]
 
-    def _mark(self, operation: Operation | None) -> None:
+    def _mark(self, action: Action | None) -> None:
         waited = 0.0 if self.channels is None else self.channels.waited_s
-        self.marks.append((operation, time.thread_time(), time.perf_counter(), waited))
+        self.marks.append((action, time.thread_time(), time.perf_counter(), waited))
 
 
 def measure(config: RunConfig, steps: int) -> dict[str, Any]:
@@ -151,7 +151,7 @@ def measure(config: RunConfig, steps: int) -> dict[str, Any]:
 
     before, tensors_before = rss(), {storage for storage, _ in live_storages()}
     mesh = build_mesh(config.parallel)
-    layout = plan(config, mesh.world_size, None)
+    layout = plan_parallelism(config, mesh.world_size, None)
     began = time.perf_counter()
     model = parallelize(config, mesh, layout, partial(build_optimizer, config.optimizer, config.model))
     start_s, start_peak = time.perf_counter() - began, peak_since(before)
@@ -197,9 +197,9 @@ def timed_step(step: Any, clock: Clock) -> dict[str, Any]:
         "cpu": time.process_time() - cpu,
         "pipeline": (clock.marks[0][2], clock.marks[-1][2]),
         "busy": sum(wall for _, _, wall in spans),
-        "forward_cpu": sum(cpu for operation, cpu, _ in spans if not operation.backward),
-        "backward_cpu": sum(cpu for operation, cpu, _ in spans if operation.backward),
-        "operations": [(operation.chunk, operation.backward, cpu) for operation, cpu, _ in spans],
+        "forward_cpu": sum(cpu for action, cpu, _ in spans if action.kind is FORWARD),
+        "backward_cpu": sum(cpu for action, cpu, _ in spans if action.kind is not FORWARD),
+        "actions": [(action.chunk, action.kind, cpu) for action, cpu, _ in spans],
     }
 
 
@@ -213,7 +213,7 @@ class SquaredError:
         return (prediction - batch.noise).square().flatten(1).mean(1)
 
 
-def random_batch(config: RunConfig, layout: Layout, data_rank: int) -> TrainingBatch:
+def random_batch(config: RunConfig, layout: ParallelPlan, data_rank: int) -> TrainingBatch:
     """All ranks that share samples draw the same."""
     samples, size = layout.micro_batch * layout.micro_batches, config.model.input
     generator = torch.Generator().manual_seed(data_rank)
@@ -227,7 +227,7 @@ def random_batch(config: RunConfig, layout: Layout, data_rank: int) -> TrainingB
 
 
 def summary(config: RunConfig, world: int, ranks: list[dict[str, Any]]) -> dict[str, Any]:
-    layout = plan(config, world, None)
+    layout = plan_parallelism(config, world, None)
     steps = range(len(ranks[0]["steps"]))
     busiest = max(ranks, key=lambda rank: sum(rank["sent"].values()))
     fullest = max(ranks, key=lambda rank: sum(rank["live"].values()))
@@ -262,17 +262,19 @@ def wall_of(ranks: list[dict[str, Any]], step: int) -> float:
     return max(ended for _, ended in walls) - min(began for began, _ in walls)
 
 
-def bubbles(config: RunConfig, layout: Layout, ranks: list[dict[str, Any]]) -> dict[str, float]:
+def bubbles(config: RunConfig, layout: ParallelPlan, ranks: list[dict[str, Any]]) -> dict[str, float]:
     """Observed is right only if every rank has a core of its own."""
     place = layout.placement
-    took: dict[tuple[int, bool], list[float]] = {}
+    took: dict[tuple[int, ActionKind], list[float]] = {}
     for rank in ranks:
         for step in rank["steps"]:
-            for chunk, backward, cpu in step["operations"]:
-                took.setdefault((chunk, backward), []).append(cpu)
+            for chunk, kind, cpu in step["actions"]:
+                took.setdefault((chunk, kind), []).append(cpu)
     medians = {key: statistics.median(values) for key, values in took.items()}
-    orders = operations(config.parallel.schedule, place, layout.micro_batches)
-    replay = simulate(orders, place, lambda chunk: (medians[chunk, False], medians[chunk, True]))
+    schedule = build_schedule(config.parallel.schedule, place, layout.micro_batches)
+    replay = simulate(
+        schedule, place, lambda chunk: ChunkCost(medians[chunk, FORWARD], medians[chunk, ActionKind.BACKWARD])
+    )
     return {
         "planned": layout.bubble,
         "replayed": replay.bubble,

@@ -27,7 +27,7 @@ from rdm_scale.config import RunConfig, load_config
 from rdm_scale.models import build_model
 from rdm_scale.parallel.mesh import Mesh, build_mesh
 from rdm_scale.parallel.parallelize import parallelize
-from rdm_scale.parallel.plan import plan
+from rdm_scale.parallel.plan import plan_parallelism
 from rdm_scale.training.optimizer import build_optimizer
 
 LINEAR = functional.linear
@@ -82,7 +82,7 @@ def make_steps(batch_size: int) -> tuple[dict[str, Step], dict[str, int]]:
 
 def zero_step(config: RunConfig, mesh: Mesh) -> Step:
     make_optimizer = partial(build_optimizer, config.optimizer, config.model)
-    model = parallelize(config, mesh, plan(config, mesh.world_size, None), make_optimizer)
+    model = parallelize(config, mesh, plan_parallelism(config, mesh.world_size, None), make_optimizer)
 
     def step(latents: Tensor, timesteps: Tensor, labels: Tensor, target: Tensor) -> None:
         numbers = torch.arange(len(labels))

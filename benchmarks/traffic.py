@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rdm_scale.parallel.mesh import Mesh
-from rdm_scale.parallel.pipeline.executor import Links
+from rdm_scale.parallel.pipeline.channels import Channels
 
 _KINDS = {
     "allreduce_": "all-reduce",
@@ -46,7 +46,7 @@ class TrafficCounter(TorchDispatchMode):
     (all that is gathered, all that is reduced), `sent` those that leave this rank. The data axis includes groups of one
     rank, which send nothing; what spans several axes (a norm's sum) is "other"."""
 
-    def __init__(self, mesh: Mesh, channels: Links | None = None) -> None:
+    def __init__(self, mesh: Mesh, channels: Channels | None = None) -> None:
         super().__init__()
         groups = {"tensor": [mesh.tensor_group], "pipeline": [mesh.pipeline_group], "data": [mesh.data_group]}
         if channels is not None:

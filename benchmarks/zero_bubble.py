@@ -21,7 +21,7 @@ from benchmarks.report import write_results
 from rdm_scale.config import ModelConfig
 from rdm_scale.models import build_model
 from rdm_scale.models.blocks import Conditioning
-from rdm_scale.parallel.pipeline.schedules import operations, placement, simulate
+from rdm_scale.parallel.pipeline.schedules import ChunkCost, build_schedule, place_chunks, simulate
 from rdm_scale.parallel.recompute import recompute_blocks
 
 GRID = (1, 16, 16)
@@ -91,10 +91,10 @@ def measure(model: Blocks, rounds: int) -> Times:
 
 def gain(p: int, m: int, times: Times) -> float:
     """Step time of the zero-bubble schedule over that of 1F1B."""
-    place = placement("1f1b", p, 1)
-    orders = operations("1f1b", place, m)
+    place = place_chunks("1f1b", p, 1)
+    orders = build_schedule("1f1b", place, m)
     busy = m * (times["F"] + times["backward"])
-    one_f_one_b = busy / (1 - simulate(orders, place, lambda chunk: (times["F"], times["backward"])).bubble)
+    one_f_one_b = busy / (1 - simulate(orders, place, lambda chunk: ChunkCost(times["F"], times["backward"])).bubble)
     return zero_bubble(p, m, times) / one_f_one_b
 
 

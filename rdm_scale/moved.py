@@ -59,12 +59,14 @@ RENAMED = {
     "Among": "AttentionScope",
     "Codec": "CodecRecord",
     "Kind": "MediaKind",
+    "Layout": "ParallelPlan",
     "Part": "ModelPart",
     "Settings": "EncodingSettings",
     "VideoSize": "VideoMetadata",
     "denormalise": "denormalize",
     "initialise": "initialize",
     "normalise": "normalize",
+    "plan": "plan_parallelism",
     "probe_video": "read_video_metadata",
 }
 _ROOT = "rdm_scale."

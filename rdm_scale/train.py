@@ -26,10 +26,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 def dry_run(config: RunConfig, world_size: int) -> None:
     """Prints the layout of a run on `world_size` ranks; builds nothing and opens nothing."""
-    from rdm_scale.parallel.plan import plan
+    from rdm_scale.parallel.plan import plan_parallelism
 
     memory = config.parallel.memory_gib
-    print(plan(config, world_size, None if memory is None else memory * 2**30).table(config))
+    print(plan_parallelism(config, world_size, None if memory is None else memory * 2**30).table(config))
 
 
 def train(config: RunConfig) -> None:
@@ -54,15 +54,15 @@ def train(config: RunConfig) -> None:
     facts, start = mesh.broadcast(checked)
     lock = prepare(config, start) if mesh.is_first else None
 
-    from rdm_scale.parallel.plan import memory_of_rank, plan
+    from rdm_scale.parallel.plan import memory_of_rank, plan_parallelism
 
-    layout = plan(config, mesh.world_size, mesh.broadcast(memory_of_rank(config)))
+    plan = plan_parallelism(config, mesh.world_size, mesh.broadcast(memory_of_rank(config)))
     if mesh.is_first:
-        print(layout.table(config), flush=True)
+        print(plan.table(config), flush=True)
 
     from rdm_scale.training.trainer import Trainer
 
-    Trainer(config, mesh, layout, facts, start).run()
+    Trainer(config, mesh, plan, facts, start).run()
     mesh.shutdown()
     if lock is not None:
         lock.close()

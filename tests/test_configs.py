@@ -7,7 +7,7 @@ import pytest
 
 from rdm_scale import cost
 from rdm_scale.config import load_config
-from rdm_scale.parallel.plan import plan
+from rdm_scale.parallel.plan import plan_parallelism
 
 FILES = sorted(Path("configs").glob("*.yaml"))
 BILLIONS = {"depth_1b": 1.0, "depth_3b": 3.1, "depth_8b": 8.0, "depth_20b": 20.1}
@@ -19,11 +19,11 @@ def test_a_configuration_fits_the_gpus_that_it_names(path: Path) -> None:
     stated = re.search(r"^# For (\d+) GPUs of (\d+) GB", path.read_text(), re.MULTILINE)
     if stated is None:
         assert path.stem in ("quickstart", "quickstart_video", "digits_text")  # for any machine
-        plan(config, 1, None)
+        plan_parallelism(config, 1, None)
         return
     world, memory = map(int, stated.groups())
     assert config.parallel.memory_gib == memory
-    layout = plan(config, world, memory * 2**30)
+    layout = plan_parallelism(config, world, memory * 2**30)
     assert "warning" not in layout.table(config)
     assert max(stage.total for stage in layout.stages) < 0.9 * memory * 2**30
     assert config.run.dir == f"runs/{path.stem}"

@@ -66,7 +66,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the loss is not divided by the number of micro-batches",
-        "parallel/parallelize.py",
+        "parallel/parallel_model.py",
         "loss_B.mean() / len(self.micro_batches)",
         "loss_B.mean()",
         f"{LAYOUTS}[tp1 pp1 dp8, ZeRO 0, 1f1b, recompute none]",
@@ -95,8 +95,8 @@ MUTATIONS = [
     Mutation(
         "a message is taken for the one that was waited for",
         "parallel/pipeline/executor.py",
-        "coming = next(self.expected[source])",
-        "coming = operation",
+        "arriving = next(self.expected[source])",
+        "arriving = action",
         "tests/distributed/test_pipeline.py",
     ),
     Mutation(
@@ -137,8 +137,8 @@ MUTATIONS = [
     Mutation(
         "a long skip's gradient ends at a stage's boundary",
         "parallel/stage.py",
-        "*(skip for _, skip in sorted(skips.items()))",
-        "*(skip.detach() + 0 * skip for _, skip in sorted(skips.items()))",
+        "tuple(skip for _, skip in sorted(skips.items()))",
+        "tuple(skip.detach() + 0 * skip for _, skip in sorted(skips.items()))",
         f"{FAMILY}[u]",
     ),
 ]

@@ -1,8 +1,8 @@
 """A model spread over many ranks, as training, sampling, measurements and checkpoints use it."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from rdm_scale.batch import ModelInputs, TrainingBatch
 from rdm_scale.conditions import Condition
 from rdm_scale.config import RunConfig
+from rdm_scale.dtypes import PRECISIONS
 from rdm_scale.parallel.mesh import Mesh
-from rdm_scale.parallel.pipeline.executor import Links, Outputs, Pipeline, Shapes, Tensors
-from rdm_scale.parallel.pipeline.schedules import Operation, operations
-from rdm_scale.parallel.plan import Layout
+from rdm_scale.parallel.pipeline.boundary import BoundarySpec, StageInputs, StageOutputs, Tensors, TensorSpec
+from rdm_scale.parallel.pipeline.channels import Channels
+from rdm_scale.parallel.pipeline.executor import ActionHook, ChunkOutputs, Pipeline
+from rdm_scale.parallel.pipeline.schedules import build_schedule
+from rdm_scale.parallel.plan import ParallelPlan
 from rdm_scale.parallel.zero.engine import ParameterRange, ZeroEngine
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class TrainingObjective(Protocol):
@@ -49,42 +50,45 @@ class ParallelModel:
         ranges: what this rank's flat buffers hold.
         owned_ranges: those of them that this rank and no other writes into a checkpoint.
         blocks: this rank's blocks by their number in the model.
-        on_action: measurement hook, called before each action of the pipeline and, with None, after the last one.
+        channels: between pipeline stages; None where there is one stage.
+        on_action: measurement hook of the next `accumulate`, see Pipeline.on_action.
     """
 
-    def __init__(self, config: RunConfig, mesh: Mesh, layout: Layout, engine: ZeroEngine) -> None:
-        self.config, self.mesh, self.layout = config, mesh, layout
+    def __init__(self, config: RunConfig, mesh: Mesh, plan: ParallelPlan, engine: ZeroEngine) -> None:
+        self.config, self.mesh, self.plan = config, mesh, plan
         self.ranges: list[ParameterRange] = engine.ranges
         self.owned_ranges: list[ParameterRange] = engine.owned_ranges
         self.blocks: dict[int, nn.Module] = engine.blocks
-        self.on_action: Callable[[Operation | None], None] | None = None
-        self.channels = Links(mesh) if mesh.pipeline_size > 1 else None
+        self.on_action: ActionHook | None = None
+        self.channels = Channels(mesh) if mesh.pipeline_size > 1 else None
         self._engine = engine
         self._ema = [weights.clone() for weights in engine.master_weights]
-        self._place = layout.placement
+        self._placement = plan.placement
         self._pipelines: dict[int, Pipeline] = {}
 
     def __call__(self, latents: Tensor, timesteps: Tensor, condition: Condition = None) -> Tensor:
         """Prediction for this data-parallel rank's samples, on all ranks that share them; no gradients."""
-        shapes = self.boundary(latents)
-        carried: Any = ()
-        across: dict[int, Tensors] = {}  # by the chunk that takes them
-        for chunk in range(self._place.chunks):
-            rank, before = self._place.rank_of(chunk), self._place.rank_of(max(chunk - 1, 0))
-            if rank == self.mesh.pipeline_rank:
-                if before != rank and self.channels is not None:
-                    carried = self.channels.receive(before, shapes)
-                given = (*carried, *across.pop(chunk, ())) if chunk else (latents, timesteps)
-                carried = self._engine(chunk, latents.shape[2:], condition, *given)
-                if chunk != self._place.chunks - 1:
-                    carried, across[self._place.mirror_of(chunk)] = carried[: len(shapes)], carried[len(shapes) :]
-            elif before == self.mesh.pipeline_rank and chunk and self.channels is not None:
-                self.channels.send(rank, carried)
-        if self.channels is None:
-            return carried
-        self.channels.wait()
-        channels = latents.shape[1] * (2 if self.config.model.learned_variance else 1)
-        prediction = carried if self._holds_last else latents.new_empty(latents.shape[0], channels, *latents.shape[2:])
+        placement, own_rank, channels = self._placement, self.mesh.pipeline_rank, self.channels
+        model_inputs = ModelInputs(latents, timesteps, condition)
+        local_skips: dict[int, Tensors] = {}  # by the chunk that takes them
+        outputs = StageOutputs()
+        for chunk in range(placement.chunks):
+            rank, previous = placement.rank_of(chunk), placement.rank_of(max(chunk - 1, 0))
+            if rank == own_rank:
+                boundary = outputs.boundary if chunk else None
+                if channels is not None and previous != rank:
+                    boundary = channels.receive(previous, self.boundary_spec(latents))
+                outputs = self._engine(chunk, model_inputs, StageInputs(boundary, local_skips.pop(chunk, ())))
+                local_skips[placement.partner_of(chunk)] = outputs.local_skips
+            elif channels is not None and previous == own_rank and chunk:
+                assert outputs.boundary is not None
+                channels.send(rank, outputs.boundary)
+        if channels is not None:
+            channels.wait()
+        prediction = outputs.prediction
+        if prediction is None:  # of another rank
+            factor = 2 if self.config.model.learned_variance else 1
+            prediction = latents.new_empty(len(latents), factor * latents.shape[1], *latents.shape[2:])
         return self._broadcast_from_last(prediction)
 
     def accumulate(self, micro_batches: Sequence[TrainingBatch], objective: TrainingObjective) -> Tensor:
@@ -97,11 +101,11 @@ class ParallelModel:
             Loss of each sample, on all ranks that share them.
         """
         pipeline = self._pipeline(len(micro_batches))
-        calls = _TrainingCalls(self, self._engine, micro_batches, objective)
+        chunks = _TrainingChunks(self, self._engine, micro_batches, objective)
         with self._engine.accumulating():
-            pipeline.run(calls)
+            pipeline.run(chunks)
         samples = sum(map(len, micro_batches))
-        losses = torch.cat(calls.losses) if calls.losses else torch.empty(samples, device=self.mesh.device)
+        losses = torch.cat(chunks.losses) if chunks.losses else torch.empty(samples, device=self.mesh.device)
         return self._broadcast_from_last(losses)
 
     def step(self, lr: float) -> float:
@@ -153,36 +157,36 @@ class ParallelModel:
         kinds = {"parameters": self._engine.parameter_tensors(), "gradients": self._engine.gradient_tensors()}
         return kinds | {"optimizer": optimizer, "average": state.ema}
 
-    def boundary(self, latents: Tensor) -> Shapes:
-        """Shapes and types of what passes between chunks, for a micro-batch: the stream and the condition."""
+    def boundary_spec(self, latents: Tensor) -> BoundarySpec:
+        """Shapes and dtypes of what passes between chunks for a micro-batch."""
         model, train, tensor = self.config.model, self.config.train, self.mesh.tensor_size
         tokens = model.tokens_of(latents.shape[2:]) // (tensor if self.config.parallel.sequence else 1)
         batch, width = len(latents), model.hidden_size
-        return [((tokens, batch, width), _DTYPES[train.residual_dtype]), ((batch, width), _DTYPES[train.precision])]
+        return BoundarySpec(
+            hidden=TensorSpec((tokens, batch, width), PRECISIONS[train.residual_dtype].torch),
+            condition=TensorSpec((batch, width), PRECISIONS[train.precision].torch),
+        )
 
     def _pipeline(self, micro_batches: int) -> Pipeline:
         if micro_batches not in self._pipelines:
-            orders = operations(self.config.parallel.schedule, self._place, micro_batches)
-            self._pipelines[micro_batches] = Pipeline(self._place, orders, self.mesh.pipeline_rank, self.channels)
+            schedule = build_schedule(self.config.parallel.schedule, self._placement, micro_batches)
+            self._pipelines[micro_batches] = Pipeline(self._placement, schedule, self.mesh.pipeline_rank, self.channels)
         pipeline = self._pipelines[micro_batches]
         pipeline.on_action = self.on_action
         return pipeline
-
-    @property
-    def _holds_last(self) -> bool:
-        return self._place.rank_of(self._place.chunks - 1) == self.mesh.pipeline_rank
 
     def _broadcast_from_last(self, tensor: Tensor) -> Tensor:
         """Tensor of the rank that holds the last chunk, on all ranks of its pipeline."""
         if self.channels is not None:
             tensor = tensor.contiguous()
-            source = dist.get_process_group_ranks(self.mesh.pipeline_group)[self._place.rank_of(self._place.chunks - 1)]
+            last = self._placement.rank_of(self._placement.last_chunk)
+            source = dist.get_process_group_ranks(self.mesh.pipeline_group)[last]
             dist.broadcast(tensor, source, group=self.mesh.pipeline_group)
         return tensor
 
 
-class _TrainingCalls:
-    """Forwards and backwards of this rank's chunks during one step (pipeline.Chunks)."""
+class _TrainingChunks:
+    """Forwards and backwards of this rank's chunks during one step (a ChunkRunner)."""
 
     def __init__(
         self,
@@ -192,22 +196,19 @@ class _TrainingCalls:
         objective: TrainingObjective,
     ) -> None:
         self.model, self.engine, self.micro_batches, self.objective = model, engine, micro_batches, objective
-        self.losses: list[Tensor] = []
-        self.last = model.layout.placement.chunks - 1
+        self.losses: list[Tensor] = []  # of each micro-batch [B], on the rank that holds the last chunk
 
-    def forward(self, chunk: int, micro_batch: int, inputs: Tensors) -> Outputs:
+    def forward(self, chunk: int, micro_batch: int, inputs: StageInputs) -> ChunkOutputs:
         batch = self.micro_batches[micro_batch]
-        *first, condition = self.objective.model_inputs(batch)
-        outputs = self.engine(chunk, batch.latents.shape[2:], condition, *(inputs if chunk else first))
-        if chunk != self.last:
-            onward = len(self.shapes(micro_batch))
-            return Outputs(outputs[:onward], outputs[onward:])
-        loss_B = self.objective.sample_losses(outputs, batch)
+        outputs = self.engine(chunk, self.objective.model_inputs(batch), inputs)
+        if outputs.prediction is None:
+            return ChunkOutputs(outputs.boundary, outputs.local_skips)
+        loss_B = self.objective.sample_losses(outputs.prediction, batch)
         self.losses.append(loss_B.detach())
-        return Outputs((loss_B.mean() / len(self.micro_batches),))
+        return ChunkOutputs(loss=loss_B.mean() / len(self.micro_batches))
 
     def backward(self, outputs: Tensors, gradients: tuple[Tensor | None, ...]) -> None:
         self.engine.backward(outputs, gradients)
 
-    def shapes(self, micro_batch: int) -> Shapes:
-        return self.model.boundary(self.micro_batches[micro_batch].latents)
+    def boundary_spec(self, micro_batch: int) -> BoundarySpec:
+        return self.model.boundary_spec(self.micro_batches[micro_batch].latents)

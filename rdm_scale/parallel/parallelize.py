@@ -11,14 +11,14 @@ from rdm_scale.models.layers import LayerFactory
 from rdm_scale.parallel.host_memory import returning_freed_memory
 from rdm_scale.parallel.mesh import Mesh
 from rdm_scale.parallel.parallel_model import ParallelModel
-from rdm_scale.parallel.plan import Layout
+from rdm_scale.parallel.plan import ParallelPlan
 from rdm_scale.parallel.recompute import recompute_blocks
 from rdm_scale.parallel.stage import build_stage, materialize
 from rdm_scale.parallel.zero.engine import Zero012, Zero3, ZeroEngine
 
 
 def parallelize(
-    config: RunConfig, mesh: Mesh, layout: Layout, build_optimizer: Callable[[nn.Module], torch.optim.Optimizer]
+    config: RunConfig, mesh: Mesh, plan: ParallelPlan, build_optimizer: Callable[[nn.Module], torch.optim.Optimizer]
 ) -> ParallelModel:
     """Build this rank's part of a model, initialized and ready to train.
 
@@ -33,13 +33,13 @@ def parallelize(
         from rdm_scale.parallel.tensor import TensorParallelLayers
 
         layers = TensorParallelLayers(mesh, config.parallel.sequence)
-    stage = build_stage(config, mesh, layout, layers)
+    stage = build_stage(config, mesh, plan, layers)
     recompute_blocks(stage.blocks.values(), config.parallel.recompute)
     arguments = (stage, materialize(stage, config, mesh.device), config, mesh, build_optimizer, [Block])
     engine: ZeroEngine
     with returning_freed_memory():
         if config.parallel.zero_stage == 3:
-            engine = Zero3(*arguments, keep_gathered=layout.keep_gathered)
+            engine = Zero3(*arguments, keep_gathered=plan.keep_gathered)
         else:
             engine = Zero012(config.parallel.zero_stage, *arguments)
-        return ParallelModel(config, mesh, layout, engine)
+        return ParallelModel(config, mesh, plan, engine)

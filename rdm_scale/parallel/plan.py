@@ -1,4 +1,4 @@
-"""How a model would lie on so many ranks, and what that costs: planned before anything is built."""
+"""Layout of a model on a number of ranks, and its memory and bubble: planned before anything is built."""
 
 import itertools
 import os
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from rdm_scale import cost
 from rdm_scale.config import RunConfig
 from rdm_scale.dtypes import PRECISIONS
-from rdm_scale.parallel.pipeline.schedules import Placement, operations, placement, simulate
+from rdm_scale.parallel.pipeline.schedules import ChunkCost, ChunkPlacement, build_schedule, place_chunks, simulate
 
 _GIB = 2**30
 _FILLED = 0.9  # share of a device's memory that the plan may fill: allocators and libraries need the rest
@@ -16,16 +16,16 @@ _COLUMNS = ("parameters", "gradients", "optimizer", "average", "activations", "w
 
 @dataclass(frozen=True)
 class StageCost:
-    """What one rank of the pipeline holds (every rank of its tensor and data groups holds as much)."""
+    """Memory of one rank of the pipeline; every rank of its tensor and data groups needs as much."""
 
     blocks: tuple[int, ...]  # in each of its chunks
     parameters: int
     state: cost.StateBytes
     activations: float  # bytes
-    working: float  # bytes of what exists for a moment only: a block gathered, recomputed or reduced
+    working: float  # bytes of temporary buffers: a block all-gathered, recomputed or reduced
 
     def bytes(self) -> dict[str, float]:
-        """By what they hold."""
+        """Bytes by column of the table."""
         state = self.state
         values = (state.parameters, state.gradients, state.optimizer, state.average, self.activations, self.working)
         return dict(zip(_COLUMNS, values, strict=True))
@@ -36,13 +36,13 @@ class StageCost:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """A run's layout on its ranks."""
+class ParallelPlan:
+    """Layout of a run on its ranks."""
 
     tensor: int
     pipeline: int
     data: int
-    placement: Placement
+    placement: ChunkPlacement
     blocks: tuple[range, ...]  # of each chunk
     micro_batch: int  # samples
     micro_batches: int  # a step, on each data-parallel rank
@@ -52,7 +52,7 @@ class Layout:
     memory: float | None  # bytes a rank may use
 
     def table(self, config: RunConfig) -> str:
-        """What rank 0 prints at the start, and --dry-run."""
+        """Table that rank 0 prints at the start, and `--dry-run`."""
         parallel, worst = config.parallel, max(stage.total for stage in self.stages)
         unit, size = ("GiB", 2**30) if worst >= 2**30 else ("MiB", 2**20)
         rows = [["stage", "blocks", *_COLUMNS, "in all"], ["", "", *[unit] * (len(_COLUMNS) + 1)]]
@@ -84,8 +84,11 @@ class Layout:
         return "\n".join(lines)
 
 
-def plan(config: RunConfig, world_size: int, memory: float | None) -> Layout:
-    """The layout of a configuration on so many ranks, each of which may use `memory` bytes (None: not known).
+def plan_parallelism(config: RunConfig, world_size: int, memory: float | None) -> ParallelPlan:
+    """Plan the layout of a configuration on `world_size` ranks.
+
+    Args:
+        memory: bytes that a rank may use; None: not known.
 
     Raises:
         ConfigError: the layout does not fit the world or the batch; says which key to change.
@@ -94,15 +97,15 @@ def plan(config: RunConfig, world_size: int, memory: float | None) -> Layout:
     parallel, train = config.parallel, config.train
     share = train.global_batch_size // data
     micro_batch = train.micro_batch_size or share
-    place = placement(parallel.schedule, parallel.pipeline, parallel.chunks_per_rank)
-    blocks = balance(config, place)
-    orders = operations(parallel.schedule, place, share // micro_batch)
-    flops = [_chunk_flops(config, blocks, chunk) for chunk in range(place.chunks)]
-    backward = 3 if parallel.recompute == "full" else 2  # forwards' worth
-    simulation = simulate(orders, place, lambda chunk: (flops[chunk], backward * flops[chunk]))
+    placement = place_chunks(parallel.schedule, parallel.pipeline, parallel.chunks_per_rank)
+    blocks = balance(config, placement)
+    schedule = build_schedule(parallel.schedule, placement, share // micro_batch)
+    flops = [_chunk_flops(config, blocks, chunk) for chunk in range(placement.chunks)]
+    backward = 3 if parallel.recompute == "full" else 2  # times the operations of a forward
+    simulation = simulate(schedule, placement, lambda chunk: ChunkCost(flops[chunk], backward * flops[chunk]))
 
     def stage(rank: int, keep: bool) -> StageCost:
-        chunks = place.chunks_of(rank)
+        chunks = placement.chunks_of(rank)
         parameters = sum(_chunk_parameters(config, blocks, chunk).on_rank(parallel.tensor) for chunk in chunks)
         kept = [cost.blocks_activation_bytes(config, micro_batch, blocks[chunk]) for chunk in chunks]
         return StageCost(
@@ -119,11 +122,11 @@ def plan(config: RunConfig, world_size: int, memory: float | None) -> Layout:
     keep = parallel.keep_gathered == "always"
     if parallel.keep_gathered == "auto" and parallel.zero_stage == 3:
         keep = memory is None or max(s.total for s in stages(True)) <= _FILLED * memory
-    return Layout(
+    return ParallelPlan(
         tensor=parallel.tensor,
         pipeline=parallel.pipeline,
         data=data,
-        placement=place,
+        placement=placement,
         blocks=blocks,
         micro_batch=micro_batch,
         micro_batches=share // micro_batch,
@@ -135,7 +138,7 @@ def plan(config: RunConfig, world_size: int, memory: float | None) -> Layout:
 
 
 def memory_of_rank(config: RunConfig) -> float | None:
-    """Bytes that a rank may use: as configured, else of its GPU, else its share of this node's memory."""
+    """Bytes that a rank may use: `parallel.memory_gib`, else its GPU's, else its share of this node's memory."""
     if config.parallel.memory_gib is not None:
         return config.parallel.memory_gib * _GIB
     import torch
@@ -146,28 +149,35 @@ def memory_of_rank(config: RunConfig) -> float | None:
     return pages / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def balance(config: RunConfig, place: Placement) -> tuple[range, ...]:
-    """The blocks of each chunk, such that the costliest rank has as little to do as can be, and of its chunks the
-    costliest; embeddings and head count. Of a u stack, blocks that mirror each other are in chunks that do."""
-    model, last = config.model, place.chunks - 1
-    block = cost.blocks_flops(model, range(model.depth)) / model.depth  # they are alike, or take turns
-    sizes = [1] * place.chunks
-    chunks: list[float] = [block] * place.chunks
+def balance(config: RunConfig, placement: ChunkPlacement) -> tuple[range, ...]:
+    """Assign blocks to chunks so that the costliest rank, and of its chunks the costliest one, costs least.
+
+    Costs are floating-point operations, embeddings and head included. Of a u stack, the two ends of a long skip are
+    in chunks that are V-placement partners.
+    """
+    model, last = config.model, placement.last_chunk
+    block = (
+        cost.blocks_flops(model, range(model.depth)) / model.depth
+    )  # mean: with factorized attention two kinds alternate
+    sizes = [1] * placement.chunks
+    chunks: list[float] = [block] * placement.chunks
     chunks[0] += cost.embedding_flops(model)
     chunks[last] += cost.head_flops(model)
-    ranks = [sum(chunks[chunk] for chunk in place.chunks_of(rank)) for rank in range(place.ranks)]
-    left = model.depth - place.chunks
+    ranks = [sum(chunks[chunk] for chunk in placement.chunks_of(rank)) for rank in range(placement.ranks)]
+    left = model.depth - placement.chunks
     while left:
-        # Of equal blocks, giving each to who has least is optimal: to late chunks first, of which less is kept.
-        least = min(range(place.chunks), key=lambda chunk: (ranks[place.rank_of(chunk)], chunks[chunk], -chunk))
-        takers = [least]
-        if model.stacking == "u" and place.chunks > 1:  # by twos; the middle one, if there is one, to the last rank
-            takers = [place.chunks // 2] if left % 2 else [least, place.mirror_of(least)]
-        for chunk in takers:
+        # Blocks are equal, so giving each to the chunk with the least is optimal; among equals to late chunks, which
+        # keep fewer activations.
+        least = min(range(placement.chunks), key=lambda chunk: (ranks[placement.rank_of(chunk)], chunks[chunk], -chunk))
+        chosen = [least]
+        # Of a u stack in pairs; the middle block of an odd depth goes to the last rank.
+        if model.stacking == "u" and placement.chunks > 1:
+            chosen = [placement.chunks // 2] if left % 2 else [least, placement.partner_of(least)]
+        for chunk in chosen:
             sizes[chunk] += 1
             chunks[chunk] += block
-            ranks[place.rank_of(chunk)] += block
-        left -= len(takers)
+            ranks[placement.rank_of(chunk)] += block
+        left -= len(chosen)
     ends = list(itertools.accumulate(sizes))
     return tuple(range(end - size, end) for end, size in zip(ends, sizes, strict=True))
 
@@ -187,24 +197,24 @@ def _chunk_parameters(config: RunConfig, blocks: tuple[range, ...], chunk: int) 
 
 
 def _working_bytes(config: RunConfig, samples: int, parameters: int, data: int, keep: bool) -> float:
-    largest = cost.block_parameters(config.model, config.model.depth - 1)  # the one with a long skip, if any has
+    largest = cost.block_parameters(config.model, config.model.depth - 1)  # has a long skip in a u stack
     block = largest.on_rank(config.parallel.tensor)
     working = 0.0
     if config.parallel.recompute != "none":
         working += cost.block_activation_bytes(config, samples, "none", config.model.depth - 1)
     if config.parallel.zero_stage == 3:
-        # By block: two blocks gathered, one's gradients before and during their reduction. At once: all gradients
-        # during their reduction, where there is one.
+        # By block: two blocks all-gathered, and one block's gradients before and during their reduction. Kept
+        # gathered: all gradients during their reduction, where there is one.
         compute = PRECISIONS[config.train.precision].bytes
-        at_once = 4 * parameters if data > 1 else 0
-        working += at_once if keep else 2 * compute * block + 8 * block
+        all_gradients = 4 * parameters if data > 1 else 0
+        working += all_gradients if keep else 2 * compute * block + 8 * block
     else:
         working += 4 * block
     return working
 
 
 def _shortened(rows: list[list[str]]) -> list[list[str]]:
-    """Of many stages the first and the last."""
+    """Rows of the first and the last stages, where there are many."""
     return rows if len(rows) <= 12 else [*rows[:6], ["..."] * len(rows[0]), *rows[-4:]]
 
 

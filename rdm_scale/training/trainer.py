@@ -26,7 +26,7 @@ from rdm_scale.errors import NonFiniteError
 from rdm_scale.parallel.broadcast import broadcast_batches
 from rdm_scale.parallel.mesh import Mesh
 from rdm_scale.parallel.parallelize import parallelize
-from rdm_scale.parallel.plan import Layout
+from rdm_scale.parallel.plan import ParallelPlan
 from rdm_scale.sampling.generate import SampleGrid
 from rdm_scale.training.depth_probe import DepthProbe
 from rdm_scale.training.monitor import Monitor, Record, RunMonitor, metrics_record
@@ -39,14 +39,14 @@ from rdm_scale.training.step import StepResult, training_step
 class Trainer:
     """Trains one model on one mesh, from `start` to `train.steps`."""
 
-    def __init__(self, config: RunConfig, mesh: Mesh, layout: Layout, facts: DataFacts, start: Start) -> None:
+    def __init__(self, config: RunConfig, mesh: Mesh, plan: ParallelPlan, facts: DataFacts, start: Start) -> None:
         self.config, self.mesh, self.facts = config, mesh, facts
         self.step = start.step
         if config.train.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to be deterministic
             torch.use_deterministic_algorithms(True)
         self.objective = build_objective(config.diffusion, config.model.learned_variance)
-        self.model = parallelize(config, mesh, layout, partial(build_optimizer, config.optimizer, config.model))
+        self.model = parallelize(config, mesh, plan, partial(build_optimizer, config.optimizer, config.model))
         if start.checkpoint is not None:
             checkpoint.load(start.checkpoint, self.model)
         self.draw = partial(

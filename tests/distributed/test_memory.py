@@ -30,11 +30,11 @@ def random_batch(config: RunConfig, samples: int) -> TrainingBatch:
 def parallel_model(config: RunConfig) -> "ParallelModel":
     from rdm_scale.parallel.mesh import build_mesh
     from rdm_scale.parallel.parallelize import parallelize
-    from rdm_scale.parallel.plan import plan
+    from rdm_scale.parallel.plan import plan_parallelism
     from rdm_scale.training.optimizer import build_optimizer
 
     mesh = build_mesh(config.parallel)
-    layout = plan(config, mesh.world_size, None)
+    layout = plan_parallelism(config, mesh.world_size, None)
     return parallelize(config, mesh, layout, partial(build_optimizer, config.optimizer, config.model))
 
 
@@ -58,7 +58,7 @@ def state_of(config: RunConfig) -> tuple[int, int, int]:
             measured.append(tensor_bytes() - before)
 
     model.on_action = measure
-    layout = model.layout
+    layout = model.plan
     batches = random_batch(config, layout.micro_batch * layout.micro_batches).split(layout.micro_batch)
     for _ in range(2):  # the optimizer state is made in the first step
         model.accumulate(batches, objective)
@@ -114,7 +114,7 @@ def peak_of_building(config: RunConfig) -> tuple[float, float]:
     empty = _resident("VmRSS")
     model = parallel_model(config)
     built = _resident("VmHWM") - empty
-    stage = model.layout.stages[model.mesh.pipeline_rank]
+    stage = model.plan.stages[model.mesh.pipeline_rank]
     block = 4 * cost.block_parameters(config.model).on_rank(config.parallel.tensor)
     dist.barrier()
     model.mesh.shutdown()

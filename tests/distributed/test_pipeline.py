@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from rdm_scale.config import ParallelConfig
-from rdm_scale.parallel.pipeline.executor import Links, Outputs, Pipeline, Shapes, Tensors
-from rdm_scale.parallel.pipeline.schedules import operations, placement
+from rdm_scale.parallel.pipeline.boundary import BoundarySpec, BoundaryTensors, StageInputs, Tensors, TensorSpec
+from rdm_scale.parallel.pipeline.channels import Channels
+from rdm_scale.parallel.pipeline.executor import ChunkOutputs, Pipeline
+from rdm_scale.parallel.pipeline.schedules import Action, build_schedule, place_chunks
 from tests.support.rank_pool import RankPool
 
 WIDTH = 3
@@ -25,63 +27,81 @@ def samples(step: int, micro_batch: int) -> Tensor:
     return torch.randn(1 + (step + micro_batch) % 3, WIDTH, generator=generator, dtype=torch.float64)
 
 
+def condition(chunk: int) -> Tensor:
+    return torch.randn(WIDTH, generator=torch.Generator().manual_seed(50 + chunk), dtype=torch.float64)
+
+
 class ToyChunks:
-    """Chunk k maps x to tanh(x W_k); under `u`, the mirror of a chunk adds what that chunk has put out."""
+    """Chunk k maps x to tanh(x W_k) + c, where the first chunk makes the condition c, which every chunk passes on.
 
-    def __init__(self, chunks: list[int], count: int, u: bool) -> None:
+    With `skips`, the V-placement partner of a chunk adds the square of twice what that chunk has put out.
+    """
+
+    def __init__(self, chunks: list[int], count: int, skips: bool) -> None:
         self.weights = {k: weight(k).requires_grad_() for k in chunks}
-        self.count, self.u, self.step = count, u, 0
-        self.loss = 0.0
+        self.condition = condition(0).requires_grad_()
+        self.count, self.skips, self.step = count, skips, 0
 
-    def forward(self, chunk: int, micro_batch: int, inputs: Tensors) -> Outputs:
-        x, *skips = inputs if chunk else (samples(self.step, micro_batch),)
-        y = torch.tanh(x @ self.weights[chunk])
-        for skip in skips:
+    def forward(self, chunk: int, micro_batch: int, inputs: StageInputs) -> ChunkOutputs:
+        x, c = inputs.boundary or (samples(self.step, micro_batch), self.condition.exp())
+        y = torch.tanh(x @ self.weights[chunk]) + c
+        for skip in inputs.local_skips:
             y = y + skip * skip
         if chunk == self.count - 1:
-            self.loss += float(y.detach().square().sum())
-            return Outputs((y.square().sum(),))
-        return Outputs((y,), (2 * y,) if self.u and chunk < self.count // 2 else ())
+            return ChunkOutputs(loss=y.square().sum())
+        skips = (2 * y,) if self.skips and chunk < self.count // 2 else ()
+        return ChunkOutputs(BoundaryTensors(y, c.view_as(c)), skips)
 
     def backward(self, outputs: Tensors, gradients: tuple[Tensor | None, ...]) -> None:
         torch.autograd.backward(outputs, gradients)
 
-    def shapes(self, micro_batch: int) -> Shapes:
-        return [(tuple(samples(self.step, micro_batch).shape), torch.float64)]
+    def boundary_spec(self, micro_batch: int) -> BoundarySpec:
+        shape = tuple(samples(self.step, micro_batch).shape)
+        return BoundarySpec(TensorSpec(shape, torch.float64), TensorSpec((WIDTH,), torch.float64))
+
+    def gradients(self) -> dict[str, list]:
+        """Of this rank's parameters."""
+        named = {f"W{k}": w for k, w in self.weights.items()} | {"c": self.condition}
+        return {name: p.grad.tolist() for name, p in named.items() if p.grad is not None}
 
 
-def alone(count: int, u: bool, micro_batches: int, steps: int) -> dict[int, Tensor]:
-    weights = {k: weight(k).requires_grad_() for k in range(count)}
+def alone(count: int, skips: bool, micro_batches: int, steps: int) -> dict[str, Tensor]:
+    weights = [weight(k).requires_grad_() for k in range(count)]
+    c = condition(0).requires_grad_()
     for step in range(steps):
         for micro_batch in range(micro_batches):
             outs: list[Tensor] = []
             x = samples(step, micro_batch)
             for k in range(count):
-                x = torch.tanh(x @ weights[k])
-                if u and k >= count // 2:
+                x = torch.tanh(x @ weights[k]) + c.exp()
+                if skips and k >= count // 2:
                     x = x + (2 * outs[count - 1 - k]) ** 2
                 outs.append(x)
             x.square().sum().backward()
-    return {k: w.grad for k, w in weights.items() if w.grad is not None}
+    return {f"W{k}": w.grad for k, w in enumerate(weights) if w.grad is not None} | {"c": c.grad}
 
 
-def run_toy(schedule: str, ranks: int, chunks: int, micro_batches: int, u: bool) -> dict[int, list]:
+def run_toy(schedule: str, ranks: int, chunks: int, micro_batches: int, skips: bool) -> tuple[dict[str, list], bool]:
+    """A body for the pool: this rank's gradients after two steps, and if the hook saw every action in order."""
     from rdm_scale.parallel.mesh import build_mesh
 
     mesh = build_mesh(ParallelConfig(pipeline=ranks, schedule=schedule, timeout_s=30))  # type: ignore[arg-type]
-    place = placement(schedule, ranks, chunks)
-    toy = ToyChunks(place.chunks_of(mesh.pipeline_rank), place.chunks, u)
-    links = Links(mesh) if ranks > 1 else None
-    pipeline = Pipeline(place, operations(schedule, place, micro_batches), mesh.pipeline_rank, links)
+    placement = place_chunks(schedule, ranks, chunks)
+    toy = ToyChunks(placement.chunks_of(mesh.pipeline_rank), placement.chunks, skips)
+    channels = Channels(mesh) if ranks > 1 else None
+    actions = build_schedule(schedule, placement, micro_batches)
+    pipeline = Pipeline(placement, actions, mesh.pipeline_rank, channels)
+    seen: list[Action | None] = []
+    pipeline.on_action = seen.append
     for step in range(2):
         toy.step = step
         pipeline.run(toy)
     mesh.shutdown()
-    return {k: w.grad.tolist() for k, w in toy.weights.items() if w.grad is not None}
+    return toy.gradients(), seen == [*actions[mesh.pipeline_rank], None] * 2
 
 
 @pytest.mark.parametrize(
-    ("schedule", "ranks_used", "chunks", "micro_batches", "u"),
+    ("schedule", "ranks_used", "chunks", "micro_batches", "skips"),
     [
         ("1f1b", 1, 1, 3, False),
         ("1f1b", 4, 1, 2, False),
@@ -94,15 +114,18 @@ def run_toy(schedule: str, ranks: int, chunks: int, micro_batches: int, u: bool)
     ],
 )
 def test_gradients_are_those_of_one_process(
-    ranks: RankPool, schedule: str, ranks_used: int, chunks: int, micro_batches: int, u: bool
+    ranks: RankPool, schedule: str, ranks_used: int, chunks: int, micro_batches: int, skips: bool
 ) -> None:
-    found: dict[int, list] = {}
-    for part in ranks.run(ranks_used, run_toy, schedule, ranks_used, chunks, micro_batches, u):
-        found |= part
-    expected = alone(ranks_used * chunks, u, micro_batches, steps=2)
+    found: dict[str, list] = {}
+    for gradients, hook_was_called in ranks.run(
+        ranks_used, run_toy, schedule, ranks_used, chunks, micro_batches, skips
+    ):
+        found |= gradients
+        assert hook_was_called
+    expected = alone(ranks_used * chunks, skips, micro_batches, steps=2)
     assert found.keys() == expected.keys()
-    for chunk, gradient in expected.items():
-        assert torch.allclose(torch.tensor(found[chunk], dtype=torch.float64), gradient, rtol=1e-12, atol=0), chunk
+    for name, gradient in expected.items():
+        assert torch.allclose(torch.tensor(found[name], dtype=torch.float64), gradient, rtol=1e-12, atol=0), name
 
 
 def raise_on_one_rank() -> Any:
@@ -110,11 +133,11 @@ def raise_on_one_rank() -> Any:
     from rdm_scale.parallel.mesh import build_mesh
 
     mesh = build_mesh(ParallelConfig(pipeline=3, timeout_s=30))
-    place = placement("1f1b", 3, 1)
-    toy = ToyChunks(place.chunks_of(mesh.pipeline_rank), 3, False)
+    placement = place_chunks("1f1b", 3, 1)
+    toy = ToyChunks(placement.chunks_of(mesh.pipeline_rank), 3, False)
     if os.environ["RANK"] == "1":
         toy.weights = {}
-    Pipeline(place, operations("1f1b", place, 4), mesh.pipeline_rank, Links(mesh)).run(toy)
+    Pipeline(placement, build_schedule("1f1b", placement, 4), mesh.pipeline_rank, Channels(mesh)).run(toy)
 
 
 def test_the_first_error_is_the_one_that_counts(ranks: RankPool) -> None:

@@ -7,8 +7,8 @@ import pytest
 from rdm_scale import cost
 from rdm_scale.config import RunConfig, parse_config
 from rdm_scale.errors import ConfigError
-from rdm_scale.parallel.pipeline.schedules import placement
-from rdm_scale.parallel.plan import balance, plan
+from rdm_scale.parallel.pipeline.schedules import place_chunks
+from rdm_scale.parallel.plan import balance, plan_parallelism
 
 GIB = 2**30
 
@@ -19,7 +19,7 @@ def run(depth: int = 12, **sections: dict) -> RunConfig:
 
 
 def rank_costs(config: RunConfig, schedule: str, p: int, v: int) -> list[float]:
-    place = placement(schedule, p, v)
+    place = place_chunks(schedule, p, v)
     sizes = [len(part) for part in balance(config, place)]
     costs = [size * cost.block_flops(config.model) for size in sizes]
     costs[0] += cost.embedding_flops(config.model)
@@ -29,7 +29,7 @@ def rank_costs(config: RunConfig, schedule: str, p: int, v: int) -> list[float]:
 
 def test_blocks_are_dealt_out_in_order_and_each_once() -> None:
     for p, v, schedule in ((1, 1, "1f1b"), (4, 1, "1f1b"), (3, 2, "v_1f1b"), (2, 3, "interleaved_1f1b")):
-        blocks = balance(run(13), placement(schedule, p, v))
+        blocks = balance(run(13), place_chunks(schedule, p, v))
         assert list(itertools.chain(*blocks)) == list(range(13)) and min(map(len, blocks)) >= 1
 
 
@@ -58,7 +58,7 @@ def test_under_v_it_is_ranks_that_are_balanced() -> None:
 @pytest.mark.parametrize(("depth", "p"), [(8, 2), (9, 2), (21, 4), (6, 3), (7, 3)])
 def test_both_ends_of_a_long_skip_are_on_one_rank(depth: int, p: int) -> None:
     config = run(model={"depth": depth, "stacking": "u"})
-    place = placement("v_1f1b", p, 2)
+    place = place_chunks("v_1f1b", p, 2)
     blocks = balance(config, place)
     rank_of = {block: place.rank_of(chunk) for chunk, part in enumerate(blocks) for block in part}
     assert [*rank_of] == list(range(depth))
@@ -77,7 +77,7 @@ def test_memory_by_hand() -> None:
     """DiT-S on 4 ranks under ZeRO-1, fp32: parameters and gradients whole, 12 + 4 bytes of the rest sharded."""
     config = run(parallel={"zero_stage": 1}, train={"global_batch_size": 8})
     n = cost.model_parameters(config.model).total
-    layout = plan(config, 4, None)
+    layout = plan_parallelism(config, 4, None)
     (stage,) = layout.stages
     assert stage.parameters == n and (layout.micro_batch, layout.micro_batches) == (2, 1)
     assert (stage.state.parameters, stage.state.gradients) == (4 * n, 4 * n)
@@ -87,7 +87,7 @@ def test_memory_by_hand() -> None:
 
 def test_early_stages_keep_more_activations() -> None:
     config = run(parallel={"pipeline": 4}, train={"global_batch_size": 16, "micro_batch_size": 2})
-    layout = plan(config, 4, None)
+    layout = plan_parallelism(config, 4, None)
     one = 3 * cost.block_activation_bytes(config, 2, "none")
     assert [stage.activations for stage in layout.stages] == [one * kept for kept in (4, 3, 2, 1)]
     assert layout.bubble == pytest.approx(3 / (8 + 3), rel=0.02)  # embedding and head are not nothing
@@ -95,7 +95,7 @@ def test_early_stages_keep_more_activations() -> None:
 
 def test_recompute_and_sequence_parallelism_save_activations() -> None:
     def bytes_with(**parallel: object) -> float:
-        return plan(run(parallel=parallel, train={"global_batch_size": 8}), 2, None).stages[0].activations
+        return plan_parallelism(run(parallel=parallel, train={"global_batch_size": 8}), 2, None).stages[0].activations
 
     plain = bytes_with(tensor=2)
     assert bytes_with(tensor=2, sequence=True) < 0.75 * plain
@@ -105,21 +105,25 @@ def test_recompute_and_sequence_parallelism_save_activations() -> None:
 
 def test_auto_gathers_once_a_step_when_memory_allows() -> None:
     config = run(train={"global_batch_size": 8})
-    needed = plan(run(train={"global_batch_size": 8}, parallel={"keep_gathered": "always"}), 4, None).stages[0].total
-    assert plan(config, 4, needed / 0.89).keep_gathered
-    assert not plan(config, 4, needed / 0.91).keep_gathered
-    assert not plan(run(parallel={"keep_gathered": "never"}), 4, 1e15).keep_gathered
-    assert not plan(run(parallel={"zero_stage": 2}), 4, 1e15).keep_gathered
+    needed = (
+        plan_parallelism(run(train={"global_batch_size": 8}, parallel={"keep_gathered": "always"}), 4, None)
+        .stages[0]
+        .total
+    )
+    assert plan_parallelism(config, 4, needed / 0.89).keep_gathered
+    assert not plan_parallelism(config, 4, needed / 0.91).keep_gathered
+    assert not plan_parallelism(run(parallel={"keep_gathered": "never"}), 4, 1e15).keep_gathered
+    assert not plan_parallelism(run(parallel={"zero_stage": 2}), 4, 1e15).keep_gathered
 
 
 def test_the_table_says_what_is_planned_and_warns() -> None:
     config = run(parallel={"tensor": 2, "pipeline": 2}, train={"global_batch_size": 8, "micro_batch_size": 1})
-    text = plan(config, 8, 0.001 * GIB).table(config)
+    text = plan_parallelism(config, 8, 0.001 * GIB).table(config)
     assert "8 ranks = tensor 2 x pipeline 2 x data 2; ZeRO stage 3, parameters gathered by block" in text
     assert "8 samples = 2 x 4 micro-batches of 1" in text and "predicted bubble 2" in text
     assert "warning: a rank needs" in text and "parallel.recompute=full" in text
-    assert "warning" not in plan(config, 8, 100 * GIB).table(config)
-    assert "set parallel.memory_gib" in plan(config, 8, None).table(config)
+    assert "warning" not in plan_parallelism(config, 8, 100 * GIB).table(config)
+    assert "set parallel.memory_gib" in plan_parallelism(config, 8, None).table(config)
 
 
 def test_a_hundred_billion_parameters_on_thousands_of_ranks() -> None:
@@ -133,7 +137,7 @@ def test_a_hundred_billion_parameters_on_thousands_of_ranks() -> None:
         },
         "the test",
     )
-    layout = plan(config, 4096, 80 * GIB)
+    layout = plan_parallelism(config, 4096, 80 * GIB)
     assert sum(len(blocks) for blocks in layout.blocks) == 80 and layout.data == 32
     assert 8 * sum(stage.parameters for stage in layout.stages) == pytest.approx(96.9e9, rel=0.01)
     assert "..." in layout.table(config)
@@ -141,4 +145,4 @@ def test_a_hundred_billion_parameters_on_thousands_of_ranks() -> None:
 
 def test_worlds_that_do_not_fit() -> None:
     with pytest.raises(ConfigError, match=r"parallel.tensor x parallel.pipeline = 4 does not divide the 6 ranks"):
-        plan(run(parallel={"tensor": 2, "pipeline": 2}), 6, None)
+        plan_parallelism(run(parallel={"tensor": 2, "pipeline": 2}), 6, None)

@@ -1,202 +1,163 @@
-"""The pipeline axis: carries out a schedule, with the tensors that pass between chunks.
+"""Execution of a pipeline schedule, with the tensors that pass between chunks.
 
-Written by hand, since torch.distributed.pipelining wants the shapes of all messages beforehand and fixed for the run,
-targets smuggled past it, and its backward overridden for ZeRO; what is needed of it is the forty lines of `Pipeline`.
-Its orders of operations are those of `schedules`.
+It is written by hand because torch.distributed.pipelining needs the shapes of all messages in advance and fixed for
+the run, passes targets around its interface, and would need its backward overridden for ZeRO.
 
-Messages between two ranks arrive in the order in which they were sent, each direction on a process group of its own:
-NCCL knows no tags, and two ranks that send to each other over one communicator wait for each other forever. Both sides
-know all ranks' orders, so the receiver knows which message comes next and keeps what comes too early.
+Both sides of a channel know the schedules of all ranks, so the receiver knows which message comes next, and keeps one
+that arrives before it is needed.
 """
 
-import time
-from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from rdm_scale.parallel.mesh import Mesh
-from rdm_scale.parallel.pipeline.schedules import Operation, Placement
+from rdm_scale.parallel.pipeline.boundary import BoundarySpec, BoundaryTensors, StageInputs, Tensors
+from rdm_scale.parallel.pipeline.channels import Channels
+from rdm_scale.parallel.pipeline.schedules import BACKWARD, FORWARD, Action, ChunkPlacement, Schedule
 
-Tensors = tuple[Tensor, ...]
-Shapes = Sequence[tuple[tuple[int, ...], torch.dtype]]
+ActionHook = Callable[[Action | None], None]
 
 
-class Outputs(NamedTuple):
-    """What a chunk's forward hands on: `onward` to the next chunk, `across` to its mirror (chunk n - 1 - k), which V
-    placement puts on the same rank: these tensors never travel, nor do their gradients. The last chunk's loss is its
-    only output."""
+class ChunkOutputs(NamedTuple):
+    """Outputs of a chunk's forward in training: `boundary` or, of the last chunk, `loss` (a scalar)."""
 
-    onward: Tensors
-    across: Tensors = ()
+    boundary: BoundaryTensors | None = None
+    local_skips: Tensors = ()
+    loss: Tensor | None = None
+
+
+class ChunkRunner(Protocol):
+    """Forwards and backwards of this rank's chunks, as a `Pipeline` calls them."""
+
+    def forward(self, chunk: int, micro_batch: int, inputs: StageInputs) -> ChunkOutputs:
+        """Run the forward of a chunk; tensors of `inputs` are leaves that require a gradient."""
+
+    def backward(self, outputs: Tensors, gradients: tuple[Tensor | None, ...]) -> None:
+        """Backpropagate from outputs of a chunk; None as the gradient of the loss."""
+
+    def boundary_spec(self, micro_batch: int) -> BoundarySpec:
+        """Shapes and dtypes of the tensors that pass between chunks."""
 
 
 class Message(NamedTuple):
-    """The inputs of a chunk's forward, or the gradients of its outputs, for one micro-batch."""
+    """Boundary tensors that a rank sends to another one."""
 
-    operation: Operation  # that waits for it
+    action: Action  # that waits for them
     source: int  # rank of the pipeline
     target: int
 
 
-class Chunks(Protocol):
-    """The chunks of this rank, as a `Pipeline` calls them."""
-
-    def forward(self, chunk: int, micro_batch: int, inputs: Tensors) -> Outputs:
-        """Inputs are what the chunk before handed onward (none for the first), then what the mirror handed across."""
-
-    def backward(self, outputs: Tensors, gradients: tuple[Tensor | None, ...]) -> None:
-        """Backpropagates from a chunk's outputs."""
-
-    def shapes(self, micro_batch: int) -> Shapes:
-        """Of the tensors that pass between chunks."""
-
-
-class Links:
-    """Messages between the ranks of one pipeline, first in, first out in each direction.
-
-    Attributes:
-        waited_s: seconds spent in `receive` so far, for measurements.
-    """
-
-    def __init__(self, mesh: Mesh) -> None:
-        self.rank, self.device = mesh.pipeline_rank, mesh.device
-        self._global_ranks = dist.get_process_group_ranks(mesh.pipeline_group)
-        self._up = mesh.pipeline_group
-        # All ranks make all groups, in the same order: torch wants it so.
-        pipelines = mesh.world_size // mesh.pipeline_size
-        self._down, _ = dist.new_subgroups_by_enumeration(
-            [list(range(first, mesh.world_size, pipelines)) for first in range(pipelines)], timeout=mesh.timeout
-        )
-        self._under_way: deque[tuple[Any, Tensor]] = deque()
-        self.waited_s = 0.0
-
-    @property
-    def groups(self) -> list[Any]:
-        """Process groups that messages travel on."""
-        return [self._up, self._down]
-
-    def send(self, target: int, tensors: Tensors) -> None:
-        """Returns at once."""
-        for tensor in tensors:
-            tensor = tensor.contiguous()
-            work = dist.isend(tensor, self._global_ranks[target], group=self._group(self.rank, target))
-            self._under_way.append((work, tensor))
-        while self._under_way and self._under_way[0][0].is_completed():
-            self._under_way.popleft()
-
-    def receive(self, source: int, shapes: Shapes) -> Tensors:
-        began = time.perf_counter()
-        tensors = tuple(torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in shapes)
-        for tensor in tensors:
-            dist.recv(tensor, self._global_ranks[source], group=self._group(source, self.rank))
-        self.waited_s += time.perf_counter() - began
-        return tensors
-
-    def wait(self) -> None:
-        """Until all that was sent has arrived."""
-        while self._under_way:
-            self._under_way.popleft()[0].wait()
-
-    def _group(self, source: int, target: int) -> Any:
-        return self._up if source < target else self._down
-
-
 class Pipeline:
-    """One rank's share of a schedule.
+    """One rank's part of a schedule.
 
     Attributes:
         on_action: measurement hook, called before each action with it and, with None, after the last one, when all
             gradients are accumulated and not yet reduced over the data-parallel ranks.
     """
 
-    def __init__(self, place: Placement, orders: list[list[Operation]], rank: int, links: Links | None) -> None:
-        self.place, self.rank, self.links = place, rank, links
-        self.order = orders[rank]
+    def __init__(self, placement: ChunkPlacement, schedule: Schedule, rank: int, channels: Channels | None) -> None:
+        self.placement, self.rank, self.channels = placement, rank, channels
+        self.actions = schedule[rank]
         self.expected = {
-            source: [message.operation for message in _messages(orders[source], place) if message.target == rank]
-            for source in range(place.ranks)
+            source: [message.action for message in _messages(schedule[source], placement) if message.target == rank]
+            for source in range(placement.ranks)
             if source != rank
         }
-        self.on_action: Callable[[Operation | None], None] | None = None
+        self.on_action: ActionHook | None = None
 
-    def run(self, chunks: Chunks) -> None:
-        """All forwards and backwards of one step. Collective over the pipeline."""
+    def run(self, chunks: ChunkRunner) -> None:
+        """Run all forwards and backwards of one step. Collective over the pipeline."""
         step = _Step(self, chunks)
-        for operation in self.order:
+        for action in self.actions:
             if self.on_action is not None:
-                self.on_action(operation)
-            (step.backward if operation.backward else step.forward)(operation)
+                self.on_action(action)
+            if action.kind is FORWARD:
+                step.forward(action)
+            else:
+                step.backward(action)
         if self.on_action is not None:
             self.on_action(None)
-        if self.links is not None:
-            self.links.wait()
+        if self.channels is not None:
+            self.channels.wait()
 
 
 class _Step:
-    """What is on its way during one step."""
+    """Tensors in flight during one step."""
 
-    def __init__(self, pipeline: Pipeline, chunks: Chunks) -> None:
-        self.pipeline, self.place, self.chunks = pipeline, pipeline.place, chunks
-        self.last = pipeline.place.chunks - 1
-        self.inputs: dict[tuple[int, int], Tensors] = {}  # leaves, by (chunk, micro-batch)
-        self.outputs: dict[tuple[int, int], Tensors] = {}
-        self.arrived: dict[Operation, Tensors] = {}
-        self.crossed: dict[Operation, Tensors] = {}  # between mirrors
-        self.expected = {source: iter(queue) for source, queue in pipeline.expected.items()}
+    def __init__(self, pipeline: Pipeline, chunks: ChunkRunner) -> None:
+        self.pipeline, self.placement, self.chunks = pipeline, pipeline.placement, chunks
+        self.inputs: dict[Action, StageInputs] = {}  # leaves of forwards, by the backward that they wait for
+        self.outputs: dict[Action, ChunkOutputs] = {}
+        self.arrived: dict[Action, BoundaryTensors] = {}  # by the action that they wait for
+        self.local_skips: dict[Action, Tensors] = {}
+        self.expected = {source: iter(actions) for source, actions in pipeline.expected.items()}
 
-    def forward(self, operation: Operation) -> None:
-        _, chunk, micro_batch = operation
-        onward = self._take(operation, chunk - 1) if chunk else ()
-        inputs = tuple(t.detach().requires_grad_() for t in (*onward, *self.crossed.pop(operation, ())))
-        outputs = self.chunks.forward(chunk, micro_batch, inputs)
-        self.inputs[chunk, micro_batch] = inputs
-        self.outputs[chunk, micro_batch] = (*outputs.onward, *outputs.across)
-        if chunk != self.last:
-            self._give(Operation(False, chunk + 1, micro_batch), tuple(t.detach() for t in outputs.onward))
-        if outputs.across:
-            self.crossed[Operation(False, self.place.mirror_of(chunk), micro_batch)] = outputs.across
+    def forward(self, action: Action) -> None:
+        boundary = self._receive(action, action.chunk - 1) if action.chunk else None
+        skips = self.local_skips.pop(action, ())
+        inputs = StageInputs(None if boundary is None else BoundaryTensors(*_leaves(boundary)), _leaves(skips))
+        outputs = self.chunks.forward(action.chunk, action.micro_batch, inputs)
+        backward = action._replace(kind=BACKWARD)
+        self.inputs[backward], self.outputs[backward] = inputs, outputs
+        if outputs.boundary is not None:
+            detached = BoundaryTensors(*(tensor.detach() for tensor in outputs.boundary))
+            self._send(action._replace(chunk=action.chunk + 1), detached)
+        if outputs.local_skips:
+            self.local_skips[action._replace(chunk=self.placement.partner_of(action.chunk))] = outputs.local_skips
 
-    def backward(self, operation: Operation) -> None:
-        _, chunk, micro_batch = operation
-        outputs = self.outputs.pop((chunk, micro_batch))
-        gradients: tuple[Tensor | None, ...] = (None,)
-        if chunk != self.last:
-            gradients = (*self._take(operation, chunk + 1), *self.crossed.pop(operation, ()))
-        self.chunks.backward(outputs, gradients)
-        inputs = self.inputs.pop((chunk, micro_batch))
-        came_onward = len(self.chunks.shapes(micro_batch)) if chunk else 0
-        back = tuple(torch.zeros_like(t) if t.grad is None else t.grad for t in inputs)
-        if chunk:
-            self._give(Operation(True, chunk - 1, micro_batch), back[:came_onward])
-        if len(back) > came_onward:
-            self.crossed[Operation(True, self.place.mirror_of(chunk), micro_batch)] = back[came_onward:]
-
-    def _give(self, operation: Operation, tensors: Tensors) -> None:
-        target = self.place.rank_of(operation.chunk)
-        if target == self.pipeline.rank:
-            self.arrived[operation] = tensors
+    def backward(self, action: Action) -> None:
+        outputs = self.outputs.pop(action)
+        if outputs.boundary is None:
+            assert outputs.loss is not None
+            self.chunks.backward((outputs.loss,), (None,))
         else:
-            assert self.pipeline.links is not None
-            self.pipeline.links.send(target, tensors)
+            gradients = self._receive(action, action.chunk + 1)
+            skip_gradients = self.local_skips.pop(action, ())
+            self.chunks.backward((*outputs.boundary, *outputs.local_skips), (*gradients, *skip_gradients))
+        inputs = self.inputs.pop(action)
+        if inputs.boundary is not None:
+            self._send(action._replace(chunk=action.chunk - 1), BoundaryTensors(*map(_gradient, inputs.boundary)))
+        if inputs.local_skips:
+            partner = action._replace(chunk=self.placement.partner_of(action.chunk))
+            self.local_skips[partner] = tuple(map(_gradient, inputs.local_skips))
 
-    def _take(self, operation: Operation, from_chunk: int) -> Tensors:
-        source = self.place.rank_of(from_chunk)
-        while operation not in self.arrived:
-            assert self.pipeline.links is not None
-            coming = next(self.expected[source])
-            self.arrived[coming] = self.pipeline.links.receive(source, self.chunks.shapes(coming.micro_batch))
-        return self.arrived.pop(operation)
+    def _send(self, action: Action, tensors: BoundaryTensors) -> None:
+        """Pass tensors to the rank that runs `action`."""
+        target = self.placement.rank_of(action.chunk)
+        if target == self.pipeline.rank:
+            self.arrived[action] = tensors
+        else:
+            assert self.pipeline.channels is not None
+            self.pipeline.channels.send(target, tensors)
+
+    def _receive(self, action: Action, from_chunk: int) -> BoundaryTensors:
+        """Take the tensors that `action` waits for, and keep those of other actions that arrive before."""
+        source = self.placement.rank_of(from_chunk)
+        while action not in self.arrived:
+            assert self.pipeline.channels is not None
+            arriving = next(self.expected[source])
+            spec = self.chunks.boundary_spec(arriving.micro_batch)
+            self.arrived[arriving] = self.pipeline.channels.receive(source, spec)
+        return self.arrived.pop(action)
 
 
-def _messages(order: list[Operation], place: Placement) -> list[Message]:
-    """What a rank that works in this order sends to others, in the order of sending."""
+def _leaves(tensors: Tensors) -> Tensors:
+    return tuple(tensor.detach().requires_grad_() for tensor in tensors)
+
+
+def _gradient(leaf: Tensor) -> Tensor:
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+
+
+def _messages(actions: list[Action], placement: ChunkPlacement) -> list[Message]:
+    """Messages of a rank that runs these actions, in the order of sending."""
     messages = []
-    for backward, chunk, micro_batch in order:
-        to = chunk - 1 if backward else chunk + 1
-        if 0 <= to < place.chunks and place.rank_of(to) != place.rank_of(chunk):
-            messages.append(Message(Operation(backward, to, micro_batch), place.rank_of(chunk), place.rank_of(to)))
+    for action in actions:
+        next_chunk = action.chunk + (1 if action.kind is FORWARD else -1)
+        source = placement.rank_of(action.chunk)
+        if 0 <= next_chunk < placement.chunks and placement.rank_of(next_chunk) != source:
+            target = placement.rank_of(next_chunk)
+            messages.append(Message(action._replace(chunk=next_chunk), source, target))
     return messages

@@ -5,7 +5,18 @@ from collections.abc import Callable
 
 import pytest
 
-from rdm_scale.parallel.pipeline.schedules import Operation, Placement, needs, operations, placement, simulate
+from rdm_scale.parallel.pipeline.schedules import (
+    BACKWARD,
+    FORWARD,
+    Action,
+    ActionKind,
+    ChunkCost,
+    ChunkPlacement,
+    build_schedule,
+    dependencies,
+    place_chunks,
+    simulate,
+)
 
 SIZES = [(1, 1), (1, 5), (2, 1), (2, 2), (2, 5), (3, 9), (4, 7), (4, 8), (5, 3), (8, 16)]
 
@@ -25,72 +36,72 @@ ALL = [case for schedule in ("1f1b", "interleaved_1f1b", "v_1f1b") for case in c
 
 @pytest.mark.parametrize(("schedule", "p", "v", "m"), ALL)
 def test_every_chunk_meets_every_micro_batch_once_each_way(schedule: str, p: int, v: int, m: int) -> None:
-    place = placement(schedule, p, v)
-    orders = operations(schedule, place, m)
-    done = Counter(operation for order in orders for operation in order)
-    assert done == {Operation(b, c, i): 1 for b in (False, True) for c in range(p * v) for i in range(m)}
-    for rank, order in enumerate(orders):
-        assert {operation.chunk for operation in order} == set(place.chunks_of(rank))
-    simulate(orders, place)  # raises if it deadlocks
+    place = place_chunks(schedule, p, v)
+    schedule_of_ranks = build_schedule(schedule, place, m)
+    done = Counter(action for actions in schedule_of_ranks for action in actions)
+    assert done == {Action(kind, c, i): 1 for kind in ActionKind for c in range(p * v) for i in range(m)}
+    for rank, actions in enumerate(schedule_of_ranks):
+        assert {action.chunk for action in actions} == set(place.chunks_of(rank))
+    simulate(schedule_of_ranks, place)  # raises if it deadlocks
 
 
 @pytest.mark.parametrize(("schedule", "p", "v", "m"), cases("1f1b") + cases("interleaved_1f1b"))
 def test_bubbles_are_those_of_the_papers(schedule: str, p: int, v: int, m: int) -> None:
-    place = placement(schedule, p, v)
-    bubble = simulate(operations(schedule, place, m), place).bubble
+    place = place_chunks(schedule, p, v)
+    bubble = simulate(build_schedule(schedule, place, m), place).bubble
     assert bubble == pytest.approx((p - 1) / (v * m + p - 1))
 
 
 @pytest.mark.parametrize(("p", "m"), [(p, m) for p, m in SIZES if m >= p])
 def test_1f1b_keeps_as_many_micro_batches_as_stages_follow(p: int, m: int) -> None:
-    place = placement("1f1b", p, 1)
-    assert simulate(operations("1f1b", place, m), place).in_flight == [p - rank for rank in range(p)]
+    place = place_chunks("1f1b", p, 1)
+    assert simulate(build_schedule("1f1b", place, m), place).in_flight == [p - rank for rank in range(p)]
 
 
 @pytest.mark.parametrize(("schedule", "p", "v", "m"), cases("v_1f1b"))
 def test_v_keeps_no_more_than_three_forwards_a_rank(schedule: str, p: int, v: int, m: int) -> None:
-    place = placement(schedule, p, v)
-    assert max(simulate(operations(schedule, place, m), place).in_flight) <= 3 * p
+    place = place_chunks(schedule, p, v)
+    assert max(simulate(build_schedule(schedule, place, m), place).in_flight) <= 3 * p
 
 
 @pytest.mark.parametrize(("p", "m"), [(2, 4), (4, 8), (4, 16), (8, 32)])
 def test_v_is_between_the_other_two(p: int, m: int) -> None:
     bubbles = {}
     for schedule, v in (("1f1b", 1), ("v_1f1b", 2), ("interleaved_1f1b", 2)):
-        place = placement(schedule, p, v)
-        bubbles[schedule] = simulate(operations(schedule, place, m), place).bubble
+        place = place_chunks(schedule, p, v)
+        bubbles[schedule] = simulate(build_schedule(schedule, place, m), place).bubble
     assert bubbles["interleaved_1f1b"] < bubbles["v_1f1b"] < bubbles["1f1b"]
 
 
-def test_v_places_mirrors_together_and_turns_on_the_last_rank() -> None:
-    place = placement("v_1f1b", 4, 2)
+def test_v_places_partners_on_one_rank() -> None:
+    place = place_chunks("v_1f1b", 4, 2)
     assert [place.rank_of(chunk) for chunk in range(8)] == [0, 1, 2, 3, 3, 2, 1, 0]
     assert all(place.rank_of(k) == place.rank_of(7 - k) for k in range(8))
-    assert placement("interleaved_1f1b", 3, 2).chunks_of(1) == [1, 4]
+    assert place_chunks("interleaved_1f1b", 3, 2).chunks_of(1) == [1, 4]
 
 
-def test_a_deadlock_is_told() -> None:
-    place = Placement(2, 2, False)
-    orders = [[Operation(True, 0, 0), Operation(False, 0, 0)], [Operation(False, 1, 0), Operation(True, 1, 0)]]
+def test_a_deadlock_is_reported() -> None:
+    place = ChunkPlacement(2, 2, False)
+    schedule = [[Action(BACKWARD, 0, 0), Action(FORWARD, 0, 0)], [Action(FORWARD, 1, 0), Action(BACKWARD, 1, 0)]]
     with pytest.raises(ValueError, match="deadlocks"):
-        simulate(orders, place)
+        simulate(schedule, place)
 
 
 def test_costs_weigh_the_bubble() -> None:
     """Two ranks, one micro-batch: nothing overlaps, so one of two is always idle, whatever the costs."""
-    place = placement("1f1b", 2, 1)
-    costs: Callable[[int], tuple[float, float]] = lambda chunk: (1.0, 2.0) if chunk else (3.0, 5.0)  # noqa: E731
-    assert simulate(operations("1f1b", place, 1), place, costs).bubble == pytest.approx(0.5)
+    place = place_chunks("1f1b", 2, 1)
+    costs: Callable[[int], ChunkCost] = lambda chunk: ChunkCost(1.0, 2.0) if chunk else ChunkCost(3.0, 5.0)  # noqa: E731
+    assert simulate(build_schedule("1f1b", place, 1), place, costs).bubble == pytest.approx(0.5)
 
 
-def test_what_an_operation_waits_for() -> None:
-    place = placement("1f1b", 3, 1)
-    assert needs(Operation(False, 0, 4), place) == []
-    assert needs(Operation(False, 2, 4), place) == [Operation(False, 1, 4)]
-    assert needs(Operation(True, 2, 4), place) == [Operation(False, 2, 4)]
-    assert needs(Operation(True, 1, 4), place) == [Operation(False, 1, 4), Operation(True, 2, 4)]
+def test_dependencies_of_actions() -> None:
+    place = place_chunks("1f1b", 3, 1)
+    assert dependencies(Action(FORWARD, 0, 4), place) == []
+    assert dependencies(Action(FORWARD, 2, 4), place) == [Action(FORWARD, 1, 4)]
+    assert dependencies(Action(BACKWARD, 2, 4), place) == [Action(FORWARD, 2, 4)]
+    assert dependencies(Action(BACKWARD, 1, 4), place) == [Action(FORWARD, 1, 4), Action(BACKWARD, 2, 4)]
 
 
 def test_a_part_of_a_group_cannot_be_interleaved() -> None:
     with pytest.raises(ValueError, match="3 micro-batches are no multiple of 2 ranks"):
-        operations("interleaved_1f1b", placement("interleaved_1f1b", 2, 2), 3)
+        build_schedule("interleaved_1f1b", place_chunks("interleaved_1f1b", 2, 2), 3)
