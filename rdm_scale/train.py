@@ -37,7 +37,7 @@ def train(config: RunConfig) -> None:
     config.data_parallel_size(int(os.environ.get("WORLD_SIZE", 1)))
 
     from rdm_scale.data.compatibility import check_data
-    from rdm_scale.storage.retries import Retry, set_retry
+    from rdm_scale.storage.location import Retry, set_retry
     from rdm_scale.training.run_directory import plan_start, prepare
 
     set_retry(Retry.within(config.data.read_timeout_s))

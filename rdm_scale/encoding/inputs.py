@@ -224,8 +224,8 @@ def _matches(location: Location) -> list[Location]:
 
 def _glob(location: Location) -> list[Location]:
     try:
-        return [Location(path, location.fs) for path in sorted(location.fs.glob(location.path))]
-    except Exception as error:  # clients of object stores have exceptions of their own
+        return location.glob()
+    except OSError as error:
         raise OSError(f"it cannot be listed: {error}") from None
 
 

@@ -93,23 +93,21 @@ class _PathResolver:
 
     def __init__(self, location: Location, options: Mapping[str, Any] | None) -> None:
         self._folder, self._options = location.parent, dict(options or {})
-        own = location.fs.protocol
-        self._systems = dict.fromkeys((own,) if isinstance(own, str) else own, location.fs)
+        self._systems = dict.fromkeys(location.schemes, location)
 
     def resolve(self, path: str, name: str) -> Location:
         """Location of a path or URL. Raises DataError: the file system is unknown."""
         scheme, separator, _ = path.partition("://")
         if not separator:
             if not path.startswith("/"):
-                return Location(posixpath.normpath(posixpath.join(self._folder.path, path)), self._folder.fs)
+                return self._folder.at(posixpath.normpath(posixpath.join(self._folder.path, path)))
             scheme, path = "file", f"file://{path}"
         if scheme not in self._systems:
             try:
-                self._systems[scheme] = Location(path, None if scheme == "file" else self._options).fs
+                self._systems[scheme] = Location(path, None if scheme == "file" else self._options)
             except ConfigError as error:
                 raise DataError(f"{name}: {error}") from None
-        fs = self._systems[scheme]
-        return Location(fs._strip_protocol(path), fs)
+        return self._systems[scheme].at(path)
 
 
 def _json_rows(location: Location) -> Iterator[_Row]:

@@ -1,21 +1,20 @@
-"""A file object over ranges of an object of a store."""
+"""A read-only file object over range reads of an object of a store."""
 
 import io
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from rdm_scale.storage.location import Location
+from rdm_scale.storage.backend import StorageBackend
 
 
 class RangeFile(io.RawIOBase):
-    """A file of an object store, read in ranges of one and the same version; each is tried again as `Location` does.
+    """An object of a store as a seekable file, all of whose reads are of the version that it had when it was opened.
 
-    Raises OSError, here and when it is read, as `Location.stat` and `Location.read_range` do.
+    Raises OSError, from the constructor and from reads, as `stat` and `read_range` of the backend do.
     """
 
-    def __init__(self, place: "Location") -> None:
-        self._place, self._at = place, 0
-        self._stat = place.stat()
+    def __init__(self, backend: StorageBackend, path: str) -> None:
+        self._backend, self._path, self._position = backend, path, 0
+        self._stat = backend.stat(path)
 
     def readable(self) -> bool:
         return True
@@ -24,17 +23,17 @@ class RangeFile(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._stat.bytes}[whence]
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._stat.bytes}[whence]
         if base + offset < 0:
             raise ValueError(f"negative position {base + offset}")
-        self._at = base + offset
-        return self._at
+        self._position = base + offset
+        return self._position
 
     def tell(self) -> int:
-        return self._at
+        return self._position
 
     def readinto(self, buffer: Any) -> int:
-        length = min(len(buffer), self._stat.bytes - self._at)
+        length = min(len(buffer), self._stat.bytes - self._position)
         if length <= 0:
             return 0
         content = self._read(length)
@@ -42,9 +41,10 @@ class RangeFile(io.RawIOBase):
         return len(content)
 
     def readall(self) -> bytes:
-        return self._read(max(self._stat.bytes - self._at, 0))  # at once; the inherited one reads 8 KiB at a time
+        # in one request: the inherited method reads 8 KiB at a time
+        return self._read(max(self._stat.bytes - self._position, 0))
 
     def _read(self, length: int) -> bytes:
-        content = self._place.read_range(self._at, length, self._stat.version or None)
-        self._at += len(content)
+        content = self._backend.read_range(self._path, self._position, length, self._stat.version or None)
+        self._position += len(content)
         return content

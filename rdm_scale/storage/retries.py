@@ -1,4 +1,4 @@
-"""Another try for what may work a moment later at an object store, within a budget of time that nothing extends."""
+"""Retries of calls to object stores: which errors are transient, and how long a call may take with all its attempts."""
 
 import errno
 import http.client
@@ -7,10 +7,9 @@ import random
 import socket
 import ssl
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -18,16 +17,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Retry:
-    """How long and how often a call to an object store is tried.
+    """Retry policy: limits on the number and duration of the attempts of one call to an object store.
 
-    attempts: tries of one call, at most.
-    budget_s: seconds that one call may take, with all its tries and the waits between them. Progress does not extend
-        it, so a server that sends a byte a second does not evade it.
-    stall_s: seconds without a byte after which a try is given up. S3 clients take it over when they are made, so set it
-        before the first `Location`.
-    first_wait_s, longest_wait_s: the waits between tries double from one to the other; each is shortened by up to
-        half at random, so that many ranks do not come back at the same instant.
-    slowest_bytes_s: what a write sends may take this much longer than `budget_s`.
+    Attributes:
+        attempts: of one call, at most.
+        budget_s: seconds that one call may take, with all its attempts and the waits between them. Progress does not
+            extend it, so a server that sends a byte a second does not evade it.
+        stall_s: seconds without a byte after which an attempt is aborted. S3 clients adopt it when they are made, so
+            set it before the first `Location`.
+        first_wait_s, longest_wait_s: the waits between attempts double from the first to the longest. Each is
+            shortened at random by up to half, so that many ranks do not return at the same instant.
+        slowest_bytes_s: bytes per second; a write may take its size over this longer than `budget_s`.
     """
 
     attempts: int = 12
@@ -39,47 +39,29 @@ class Retry:
 
     @classmethod
     def within(cls, budget_s: float) -> "Retry":
-        """For calls that may take so long: a try that stalls leaves time for two more."""
+        """The policy for a budget of `budget_s` seconds: an attempt that stalls leaves time for two more."""
         return cls(budget_s=budget_s, stall_s=min(cls.stall_s, budget_s / 3))
-
-
-_current = Retry()
-
-
-def current_retry() -> Retry:
-    """What holds for this process."""
-    return _current
-
-
-def set_retry(retry: Retry) -> None:
-    """Sets what holds for this process from now on, in all its threads."""
-    global _current
-    _current = retry
-
-
-@contextmanager
-def retrying(retry: Retry) -> Iterator[None]:
-    """`set_retry`, undone at the end."""
-    before = current_retry()
-    set_retry(retry)
-    try:
-        yield
-    finally:
-        set_retry(before)
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What a failed try says. status: HTTP status, 0 without an answer. code: of the store's error document."""
+    """Description of a failed attempt.
+
+    Attributes:
+        text: for messages.
+        status: HTTP status; 0 when there was no response.
+        code: from the store's error document.
+        transient: a retry may succeed.
+    """
 
     text: str
     status: int = 0
     code: str = ""
-    passing: bool = False  # another try may work
+    transient: bool = False
 
 
 class StatusError(Exception):
-    """An answer of an object store other than success."""
+    """A response of an object store with an error status."""
 
     def __init__(self, status: int, code: str, message: str) -> None:
         super().__init__(f"{status} {code}: {message}")
@@ -87,51 +69,54 @@ class StatusError(Exception):
 
 
 class ShortBodyError(Exception):
-    """An answer with fewer bytes than it promised."""
+    """A response with fewer bytes than it announced."""
 
 
 class GaveUpError(OSError):
-    """No try worked: `tries` in `seconds`, the last of them ended as `last` says."""
+    """All `attempts` of a call failed, within `seconds`, the last one with `last`."""
 
-    def __init__(self, tries: int, seconds: float, last: Failure) -> None:
-        super().__init__(f"{tries} {'try' if tries == 1 else 'tries'} in {seconds:.1f} s, the last: {last.text}")
-        self.tries, self.seconds, self.last = tries, seconds, last
+    def __init__(self, attempts: int, seconds: float, last: Failure) -> None:
+        made = f"{attempts} attempt{'' if attempts == 1 else 's'}"
+        super().__init__(f"gave up after {made} in {seconds:.1f} s, the last error: {last.text}")
+        self.attempts, self.seconds, self.last = attempts, seconds, last
 
 
-def call_with_retries(name: str, attempt: Callable[[float], T], extra_s: float = 0.0) -> T:
-    """What `attempt` returns; it is given the seconds that are left, and must end within them.
+def call_with_retries(name: str, attempt: Callable[[float], T], retry: Retry, extra_s: float = 0.0) -> T:
+    """The result of `attempt`, which is called again after transient errors.
 
     Args:
-        name: of what is called, for the log.
-        extra_s: seconds more than the budget.
+        name: of the object, for the log.
+        attempt: takes the seconds that are left, within which it must end.
+        retry: the policy.
+        extra_s: seconds in addition to the policy's budget.
 
     Raises:
-        GaveUpError: what went wrong may pass, but not within the attempts and the budget.
-        Exception: what `attempt` raised and another try would not mend.
+        GaveUpError: the errors were transient, but the attempts or the budget are exhausted.
+        Exception: that of `attempt`, when a retry would not help.
     """
-    retry = current_retry()
     began = time.monotonic()
     deadline = began + retry.budget_s + extra_s
-    wait, tries = retry.first_wait_s, 0
+    wait, attempts = retry.first_wait_s, 0
     while True:
-        tries += 1
+        attempts += 1
         try:
             return attempt(max(deadline - time.monotonic(), 1e-3))
         except Exception as error:
             failure = describe(error)
-            if not failure.passing:
+            if not failure.transient:
                 raise
             now, pause = time.monotonic(), wait * random.uniform(0.5, 1)
-            if tries >= retry.attempts or now + pause >= deadline:
-                raise GaveUpError(tries, now - began, failure) from error
-            level = logging.INFO if tries < 3 else logging.WARNING
-            _log.log(level, "%s: %s; try %d of %d in %.1f s", name, failure.text, tries + 1, retry.attempts, pause)
+            if attempts >= retry.attempts or now + pause >= deadline:
+                raise GaveUpError(attempts, now - began, failure) from error
+            level = logging.INFO if attempts < 3 else logging.WARNING
+            text = "%s: %s; attempt %d of %d in %.1f s"
+            _log.log(level, text, name, failure.text, attempts + 1, retry.attempts, pause)
         time.sleep(pause)
         wait = min(2 * wait, retry.longest_wait_s)
 
 
-_PASSING_STATUS = {408, 425, 429, 500, 502, 503, 504}
-_PASSING_CODES = {
+_TRANSIENT_STATUS = {408, 425, 429, 500, 502, 503, 504}
+_TRANSIENT_CODES = {
     "IncompleteBody",
     "InternalError",
     "RequestTimeout",
@@ -141,9 +126,9 @@ _PASSING_CODES = {
     "ThrottlingException",
     "TooManyRequests",
 }
-_PASSING_ERRNO = {errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, errno.EHOSTDOWN}
-# By name: these libraries need not be installed, and take long to import.
-_PASSING_ERRORS = {
+_TRANSIENT_ERRNO = {errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, errno.EHOSTDOWN}
+# By name: these libraries take long to import and need not be installed.
+_TRANSIENT_ERRORS = {
     "aiohttp.client_exceptions.ClientError",
     "botocore.exceptions.ConnectionError",
     "botocore.exceptions.CredentialRetrievalError",
@@ -155,25 +140,28 @@ _PASSING_ERRORS = {
 
 
 def describe(error: BaseException) -> Failure:
-    """What an error of any client says, and whether it may pass. Those of file systems have their client's as cause."""
+    """The failure that an error of any client stands for, judged by the error and its causes.
+
+    The errors of fsspec's file systems have that of their client as the cause.
+    """
     causes: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None and cause not in causes:
         causes.append(cause)
         cause = cause.__cause__
     for each in causes:
-        if answer := _answer(each):
-            status, code, message = answer
+        if response := _response(each):
+            status, code, message = response
             named = code and not code.isdecimal()
-            passing = status in _PASSING_STATUS or code in _PASSING_CODES
-            return Failure(f"{status} {code if named else message}".strip(), status, code if named else "", passing)
+            transient = status in _TRANSIENT_STATUS or code in _TRANSIENT_CODES
+            return Failure(f"{status} {code if named else message}".strip(), status, code if named else "", transient)
     names = {f"{kind.__module__}.{kind.__qualname__}" for each in causes for kind in type(each).__mro__}
     text = str(error) or type(error).__name__
     if any(isinstance(each, ssl.SSLCertVerificationError) for each in causes) or "CERTIFICATE_VERIFY_FAILED" in text:
         return Failure(text)
     if isinstance(error, TimeoutError) and not error.args:
-        text = "no answer in time"
-    passing = bool(names & _PASSING_ERRORS) or any(
+        text = "no response in time"
+    transient = bool(names & _TRANSIENT_ERRORS) or any(
         isinstance(
             each,
             ConnectionError
@@ -183,24 +171,32 @@ def describe(error: BaseException) -> Failure:
             | socket.gaierror
             | ssl.SSLError,
         )
-        or (isinstance(each, OSError) and each.errno in _PASSING_ERRNO)
+        or (isinstance(each, OSError) and each.errno in _TRANSIENT_ERRNO)
         for each in causes
     )
-    return Failure(text, passing=passing)
+    return Failure(text, transient=transient)
 
 
-def _answer(error: BaseException) -> tuple[int, str, str] | None:
-    """(status, code, message) of an error that stands for an answer."""
+class _Response(NamedTuple):
+    """The parts of an error response that tell whether it is transient."""
+
+    status: int
+    code: str
+    message: str
+
+
+def _response(error: BaseException) -> _Response | None:
+    """The response that an error stands for, if it stands for one."""
     if isinstance(error, StatusError):
-        return error.status, error.code, error.message
+        return _Response(error.status, error.code, error.message)
     response = getattr(error, "response", None)
     if isinstance(response, Mapping) and "ResponseMetadata" in response:  # botocore's ClientError
         document = response.get("Error", {})
         status = response["ResponseMetadata"].get("HTTPStatusCode", 0)
-        return int(status), str(document.get("Code", "")), str(document.get("Message", ""))
-    if not type(error).__module__.startswith("aiohttp.http_"):  # whose 400 means that it could not read the answer
+        return _Response(int(status), str(document.get("Code", "")), str(document.get("Message", "")))
+    if not type(error).__module__.startswith("aiohttp.http_"):  # its code 400 means an unreadable response
         for name in ("status", "status_code", "code"):  # clients of other stores
             status = getattr(error, name, None)
             if isinstance(status, int) and 400 <= status < 600:
-                return status, "", str(error)
+                return _Response(status, "", str(error))
     return None

@@ -12,8 +12,7 @@ from rdm_scale.checkpoint.format.slices import Region, SliceTable, TensorSlice
 from rdm_scale.checkpoint.format.writer import write_tensors
 from rdm_scale.config import RunConfig
 from rdm_scale.errors import CheckpointError
-from rdm_scale.storage.location import Location
-from rdm_scale.storage.retries import Retry, retrying
+from rdm_scale.storage.location import Location, Retry, retrying
 from rdm_scale.tools.s3_server import S3Server
 from tests.support.fault_proxy import Fault, FaultProxy, Request
 from tests.support.rank_pool import RankPool

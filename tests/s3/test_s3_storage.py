@@ -115,19 +115,19 @@ def test_in_the_end_it_says_how_often_for_how_long_and_why(file: Location, proxy
     proxy.add(Fault("status", status=503))
     message = (
         rf"{file.parent.name}/a b\.tar could not be read at {proxy.endpoint}: "
-        r"4 tries in \d\.\d s, the last: 503 SlowDown\. .*data\.read_timeout_s"
+        r"gave up after 4 attempts in \d\.\d s, the last error: 503 SlowDown\. .*data\.read_timeout_s"
     )
     with pytest.raises(OSError, match=message):
         file.read_range(0, 10)
     assert proxy.count() == 4
     for call in (file.stat, file.parent.names, lambda: file.write(b"")):
         proxy.requests.clear()
-        with pytest.raises(OSError, match="4 tries"):
+        with pytest.raises(OSError, match="4 attempts"):
             call()
         assert proxy.count() == 4  # no client tries by itself
     with proxy.refusing():
         for call in (file.read, file.stat, file.parent.names, lambda: file.write(b"")):
-            with pytest.raises(OSError, match=r"4 tries in .* the last: .*(refused|connect)"):
+            with pytest.raises(OSError, match=r"4 attempts in .* the last error: .*(refused|connect)"):
                 call()
 
 
@@ -148,7 +148,7 @@ def test_bytes_that_trickle_do_not_extend_the_time(call: str, file: Location, pr
     proxy.add(Fault("rate", bytes_per_s=100))
     with retrying(Retry(attempts=4, budget_s=2, stall_s=1)):
         began = time.monotonic()
-        with pytest.raises(OSError, match=r"1 try in 2\.\d s"):
+        with pytest.raises(OSError, match=r"1 attempt in 2\.\d s"):
             READS[call](file)
         assert 2 <= time.monotonic() - began < 4
 
@@ -309,7 +309,7 @@ def test_a_bucket_elsewhere_is_left_to_the_client_that_can_find_it(file: Locatio
 
 def test_a_store_without_ranges_is_not_used(file: Location, proxy: FaultProxy) -> None:
     proxy.add(Fault("status", status=200))
-    with pytest.raises(OSError, match=r"a b\.tar could not be read: the store sends whole objects"):
+    with pytest.raises(OSError, match=r"a b\.tar could not be read: the store ignores range requests"):
         file.read_range(3, 4)
     assert proxy.count() == 1
 

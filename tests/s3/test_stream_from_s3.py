@@ -13,8 +13,7 @@ from rdm_scale.data import LatentStream
 from rdm_scale.data.manifest import Manifest
 from rdm_scale.data.shards import ShardWriter
 from rdm_scale.errors import DataError
-from rdm_scale.storage.location import Location
-from rdm_scale.storage.retries import Retry, retrying
+from rdm_scale.storage.location import Location, Retry, retrying
 from rdm_scale.tools.s3_server import S3Server
 from tests.support.fault_proxy import Fault, FaultProxy, Request
 

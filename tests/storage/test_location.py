@@ -2,6 +2,7 @@
 
 import errno
 import os
+import pickle
 import stat
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from rdm_scale.errors import ConfigError
-from rdm_scale.storage.location import Location, Retry, current_retry, retrying, set_retry
+from rdm_scale.storage.location import Location, Retry, retrying
 from rdm_scale.storage.retries import describe
 
 
@@ -107,6 +108,20 @@ def test_a_local_write_replaces_the_file_rather_than_its_content(tmp_path: Path)
     assert stat.S_ISREG((tmp_path / "a").stat().st_mode) and place.read() == b"newer"
 
 
+def test_other_paths_of_the_same_file_system(folder: Location) -> None:
+    for name in ("1.tar", "2.tar", "other"):
+        (folder / name).write(name.encode())
+    assert [place.name for place in (folder / "*.tar").glob()] == ["1.tar", "2.tar"]
+    for path in (f"{folder.path}/other", str(folder / "other"), f"{folder.schemes[0]}://{folder.path}/other"):
+        assert folder.at(path).read() == b"other" and folder.at(path).fs is folder.fs
+    assert Location(f"{folder.path}/other", folder.fs).read() == b"other"
+
+
+def test_location_can_be_sent_to_another_process(folder: Location) -> None:
+    (folder / "a").write(b"1")
+    assert pickle.loads(pickle.dumps(folder / "a")).read() == b"1"
+
+
 def test_only_the_local_disk_is_local(tmp_path: Path, memory: Location) -> None:
     assert Location(tmp_path).is_local and Location(f"file://{tmp_path}").is_local
     assert not memory.is_local
@@ -155,7 +170,8 @@ def test_what_may_pass_is_tried_again(error: OSError, monkeypatch: pytest.Monkey
         monkeypatch.setattr(MemoryFileSystem, "cat_file", lambda *a, **o: passing(*a, **o))
         assert memory.read() == b"content" and passing.calls == 3
         passing.calls, passing.times = 0, 3
-        with pytest.raises(OSError, match=r"could not be read: 3 tries in 0\.\d s, the last: .*later"):
+        message = r"could not be read: gave up after 3 attempts in 0\.\d s, the last error: .*later"
+        with pytest.raises(OSError, match=message):
             memory.read()
 
 
@@ -190,42 +206,36 @@ def test_the_waits_double_and_the_budget_ends_them(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(MemoryFileSystem, "cat_file", lambda *a, **o: failing(*a, **o))
     with (
         retrying(Retry(attempts=99, budget_s=10, first_wait_s=0.5, longest_wait_s=3)),
-        pytest.raises(OSError, match=r"6 tries in 9\.5 s, the last: no answer in time"),
+        pytest.raises(OSError, match=r"6 attempts in 9\.5 s, the last error: no response in time"),
     ):
         memory.read()
     assert waits == [0.5, 1, 2, 3, 3]  # the next would end after the budget
-
-
-def test_what_holds_for_the_process_can_be_set() -> None:
-    before = current_retry()
-    set_retry(QUICK)
-    try:
-        assert current_retry() is QUICK
-        with retrying(Retry()):
-            assert current_retry() == Retry()
-        assert current_retry() is QUICK
-    finally:
-        set_retry(before)
 
 
 def test_an_error_of_another_client_tells_its_status() -> None:
     class HttpError(Exception):
         code = 503
 
-    assert describe(HttpError("busy")).passing and describe(HttpError("busy")).status == 503
+    assert describe(HttpError("busy")).transient and describe(HttpError("busy")).status == 503
     HttpError.code = 403
-    assert not describe(HttpError("no")).passing
+    assert not describe(HttpError("no")).transient
     wrapped = OSError("wrapped")
     wrapped.__cause__ = ConnectionResetError()
-    assert describe(wrapped).passing
+    assert describe(wrapped).transient
 
 
 def test_large_local_ranges_come_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Linux reads at most 2 GiB at once."""
     (tmp_path / "a").write_bytes(b"0123456789")
-    pread = os.pread
-    monkeypatch.setattr(os, "pread", lambda file, length, offset: pread(file, min(length, 3), offset))
+    preadv, reads = os.preadv, []
+
+    def few_bytes(file: int, buffers: list[memoryview], offset: int) -> int:
+        reads.append(offset)
+        return preadv(file, [buffers[0][:3]], offset)
+
+    monkeypatch.setattr(os, "preadv", few_bytes)
     assert (
         Location(tmp_path / "a").read_range(1, 8) == b"12345678"
         and Location(tmp_path / "a").read_range(5, 9) == b"56789"
     )
+    assert reads == [1, 4, 7, 5, 8]

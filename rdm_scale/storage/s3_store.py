@@ -1,0 +1,96 @@
+"""S3 and stores that speak its protocol as a storage backend."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from fsspec import AbstractFileSystem
+
+from rdm_scale.storage.backend import Stat, stat_of
+from rdm_scale.storage.context import current_retry
+from rdm_scale.storage.object_store import ObjectStore
+from rdm_scale.storage.retries import Failure
+
+if TYPE_CHECKING:  # importing the client takes half a second
+    from rdm_scale.storage.s3_client import S3Client
+
+_MULTIPART_BYTES = 100 * 2**20  # from this size on, s3fs uploads in parts
+_REASONS = {  # by the code of the store's error document
+    "InvalidAccessKeyId": "it does not know this AWS_ACCESS_KEY_ID",
+    "SignatureDoesNotMatch": "AWS_SECRET_ACCESS_KEY does not belong to AWS_ACCESS_KEY_ID",
+    "ExpiredToken": "the AWS_SESSION_TOKEN has expired",
+    "RequestTimeTooSkewed": "the clock of this machine is wrong",
+}
+
+
+class S3Store(ObjectStore):
+    """Objects on S3: short GETs on signed URLs, conditional on the ETag, and listings a page at a time."""
+
+    fs: "S3Client"
+
+    def __init__(self, fs: "S3Client") -> None:
+        super().__init__(fs)
+
+    # ---- folders, which S3 has only as prefixes of keys
+
+    def is_dir(self, path: str) -> bool:
+        try:  # `isdir` of s3fs would list the whole folder
+            return bool(self._call(path, "info")["type"] == "directory")
+        except FileNotFoundError:
+            return False
+
+    def make_dir(self, path: str) -> None:
+        """Nothing: s3fs would create a missing bucket."""
+
+    def find(self, path: str) -> dict[str, Stat]:
+        found = self._listing(path, deep=True)
+        return {name: stat_of(info) for name, info in found.items() if info["type"] == "file"}
+
+    def _entries(self, path: str) -> dict[str, Mapping[str, Any]]:
+        return self._listing(path, deep=False)
+
+    def _listing(self, path: str, deep: bool) -> dict[str, Mapping[str, Any]]:
+        """Entries by their path relative to the folder. Each page, of thousands perhaps, is retried on its own."""
+        entries: dict[str, Mapping[str, Any]] = {}
+        token, more = "", True
+        while more:
+            page = self._retried(path, "listed", partial(self.fs.list_page, path, deep, token))
+            entries |= {entry["name"][len(path) + 1 :].rstrip("/"): entry for entry in page.entries}
+            token, more = page.next_token, bool(page.next_token)
+        entries.pop("", None)  # a marker object of the folder itself
+        return entries
+
+    # ---- files
+
+    def _get_once(
+        self, path: str, offset: int, length: int | None, version: str | None, into: memoryview | None, limit_s: float
+    ) -> bytes | memoryview:
+        body = self.fs.get_body(path, offset, length, version, limit_s, current_retry().stall_s, into)
+        if body is None:  # only s3fs can send this request
+            return super()._get_once(path, offset, length, version, into, limit_s)
+        return body.content
+
+    def _upload_client(self, size: int) -> AbstractFileSystem:
+        return self.fs.retrying_client if size >= _MULTIPART_BYTES else self.fs
+
+    # ---- errors
+
+    def _at_endpoint(self) -> str:
+        return f" at {self.fs.endpoint}"
+
+    def _no_bucket(self, path: str) -> str:
+        return (
+            f"there is no bucket {_bucket(path)!r} for {self.url(path)} at {self.fs.endpoint}: check its name and "
+            "AWS_ENDPOINT_URL"
+        )
+
+    def _refusal(self, path: str, failure: Failure) -> str:
+        reason = _REASONS.get(failure.code, "the credentials are wrong, or have no right to it")
+        return (
+            f"bucket {_bucket(path)!r} at {self.fs.endpoint} refuses it ({failure.text}): {reason}. "
+            "Check the AWS_* environment variables, or data.options"
+        )
+
+
+def _bucket(path: str) -> str:
+    return path.split("/")[0]
