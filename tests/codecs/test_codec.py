@@ -17,6 +17,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from rdm_scale.codecs import CONFIG, WEIGHTS, codec_of, denormalize, load_codec, normalize
 from rdm_scale.codecs.record import CodecRecord
 from rdm_scale.errors import DataError
+from tests.support.rounding import assert_close_up_to_rounding, evaluate
 
 
 def make_vae(folder, **config: object) -> AutoencoderKL:
@@ -50,33 +51,44 @@ def images(n: int = 3, size: int = 16) -> torch.Tensor:
     return torch.rand(n, 3, 1, size, size, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
+def encode_image(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
+    """Mean and log-variance [N, 2C, 1, H', W'] of images [N, 3, 1, H, W]."""
+    posterior = vae.encode(pixels[:, :, 0]).latent_dist
+    return torch.cat([posterior.mean, posterior.logvar], dim=1).unsqueeze(2)
+
+
+def decode_image(vae: AutoencoderKL, raw: torch.Tensor) -> torch.Tensor:
+    """Pixels [N, 3, 1, H, W] of raw latents [N, C, 1, H', W']."""
+    return vae.decode(raw[:, :, 0]).sample.clamp(-1, 1).unsqueeze(2)
+
+
 @torch.no_grad()
 def test_a_folder_does_what_diffusers_does(scalar_vae):
     folder, vae = scalar_vae
     codec, x = load_codec(str(folder)), images()
     assert codec.latent_shape(1, 16, 24) == (2, 1, 8, 12) and codec.has_posterior
-    posterior = vae.encode(x[:, :, 0]).latent_dist
+    expected = evaluate(vae, encode_image, x)
     moments = codec.encode(x)
     assert moments.shape == (3, 4, 1, 8, 8) and not moments.requires_grad
-    torch.testing.assert_close(moments[:, :2, 0], posterior.mean)
-    torch.testing.assert_close(moments[:, 2:, 0], posterior.logvar)
+    assert_close_up_to_rounding(moments, expected)
     # as the pipelines of diffusers for a scalar shift and scale (Stable Diffusion 3, FLUX)
-    latents = (posterior.mean - 0.25) * 0.5
-    torch.testing.assert_close(normalize(moments[:, :2], codec.record)[:, :, 0], latents)
-    restored = vae.decode(latents / 0.5 + 0.25).sample.clamp(-1, 1)
-    torch.testing.assert_close(codec.decode(latents.unsqueeze(2))[:, :, 0], restored)
-    assert codec.decode(1000 * latents.unsqueeze(2)).abs().max() <= 1
+    latents = (moments[:, :2] - 0.25) * 0.5
+    torch.testing.assert_close(normalize(moments[:, :2], codec.record), latents)
+    restored = evaluate(vae, lambda vae, z: decode_image(vae, z / 0.5 + 0.25), latents)
+    assert_close_up_to_rounding(codec.decode(latents), restored)
+    assert codec.decode(1000 * latents).abs().max() <= 1
 
 
 def test_the_frames_of_a_clip_are_images(scalar_vae):
-    codec, x = load_codec(str(scalar_vae[0])), images()
+    folder, vae = scalar_vae
+    codec, x = load_codec(str(folder)), images()
     clip = x.transpose(0, 2)  # one clip of three frames
     assert codec.latent_shape(3, 16, 16) == (2, 3, 8, 8)
     moments = codec.encode(clip)
-    torch.testing.assert_close(moments, codec.encode(x).transpose(0, 2))
-    torch.testing.assert_close(
-        codec.decode(moments[:, :2]), codec.decode(moments[:, :2].transpose(0, 2)).transpose(0, 2)
-    )
+    assert_close_up_to_rounding(moments.transpose(0, 2), evaluate(vae, encode_image, x))
+    latents = moments[:, :2].transpose(0, 2)
+    expected = evaluate(vae, lambda vae, z: decode_image(vae, z / 0.5 + 0.25), latents)
+    assert_close_up_to_rounding(codec.decode(latents.transpose(0, 2)).transpose(0, 2), expected)
 
 
 @torch.no_grad()
@@ -89,11 +101,13 @@ def test_normalization_by_channel(tmp_path):
     latents = (raw - mean) * 0.5 / std
     torch.testing.assert_close(normalize(raw, codec.record), latents)
     torch.testing.assert_close(denormalize(latents, codec.record), raw)
-    torch.testing.assert_close(codec.decode(latents)[:, :, 0], vae.decode(raw[:, :, 0]).sample.clamp(-1, 1))
+    mean, std = mean.double(), std.double()
+    expected = evaluate(vae, lambda vae, z: decode_image(vae, (z * (std / 0.5) + mean).to(z.dtype)), latents)
+    assert_close_up_to_rounding(codec.decode(latents), expected)
 
 
 def test_the_record_identifies_the_weights(scalar_vae):
-    folder, _ = scalar_vae
+    folder, vae = scalar_vae
     record = load_codec(str(folder)).record
     assert record == CodecRecord(
         name="AutoencoderKL",
@@ -104,7 +118,7 @@ def test_the_record_identifies_the_weights(scalar_vae):
     )
     again = codec_of(record)
     assert again.record == record
-    torch.testing.assert_close(again.encode(images()), load_codec(str(folder)).encode(images()), rtol=0, atol=0)
+    assert_close_up_to_rounding(again.encode(images()), evaluate(vae, encode_image, images()))
 
 
 def test_attention_weights_with_the_names_of_old_files(tmp_path):
@@ -116,26 +130,23 @@ def test_attention_weights_with_the_names_of_old_files(tmp_path):
         state = {key.replace(f".{new}.", f".{name}."): tensor for key, tensor in state.items()}
     assert any("attentions.0.query.weight" in key for key in state)
     save_file(state, tmp_path / WEIGHTS)
-    with torch.no_grad():
-        expected = vae.encode(images()[:, :, 0]).latent_dist.mean
-    torch.testing.assert_close(load_codec(str(tmp_path)).encode(images())[:, :2, 0], expected)
+    assert_close_up_to_rounding(load_codec(str(tmp_path)).encode(images()), evaluate(vae, encode_image, images()))
 
 
 def test_half_precision_weights_are_computed_in_float32(folder):
     vae = AutoencoderKL.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False).half()
     vae.save_pretrained(folder, safe_serialization=True)
-    with torch.no_grad():
-        expected = vae.float().encode(images()[:, :, 0]).latent_dist.mean
-    torch.testing.assert_close(load_codec(str(folder)).encode(images())[:, :2, 0], expected)
+    expected = evaluate(vae.float(), encode_image, images())
+    assert_close_up_to_rounding(load_codec(str(folder)).encode(images()), expected)
 
 
 def test_a_folder_on_another_file_system(scalar_vae):
-    folder, _ = scalar_vae
+    folder, vae = scalar_vae
     memory = fsspec.filesystem("memory")
     memory.pipe({f"/codec_test/{name}": (folder / name).read_bytes() for name in (CONFIG, WEIGHTS)})
     codec = load_codec("memory://codec_test")
     assert codec.record.location == "memory:///codec_test"
-    torch.testing.assert_close(codec_of(codec.record).encode(images()), load_codec(str(folder)).encode(images()))
+    assert_close_up_to_rounding(codec_of(codec.record).encode(images()), evaluate(vae, encode_image, images()))
 
 
 def test_identity_is_exact():
