@@ -252,7 +252,7 @@ def test_tools(commands: Commands) -> None:
     assert "step 2" in inspected and json.dumps(LAYOUTS[2]) in inspected
     names = load_file(FIXTURES / "merged/digits/model.safetensors")
     assert all(name in inspected for name in names)
-    assert "is whole" in commands.output("verify")
+    assert "is intact" in commands.output("verify")
     commands.output("verify captions")
     commands.output("sample")
     assert (commands.folder / "samples.png").read_bytes().startswith(b"\x89PNG")

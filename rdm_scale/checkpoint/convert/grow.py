@@ -124,7 +124,7 @@ def _checked_shapes(growth: DepthGrowth, reader: TensorReader, source: Location)
 def _grown_tensors(
     growth: DepthGrowth, reader: TensorReader, shapes: dict[str, Shape], seed: int, keep_optimizer_state: bool
 ) -> Iterator[NamedEntries]:
-    """All state entries of the grown model's parameters, block by block."""
+    """Yield all state entries of the grown model's parameters, block by block."""
     for _, group in itertools.groupby(shapes, lambda name: name.split(".")[:2]):
         names = list(group)
         sources = {name: old for name in names if (old := growth.source(name)) is not None}
