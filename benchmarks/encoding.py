@@ -36,7 +36,7 @@ from rdm_scale.device import local_device
 from rdm_scale.encoding.inputs import find_media
 from rdm_scale.encoding.job import EncodingJob
 from rdm_scale.encoding.output import OutputFolders
-from rdm_scale.encoding.planning import Bucket, EncodingSettings
+from rdm_scale.encoding.planning import EncodingSettings, PixelBucket
 from rdm_scale.encoding.runner import encode
 from rdm_scale.encoding.worker import WorkerStage
 from rdm_scale.storage.location import Location
@@ -111,7 +111,7 @@ def write_jpegs(folder: Path, count: int) -> None:
 
 def job_of(images: Path, vae: Path, output: Path, options: argparse.Namespace) -> EncodingJob:
     source = find_media(str(images))
-    settings = EncodingSettings((Bucket(1, options.size, options.size),), batch_size=options.batch_size)
+    settings = EncodingSettings((PixelBucket(1, options.size, options.size),), batch_size=options.batch_size)
     codec = load_codec(str(vae), local_device())
     return EncodingJob.create(source, settings, codec, OutputFolders(Location(output)))
 

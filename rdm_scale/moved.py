@@ -57,6 +57,7 @@ NAMES: dict[str, dict[str, str]] = {
 # Old name: new name, wherever it was looked for under an old path.
 RENAMED = {
     "Among": "AttentionScope",
+    "Bucket": "PixelBucket",
     "Codec": "CodecRecord",
     "Kind": "MediaKind",
     "Layout": "ParallelPlan",

@@ -48,6 +48,7 @@ def test_renamed_type_is_found_under_its_old_name(room: str, old: str, new: str)
     ("old", "name", "new"),
     [
         ("data.inputs", "Kind", "media.MediaKind"),
+        ("data.encoding.planning", "Bucket", "planning.PixelBucket"),
         ("data.encoding.planning", "Settings", "planning.EncodingSettings"),
         ("data.encoding.job", "encode", "runner.encode"),
         ("data.videos", "probe_video", "videos.read_video_metadata"),

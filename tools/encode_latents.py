@@ -8,7 +8,7 @@
 INPUT is a folder of images (PNG, JPEG, WebP) or videos (MP4, MOV, AVI, WebM, MKV) whose sub-folders are the classes, a
 webdataset tar or a folder or quoted glob of tars (`key.png` with its class in `key.cls`, its caption in `key.txt`), or
 a .jsonl or .parquet list of paths. INPUT, OUTPUT and the folders of models may be on any fsspec location, for instance
-s3://bucket/prefix. Samples are shuffled over the whole input, centre-cropped and resized.
+s3://bucket/prefix. Samples are shuffled over the whole input, center-cropped and resized.
 
 Under torchrun the ranks share the work. The same command resumes an interrupted job, with any number of ranks, and ends
 with the same bytes as an uninterrupted one.
@@ -241,10 +241,10 @@ def _job(options: argparse.Namespace, described: bool) -> "EncodingJob":
 
 
 def _settings(options: argparse.Namespace, kind: "MediaKind") -> "EncodingSettings":
-    from rdm_scale.encoding.planning import Bucket, EncodingSettings
+    from rdm_scale.encoding.planning import EncodingSettings, PixelBucket
 
-    buckets = [Bucket.parse(text) for text in options.buckets or []]
-    buckets = buckets or [Bucket(options.frames or 1, options.size, options.size)]
+    buckets = [PixelBucket.parse(text) for text in options.buckets or []]
+    buckets = buckets or [PixelBucket(options.frames or 1, options.size, options.size)]
     settings = EncodingSettings(
         buckets=tuple(dict.fromkeys(buckets)),
         kind=options.latents,

@@ -8,18 +8,18 @@ if TYPE_CHECKING:
     from rdm_scale.encoding.inspection import decode_samples, measure_statistics, verify
     from rdm_scale.encoding.job import EncodingJob, EncodingResult, ProcessRank
     from rdm_scale.encoding.output import OutputFolders
-    from rdm_scale.encoding.planning import Bucket, EncodingSettings
+    from rdm_scale.encoding.planning import EncodingSettings, PixelBucket
     from rdm_scale.encoding.runner import encode
     from rdm_scale.encoding.text import TextEncoder, encode_prompts
     from rdm_scale.encoding.videos import decode_clip
 
 __all__ = [
-    "Bucket",
     "EncodingJob",
     "EncodingResult",
     "EncodingSettings",
     "MediaSet",
     "OutputFolders",
+    "PixelBucket",
     "ProcessRank",
     "TextEncoder",
     "decode_clip",
@@ -35,7 +35,7 @@ _HOMES = {
     "inspection": ("decode_samples", "measure_statistics", "verify"),
     "job": ("EncodingJob", "EncodingResult", "ProcessRank"),
     "output": ("OutputFolders",),
-    "planning": ("Bucket", "EncodingSettings"),
+    "planning": ("PixelBucket", "EncodingSettings"),
     "runner": ("encode",),
     "text": ("TextEncoder", "encode_prompts"),
     "videos": ("decode_clip",),

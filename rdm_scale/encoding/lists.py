@@ -89,7 +89,7 @@ def read_list(
 
 
 class _PathResolver:
-    """Turns paths and URLs of a list into locations; each file system is opened once, not once per entry."""
+    """Resolves paths and URLs of a list to locations; each file system is opened once, not once per entry."""
 
     def __init__(self, location: Location, options: Mapping[str, Any] | None) -> None:
         self._folder, self._options = location.parent, dict(options or {})

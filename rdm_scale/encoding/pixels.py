@@ -11,7 +11,7 @@ from rdm_scale.codecs import LatentCodec, normalize
 from rdm_scale.encoding.images import decode, image_size
 from rdm_scale.encoding.inputs import MediaFile, MediaSet
 from rdm_scale.encoding.media import MediaKind
-from rdm_scale.encoding.planning import Bucket, EncodingSettings, MediaMetadata, PlannedSample
+from rdm_scale.encoding.planning import EncodingSettings, MediaMetadata, PixelBucket, PlannedSample
 from rdm_scale.encoding.videos import decode_clip, read_video_metadata
 
 READERS = 8  # threads that read and decode
@@ -33,7 +33,7 @@ def read_metadata(file: MediaFile, kind: MediaKind, fps: float | None) -> MediaM
     return MediaMetadata(found.frames, found.height, found.width)
 
 
-def load_sample(source: MediaSet, sample: PlannedSample, bucket: Bucket, settings: EncodingSettings) -> Tensor:
+def load_sample(source: MediaSet, sample: PlannedSample, bucket: PixelBucket, settings: EncodingSettings) -> Tensor:
     """Load the pixels of a sample, float32 [3, T, H, W] in [-1, 1].
 
     Raises:
@@ -47,7 +47,7 @@ def load_sample(source: MediaSet, sample: PlannedSample, bucket: Bucket, setting
     return pixels.flip(-1) if sample.view else pixels
 
 
-def _load_clip(file: MediaFile, start: int, bucket: Bucket, settings: EncodingSettings) -> Tensor:
+def _load_clip(file: MediaFile, start: int, bucket: PixelBucket, settings: EncodingSettings) -> Tensor:
     with file.open() as content:
         return decode_clip(
             content,

@@ -21,18 +21,15 @@ Split = Literal["train", "holdout"]
 SPLITS: tuple[Split, Split] = ("train", "holdout")
 
 
-class Bucket(NamedTuple):
-    """A size in pixels that inputs are cropped and resized to; images have one frame.
-
-    Digests of jobs and shards contain its repr: renaming the class or its fields would orphan jobs begun before.
-    """
+class PixelBucket(NamedTuple):
+    """A size in pixels that inputs are cropped and resized to; images have one frame."""
 
     frames: int
     height: int
     width: int
 
     @classmethod
-    def parse(cls, text: str) -> "Bucket":
+    def parse(cls, text: str) -> "PixelBucket":
         """Parse HxW or TxHxW. Raises ConfigError."""
         try:
             sizes = [int(part) for part in text.lower().split("x")]
@@ -41,6 +38,10 @@ class Bucket(NamedTuple):
         except ValueError:
             pass
         raise ConfigError(f"{text!r} is not a size: write HEIGHTxWIDTH or FRAMESxHEIGHTxWIDTH, for instance 256x320")
+
+    def __repr__(self) -> str:
+        # Part of the digests of jobs and shards: another text would orphan jobs begun by earlier versions.
+        return f"Bucket(frames={self.frames}, height={self.height}, width={self.width})"
 
     def __str__(self) -> str:
         return "x".join(map(str, self if self.frames > 1 else self[1:]))
@@ -58,10 +59,11 @@ class MediaMetadata(NamedTuple):
 class EncodingSettings:
     """Everything that decides what a job writes, besides its inputs and models.
 
-    Digests of jobs contain the names and values of all fields: renaming one would orphan jobs begun before.
+    Digests of jobs contain the names and values of all fields: renaming one would orphan the jobs of earlier
+    versions.
     """
 
-    buckets: tuple[Bucket, ...]
+    buckets: tuple[PixelBucket, ...]
     kind: Literal["mode", "moments"] = "mode"
     dtype: Literal["float32", "float16", "bfloat16"] = "float16"
     seed: int = 0
@@ -81,11 +83,11 @@ class EncodingSettings:
         ):
             raise ConfigError("the input holds images: frames, fps, stride and clip step are for videos")
 
-    def clip_interval(self, bucket: Bucket) -> int:
+    def clip_interval(self, bucket: PixelBucket) -> int:
         """Frames from the start of a clip to that of the next."""
         return self.clip_step or bucket.frames * self.stride
 
-    def clip_span(self, bucket: Bucket) -> int:
+    def clip_span(self, bucket: PixelBucket) -> int:
         """Frames from the first to the last of a clip, both included."""
         return (bucket.frames - 1) * self.stride + 1
 
@@ -108,7 +110,7 @@ class PlannedShard:
 
     split: Split
     number: int  # counted within its split
-    bucket: Bucket
+    bucket: PixelBucket
     samples: tuple[PlannedSample, ...]
 
     def batches(self, size: int) -> Iterator[tuple[PlannedSample, ...]]:
@@ -122,7 +124,7 @@ class PlannedShard:
 
 @dataclass(frozen=True)
 class EncodingPlan:
-    """All shards of a job, and the inputs that cannot be encoded."""
+    """Shards of a job, and inputs that cannot be encoded."""
 
     shards: tuple[PlannedShard, ...]
     rejected: dict[int, str]  # index of the input: reason
@@ -148,7 +150,7 @@ def job_digest(inputs: str, codec: CodecRecord, text: TextEncoderRecord | None) 
         text: None if captions are not encoded.
     """
     described = None
-    if text is not None:  # spelled out: digests of jobs begun before must not depend on the name of the class
+    if text is not None:  # spelled out: the digests of earlier versions contain an old name of the class
         values = zip(fields(text), astuple(text), strict=True)
         described = f"TextRecord({', '.join(f'{one.name}={value!r}' for one, value in values)})"
     models = [("codec", codec.model_dump_json()), ("text", str(described))]
@@ -171,7 +173,7 @@ def make_plan(
     Raises:
         DataError: no input can be encoded, or one split would be empty.
     """
-    keyed: dict[tuple[Split, Bucket], list[_Keyed]] = {}
+    keyed: dict[tuple[Split, PixelBucket], list[_Keyed]] = {}
     rejected: dict[int, str] = {}
     for index, file in enumerate(source.files):
         size = MediaMetadata(1, 1, 1) if metadata is None else metadata[index]
@@ -230,8 +232,8 @@ def split_files(files: Sequence[MediaFile], seed: int, holdout_share: float) -> 
     return splits
 
 
-def _choose_bucket(size: MediaMetadata, settings: EncodingSettings) -> Bucket | None:
-    """Bucket of an input; None if it is too short for all.
+def _choose_bucket(size: MediaMetadata, settings: EncodingSettings) -> PixelBucket | None:
+    """PixelBucket of an input; None if it is too short for all.
 
     Longer clips come first, then the nearest aspect ratio, then the most pixels without enlarging the input.
     """
@@ -240,7 +242,7 @@ def _choose_bucket(size: MediaMetadata, settings: EncodingSettings) -> Bucket | 
         return long_enough[0] if long_enough else None
     aspect = math.log(size.height / size.width)
 
-    def rank(bucket: Bucket) -> tuple[int, float, bool, int]:
+    def rank(bucket: PixelBucket) -> tuple[int, float, bool, int]:
         enlarged = bucket.height > size.height or bucket.width > size.width
         pixels = bucket.height * bucket.width
         return (
@@ -253,7 +255,9 @@ def _choose_bucket(size: MediaMetadata, settings: EncodingSettings) -> Bucket | 
     return min(long_enough, key=rank)
 
 
-def _samples(file: int, size: MediaMetadata, bucket: Bucket, settings: EncodingSettings) -> Iterator[PlannedSample]:
+def _samples(
+    file: int, size: MediaMetadata, bucket: PixelBucket, settings: EncodingSettings
+) -> Iterator[PlannedSample]:
     last = size.frames - settings.clip_span(bucket)
     for clip in range(last // settings.clip_interval(bucket) + 1):
         yield PlannedSample(file, clip, 0)

@@ -19,7 +19,7 @@ class RejectedSample(NamedTuple):
 
 
 class ShardRecord(BaseModel):
-    """Result of a planned shard. The fields are a file format: jobs begun before are resumed from it."""
+    """Result of a planned shard. The fields are a file format: jobs begun by earlier versions are resumed from it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -1,7 +1,7 @@
-"""Runs encoding jobs: in one process, or in many that share the work through the output folder alone.
+"""Run encoding jobs: in one process, or in many that share the work through the output folder alone.
 
-Shards are dealt to the ranks in turn. Each is written completely and then recorded in the folder `.encoding` of the
-output, so an interrupted job is resumed with any number of ranks and ends with the same bytes. Rank 0 waits for all
+Shards are assigned to the ranks round-robin. Each is written completely and then recorded in the folder `.encoding` of
+the output, so an interrupted job is resumed with any number of ranks and ends with the same bytes. Rank 0 waits for all
 records and writes the manifests from them, that of the training split last.
 """
 

@@ -1,4 +1,4 @@
-"""The shared plan of a job: what rank 0 finds out and all ranks, and later runs of the job, have to agree on."""
+"""The shared plan of a job: facts that rank 0 collects, and on which all ranks and later runs have to agree."""
 
 import json
 from typing import NamedTuple
@@ -11,14 +11,15 @@ _NAME = "plan.json"
 
 
 class SharedPlan(NamedTuple):
-    """What is stored in the working folder until the job is done."""
+    """Contents of `plan.json`, which is kept in the working folder until the job is done."""
 
     digest: str  # of the job
     threads: int  # that compute on a CPU: another number would change the last bits of latents
     metadata: list[MediaMetadata | str] | None  # size of each input, or why it cannot be read; None: not needed
 
     def write(self, work: Location) -> None:
-        content = {"job": self.digest, "threads": self.threads, "probes": self.metadata}  # names of earlier versions
+        # A file format: the keys are those of earlier versions.
+        content = {"job": self.digest, "threads": self.threads, "probes": self.metadata}
         (work / _NAME).write(json.dumps(content).encode())
 
     @staticmethod

@@ -19,7 +19,8 @@ from rdm_scale.errors import DataError
 class TextEncoderRecord:
     """Identity of a text encoder, as manifests keep it.
 
-    Digests of jobs contain the names and values of all fields: renaming one would orphan jobs begun before.
+    Digests of jobs contain the names and values of all fields: renaming one would orphan the jobs of earlier
+    versions.
     """
 
     name: str  # class of the model

@@ -22,7 +22,7 @@ from rdm_scale.dtypes import STORED_DTYPES
 from rdm_scale.encoding.job import EncodingJob
 from rdm_scale.encoding.moments import MomentAccumulator
 from rdm_scale.encoding.pixels import READERS, load_sample
-from rdm_scale.encoding.planning import Bucket, PlannedSample, PlannedShard
+from rdm_scale.encoding.planning import PixelBucket, PlannedSample, PlannedShard
 from rdm_scale.encoding.records import RejectedSample, ShardRecord
 from rdm_scale.errors import DataError
 
@@ -137,7 +137,7 @@ class Worker:
         with self._trace("wait"):
             return batch.result()
 
-    def _load(self, sample: PlannedSample, bucket: Bucket) -> Tensor:
+    def _load(self, sample: PlannedSample, bucket: PixelBucket) -> Tensor:
         with self._trace("load"):
             return load_sample(self._job.source, sample, bucket, self._job.settings)
 

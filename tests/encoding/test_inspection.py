@@ -13,7 +13,7 @@ from rdm_scale.data.captions import EncodedText, pack_text
 from rdm_scale.data.manifest import ChannelStatistics, Manifest, TextEncoding, read_manifest
 from rdm_scale.data.shards import PackedMember, pack_samples, write_tar
 from rdm_scale.encoding.inspection import decode_samples, measure_statistics, verify
-from rdm_scale.encoding.planning import Bucket
+from rdm_scale.encoding.planning import PixelBucket
 from rdm_scale.encoding.runner import encode
 from rdm_scale.errors import DataError
 from rdm_scale.storage.location import Location
@@ -248,7 +248,7 @@ def test_clips_and_buckets_are_decoded_by_their_shape(tmp_path, memory):
     (tmp_path / "images").mkdir()
     for i in range(4):
         (tmp_path / f"images/{i}.png").write_bytes(png(np.full((8, 8 + 8 * (i % 2), 3), 60 * i, np.uint8)))
-    encode(make_job(tmp_path / "images", tmp_path / "out", buckets=(Bucket(1, 4, 4), Bucket(1, 4, 8))))
+    encode(make_job(tmp_path / "images", tmp_path / "out", buckets=(PixelBucket(1, 4, 4), PixelBucket(1, 4, 8))))
     found = decode_samples(str(tmp_path / "out"), load_codec("identity"), 10)
     assert {shape: len(pixels) for shape, pixels in found.items()} == {(3, 1, 4, 4): 2, (3, 1, 4, 8): 2}
     assert sorted(pixels[0, 0, 0, 0, 0].item() for pixels in found.values())[0] < 0

@@ -17,7 +17,7 @@ from rdm_scale.data.shards import read_bytes, read_member, sample_id
 from rdm_scale.dtypes import STORED_DTYPES
 from rdm_scale.encoding.job import ProcessRank
 from rdm_scale.encoding.output import OutputFolders
-from rdm_scale.encoding.planning import Bucket
+from rdm_scale.encoding.planning import PixelBucket
 from rdm_scale.encoding.runner import encode
 from rdm_scale.encoding.text import TextEncoder
 from rdm_scale.errors import DataError
@@ -157,7 +157,7 @@ def test_each_bucket_has_shards_of_its_own(tmp_path):
     for i in range(30):
         size = [(16, 16), (16, 32), (32, 16)][i % 3]
         (source / f"{i}.png").write_bytes(png(generator.integers(0, 256, (*size, 3), np.uint8)))
-    buckets = (Bucket(1, 8, 8), Bucket(1, 8, 16), Bucket(1, 16, 8))
+    buckets = (PixelBucket(1, 8, 8), PixelBucket(1, 8, 16), PixelBucket(1, 16, 8))
     told = []
     encode(make_job(source, tmp_path / "out", buckets=buckets), progress=lambda *one: told.append(one))
     manifest, folder = read_manifest(str(tmp_path / "out"))

@@ -5,13 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+import rdm_scale.encoding
 from rdm_scale import rng
 from rdm_scale.codecs.record import CodecRecord
 from rdm_scale.encoding.inputs import MediaFile, MediaSet
 from rdm_scale.encoding.planning import (
-    Bucket,
     EncodingSettings,
     MediaMetadata,
+    PixelBucket,
     inputs_digest,
     is_held_out,
     job_digest,
@@ -24,7 +25,7 @@ from rdm_scale.errors import ConfigError, DataError
 from rdm_scale.storage.location import Location
 from tests.support.encoding_jobs import media
 
-ONE = (Bucket(1, 8, 8),)
+ONE = (PixelBucket(1, 8, 8),)
 KEYS = [f"{i % 10}/{i:04d}" for i in range(300)]
 
 
@@ -84,7 +85,7 @@ def test_a_class_sorted_input_fills_shards_like_independent_draws():
     ],
 )
 def test_clips_of_a_video(frames, length, stride, step, starts):
-    bucket = Bucket(length, 8, 8)
+    bucket = PixelBucket(length, 8, 8)
     settings = EncodingSettings((bucket,), stride=stride, clip_step=step)
     plan = make_plan(media(["a"], kind="video"), settings, [MediaMetadata(frames, 8, 8)])
     items = sorted(item for shard in plan.shards for item in shard.samples)
@@ -100,7 +101,7 @@ def test_clips_of_a_video(frames, length, stride, step, starts):
 
 
 def test_a_video_that_is_too_short_and_one_that_is_damaged_are_unfit():
-    settings = EncodingSettings((Bucket(8, 8, 8),), stride=2)
+    settings = EncodingSettings((PixelBucket(8, 8, 8),), stride=2)
     source = media(["a", "b", "c"], kind="video")
     plan = make_plan(source, settings, [MediaMetadata(14, 8, 8), "no video", MediaMetadata(15, 8, 8)])
     assert plan.sample_count == 1 and plan.shards[0].samples[0].file == 2
@@ -127,7 +128,7 @@ def test_a_video_that_is_too_short_and_one_that_is_damaged_are_unfit():
     ],
 )
 def test_buckets_by_length_aspect_and_size(buckets, cases):
-    settings = EncodingSettings(tuple(map(Bucket.parse, buckets)), samples_per_member=1, members_per_shard=1)
+    settings = EncodingSettings(tuple(map(PixelBucket.parse, buckets)), samples_per_member=1, members_per_shard=1)
     kind = "video" if settings.buckets[0].frames > 1 else "image"
     source = media([f"{i}" for i in range(len(cases))], kind=kind)
     assert needs_metadata(source, settings)
@@ -138,7 +139,7 @@ def test_buckets_by_length_aspect_and_size(buckets, cases):
 
 def test_a_shard_holds_one_bucket_and_numbers_run_on():
     settings = EncodingSettings(
-        (Bucket(1, 8, 8), Bucket(1, 8, 16)), holdout_share=0.5, samples_per_member=2, members_per_shard=2
+        (PixelBucket(1, 8, 8), PixelBucket(1, 8, 16)), holdout_share=0.5, samples_per_member=2, members_per_shard=2
     )
     source = media(KEYS[:60])
     plan = make_plan(source, settings, [MediaMetadata(1, 10, 10 + 10 * (i % 2)) for i in range(60)])
@@ -162,7 +163,7 @@ def test_batches_and_digests_of_shards():
         make_plan(media(KEYS[:9]), EncodingSettings(ONE), None),
         make_plan(media(KEYS[:10]), EncodingSettings(ONE, seed=1), None),
         make_plan(media(KEYS[:10]), EncodingSettings(ONE, flips=True), None),
-        make_plan(media(KEYS[:10]), EncodingSettings((Bucket(1, 8, 9),)), None),
+        make_plan(media(KEYS[:10]), EncodingSettings((PixelBucket(1, 8, 9),)), None),
     ):
         assert other.shards[0].digest(media(KEYS[:10])) not in digests
 
@@ -186,14 +187,14 @@ def test_the_digest_of_a_job_is_of_all_that_decides_what_is_written():
 
 
 def test_sizes_are_written_as_they_are_read():
-    assert Bucket.parse("256x320") == (1, 256, 320) and Bucket.parse("16X8x9") == (16, 8, 9)
-    assert str(Bucket(1, 256, 320)) == "256x320" and str(Bucket(16, 8, 9)) == "16x8x9"
+    assert PixelBucket.parse("256x320") == (1, 256, 320) and PixelBucket.parse("16X8x9") == (16, 8, 9)
+    assert str(PixelBucket(1, 256, 320)) == "256x320" and str(PixelBucket(16, 8, 9)) == "16x8x9"
     for wrong in ("256", "0x8", "-8x8", "8x", "axb", "1x2x3x4", ""):
         with pytest.raises(ConfigError, match="is not a size"):
-            Bucket.parse(wrong)
+            PixelBucket.parse(wrong)
 
 
-@pytest.mark.parametrize("wrong", [{"fps": 8.0}, {"stride": 2}, {"clip_step": 3}, {"buckets": (Bucket(2, 8, 8),)}])
+@pytest.mark.parametrize("wrong", [{"fps": 8.0}, {"stride": 2}, {"clip_step": 3}, {"buckets": (PixelBucket(2, 8, 8),)}])
 def test_settings_of_videos_make_no_sense_for_images(wrong):
     settings = EncodingSettings(**({"buckets": ONE} | wrong))
     with pytest.raises(ConfigError, match="for videos"):
@@ -214,7 +215,7 @@ def test_digests_and_plans_of_earlier_versions() -> None:
     )
     source = MediaSet(files, "video", ("cat", "dog"), captioned=True, ignored=3)
     settings = EncodingSettings(
-        (Bucket(1, 8, 8), Bucket(4, 8, 16)),
+        (PixelBucket(1, 8, 8), PixelBucket(4, 8, 16)),
         kind="moments",
         dtype="bfloat16",
         seed=3,
@@ -250,3 +251,9 @@ def test_digests_and_plans_of_earlier_versions() -> None:
         ("holdout", 2, "4x8x16", "caddefdd13d2"),
     ]
     assert plan.shards[1].samples == ((0, 0, 0), (0, 0, 1), (5, 0, 1), (5, 0, 0)) and plan.rejected == {2: "broken"}
+
+
+def test_public_names_of_the_room_are_found() -> None:
+    assert all(getattr(rdm_scale.encoding, name) is not None for name in rdm_scale.encoding.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = rdm_scale.encoding.nothing

@@ -144,7 +144,7 @@ def test_every_kind_of_loss_is_found(s3_environment: S3Server, prefix: str) -> N
         s3_environment.put(key, content)
         with pytest.raises(DataError, match=rf"shard-000002\.tar.*{said}"):
             read_all()
-    s3_environment.client().delete_object(Bucket="latents", Key=key)
+    s3_environment.client().delete_object(PixelBucket="latents", Key=key)
     with pytest.raises(DataError, match=r"shard-000002\.tar is missing, and the manifest lists it"):
         read_all()
     s3_environment.put(key, whole)

@@ -16,7 +16,7 @@ from rdm_scale.data.shards import read_member, sample_id
 from rdm_scale.encoding.inputs import MediaFile, MediaSet, find_media
 from rdm_scale.encoding.job import EncodingJob
 from rdm_scale.encoding.output import OutputFolders
-from rdm_scale.encoding.planning import Bucket, EncodingSettings
+from rdm_scale.encoding.planning import EncodingSettings, PixelBucket
 from rdm_scale.encoding.text import TextEncoder
 from rdm_scale.storage.location import Location
 from tests.support.clip_files import digit_clip
@@ -67,7 +67,7 @@ def make_job(
     **settings: Any,
 ) -> EncodingJob:
     settings = {
-        "buckets": (Bucket(frames, size, size),),
+        "buckets": (PixelBucket(frames, size, size),),
         "dtype": "float32",
         "batch_size": 7,
         "samples_per_member": 4,
