@@ -42,7 +42,8 @@ class ProgressReporter:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.done = initial
-        self._initial, self._total, self._shown = initial, total, shown
+        self._title, self._total, self._unit, self._scaled = title, total, unit, scaled
+        self._initial, self._shown = initial, shown
         self._stream = sys.stderr if stream is None else stream
         self._bar: tqdm[NoReturn] | None = None
         if shown and self._stream.isatty():
@@ -55,7 +56,6 @@ class ProgressReporter:
                 file=self._stream,
                 dynamic_ncols=True,
             )
-        self._line = _Line(title, total, unit, scaled)
         self._figures: dict[str, str] = {}
         self._clock, self._interval_s, self._started = clock, interval_s, clock()
         self._due = self._started + min(1.0, interval_s)
@@ -72,8 +72,12 @@ class ProgressReporter:
         elif self._shown and self._clock() >= self._due:
             self._write()
 
-    def advance_to(self, done: int) -> None:
-        """Count `done` units as done in all, unless it were more already."""
+    def advance_to(self, done: int, total: int | None = None) -> None:
+        """Count `done` units as done in all, unless it were more already. `total` may be given here, too."""
+        if total is not None:
+            self._total = total
+            if self._bar is not None:
+                self._bar.total = total
         if done > self.done:
             self.update(done - self.done)
 
@@ -93,9 +97,27 @@ class ProgressReporter:
 
     def _write(self) -> None:
         now = self._clock()
-        text = self._line.text(self.done, self.done - self._initial, now - self._started, self._figures)
-        print(text, file=self._stream, flush=True)
+        print(self._line(now - self._started), file=self._stream, flush=True)
         self._due, self._reported = now + self._interval_s, self.done
+
+    def _line(self, elapsed_s: float) -> str:
+        """Text of one report: `drawing: 125/250 samples, 41.7 samples/s, 00:03 left`."""
+        rate = (self.done - self._initial) / elapsed_s if elapsed_s > 0 else 0.0
+        unit = self._unit if self._unit == "B" else f" {self._unit}s"
+        total = "" if self._total is None else f"/{self._number(self._total)}"
+        parts = [f"{self._title}: {self._number(self.done)}{total}{unit}"]
+        if rate:
+            parts.append(f"{self._number(rate)}{unit}/s")
+        if self._total is not None and self.done >= self._total:
+            parts.append(f"{tqdm.format_interval(elapsed_s)} in all")
+        elif self._total is not None and rate:
+            parts.append(f"{tqdm.format_interval((self._total - self.done) / rate)} left")
+        return ", ".join(parts + [f"{name} {value}" for name, value in self._figures.items()])
+
+    def _number(self, value: float) -> str:
+        if self._scaled:
+            return str(tqdm.format_sizeof(value))
+        return f"{value:,}" if isinstance(value, int) else f"{value:,.3g}" if value < 1000 else f"{value:,.0f}"
 
 
 def track(items: Iterable[Item], title: str, unit: str, total: int | None = None) -> Iterator[Item]:
@@ -110,28 +132,3 @@ def track(items: Iterable[Item], title: str, unit: str, total: int | None = None
         for item in items:
             yield item
             progress.update()
-
-
-class _Line:
-    """Text of one report: `drawing: 125/250 samples, 41.7 samples/s, 00:03 left`."""
-
-    def __init__(self, title: str, total: int | None, unit: str, scaled: bool) -> None:
-        self._title, self._total, self._scaled = title, total, scaled
-        self._unit = unit if unit == "B" else f" {unit}s"
-
-    def text(self, done: int, counted: int, elapsed_s: float, figures: dict[str, str]) -> str:
-        rate = counted / elapsed_s if elapsed_s > 0 else 0.0
-        total = "" if self._total is None else f"/{self._number(self._total)}"
-        parts = [f"{self._title}: {self._number(done)}{total}{self._unit}"]
-        if rate:
-            parts.append(f"{self._number(rate)}{self._unit}/s")
-        if self._total is not None and done >= self._total:
-            parts.append(f"{tqdm.format_interval(elapsed_s)} in all")
-        elif self._total is not None and rate:
-            parts.append(f"{tqdm.format_interval((self._total - done) / rate)} left")
-        return ", ".join(parts + [f"{name} {value}" for name, value in figures.items()])
-
-    def _number(self, value: float) -> str:
-        if self._scaled:
-            return str(tqdm.format_sizeof(value))
-        return f"{value:,}" if isinstance(value, int) else f"{value:,.3g}" if value < 1000 else f"{value:,.0f}"

@@ -89,6 +89,12 @@ def test_what_was_done_earlier_does_not_count_towards_the_rate(log: TextIO) -> N
     assert lines(log) == ["encoding: 1,500/3,000 samples, 250 samples/s, 00:06 left"]
 
 
+def test_a_total_that_is_known_late(log: TextIO) -> None:
+    with ProgressReporter("drawing", stream=log, clock=Clock()) as progress:
+        progress.advance_to(2, 8)
+    assert lines(log) == ["drawing: 2/8 samples"]
+
+
 def test_work_that_fails_says_how_far_it_came(log: TextIO) -> None:
     with pytest.raises(OSError), ProgressReporter("writing", 3, "tensor", stream=log, clock=Clock()) as progress:
         progress.update()

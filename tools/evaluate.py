@@ -101,7 +101,7 @@ def judge(options: argparse.Namespace) -> None:
             options.seed,
             batch_size=options.batch_size,
             empty_caption=empty,
-            progress=lambda done, _: progress.advance_to(done),
+            progress=progress.advance_to,
         )
     if options.picture:
         shown, fps = pixels[: options.rows * classes], options.fps or 8.0

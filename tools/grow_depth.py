@@ -9,6 +9,7 @@ import argparse
 import sys
 
 from rdm_scale.errors import RdmError
+from rdm_scale.progress import ProgressReporter
 
 PLACEMENTS = ("interleaved", "appended", "stacked")  # those of depth_growth.BlockPlacement, whose import loads torch
 
@@ -38,7 +39,15 @@ def grow(options: argparse.Namespace) -> None:
     from rdm_scale.checkpoint.convert.grow import grow_checkpoint
     from rdm_scale.cost import model_flops, model_parameters
 
-    grown = grow_checkpoint(options.checkpoint, options.depth, options.output, options.placement, options.restart)
+    with ProgressReporter("writing", unit="parameter", scaled=True) as progress:
+        grown = grow_checkpoint(
+            options.checkpoint,
+            options.depth,
+            options.output,
+            options.placement,
+            options.restart,
+            progress.advance_to,
+        )
     before, after = grown.before.model, grown.after.model
     print(
         f"{grown.folder}: step {grown.step}, {before.depth} blocks grown to {after.depth} ({options.placement}), "

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from rdm_scale.encoding.tars import pack_tar
+from rdm_scale.progress import track
 from rdm_scale.storage.location import Location
 
 CODECS = {"mp4": "libx264", "avi": "mpeg4", "webm": "libvpx", "mkv": "libx264", "mov": "libx264"}
@@ -68,7 +69,7 @@ def clips_tar(clips: int, container: str = "mp4", frames: int = 24, size: int = 
         scan, label = scans[index % len(scans)].reshape(8, 8), labels[index % len(scans)]
         return {container: encode(render(scan, index, frames, size), container, fps), "cls": str(label).encode()}
 
-    return pack_tar(map(sample, range(clips)))
+    return pack_tar(map(sample, track(range(clips), "writing", "clip")))
 
 
 def main() -> int:

@@ -82,7 +82,7 @@ def draw(options: argparse.Namespace) -> None:
             options.seed,
             batch_size=options.batch_size,
             empty_caption=empty,
-            progress=lambda done, _: progress.advance_to(done),
+            progress=progress.advance_to,
         )
     files = write_grid(pixels, Location(options.output), columns, names, fps=options.fps)
     print(f"{samples} samples of step {trained.step} are in {' and '.join(map(str, files))}")

@@ -1,5 +1,6 @@
 """A run grown by the tool: the same function, the same position in the data, and training that continues."""
 
+import re
 from pathlib import Path
 from typing import get_args
 
@@ -49,6 +50,8 @@ def test_a_grown_run_continues_from_the_shallow_one(ranks: RankPool, run: Path, 
     grown = tmp_path / "grown" / "step_00000005"
     assert done.returncode == 0, done.stderr
     assert "step 5, 3 blocks grown to 6 (interleaved)" in done.stdout
+    written, total = re.findall(r"^writing: (\S+)/(\S+) parameters", done.stderr, re.MULTILINE)[-1]
+    assert written == total
     assert f"model.depth=6 checkpoint.resume={grown} run.dir=" in done.stdout
     for weights in ("weights", "ema"):
         expected = outputs(run / "checkpoints" / "step_00000005", weights)

@@ -7,7 +7,8 @@ state.
 """
 
 import itertools
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +40,12 @@ class GrownCheckpoint:
 
 
 def grow_checkpoint(
-    path: str, depth: int, out: str, placement: BlockPlacement = "interleaved", restart: bool = False
+    path: str,
+    depth: int,
+    out: str,
+    placement: BlockPlacement = "interleaved",
+    restart: bool = False,
+    progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> GrownCheckpoint:
     """Write a checkpoint of `depth` blocks with the same function as the one at `path`.
 
@@ -54,6 +60,7 @@ def grow_checkpoint(
         placement: places of the new blocks.
         restart: reset the step, the position in the data and the optimizer state to 0, so that the warm-up and the
             learning rate schedule start again.
+        progress: called as progress(parameters written, parameters in all) after every tensor.
 
     Raises:
         CheckpointError: there is no complete checkpoint at `path`, it is damaged or was not written by this project, or
@@ -80,7 +87,8 @@ def grow_checkpoint(
         "layout": {"tensor": 1, "pipeline": 1, "data": 1},
         "grown_from": {"checkpoint": str(source), "depth": before.model.depth, "placement": placement},
     }
-    return GrownCheckpoint(write_checkpoint(directory, grown, tensors), step, before, after)
+    counted = _report_each(tensors, sum(math.prod(shape) for shape in shapes.values()), progress)
+    return GrownCheckpoint(write_checkpoint(directory, grown, counted), step, before, after)
 
 
 def grown_entry(growth: DepthGrowth, name: str, entry: str, source: Tensor) -> Tensor:
@@ -139,3 +147,14 @@ def _grown_tensors(
             if not keep_optimizer_state:
                 entries |= {entry: torch.zeros(shapes[name]) for entry in _GATE_POWERS}
             yield name, entries
+
+
+def _report_each(
+    tensors: Iterable[NamedEntries], total: int, progress: Callable[[int, int], object]
+) -> Iterator[NamedEntries]:
+    """Pass tensors on, and report the parameters passed on so far."""
+    done = 0
+    for name, entries in tensors:
+        yield name, entries
+        done += entries["weights"].numel()
+        progress(done, total)
