@@ -27,7 +27,7 @@ class StageCost:
     def bytes(self) -> dict[str, float]:
         """Bytes by column of the table."""
         state = self.state
-        values = (state.parameters, state.gradients, state.optimizer, state.average, self.activations, self.working)
+        values = (state.parameters, state.gradients, state.optimizer, state.ema, self.activations, self.working)
         return dict(zip(_COLUMNS, values, strict=True))
 
     @property
@@ -192,8 +192,8 @@ def _chunk_flops(config: RunConfig, blocks: tuple[range, ...], chunk: int) -> fl
 def _chunk_parameters(config: RunConfig, blocks: tuple[range, ...], chunk: int) -> cost.Parameters:
     model = config.model
     parameters = cost.blocks_parameters(model, blocks[chunk])
-    parameters += cost.embedding_parameters(model) if chunk == 0 else cost.NOTHING
-    return parameters + (cost.head_parameters(model) if chunk == len(blocks) - 1 else cost.NOTHING)
+    parameters += cost.embedding_parameters(model) if chunk == 0 else cost.NO_PARAMETERS
+    return parameters + (cost.head_parameters(model) if chunk == len(blocks) - 1 else cost.NO_PARAMETERS)
 
 
 def _working_bytes(config: RunConfig, samples: int, parameters: int, data: int, keep: bool) -> float:

@@ -81,7 +81,7 @@ def test_memory_by_hand() -> None:
     (stage,) = layout.stages
     assert stage.parameters == n and (layout.micro_batch, layout.micro_batches) == (2, 1)
     assert (stage.state.parameters, stage.state.gradients) == (4 * n, 4 * n)
-    assert stage.state.optimizer == 12 * -(-n // 4) and stage.state.average == 4 * -(-n // 4)
+    assert stage.state.optimizer == 12 * -(-n // 4) and stage.state.ema == 4 * -(-n // 4)
     assert stage.activations == 12 * cost.block_activation_bytes(config, 2, "none")
 
 
