@@ -20,6 +20,7 @@ from rdm_scale.checkpoint.format.reader import TensorReader
 from rdm_scale.checkpoint.format.slices import SliceTable
 from rdm_scale.checkpoint.state import CheckpointState
 from rdm_scale.errors import CheckpointError, IncompleteError
+from rdm_scale.storage.json_files import read_bounded
 from rdm_scale.storage.location import Location
 
 COMMIT, STATE = "commit.json", "state.json"
@@ -263,14 +264,11 @@ def _read_state(folder: Location, commit: _Commit) -> CheckpointState:
 def _read_json(where: Location) -> bytes:
     """The file's bytes. Raises FileNotFoundError, or CheckpointError when it is too large or cannot be read."""
     try:
-        content = where.read_range(0, _MAX_JSON_BYTES + 1)
+        return read_bounded(where, IncompleteError, _MAX_JSON_BYTES)
     except FileNotFoundError:
         raise
     except OSError as error:
         raise CheckpointError(f"cannot read {where}: {error.strerror or error}") from error
-    if len(content) > _MAX_JSON_BYTES:
-        raise IncompleteError(f"{where} is larger than it can be ({_MAX_JSON_BYTES:,} bytes)")
-    return content
 
 
 def _sync(folder: Location) -> None:

@@ -21,8 +21,9 @@ from rdm_scale.config import ModelConfig, RunConfig, parse_config
 from rdm_scale.data.manifest import TextEncoding
 from rdm_scale.errors import CheckpointError
 from rdm_scale.models import build_model
+from rdm_scale.storage.json_files import read_json_object
 from rdm_scale.storage.location import Location
-from rdm_scale.storage.safetensors_folder import SafetensorsReader, Shape, read_json
+from rdm_scale.storage.safetensors_folder import SafetensorsReader, Shape
 
 Weights = Literal["ema", "weights"]
 MERGED = "model"  # stem of the .safetensors files
@@ -160,7 +161,7 @@ def _few(names: list[str], count: int = 5) -> str:
 
 
 def _open_merged(folder: Location) -> ModelSource:
-    tree = read_json(folder / CONFIG)
+    tree = read_json_object(folder / CONFIG, CheckpointError)
     if tree.get("format") != "rdm_scale.model":
         raise CheckpointError(
             f"{folder} is neither a checkpoint nor a folder that tools/merge_checkpoint.py wrote"

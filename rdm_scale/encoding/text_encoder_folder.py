@@ -15,10 +15,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rdm_scale.errors import DataError
+from rdm_scale.storage.json_files import read_json, read_json_object
 from rdm_scale.storage.location import Location
+from rdm_scale.storage.safetensors_folder import weight_files
 
 Pooling = Literal["mean", "cls", "max"]
-CONFIG, WEIGHTS, INDEX, TOKENIZER = "config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json"
+_STEM = "model"
+CONFIG, TOKENIZER = "config.json", "tokenizer.json"
+WEIGHTS = f"{_STEM}.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
 _BESIDE_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _LENGTH = "sentence_bert_config.json"
 _MODULES = "modules.json"  # of sentence-transformers
@@ -82,7 +87,7 @@ def _stage(folder: Location, path: Path) -> TextEncoderFolder:
             f"{transformer} has no {TOKENIZER}: save the tokenizer into the same folder, "
             "AutoTokenizer.from_pretrained(...).save_pretrained(folder)"
         )
-    weights = _weight_names(transformer, names)
+    weights = weight_files(transformer, _STEM, DataError)
     config = _read_object(transformer / CONFIG)
     _check_config(config, transformer)
     (path / CONFIG).write_text(json.dumps(_wanted(config)))
@@ -105,27 +110,9 @@ def _stage(folder: Location, path: Path) -> TextEncoderFolder:
     )
 
 
-def _weight_names(folder: Location, names: list[str]) -> tuple[str, ...]:
-    if WEIGHTS in names:
-        return (WEIGHTS,)
-    if INDEX not in names:
-        pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
-        found = f", only {pickled[0]}, and pickled weights are not loaded because they can run code" if pickled else ""
-        raise DataError(
-            f"{folder} has no {WEIGHTS}{found}: save it with save_pretrained(folder, safe_serialization=True)"
-        )
-    places = _read_object(folder / INDEX).get("weight_map")
-    parts = sorted(set(map(str, places.values()))) if isinstance(places, dict) else []
-    if not parts or not all(_NAME.fullmatch(part) and part.endswith(".safetensors") for part in parts):
-        raise DataError(f"{folder / INDEX} has no weight_map of safetensors files beside it: save the model again")
-    if missing := [part for part in parts if part not in names]:
-        raise DataError(f"{folder / missing[0]} is missing, and {INDEX} names it: copy the folder again")
-    return tuple(parts)
-
-
 def _modules(folder: Location) -> tuple[Location, Pooling, bool]:
     """The folder of the transformer, and what sentence-transformers makes of its tokens."""
-    modules = _read(folder / _MODULES)
+    modules = read_json(folder / _MODULES, DataError, _MAX_JSON_BYTES)
     kinds: dict[str, str] = {}  # kind of module to its folder
     for module in modules if isinstance(modules, list) else []:
         kind, place = (module.get("type"), module.get("path")) if isinstance(module, dict) else (None, None)
@@ -178,22 +165,8 @@ def _wanted(value: Any) -> Any:
     return value
 
 
-def _read(file: Location) -> Any:
-    try:
-        if file.size() > _MAX_JSON_BYTES:
-            raise DataError(f"{file} has {file.size()} bytes: too many for such a file")
-        return json.loads(file.read())
-    except FileNotFoundError:
-        raise DataError(f"{file} is missing: copy the folder of the text encoder again") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{file} is not JSON: {error}") from None
-
-
 def _read_object(file: Location) -> dict[str, Any]:
-    value = _read(file)
-    if not isinstance(value, dict):
-        raise DataError(f"{file} is not a JSON object: copy the folder of the text encoder again")
-    return value
+    return read_json_object(file, DataError, _MAX_JSON_BYTES)
 
 
 def _bring(file: Location, to: Path, limit: int) -> int:

@@ -34,7 +34,7 @@ def read_json(file: Location, error: type[RdmError], max_bytes: int = MAX_JSON_B
     try:
         return json.loads(read_bounded(file, error, max_bytes))
     except FileNotFoundError:
-        raise error(f"{file} is missing: copy all files of its folder") from None
+        raise error(f"there is no {file}: check the path, or copy all files of the folder") from None
     except OSError as failure:
         raise error(f"cannot read {file}: {failure.strerror or failure}") from failure
     except (ValueError, RecursionError) as failure:

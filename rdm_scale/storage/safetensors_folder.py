@@ -1,7 +1,7 @@
-"""Plain safetensors on any file system: one file, or several with the index that huggingface_hub's readers expect.
+"""Safetensors files on any file system: one file, or several with the index that readers of Hugging Face expect.
 
-Both ways memory holds one tensor at a time. A file that is read is not trusted: what its header claims is compared with
-the size of the file before anything is allocated, and nothing in it can run.
+Reading and writing hold one tensor in memory at a time. Files that are read are not trusted: the claims of a header are
+compared with the size of its file before anything is allocated. Pickled weights, which could run code, are refused.
 """
 
 import json
@@ -16,28 +16,34 @@ import torch
 from torch import Tensor
 
 from rdm_scale.dtypes import SAFETENSORS_DTYPES
-from rdm_scale.errors import CheckpointError
+from rdm_scale.errors import CheckpointError, RdmError
+from rdm_scale.storage.json_files import MAX_JSON_BYTES, read_json_object
 from rdm_scale.storage.location import Location
 
 _NAMES = {dtype.torch: name for name, dtype in SAFETENSORS_DTYPES.items()}
 _MAX_HEADER_BYTES = 100_000_000  # as in safetensors itself
-_MAX_JSON_BYTES = 2**26
-_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class _Entry:
+    """One tensor of a file: its element type, shape, and range of bytes."""
+
     file: Location
     dtype: torch.dtype
     shape: Shape
-    offset: int  # into the file
+    offset: int  # from the beginning of the file
     bytes: int
 
 
 class SafetensorsReader:
-    """Tensors of one or several safetensors files.
+    """Reader of the tensors of one or several safetensors files.
+
+    Attributes:
+        shapes: of all tensors, by name.
 
     Raises:
         CheckpointError: a file is missing, cut off, or its header is impossible; says which and why.
@@ -54,27 +60,11 @@ class SafetensorsReader:
 
     @staticmethod
     def of_folder(folder: Location, stem: str) -> "SafetensorsReader":
-        """`stem`.safetensors in a folder, or the files that `stem`.safetensors.index.json names."""
-        whole, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
-        names = folder.names()
-        if whole.name in names:
-            return SafetensorsReader([whole])
-        if index.name not in names:
-            pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
-            found = f"; {pickled[0]} may be a pickle, which can run code and is not read" if pickled else ""
-            raise CheckpointError(f"{folder} has neither {whole.name} nor {index.name}{found}")
-        places = read_json(index).get("weight_map")
-        if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):
-            raise CheckpointError(f"{index} has no weight_map from names to files")
-        files = sorted(set(places.values()))
-        if strange := [name for name in files if not _FILE_NAME.fullmatch(name)]:
-            raise CheckpointError(f"{index} names the file {strange[0]!r}: only .safetensors files beside it are read")
-        if missing := [name for name in files if name not in names]:
-            raise CheckpointError(f"{folder} lacks {missing[0]}, which {index.name} names: copy all files")
-        return SafetensorsReader([folder / name for name in files])
+        """A reader of the weights in a folder, see `weight_files`."""
+        return SafetensorsReader([folder / name for name in weight_files(folder, stem, CheckpointError)])
 
     def read(self, name: str) -> Tensor:
-        """A tensor in the type that it is stored in. Raises CheckpointError: it cannot be read."""
+        """The tensor of that name, in its stored type. Raises CheckpointError: it cannot be read."""
         entry = self._entries[name]
         try:
             content = bytearray(entry.file.read_range(entry.offset, entry.bytes))
@@ -85,19 +75,38 @@ class SafetensorsReader:
         return torch.frombuffer(content, dtype=entry.dtype).view(entry.shape)
 
 
-def read_json(where: Location) -> dict[str, Any]:
-    """The object in a JSON file of bounded size. Raises CheckpointError."""
-    try:
-        value = json.loads(where.read()) if where.size() <= _MAX_JSON_BYTES else None
-    except FileNotFoundError:
-        raise CheckpointError(f"there is no {where}") from None
-    except OSError as error:
-        raise CheckpointError(f"cannot read {where}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{where} is not a JSON object of reasonable size")
-    return value
+def weight_files(
+    folder: Location, stem: str, error: type[RdmError], max_index_bytes: int = MAX_JSON_BYTES
+) -> list[str]:
+    """Names of the files in a folder that hold the weights `stem`, sorted.
+
+    That is `stem`.safetensors, or else the files that `stem`.safetensors.index.json names.
+
+    Raises:
+        OSError: the folder cannot be listed.
+        error: it has neither, perhaps only pickled weights; the index is damaged, leads out of the folder, or names
+            a file that is missing.
+    """
+    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    names = folder.names()
+    if single.name in names:
+        return [single.name]
+    if index.name not in names:
+        pickled = [name for name in names if name.endswith(_PICKLED)]
+        only = f", only {pickled[0]}, and pickled weights are not loaded because they can run code" if pickled else ""
+        raise error(
+            f"{folder} has no {single.name} and no {index.name}{only}: save the weights as safetensors, models of "
+            "diffusers or transformers with save_pretrained(folder, safe_serialization=True)"
+        )
+    weight_map = read_json_object(index, error, max_index_bytes).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise error(f"{index} has no weight_map from names of tensors to files: save the model again")
+    files = sorted(set(weight_map.values()))
+    if strange := [name for name in files if not _FILE_NAME.fullmatch(name)]:
+        raise error(f"{index} names the file {strange[0]!r}: only .safetensors files beside it are read")
+    if missing := [name for name in files if name not in names]:
+        raise error(f"{folder} lacks {missing[0]}, which {index.name} names: copy all files of the model")
+    return files
 
 
 def _read_header(file: Location) -> dict[str, _Entry]:
@@ -149,10 +158,16 @@ def write_safetensors(
     max_file_bytes: int,
     progress: Callable[[int], object] = lambda done: None,
 ) -> None:
-    """Writes tensors as they come, in the order of `shapes`, to `stem`.safetensors or, beyond `max_file_bytes` (which
-    a single tensor may exceed), to numbered files with an index.
+    """Write a stream of tensors to `stem`.safetensors or, if that would be too large, to numbered files with an index.
 
-    `progress` is called with the bytes of each tensor written. Raises CheckpointError: it cannot be written.
+    Args:
+        shapes: of all tensors, in the order in which `tensors` yields them.
+        dtype: that all tensors are converted to.
+        max_file_bytes: limit of a file, which only a single larger tensor exceeds.
+        progress: called with the number of bytes of each tensor written.
+
+    Raises:
+        CheckpointError: the files cannot be written.
     """
     plan = _plan_files(shapes, dtype, max_file_bytes)
     total = sum(map(math.prod, shapes.values())) * dtype.itemsize
@@ -183,7 +198,7 @@ def write_safetensors(
 
 
 def _plan_files(shapes: Mapping[str, Shape], dtype: torch.dtype, max_bytes: int) -> list[list[str]]:
-    """Names of the tensors in each file."""
+    """The names of the tensors of each file, in order."""
     plan: list[list[str]] = [[]]
     room = max_bytes
     for name, shape in shapes.items():

@@ -326,10 +326,13 @@ def twice(folder: Path) -> None:
     ("damage", "message"),
     [
         (lambda f: sorted(f.glob("*.safetensors"))[1].unlink(), "lacks diffusion_pytorch_model-00002-of"),
-        (lambda f: rewrite(f / INDEX, weight_map={"a": "../elsewhere.safetensors"}), "does not say which .safetensors"),
-        (lambda f: rewrite(f / INDEX, weight_map={"a": "weights.bin"}), "does not say which"),
-        (lambda f: rewrite(f / INDEX, weight_map=[]), "does not say which"),
-        (lambda f: (f / INDEX).write_text("{"), "cannot read the codec"),
+        (
+            lambda f: rewrite(f / INDEX, weight_map={"a": "../elsewhere.safetensors"}),
+            "names the file '../elsewhere.safetensors'",
+        ),
+        (lambda f: rewrite(f / INDEX, weight_map={"a": "weights.bin"}), "names the file 'weights.bin'"),
+        (lambda f: rewrite(f / INDEX, weight_map=[]), "has no weight_map"),
+        (lambda f: (f / INDEX).write_text("{"), f"{INDEX} is not JSON"),
         (lambda f: (f / INDEX).write_text(" " * 2**25), "too large"),
         (twice, "two files hold"),
         (lambda f: rewrite(f / CONFIG, in_channels=1), "do not make a model"),

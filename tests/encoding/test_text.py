@@ -185,7 +185,7 @@ def test_weights_in_several_files_and_on_another_file_system(tmp_path):
         digests.add(encoder.record.digest)
     assert len(digests) == 1 and encoder.record.location == "memory:///captions_test/many"
     next((tmp_path / "many").glob("model-*.safetensors")).unlink()
-    with pytest.raises(DataError, match=r"model-.*safetensors is missing"):
+    with pytest.raises(DataError, match=r"lacks model-.*safetensors, which model\.safetensors\.index\.json names"):
         TextEncoder(str(tmp_path / "many"))
 
 

@@ -26,18 +26,18 @@ def test_content_within_the_bound(file: Location) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"a": [12]}', r"is too large: such a file has at most 10 bytes"),
-        (b"", "is not JSON"),
-        (b"{", "is not JSON"),
-        (b"\xff\xfe\xff", "is not JSON"),
-        (b"[1]", "is not a JSON object"),
-        (None, "is missing"),
+        (b'{"a": [12]}', r"x\.json is too large: such a file has at most 10 bytes"),
+        (b"", r"x\.json is not JSON"),
+        (b"{", r"x\.json is not JSON"),
+        (b"\xff\xfe\xff", r"x\.json is not JSON"),
+        (b"[1]", r"x\.json is not a JSON object"),
+        (None, r"there is no .*x\.json"),
     ],
 )
 def test_refusals_name_the_file(file: Location, error: type[RdmError], content: bytes | None, message: str) -> None:
     if content is not None:
         file.write(content)
-    with pytest.raises(error, match=rf"x\.json {message}"):
+    with pytest.raises(error, match=message):
         read_json_object(file, error, max_bytes=10)
 
 

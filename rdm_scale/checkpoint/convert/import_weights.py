@@ -24,8 +24,9 @@ from rdm_scale.checkpoint.state import CheckpointState
 from rdm_scale.codecs.record import CodecRecord
 from rdm_scale.config import ModelConfig, RunConfig, flatten, parse_config
 from rdm_scale.errors import CheckpointError
+from rdm_scale.storage.json_files import read_json_object
 from rdm_scale.storage.location import Location
-from rdm_scale.storage.safetensors_folder import SafetensorsReader, Shape, read_json
+from rdm_scale.storage.safetensors_folder import SafetensorsReader, Shape
 
 POSITIONS = "pos_embed"  # a fixed table that the original DiT stores among its weights
 _UNREADABLE = (
@@ -137,7 +138,7 @@ def import_weights(
 def _open_folder(folder: Location) -> PublishedWeights:
     if not (folder / CONFIG).exists() and (folder / "transformer" / CONFIG).exists():
         folder = folder / "transformer"
-    model = parse_diffusers_config(read_json(folder / CONFIG), folder / CONFIG)
+    model = parse_diffusers_config(read_json_object(folder / CONFIG, CheckpointError), folder / CONFIG)
     reader = SafetensorsReader.of_folder(folder, "diffusion_pytorch_model")
     if model.depth > len(reader.shapes):  # before a model of that size is built
         raise CheckpointError(f"{folder} claims {model.depth:,} blocks and holds only {len(reader.shapes):,} tensors")
