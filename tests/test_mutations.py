@@ -25,8 +25,8 @@ MUTATIONS = [
     Mutation(
         "replicated parameters count on every tensor-parallel rank in the norm",
         "parallel/zero/engine.py",
-        "parameter.model_parallel = slice_of(parameter).count > 1 or self.mesh.tensor_rank == 0",
-        "parameter.model_parallel = True",
+        "slices[name].count > 1 or self.mesh.tensor_rank == 0",
+        "True",
         f"{LAYOUTS}[tp4 pp1 dp2, ZeRO 2, 1f1b, recompute full]",
     ),
     Mutation(
@@ -39,7 +39,7 @@ MUTATIONS = [
     Mutation(
         "DeepSpeed is not told that another backward begins",
         "parallel/zero/deepspeed_adapter.py",
-        "self.raw.clear_backward_seen_flag()",
+        "self._zero.clear_backward_seen_flag()",
         "pass",
         f"{LAYOUTS}[tp1 pp2 dp4, ZeRO 3 by block, interleaved_1f1b, recompute every_2]",
     ),
@@ -52,9 +52,9 @@ MUTATIONS = [
     ),
     Mutation(
         "one data-parallel rank adds to the last step's gradients",
-        "parallel/zero/engine.py",
-        "mine = self.optimizer.gradients.zero_()",
-        "mine = self.optimizer.gradients",
+        "parallel/zero/stage3.py",
+        "gradients = self.optimizer.gradients.zero_()",
+        "gradients = self.optimizer.gradients",
         f"{LAYOUTS}[tp2 pp4 dp1, ZeRO 3 kept, v_1f1b, recompute full]",
     ),
     Mutation(
@@ -73,14 +73,14 @@ MUTATIONS = [
     ),
     Mutation(
         "gradients are summed and not averaged over the data-parallel ranks",
-        "parallel/zero/engine.py",
-        "mine.div_(size)",
+        "parallel/zero/stage3.py",
+        "gradients.div_(size)",
         "pass",
         f"{LAYOUTS}[tp1 pp1 dp8, ZeRO 3 kept, 1f1b, recompute selective]",
     ),
     Mutation(
         "stage 0 does not reduce gradients",
-        "parallel/zero/engine.py",
+        "parallel/zero/stages012.py",
         "dist.all_reduce(flat, group=self.mesh.data_group)",
         "pass",
         f"{LAYOUTS}[tp1 pp1 dp3, ZeRO 0, 1f1b, recompute none]",
@@ -130,8 +130,8 @@ MUTATIONS = [
     Mutation(
         "gradients of the scales of queries and keys are not summed over the heads of all ranks",
         "parallel/tensor.py",
-        "return list(_SumOfGradients.apply(self.mesh.tensor_group, *vectors))\n",
-        "return vectors\n",
+        "return list(_GradientAllReduce.apply(self.mesh.tensor_group, *tensors))\n",
+        "return tensors\n",
         f"{FAMILY}[rotary]",
     ),
     Mutation(

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from rdm_scale import rng
 from rdm_scale.config import ModelConfig
 from rdm_scale.models.gates import ResidualGate
-from rdm_scale.models.layers import slice_of
+from rdm_scale.models.layers import parameter_slices
 from rdm_scale.models.parameterization import inputs_grow, width_ratio
 
 
@@ -46,11 +46,13 @@ def initial_value(name: str, shape: torch.Size, seed: int, config: ModelConfig) 
 def initialize(model: nn.Module, seed: int, config: ModelConfig, prefix: str = "") -> None:
     """Fills every parameter of a model, or of its part called `prefix`, that is on a real device."""
     gates = {prefix + name: module for name, module in model.named_modules() if isinstance(module, ResidualGate)}
-    for name, parameter in model.named_parameters(prefix=prefix.rstrip(".")):
+    slices = parameter_slices(model)
+    for local_name, parameter in model.named_parameters():
+        name = prefix + local_name
         owner, _, leaf = name.rpartition(".")
         if owner in gates:
             parameter.fill_(gates[owner].start if leaf == "a" else 0.0)
         else:
-            part = slice_of(parameter)
+            part = slices[local_name]
             shape = torch.Size(part.logical_shape(parameter.shape))
             parameter.copy_(part.of(initial_value(name, shape, seed, config)))

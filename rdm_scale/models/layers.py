@@ -6,7 +6,6 @@ logical shapes and, with sequence parallelism, keeps a slice of the tokens on ea
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -36,9 +35,16 @@ class Slice:
 UNSHARDED = Slice(0, 0, 1)
 
 
-def slice_of(parameter: Any) -> Slice:
-    """Slice of its logical tensor that a parameter holds, as its `slice` attribute states; default `UNSHARDED`."""
-    return getattr(parameter, "slice", UNSHARDED)
+def parameter_slices(module: nn.Module) -> dict[str, Slice]:
+    """Slices of their logical tensors that a module's parameters hold, by qualified name.
+
+    A layer with sharded parameters lists their slices in an attribute `slices`; all others are `UNSHARDED`.
+    """
+    slices = {name: UNSHARDED for name, _ in module.named_parameters()}
+    for prefix, layer in module.named_modules():
+        for name, part in getattr(layer, "slices", {}).items():
+            slices[f"{prefix}.{name}" if prefix else name] = part
+    return slices
 
 
 class Linear(nn.Linear):

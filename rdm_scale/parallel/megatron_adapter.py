@@ -1,4 +1,7 @@
-"""All that touches megatron-core (tested with 0.16.1): its process groups, and its tensor-parallel layers."""
+"""Adapter of megatron-core (tested with 0.16.1): its process groups, and its tensor-parallel layers.
+
+Shapes: S tokens, B samples, D hidden size, F features.
+"""
 
 import inspect
 import os
@@ -9,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# So that a kernel waits for the collective launched before it; its layers count on that to overlap the two.
+from rdm_scale.models.layers import Slice
+
+# Makes a kernel wait for the collective launched before it; megatron's layers rely on that to overlap the two.
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-# It looks for both at import, in four modules, for optimizers that are not used here.
+# Warned about at import, in four modules, for optimizers that are not used here.
 warnings.filterwarnings("ignore", "Transformer Engine and Apex are not installed", UserWarning)
 
 from megatron.core import ModelParallelConfig, parallel_state  # noqa: E402
@@ -50,13 +55,13 @@ for _callable, _parameters in _EXPECTED.items():
             raise ImportError(f"megatron-core's {_callable.__qualname__} takes no {_name}; {_TESTED}")
 
 if not torch.cuda.is_available():
-    # Its sequence-parallel layers allocate on the "current CUDA device" and wait for it, whatever they compute on.
+    # Its sequence-parallel layers allocate on the "current CUDA device" and synchronize with it even on CPUs.
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
     torch.cuda.synchronize = lambda device=None: None
 
 
 class ModelParallelUnit:
-    """parallel_state under the names of DeepSpeed's `mpu` protocol.
+    """Process groups of parallel_state under the names of DeepSpeed's `mpu` protocol.
 
     DeepSpeed sums the squared gradient norm over the model-parallel group: all ranks that hold different parts of the
     model, along the tensor and along the pipeline axis.
@@ -74,7 +79,7 @@ class ModelParallelUnit:
 
 
 def initialize_axes(tensor: int, pipeline: int, timeout: timedelta) -> dict[str, Any]:
-    """Makes the process groups of a mesh: tensor-parallel ranks next to each other, then data, then pipeline."""
+    """Make the process groups of a mesh: tensor-parallel ranks adjacent, then data, then pipeline."""
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=tensor,
@@ -95,43 +100,45 @@ def destroy_axes() -> None:
 
 
 class Column(ColumnParallelLinear):
-    """Linear layer whose output features are cut over the tensor-parallel ranks.
+    """Linear layer whose output features are sharded over the tensor-parallel ranks.
 
     Args:
-        gather: give every rank all features back. The input is then whole, too.
-        sequence: the input holds this rank's tokens only, and all of them are gathered first.
+        gather: all-gather the output features; the input is then unsharded, too.
+        sequence: the input holds this rank's tokens only; those of all ranks are all-gathered first.
+        slices: of its parameters, by name (see models.layers.parameter_slices).
     """
 
-    def __init__(self, inputs: int, outputs: int, *, gather: bool, sequence: bool) -> None:
-        super().__init__(
-            inputs, outputs, config=_config(sequence), init_method=_untouched, bias=True, gather_output=gather
-        )
+    def __init__(self, inputs: int, outputs: int, *, gather: bool, sequence: bool, slices: dict[str, Slice]) -> None:
+        super().__init__(inputs, outputs, config=_config(sequence), init_method=_keep, bias=True, gather_output=gather)
+        self.slices = slices
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input)[0]
 
 
 class Row(RowParallelLinear):
-    """Linear layer whose input features are cut over the tensor-parallel ranks; it leaves its bias to the caller.
+    """Linear layer whose input features are sharded over the tensor-parallel ranks; it leaves its bias to the caller.
 
     Args:
-        sequence: the output is this rank's tokens only.
+        sequence: the output holds this rank's tokens only.
+        slices: of its parameters, by name.
     """
 
-    def __init__(self, inputs: int, outputs: int, *, sequence: bool) -> None:
+    def __init__(self, inputs: int, outputs: int, *, sequence: bool, slices: dict[str, Slice]) -> None:
         super().__init__(
             inputs,
             outputs,
             config=_config(sequence),
-            init_method=_untouched,
+            init_method=_keep,
             bias=True,
             input_is_parallel=True,
             skip_bias_add=True,
         )
+        self.slices = slices
         self.sums_in_place = not sequence
 
     def _forward_impl(self, *arguments: Any, **more: Any) -> Tensor:
-        # The ranks' products are then summed in place, and selective recompute keeps products: it needs its own.
+        # The ranks' products are then summed in place. Selective checkpointing keeps products, so it needs its own.
         product = super()._forward_impl(*arguments, **more)
         return product.clone() if self.sums_in_place else product
 
@@ -140,22 +147,23 @@ class Row(RowParallelLinear):
 
 
 def scatter_tokens(z_SBD: Tensor) -> Tensor:
-    """This rank's tokens out of all; the gradient is gathered."""
+    """Tokens of this rank, from all tokens; the gradient is all-gathered."""
     return scatter_to_sequence_parallel_region(z_SBD)
 
 
 def gather_tokens(z_SBD: Tensor) -> Tensor:
-    """All tokens; every rank then computes the same with them, so of the gradient each takes its part."""
+    """Tokens of all ranks, all-gathered. All ranks compute the same with them, so each takes its slice of the
+    gradient."""
     return gather_from_sequence_parallel_region(z_SBD, tensor_parallel_output_grad=False)
 
 
 def scatter_features(x: Tensor) -> Tensor:
-    """This rank's part of the last dimension; the gradient is gathered."""
+    """This rank's slice of the last dimension; the gradient is all-gathered."""
     return scatter_to_tensor_model_parallel_region(x)
 
 
 def exchange_tokens_for_features(x_SBF: Tensor) -> Tensor:
-    """All tokens' features that are this rank's part, out of all features of this rank's tokens."""
+    """This rank's slice of the features of all tokens, from all features of this rank's tokens (an all-to-all)."""
     return all_to_all_sp2hp(x_SBF).unflatten(0, (-1, x_SBF.shape[1]))
 
 
@@ -164,11 +172,11 @@ def _config(sequence: bool) -> ModelParallelConfig:
         tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
         sequence_parallel=sequence,
         params_dtype=torch.float32,
-        use_cpu_initialization=True,  # made where torch makes tensors, also on the meta device
-        perform_initialization=False,  # models.init does
-        gradient_accumulation_fusion=False,  # it would keep gradients from ZeRO
+        use_cpu_initialization=True,  # on the default device, which may be the meta device
+        perform_initialization=False,  # models.initialization does
+        gradient_accumulation_fusion=False,  # ZeRO needs the gradients
     )
 
 
-def _untouched(weight: Tensor) -> Tensor:
+def _keep(weight: Tensor) -> Tensor:
     return weight

@@ -14,7 +14,9 @@ from rdm_scale.parallel.parallel_model import ParallelModel
 from rdm_scale.parallel.plan import ParallelPlan
 from rdm_scale.parallel.recompute import recompute_blocks
 from rdm_scale.parallel.stage import build_stage, materialize
-from rdm_scale.parallel.zero.engine import Zero012, Zero3, ZeroEngine
+from rdm_scale.parallel.zero.engine import ZeroEngine
+from rdm_scale.parallel.zero.stage3 import Zero3
+from rdm_scale.parallel.zero.stages012 import Zero012
 
 
 def parallelize(
@@ -35,7 +37,7 @@ def parallelize(
         layers = TensorParallelLayers(mesh, config.parallel.sequence)
     stage = build_stage(config, mesh, plan, layers)
     recompute_blocks(stage.blocks.values(), config.parallel.recompute)
-    arguments = (stage, materialize(stage, config, mesh.device), config, mesh, build_optimizer, [Block])
+    arguments = (stage, materialize(stage, config, mesh.device), config, mesh, build_optimizer, Block)
     engine: ZeroEngine
     with returning_freed_memory():
         if config.parallel.zero_stage == 3:

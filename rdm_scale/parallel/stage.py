@@ -80,12 +80,7 @@ def materialize(stage: Stage, config: RunConfig, device: torch.device) -> Iterat
     """
     stage.set_positions(device)
     for name, module in _units(stage):
-        for owner in module.modules():
-            for leaf, parameter in list(owner._parameters.items()):
-                if parameter is not None:
-                    real = nn.Parameter(torch.empty_like(parameter, device=device))
-                    real.__dict__.update(parameter.__dict__)  # what it is a slice of
-                    owner._parameters[leaf] = real
+        module.to_empty(device=device)
         initialize(module, config.train.seed, config.model, prefix=f"{name}.")
         yield module
 

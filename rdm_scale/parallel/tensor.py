@@ -29,22 +29,20 @@ from rdm_scale.parallel.mesh import Mesh
 
 
 class TensorParallelLayers(LayerFactory):
-    """Layers for one rank of a tensor-parallel group; the `slice` attribute of a sharded parameter states its slice."""
+    """Layers for one rank of a tensor-parallel group; those with sharded parameters list their `slices`."""
 
     def __init__(self, mesh: Mesh, sequence: bool) -> None:
         self.mesh, self.sequence = mesh, sequence
 
     def column(self, inputs: int, outputs: int, replicated_input: bool = False) -> nn.Module:
         sequence = self.sequence and not replicated_input
-        return self._sharded_by_outputs(Column(inputs, outputs, gather=False, sequence=sequence))
+        return Column(inputs, outputs, gather=False, sequence=sequence, slices=self._column_slices())
 
     def gathered(self, inputs: int, outputs: int) -> nn.Module:
-        return self._sharded_by_outputs(Column(inputs, outputs, gather=True, sequence=False))
+        return Column(inputs, outputs, gather=True, sequence=False, slices=self._column_slices())
 
     def row(self, inputs: int, outputs: int) -> nn.Module:
-        layer = Row(inputs, outputs, sequence=self.sequence)
-        layer.weight.slice = Slice(1, self.mesh.tensor_rank, self.mesh.tensor_size)
-        return layer
+        return Row(inputs, outputs, sequence=self.sequence, slices={"weight": self._slice(1)})
 
     def split_tokens(self, z_SBD: Tensor) -> Tensor:
         return scatter_tokens(z_SBD) if self.sequence else z_SBD
@@ -61,10 +59,11 @@ class TensorParallelLayers(LayerFactory):
     def sum_gradients_over_tokens(self, tensors: list[Tensor]) -> list[Tensor]:
         return list(_GradientAllReduce.apply(self.mesh.tensor_group, *tensors)) if self.sequence else tensors
 
-    def _sharded_by_outputs(self, layer: Column) -> Column:
-        for parameter in (layer.weight, layer.bias):
-            parameter.slice = Slice(0, self.mesh.tensor_rank, self.mesh.tensor_size)
-        return layer
+    def _column_slices(self) -> dict[str, Slice]:
+        return {"weight": self._slice(0), "bias": self._slice(0)}
+
+    def _slice(self, dim: int) -> Slice:
+        return Slice(dim, self.mesh.tensor_rank, self.mesh.tensor_size)
 
 
 class _GradientAllReduce(torch.autograd.Function):

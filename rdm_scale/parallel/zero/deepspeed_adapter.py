@@ -1,13 +1,13 @@
-"""All that touches DeepSpeed (tested with 0.19.8): its settings, and its ZeRO optimizers behind what we use of them.
+"""Adapter of DeepSpeed (tested with 0.19.8): its settings, and its ZeRO optimizers behind a small interface.
 
-DeepSpeed keeps private most of what a layout with several axes needs. What is reached into is listed below and looked
-for at import and at start-up, so that another version fails with one line and not with a wrong gradient.
+Most of what a layout with several axes needs is private in DeepSpeed. Every private name that is used is listed below
+and checked at import or at start-up, so that another version fails with one line and not with a wrong gradient.
 """
 
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import deepspeed
 import torch
@@ -69,11 +69,12 @@ if not hasattr(partitioned_param_coordinator, "assert_ints_same_as_other_ranks")
 # It compares numbers that count modules since the process began, over all ranks: they differ between pipeline stages,
 # and between processes that have trained before.
 partitioned_param_coordinator.assert_ints_same_as_other_ranks = lambda ints: None
-# It looks through all parameters for each parameter, minutes for a thousand blocks; ours are in one group each.
+# It searches all parameters for each parameter, minutes for a thousand blocks; here each is in one group by
+# construction.
 deepspeed.DeepSpeedEngine._check_for_duplicates = lambda self, optimizer: None
 # For stage 1 in bf16 it would take another optimizer, with other buffers, than for stage 2 and for fp32.
 deepspeed.DeepSpeedEngine._do_optimizer_sanity_check = lambda self, optimizer: ZERO_OPTIMIZATION
-# It calls what torch has renamed, in every collective; the pinned versions go together.
+# It calls functions that torch has renamed, in every collective; the pinned versions work together.
 warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
 # On CPUs DeepSpeed would spend a minute compiling an all-reduce for inference, which training never calls.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -83,7 +84,7 @@ deepspeed_logger.setLevel(logging.ERROR)
 def settings(config: RunConfig, zero: dict[str, Any]) -> dict[str, Any]:
     """DeepSpeed's configuration; `zero` is its zero_optimization."""
     return {
-        "train_micro_batch_size_per_gpu": 1,  # has to be there; nothing that we use reads it
+        "train_micro_batch_size_per_gpu": 1,  # required, but not read by anything that is used here
         "gradient_accumulation_steps": 1,  # the loss is divided by the number of micro-batches before
         # Below stage 3 every step is where accumulation ends, whatever number of backwards came before.
         "managed_gradient_accumulation": zero["stage"] == 3,
@@ -97,8 +98,25 @@ def settings(config: RunConfig, zero: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+class ParameterShare(NamedTuple):
+    """Share of a parameter that each data-parallel rank holds under stage 3."""
+
+    group: int  # index of the flat buffer that holds the share
+    offset: int  # in that buffer
+    numel: int  # of every rank's share; the last ranks' are padded
+    unsharded_shape: tuple[int, ...]
+    unsharded_numel: int
+
+
+class ParameterGroup(NamedTuple):
+    """Parameters of one flat buffer under stages 1 and 2, and the elements of each rank's shard of it."""
+
+    parameters: list[nn.Parameter]
+    shard_numel: int
+
+
 def shard(parameters: Sequence[Any], sharded: Sequence[Any], group: Any, configuration: dict[str, Any]) -> None:
-    """Leaves of each parameter only this rank's share; `sharded` are those for which that has been done before."""
+    """Shard parameters in place over the ranks of `group`; `sharded` are those sharded before."""
     if sharded:
         sharded[0].convert_to_zero_parameters(param_list=list(parameters))
     else:
@@ -106,33 +124,57 @@ def shard(parameters: Sequence[Any], sharded: Sequence[Any], group: Any, configu
         deepspeed.zero.Init(module=holder, data_parallel_group=group, config_dict_or_path=configuration)
 
 
-class Optimizer:
-    """DeepSpeed's engine and ZeRO optimizer around a module and a plain optimizer.
+def count_in_norm(parameter: Any, counted: bool) -> None:
+    """Declare if a parameter's gradient counts in the gradient norm on this rank."""
+    parameter.model_parallel = counted  # DeepSpeed looks for this attribute
 
-    `masters` are the flat fp32 weights of this rank that the plain optimizer steps.
+
+class ZeroOptimizer:
+    """DeepSpeed's engine and ZeRO optimizer around a module and a torch optimizer.
+
+    Attributes:
+        engine: called, runs the module's forward.
+        torch_optimizer: steps the master parameters.
+        master_parameters: flat fp32 weights of this rank.
+
+    Args:
+        unit: process groups (DeepSpeed's `mpu`).
+        leaf_type: type of the modules whose parameters are all-gathered together.
     """
 
     def __init__(
         self,
         module: nn.Module,
-        plain: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer,
         configuration: dict[str, Any],
         unit: Any,
-        leaves: Sequence[type[nn.Module]],
+        leaf_type: type[nn.Module],
     ) -> None:
-        """`unit` says who is who (DeepSpeed's `mpu`); modules of the types `leaves` are gathered in one piece."""
-        set_z3_leaf_modules(module, list(leaves))
+        set_z3_leaf_modules(module, [leaf_type])
         self.engine, *_ = deepspeed.initialize(
-            model=module, optimizer=plain, config=configuration, mpu=unit, dist_init_required=False
+            model=module, optimizer=optimizer, config=configuration, mpu=unit, dist_init_required=False
         )
-        self.raw: Any = self.engine.optimizer
-        for name in _ATTRIBUTES[type(self.raw)]:
-            if not hasattr(self.raw, name):
+        self._zero: Any = self.engine.optimizer
+        for name in _ATTRIBUTES[type(self._zero)]:
+            if not hasattr(self._zero, name):
                 raise ImportError(
-                    f"deepspeed {deepspeed.__version__}: {type(self.raw).__name__} lacks {name}; {_TESTED}"
+                    f"deepspeed {deepspeed.__version__}: {type(self._zero).__name__} lacks {name}; {_TESTED}"
                 )
-        self.plain: torch.optim.Optimizer = self.raw.optimizer
-        self.masters: list[Tensor] = []
+        self.torch_optimizer: torch.optim.Optimizer = self._zero.optimizer
+        self.master_parameters: list[Tensor] = []
+
+    def begin_backward(self) -> None:
+        """Prepare DeepSpeed for a backward, which it does in forwards only: a second backward would be ignored."""
+        self._zero.clear_backward_seen_flag()
+
+    def step(self) -> float:
+        """Step, and return the global gradient norm before clipping; inf, without a step, if it is not finite."""
+        self.engine.step()
+        return float("inf") if self._zero.overflow else float(self._zero._global_grad_norm)
+
+    def publish_master_weights(self) -> None:
+        """Make the next forward compute with the master parameters as they are now."""
+        raise NotImplementedError
 
     def parameter_tensors(self, parameters: Sequence[Any]) -> list[Tensor]:
         """Parameters as forwards use them and, with stage 3, this rank's shards of them."""
@@ -141,115 +183,133 @@ class Optimizer:
     def gradient_tensors(self, parameters: Sequence[Any]) -> list[Tensor]:
         """Gradients of parameters, accumulated and reduced ones: buffers differ from stage to stage."""
         found = [getattr(p, name, None) for p in parameters for name in ("grad", "grad_accum")]
-        found.append(getattr(self.raw, "grad_partitions_flat_buffer", None))
+        found.append(getattr(self._zero, "grad_partitions_flat_buffer", None))
         for name in ("averaged_gradients", "all_grad_tensors"):
-            buffers = getattr(self.raw, name, None)
+            buffers = getattr(self._zero, name, None)
             found += [t for group in buffers.values() for t in group or ()] if isinstance(buffers, dict) else []
         return [tensor for tensor in found if tensor is not None]
 
-    def begin_backward(self) -> None:
-        self.raw.clear_backward_seen_flag()  # which DeepSpeed does in forwards only: the next backward would be lost
+    def _norm_over_model_parallel_group(self, norm_of_groups: Callable[[], Tensor]) -> Tensor:
+        """Gradient norm over the model-parallel group, `norm_of_groups` being DeepSpeed's for this rank's groups.
 
-    def step(self) -> float:
-        """The global gradient norm before clipping; inf, and nothing done, for gradients that are not finite."""
-        self.engine.step()
-        return float("inf") if self.raw.overflow else float(self.raw._global_grad_norm)
-
-    def _norm_of_all_parts(self, norm_of_groups: Callable[[], Tensor]) -> Tensor:
-        """The gradient norm over the model-parallel group, `norm_of_groups` being DeepSpeed's for this rank's groups.
-
-        DeepSpeed would sum every parameter group on its own over the model-parallel ranks, and wait for ever where
-        pipeline stages have groups of different kinds.
+        DeepSpeed would all-reduce every parameter group on its own over the model-parallel ranks, and hang where
+        pipeline stages have different parameter groups.
         """
-        sum_over_parts = self.raw._model_parallel_all_reduce
-        self.raw._model_parallel_all_reduce = lambda tensor, op: None
+        all_reduce = self._zero._model_parallel_all_reduce
+        self._zero._model_parallel_all_reduce = lambda tensor, op: None
         try:
             square = norm_of_groups().square()
         finally:
-            self.raw._model_parallel_all_reduce = sum_over_parts
-        sum_over_parts(tensor=square, op=dist.ReduceOp.SUM)
+            self._zero._model_parallel_all_reduce = all_reduce
+        all_reduce(tensor=square, op=dist.ReduceOp.SUM)
         return square.sqrt()
 
 
-class Stage3Optimizer(Optimizer):
-    """Parameters, gradients and optimizer states sharded. `gradients` is this rank's share of all gradients, from which
-    it steps, and `parameters` the order in which that holds the shares of parameters."""
+class Stage3Optimizer(ZeroOptimizer):
+    """DeepSpeed's optimizer of stage 3.
+
+    Attributes:
+        gradients: this rank's share of all gradients, from which it steps.
+        parameters: in the order in which `gradients` holds their shares.
+    """
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self.masters = list(self.raw.fp32_partitioned_groups_flat)
-        self.parameters: list[Any] = [p for group in self.raw.fp16_groups for p in group]
-        self.gradients: Tensor = self.raw.grad_partitions_flat_buffer
-        # DeepSpeed would flatten this flat buffer's pieces into another one in every step.
-        parts = self.gradients.split([master.numel() for master in self.masters])
+        self.master_parameters = list(self._zero.fp32_partitioned_groups_flat)
+        self.parameters: list[Any] = [p for group in self._zero.fp16_groups for p in group]
+        self.gradients: Tensor = self._zero.grad_partitions_flat_buffer
+        # DeepSpeed would flatten the parts of this flat buffer into another one in every step.
+        parts = self.gradients.split([master.numel() for master in self.master_parameters])
 
-        def hand_over(group: int) -> None:
-            self.masters[group].grad = parts[group]
+        def use_gradients_in_place(group: int) -> None:
+            self.master_parameters[group].grad = parts[group]
 
-        self.raw._prepare_fp32_grad_for_sub_group = hand_over
-        norms = self.raw._get_norm_groups
-        self.raw._get_norm_groups = lambda: [self._norm_of_all_parts(lambda: combine_grad_norm_groups(norms()))]
+        self._zero._prepare_fp32_grad_for_sub_group = use_gradients_in_place
+        norms = self._zero._get_norm_groups
+        self._zero._get_norm_groups = lambda: [
+            self._norm_over_model_parallel_group(lambda: combine_grad_norm_groups(norms()))
+        ]
 
     def remove_hooks(self) -> None:
-        """From here on modules neither gather nor release parameters, nor do backwards reduce gradients."""
-        self.raw.parameter_offload._remove_module_hooks()
-        for hook in (*self.raw._grad_acc_hooks, *self.raw._leaf_module_hooks):
+        """Remove the hooks by which modules gather and release parameters and backwards reduce gradients."""
+        self._zero.parameter_offload._remove_module_hooks()
+        for hook in (*self._zero._grad_acc_hooks, *self._zero._leaf_module_hooks):
             hook.remove()
 
-    def gather(self) -> None:
-        """Makes all parameters whole, in one all-gather."""
+    def all_gather(self) -> None:
+        """All-gather all parameters at once."""
         missing = [p for p in self.parameters if p.ds_status.name == "NOT_AVAILABLE"]
         if missing:
             missing[0].all_gather_coalesced(missing).wait()
 
     def release(self) -> None:
-        """Drops whole parameters; the shares stay."""
+        """Free the all-gathered parameters; the shares stay."""
         gathered = [p for p in self.parameters if p.ds_status.name == "AVAILABLE"]
         if gathered:
             gathered[0].partition(gathered)
 
-    def begin_step_of_hooks(self) -> None:
-        """Where hooks reduce. DeepSpeed counts backwards an engine, and overwrites what the step before has left in the
-        first of them: with several chunks an engine a second chunk's gradients would add to those of the last step."""
+    def inputs_with_gradient(self) -> dict[nn.Module, int]:
+        """Number of inputs that require a gradient, of each module whose forward has just run."""
+        counts = ((module, getattr(module, "ds_grads_remaining", 0)) for module in self.engine.module.modules())
+        return {module: count for module, count in counts if count > 0}
+
+    def expect_gradients(self, inputs: dict[nn.Module, int]) -> None:
+        """Restore the counters of `inputs_with_gradient` before a backward.
+
+        DeepSpeed counts them down to release a module's parameters, and up in forwards only: without this a second
+        backward after two forwards would keep all parameters of the stage gathered.
+        """
+        for module, count in inputs.items():
+            module.ds_grads_remaining = count  # type: ignore[assignment]
+
+    def begin_step_with_hooks(self) -> None:
+        """Reset the gradients of a step in which hooks reduce.
+
+        DeepSpeed counts backwards of an engine, and overwrites the last step's gradients in the first of them: with
+        several chunks an engine a second chunk's gradients would be added to those of the last step.
+        """
         self.gradients.zero_()
-        self.raw.micro_step_id = 1
+        self._zero.micro_step_id = 1
 
-    def end_step_of_ours(self) -> None:
-        """Where hooks do not: tells that `gradients` holds the means of this step."""
-        self.raw.independent_gradient_partition_epilogue()
+    def end_step_without_hooks(self) -> None:
+        """Declare that `gradients` holds the mean gradients of this step."""
+        self._zero.independent_gradient_partition_epilogue()
 
-    def share_of(self, parameter: Any) -> tuple[int, int, int]:
-        """(group of masters, offset in it, elements) of every rank's share of a parameter."""
-        group, offset, size = self.raw.grad_position[self.raw.get_param_id(parameter)]
-        return group, int(offset), size
+    def share_of(self, parameter: Any) -> ParameterShare:
+        """Share that each rank holds of a parameter."""
+        group, offset, numel = self._zero.grad_position[self._zero.get_param_id(parameter)]
+        return ParameterShare(group, int(offset), numel, tuple(parameter.ds_shape), parameter.ds_numel)
 
-    def publish_masters(self) -> None:
-        """Makes the next forward compute with the masters as they are now."""
-        self.raw._partition_all_parameters()  # what a forward left gathered, or fetched ahead, is out of date
-        for group in range(len(self.masters)):
-            self.raw._reassign_or_swap_out_partitioned_parameters(group)
+    def publish_master_weights(self) -> None:
+        self._zero._partition_all_parameters()  # what a forward left gathered, or prefetched, is out of date
+        for group in range(len(self.master_parameters)):
+            self._zero._reassign_or_swap_out_partitioned_parameters(group)
 
 
-class Stage12Optimizer(Optimizer):
-    """Optimizer states, with stage 2 also gradients, sharded; parameters are slices of whole flat buffers. `groups` has
-    the parameters and the elements of a rank's share of each of these buffers."""
+class Stage12Optimizer(ZeroOptimizer):
+    """DeepSpeed's optimizer of stages 1 and 2.
+
+    Attributes:
+        groups: the parameters of each flat buffer.
+    """
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self.masters = list(self.raw.single_partition_of_fp32_groups)
-        self.groups: list[tuple[list[Any], int]] = list(
-            zip(self.raw.bit16_groups, self.raw.partition_size, strict=True)
-        )
-        norm = self.raw.scaled_global_norm
-        self.raw.scaled_global_norm = lambda: self._norm_of_all_parts(norm)
+        self.master_parameters = list(self._zero.single_partition_of_fp32_groups)
+        self.groups = [
+            ParameterGroup(parameters, numel)
+            for parameters, numel in zip(self._zero.bit16_groups, self._zero.partition_size, strict=True)
+        ]
+        norm = self._zero.scaled_global_norm
+        self._zero.scaled_global_norm = lambda: self._norm_over_model_parallel_group(norm)
 
     def gradients_of(self, parameters: Iterable[Any]) -> list[Tensor]:
-        """What the backwards of this step have added up, before it is reduced."""
-        return [self.raw.get_gradient_for_reduction(parameter) for parameter in parameters]
+        """Gradients that the backwards of this step have accumulated, before reduction."""
+        return [self._zero.get_gradient_for_reduction(parameter) for parameter in parameters]
 
     def drop_gradients(self) -> None:
-        self.raw.zero_grad(set_to_none=True)
+        """Discard the accumulated gradients."""
+        self._zero.zero_grad(set_to_none=True)
 
-    def publish_masters(self) -> None:
-        """Makes the next forward compute with the masters as they are now."""
-        self.raw.update_lp_params()
+    def publish_master_weights(self) -> None:
+        self._zero.update_lp_params()
