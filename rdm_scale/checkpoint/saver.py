@@ -1,15 +1,16 @@
-"""Saving while training goes on: every rank copies its share to host memory, and a thread writes the copy.
+"""Asynchronous saving: every rank copies its state to host memory, and a thread writes the copy while training
+continues.
 
-A save has two parts that ranks have to agree on: when all have written their files, and when the first rank has then
-made the checkpoint complete. The threads never talk to other ranks. The training loop asks each rank once a step, along
-with the sums that it makes anyway, whether its thread is still busy (`busy`), and calls `advance` when none is.
+A save has two phases whose end all ranks must agree on: all ranks have written their files, and then rank 0 has written
+the commit. The threads never communicate with other ranks. Once per step, along with the all-reduced statistics, the
+training loop exchanges whether the thread of any rank is still busy (`busy`), and calls `advance` when none is.
 """
 
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,18 +27,25 @@ if TYPE_CHECKING:
     from rdm_scale.parallel.mesh import Mesh
     from rdm_scale.parallel.parallel_model import ParallelModel
 
-_NOTABLE_S = 0.1  # shorter waits for the save before are not worth a word
+_NOTABLE_S = 0.1  # shorter waits for the previous save are not reported
+
+Result = TypeVar("Result")
 
 
 @dataclass
 class _Save:
-    """A save under way: first its files are written, then it is committed."""
+    """A save in progress: the files are written first, then it is committed."""
 
     state: CheckpointState
     began: float
-    work: Future[Any]
     stall_s: float
-    committing: bool = False
+    writing: Future[list[FileRecord]]
+    committing: Future[str | None] | None = None  # its result is a warning
+
+    @property
+    def work(self) -> Future[list[FileRecord]] | Future[str | None]:
+        """Current phase."""
+        return self.committing or self.writing
 
     @property
     def step(self) -> int:
@@ -45,10 +53,18 @@ class _Save:
 
 
 class Saver:
-    """Writes the checkpoints of a run, one at a time. All methods are collective.
+    """Saves the checkpoints of a run, one at a time. All methods are collective.
 
     Args:
-        say: tells the user something; of the first rank it reaches the console.
+        directory: directory of the run's checkpoints.
+        config: cadence and retention of checkpoints.
+        model: the model to save.
+        mesh: the ranks.
+        say: logs a message; only that of rank 0 is printed.
+
+    Attributes:
+        failures: number of failed saves.
+        stall_s: time that training waited for the last save; None if there was none.
     """
 
     def __init__(
@@ -61,8 +77,8 @@ class Saver:
     ) -> None:
         self.directory, self.config, self.model, self.mesh, self.say = directory, config, model, mesh, say
         self.failures = 0
-        self.stall_s: float | None = None  # that the last save meant for training
-        self._pieces = slice_table(model.owned_ranges)
+        self.stall_s: float | None = None
+        self._table = slice_table(model.owned_ranges)
         self._host: dict[str, Tensor] = {}
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._save: _Save | None = None
@@ -70,7 +86,7 @@ class Saver:
 
     @property
     def busy(self) -> bool:
-        """Whether this rank's part of a save is not done yet."""
+        """True while this rank's thread is working on a save."""
         return self._save is not None and not self._save.work.done()
 
     def take_stall(self) -> float | None:
@@ -79,27 +95,29 @@ class Saver:
         return stall_s
 
     def start(self, state: CheckpointState) -> None:
-        """Begins to save the weights as they are now as the checkpoint of `state["step"]`.
+        """Start saving the current weights as the checkpoint of `state["step"]`.
 
-        A save that is still under way is waited for, and the user is told.
+        If the previous save is still in progress, wait for it with a warning.
 
         Raises:
             CheckpointError: as `advance` does.
         """
         began = time.perf_counter()
-        self._wait_for_the_one_before()
+        self._wait_for_previous_save()
         step = state["step"]
         try:
-            self._together(lambda: self.directory.begin(step) if self.mesh.is_first else None)
+            self._on_all_ranks(lambda: self.directory.begin(step) if self.mesh.is_first else None)
         except CheckpointError as error:
             self._failed(step, error)
             return
         self._copy_to_host()
-        work = self._thread.submit(write_tensors, self.directory.folder(step), self.mesh.rank, self._pieces, self._host)
+        writing = self._thread.submit(
+            write_tensors, self.directory.folder(step), self.mesh.rank, self._table, self._host
+        )
         self.stall_s = time.perf_counter() - began
-        self._save = _Save(state, began, work, self.stall_s)
+        self._save = _Save(state, began, self.stall_s, writing)
 
-    def _wait_for_the_one_before(self) -> None:
+    def _wait_for_previous_save(self) -> None:
         late = self._save
         if late is not None:
             began = time.perf_counter()
@@ -112,45 +130,45 @@ class Saver:
                 )
 
     def advance(self) -> None:
-        """Takes the save that is under way, if any, to its next part. Waits for this rank's own part to be done.
+        """Move the save in progress, if any, to its next phase. Waits for this rank's thread.
 
         Raises:
-            CheckpointError: on every rank, when a rank could not write and `checkpoint.on_failure` is stop. What was
-                written of this checkpoint is removed, and earlier ones are untouched.
+            CheckpointError: on every rank, if a rank could not write and `checkpoint.on_failure` is stop. The files of
+                this checkpoint are removed, and earlier checkpoints are untouched.
         """
         save = self._save
         if save is None:
             return
         try:
-            results = self._together(save.work.result)
+            if save.committing is None:
+                files = [record for records in self._on_all_ranks(save.writing.result) for record in records]
+                save.committing = self._thread.submit(self._commit, save, files)
+            else:
+                self._completed(save, self._on_all_ranks(save.committing.result))
         except CheckpointError as error:
             self._save = None
             self._failed(save.step, error)
-            return
-        if save.committing:
-            self._save, self._saved = None, save.step
-            for warning in filter(None, results):
-                self.say(warning)
-            took_s = time.perf_counter() - save.began
-            self.say(
-                f"saved {self.directory.folder(save.step)} (in {took_s:.1f} s, of which training waited "
-                f"{save.stall_s:.2f} s)"
-            )
-        else:
-            files = [record for records in results for record in records]
-            save.work = self._thread.submit(self._commit, save, files)
-            save.committing = True
+
+    def _completed(self, save: _Save, warnings: list[str | None]) -> None:
+        self._save, self._saved = None, save.step
+        for warning in filter(None, warnings):
+            self.say(warning)
+        took_s = time.perf_counter() - save.began
+        self.say(
+            f"saved {self.directory.folder(save.step)} (in {took_s:.1f} s, of which training waited "
+            f"{save.stall_s:.2f} s)"
+        )
 
     def finish(self) -> None:
-        """Waits for the save that is under way, if any. Raises CheckpointError as `advance` does."""
+        """Wait for the save in progress, if any. Raises CheckpointError as `advance` does."""
         while self._save is not None:
             self.advance()
 
     def save(self, state: CheckpointState) -> None:
-        """Saves, complete on return, unless the checkpoint of this step is there already.
+        """Save the last checkpoint of a run and wait until it is complete; do nothing if its step is already saved.
 
         Raises:
-            CheckpointError: it could not be saved, whatever `checkpoint.on_failure` says: nothing comes after it.
+            CheckpointError: it could not be saved, even if `checkpoint.on_failure` is continue.
         """
         self.finish()
         if self._saved == state["step"]:
@@ -162,55 +180,66 @@ class Saver:
             raise CheckpointError(f"the last checkpoint, of step {state['step']}, could not be saved: see above")
 
     def _copy_to_host(self) -> None:
-        """The copy's memory is kept for the next save: to get new memory takes longer than to fill it."""
-        fields = self.model.state()._asdict()
-        for name, parts in fields.items():  # in this order the fields will lie in the file
+        """Copy all state entries to host memory, which is kept: allocating memory takes longer than filling it."""
+        entries = self.model.state()._asdict()
+        for name, parts in entries.items():  # in the storage order of the file
             if name not in self._host:
                 self._host[name] = torch.empty(sum(part.numel() for part in parts), pin_memory=parts[0].is_cuda)
 
         def copy(name: str) -> None:
-            parts = fields[name]
-            for there, part in zip(self._host[name].split([part.numel() for part in parts]), parts, strict=True):
-                there.copy_(part.detach(), non_blocking=True)
+            parts = entries[name]
+            for target, part in zip(self._host[name].split([part.numel() for part in parts]), parts, strict=True):
+                target.copy_(part.detach(), non_blocking=True)
 
         if self.mesh.device.type == "cuda":
-            for name in fields:
+            for name in entries:
                 copy(name)
             torch.cuda.synchronize()
-        else:  # one core does not fill the memory's bandwidth
-            with ThreadPoolExecutor(len(fields)) as pool:
-                list(pool.map(copy, fields))
+        else:  # one core does not saturate the memory bandwidth
+            with ThreadPoolExecutor(len(entries)) as pool:
+                list(pool.map(copy, entries))
 
     def _commit(self, save: _Save, files: list[FileRecord]) -> str | None:
-        """Makes the checkpoint complete, and then room; that there is none is no fault of the checkpoint."""
+        """Complete the checkpoint and prune old ones. Returns a warning if these could not be removed."""
         if self.mesh.is_first:
             self.directory.commit(save.step, save.state, files)
             try:
                 self.directory.prune(self.config.keep, self.config.keep_every)
             except CheckpointError as error:
-                return f"warning: checkpoints older than checkpoint.keep stay for now: {error}"
+                return f"warning: checkpoints older than checkpoint.keep are not removed yet: {error}"
         return None
 
     def _failed(self, step: int, error: CheckpointError) -> None:
         self.failures += 1
         message = str(error)
         try:
-            self._together(lambda: self.directory.abandon(step) if self.mesh.is_first else None)
+            self._on_all_ranks(lambda: self.directory.abandon(step) if self.mesh.is_first else None)
         except CheckpointError as also:
-            message += f"; what was written of it stays for now: {also}"
+            message += f"; its files are not removed yet: {also}"
         if self.config.on_failure == "stop":
             raise CheckpointError(message) from error
-        self.say(f"warning: no checkpoint of step {step}, training goes on without: {message}")
+        self.say(f"warning: no checkpoint of step {step}, training continues without it: {message}")
 
-    def _together(self, work: Callable[[], Any]) -> list[Any]:
-        """Runs `work` on every rank and returns all results, or raises on all ranks what the first failing one did."""
-        outcome: tuple[Any, str | None]
+    def _on_all_ranks(self, work: Callable[[], Result]) -> list[Result]:
+        """Run `work` on every rank and return the results of all ranks.
+
+        Raises:
+            CheckpointError: on every rank, with the message of the first rank on which `work` failed.
+        """
+        results, message = [], None
         try:
-            outcome = (work(), None)
+            results.append(work())
         except (CheckpointError, OSError) as error:
-            outcome = (None, str(error))
-        outcomes = self.mesh.all_gather_object(outcome)
-        failures = [message for _, message in outcomes if message is not None]
-        if failures:
-            raise CheckpointError(failures[0])
-        return [result for result, _ in outcomes]
+            message = str(error)
+        outcomes: list[_Outcome] = self.mesh.all_gather_object(_Outcome(results, message))
+        for outcome in outcomes:
+            if outcome.error is not None:
+                raise CheckpointError(outcome.error)
+        return [result for outcome in outcomes for result in outcome.results]
+
+
+class _Outcome(NamedTuple):
+    """Result of one rank, or the message of its error."""
+
+    results: list[Any]  # a single one, or none after an error
+    error: str | None

@@ -1,4 +1,4 @@
-"""Between a parallel model and a checkpoint: every rank has its own ranges of it, nothing is gathered."""
+"""Sharded loading: every rank of a parallel model reads its own parameter ranges; nothing is gathered."""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
 
 def load(url: str, model: "ParallelModel") -> None:
-    """Restore weights, optimizer state and EMA weights from a checkpoint that any layout wrote. Collective.
+    """Load weights, optimizer state and EMA weights from a checkpoint of any layout. Collective.
 
     Raises:
-        CheckpointError: it is incomplete, damaged, or lacks a part of this model.
+        CheckpointError: it is incomplete or damaged, or lacks tensors of this model.
     """
-    pieces = slice_table(model.ranges)
-    state, reader = open_checkpoint(Location(url), pieces)
+    table = slice_table(model.ranges)
+    state, reader = open_checkpoint(Location(url), table)
     with model.restoring(state["step"]) as buffers:
         for entry, flats in buffers._asdict().items():
             sizes = [flat.numel() for flat in flats]
-            values = reader.fill(pieces, entry, torch.zeros(sum(sizes)))
+            values = reader.fill(table, entry, torch.zeros(sum(sizes)))
             for flat, part in zip(flats, values.split(sizes), strict=True):
                 flat.copy_(part)
 

@@ -100,7 +100,7 @@ def test_a_failed_save_stops_the_run_or_not_as_configured(ranks: RankPool, data:
     assert steps_saved(stops) == [2]
     goes_on = run_config(tmp_path / "goes_on", data, **changes, checkpoint__on_failure="continue")
     said, _ = ranks.run(2, train_with, write_on_a_full_disk, goes_on)
-    assert "warning: no checkpoint of step 4, training goes on without: cannot write" in said
+    assert "warning: no checkpoint of step 4, training continues without it: cannot write" in said
     assert steps_saved(goes_on) == [2, 6]
     left = {path.name for path in (tmp_path / "goes_on/run/checkpoints").iterdir()}
     assert left == {"step_00000002", "step_00000006"}, "the half-written one is gone"
@@ -141,7 +141,7 @@ def test_a_checkpoint_stays_when_older_ones_cannot_be_removed(ranks: RankPool, d
     config = run_config(tmp_path, data, train__steps=4, checkpoint__every=2, checkpoint__keep=1)
     said, _ = ranks.run(2, train_with, write_where_nothing_can_be_removed, config)
     assert steps_saved(config) == [2, 4]
-    assert "warning: checkpoints older than checkpoint.keep stay for now: cannot remove step_00000002" in said
+    assert "warning: checkpoints older than checkpoint.keep are not removed yet: cannot remove step_00000002" in said
 
 
 def test_checkpoints_of_some_steps_stay(ranks: RankPool, data: str, tmp_path: Path) -> None:
