@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="keys of the configuration, with their defaults:\n\n" + describe_keys(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("config", help="YAML file; configs/ has examples")
+    parser.add_argument("config", help=f"YAML file; examples are in {Path(__file__).with_name('configs')}")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="for instance train.steps=100")
     parser.add_argument("--dry-run", action="store_true", help="print the layout and its memory, and end")
     parser.add_argument(
