@@ -17,6 +17,7 @@ from rdm_scale.dtypes import STORED_DTYPES
 from rdm_scale.storage.location import Location
 from tests.support.latent_sets import IDENTITY, LatentSet, WriteSet
 from tests.support.rank_pool import RankPool
+from tests.support.small_runs import add_captions, write_latents
 
 TESTS = Path(__file__).parent
 # What starts ranks, servers, tools or other processes gets the mark `processes`, which `make test-quick` leaves out.
@@ -77,6 +78,14 @@ def write_set(tmp_path: Path) -> WriteSet:
         return LatentSet(folder, writer.close(), latents, ids, labels)
 
     return write
+
+
+@pytest.fixture
+def captioned(tmp_path: Path) -> str:
+    """The manifest of 48 samples with the captions of `caption_of`."""
+    data = write_latents(tmp_path / "captioned", samples=48)
+    add_captions(data)
+    return data
 
 
 @pytest.fixture

@@ -1,6 +1,19 @@
-"""Objectives (what the model learns) and samplers (how samples are drawn from it); knows no model."""
+"""Diffusion objectives, noise schedules and samplers; independent of the model.
 
-from rdm_scale.diffusion.objectives import Objective, build_objective
-from rdm_scale.diffusion.samplers import sample
+An objective defines what the model learns (`build_objective`), `training_draws` draws timesteps and noise by key, and
+`sample` draws samples from a trained model.
+"""
 
-__all__ = ["Objective", "build_objective", "sample"]
+from rdm_scale.diffusion.noise_schedule import NoiseSchedule
+from rdm_scale.diffusion.objectives import DdpmObjective, FlowObjective, Objective, build_objective
+from rdm_scale.diffusion.samplers import SAMPLERS, sample
+
+__all__ = [
+    "SAMPLERS",
+    "DdpmObjective",
+    "FlowObjective",
+    "NoiseSchedule",
+    "Objective",
+    "build_objective",
+    "sample",
+]

@@ -1,4 +1,10 @@
-"""The Gaussian diffusion chain: noise schedules and the posterior of one step."""
+"""Gaussian diffusion in discrete steps: noise schedules, and the posterior of one step.
+
+Sources: Ho et al. 2020 (DDPM, arXiv 2006.11239), Nichol & Dhariwal 2021 (arXiv 2102.09672), Song et al. 2021 (DDIM,
+arXiv 2010.02502).
+
+Shapes: B samples, K steps of a chain; x, x0, xk and noise [B, C, T, H, W]; k int64 [B].
+"""
 
 import math
 from typing import Self
@@ -9,11 +15,17 @@ from torch import Tensor
 from rdm_scale.config import DiffusionConfig
 from rdm_scale.errors import ConfigError
 
-MAX_BETA = 0.999  # Nichol & Dhariwal 2021, section 3.2: keeps the last cosine steps from being singular
+MAX_BETA = 0.999  # Nichol & Dhariwal 2021, section 3.2: avoids singularities at the last steps of the cosine schedule
 
 
 def linear_betas(num_timesteps: int) -> Tensor:
-    """Betas [T] (float64) from 1e-4 to 0.02 (Ho et al. 2020, section 4), scaled by 1000 / T for other lengths."""
+    """Betas [num_timesteps] (float64), linear from 1e-4 to 0.02 for 1000 steps and scaled by 1000 / num_timesteps.
+
+    Source: Ho et al. 2020, section 4.
+
+    Raises:
+        ConfigError: the last beta would reach 1.
+    """
     scale = 1000 / num_timesteps
     if scale * 0.02 >= 1:
         raise ConfigError(
@@ -24,7 +36,7 @@ def linear_betas(num_timesteps: int) -> Tensor:
 
 
 def cosine_betas(num_timesteps: int) -> Tensor:
-    """Betas [T] (float64) of alpha_bar = cos^2((t / T + s) / (1 + s) * pi / 2), s = 0.008.
+    """Betas [num_timesteps = T] (float64) of alpha_bar(t) = cos^2((t / T + s) / (1 + s) * pi / 2), s = 0.008.
 
     Source: Nichol & Dhariwal 2021, equation 17.
     """
@@ -34,19 +46,22 @@ def cosine_betas(num_timesteps: int) -> Tensor:
 
 
 class NoiseSchedule:
-    """A chain q(x_k | x_{k-1}) of K noising steps, and q(x_{k-1} | x_k, x_0) of each (Ho et al. 2020, eq. 4 to 7).
+    """A chain q(x_k | x_{k-1}) of K noising steps, with the posterior q(x_{k-1} | x_k, x_0) of each step.
 
-    `timesteps[k]` is what the model calls step k; it differs from k in a chain shortened by `respaced`.
-    The tables [K] are float64: 1 - alpha_bar of the first steps has only three digits in float32.
-    All methods take x [B, C, T, H, W] and the step k of each sample, int64 [B].
+    Source: Ho et al. 2020, eq. 2 and 4 to 7. All tables are float64 [K], because 1 - alpha_bar of the first steps has
+    only three digits in float32; results are float32.
+
+    Attributes:
+        timesteps: timestep of each step as the model embeds it; differs from k in a chain shortened by `respaced`.
+        alphas_bar: cumulative products of 1 - beta.
     """
 
     def __init__(self, alphas_bar: Tensor, timesteps: Tensor) -> None:
         previous = torch.cat([torch.ones_like(alphas_bar[:1]), alphas_bar[:-1]])
         betas = 1 - alphas_bar / previous
         variance = betas * (1 - previous) / (1 - alphas_bar)
-        # The first variance is 0, for x_0 is certain given x_0; its logarithm is replaced by its neighbour's
-        # (Nichol & Dhariwal 2021, footnote on the lower bound of the learned range).
+        # The first variance is 0, since x_0 is known; for its logarithm the next one is used, as in the code of
+        # Nichol & Dhariwal 2021.
         variance[0] = variance[1] if len(variance) > 1 else betas[0]
         self.timesteps = timesteps
         self.alphas_bar = alphas_bar
@@ -58,14 +73,22 @@ class NoiseSchedule:
 
     @classmethod
     def from_config(cls, config: DiffusionConfig) -> Self:
-        """The chain of `config`, which training uses. Raises ConfigError where its betas would reach 1."""
+        """The chain that training uses.
+
+        Raises:
+            ConfigError: its betas would reach 1.
+        """
         betas = {"linear": linear_betas, "cosine": cosine_betas}[config.noise_schedule](config.num_timesteps)
         return cls((1 - betas).cumprod(0), torch.arange(config.num_timesteps))
 
     def respaced(self, steps: int) -> Self:
-        """The chain over `steps` evenly spaced timesteps with the same marginals (Nichol & Dhariwal 2021, section 4).
+        """The chain over `steps` evenly spaced timesteps with the same marginals q(x_k | x_0).
 
-        The noisiest timestep is always among them, since sampling starts from pure noise.
+        The noisiest timestep is always included, because sampling starts from pure noise.
+        Source: Nichol & Dhariwal 2021, section 4.
+
+        Raises:
+            ConfigError: steps is not between 1 and K.
         """
         longest = len(self.timesteps)
         if not 1 <= steps <= longest:
@@ -74,27 +97,30 @@ class NoiseSchedule:
         return type(self)(self.alphas_bar[chosen], self.timesteps[chosen])
 
     def noised(self, x0: Tensor, noise: Tensor, k: Tensor) -> Tensor:
-        """x_k = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) noise."""
+        """x_k = sqrt(alpha_bar_k) x_0 + sqrt(1 - alpha_bar_k) noise (Ho et al. 2020, eq. 4)."""
         return _at(self.alphas_bar.sqrt(), k) * x0 + _at((1 - self.alphas_bar).sqrt(), k) * noise
 
     def predicted_x0(self, xk: Tensor, noise: Tensor, k: Tensor) -> Tensor:
-        """The inverse of `noised`: x_0 when `noise` is what made x_k."""
+        """x_0 = (x_k - sqrt(1 - alpha_bar_k) noise) / sqrt(alpha_bar_k) (Ho et al. 2020, eq. 15)."""
         return (xk - _at((1 - self.alphas_bar).sqrt(), k) * noise) / _at(self.alphas_bar.sqrt(), k)
 
     def previous(self, x0: Tensor, noise: Tensor, k: Tensor) -> Tensor:
-        """x_{k-1} made of the same x_0 and noise as x_k: the step of DDIM (Song et al. 2021, eq. 12, sigma = 0)."""
+        """x_{k-1} of the same x_0 and noise as x_k: the step of DDIM (Song et al. 2021, eq. 12 with sigma = 0)."""
         return _at(self.previous_alphas_bar.sqrt(), k) * x0 + _at((1 - self.previous_alphas_bar).sqrt(), k) * noise
 
     def posterior_mean(self, x0: Tensor, xk: Tensor, k: Tensor) -> Tensor:
-        """Mean of q(x_{k-1} | x_k, x_0)."""
+        """Mean of q(x_{k-1} | x_k, x_0) (Ho et al. 2020, eq. 7)."""
         return _at(self.x0_weights, k) * x0 + _at(self.xk_weights, k) * xk
 
     def posterior_log_variance(self, k: Tensor) -> Tensor:
-        """Logarithm of the variance of q(x_{k-1} | x_k, x_0), [B, 1, 1, 1, 1]."""
+        """Logarithm of the variance of q(x_{k-1} | x_k, x_0), [B, 1, 1, 1, 1] (Ho et al. 2020, eq. 7)."""
         return _at(self.posterior_log_variances, k)
 
     def learned_log_variance(self, fraction: Tensor, k: Tensor) -> Tensor:
-        """log(variance) between the posterior's (fraction -1) and beta (fraction 1): Nichol & Dhariwal 2021, eq. 15."""
+        """Log-variance, interpolated from that of the posterior (fraction -1) to log(beta) (fraction 1).
+
+        Source: Nichol & Dhariwal 2021, eq. 15.
+        """
         share = (fraction + 1) / 2
         return share * _at(self.log_betas, k) + (1 - share) * self.posterior_log_variance(k)
 

@@ -1,4 +1,4 @@
-"""Training objectives: what is drawn, what the model sees, what it should say."""
+"""Training objectives: the distribution of timesteps, the path from data to noise, and the loss."""
 
 import math
 from abc import ABC, abstractmethod
@@ -13,27 +13,27 @@ from rdm_scale.errors import ConfigError
 
 
 class Objective(ABC):
-    """A path from data x_0 to noise, and the loss of a model that is to walk it back.
+    """Training objective: a path x_t from data x_0 to noise, and the loss of a model that predicts along it.
 
     Shapes: x0, noise, x_t [B, C, T, H, W]; t, timesteps and loss [B]; all float32. t is one number a sample, drawn
-    with a generator of the sample's own, so that the draw is a function of the sample and not of its batch.
+    from the sample's own generator, so that it depends on the sample and not on its batch.
     """
 
     @abstractmethod
     def draw_timestep(self, generator: torch.Generator) -> float:
-        """t of one sample."""
+        """Draw t of one sample."""
 
     @abstractmethod
     def model_timesteps(self, t: Tensor) -> Tensor:
-        """What the model embeds for t, in the range 0 to about 1000."""
+        """Timesteps that the model embeds for t, in the range 0 to about 1000."""
 
     @abstractmethod
     def noised(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """x_t."""
+        """x_t, the latents on the path at t."""
 
     @abstractmethod
     def loss(self, prediction: Tensor, x0: Tensor, noise: Tensor, t: Tensor, x_t: Tensor) -> Tensor:
-        """Loss of each sample, a mean over its elements, in float32 whatever the type of the prediction."""
+        """Loss of each sample, a mean over its elements; float32 for any dtype of the prediction."""
 
     def model_inputs(self, batch: TrainingBatch) -> ModelInputs:
         """Noised latents, timesteps and condition of a training batch."""
@@ -49,7 +49,8 @@ class Objective(ABC):
 class FlowObjective(Objective):
     """Rectified flow: x_t = (1 - t) x_0 + t noise, t in [0, 1]; the model predicts the velocity noise - x_0.
 
-    Source: Liu et al. 2022 (arXiv 2209.03003), eq. 1; logit-normal t: Esser et al. 2024 (arXiv 2403.03206), eq. 19.
+    The loss is the squared error of the velocity.
+    Sources: Liu et al. 2022 (arXiv 2209.03003), eq. 1; logit-normal t: Esser et al. 2024 (arXiv 2403.03206), eq. 19.
     """
 
     def __init__(self, config: DiffusionConfig) -> None:
@@ -75,9 +76,10 @@ class FlowObjective(Objective):
 class DdpmObjective(Objective):
     """DDPM: t is a step index 0 .. num_timesteps - 1 (as float); the model predicts the noise.
 
-    With learned variance the prediction has 2C channels, noise and variance, and the loss is the hybrid one.
-    Source: Ho et al. 2020 (arXiv 2006.11239), eq. 14; Nichol & Dhariwal 2021 (arXiv 2102.09672), eq. 16, with the
-    weight of the bound that DiT uses: 1 on its bits per dimension.
+    The loss is the squared error of the noise, L_simple. With learned variance the prediction has 2C channels, noise
+    and variance, and the loss is L_hybrid = L_simple + L_vlb, where L_vlb is in bits per dimension and has weight 1,
+    as in DiT (Peebles & Xie 2023, arXiv 2212.09748).
+    Sources: Ho et al. 2020 (arXiv 2006.11239), eq. 14; Nichol & Dhariwal 2021 (arXiv 2102.09672), eq. 15 and 16.
     """
 
     def __init__(self, config: DiffusionConfig, learned_variance: bool) -> None:
@@ -97,12 +99,12 @@ class DdpmObjective(Objective):
         if not self.learned_variance:
             return _squared_error(prediction, noise)
         predicted_noise, fraction = prediction.chunk(2, dim=1)
-        # The bound trains the variance only: through the mean it is far noisier than the squared error.
+        # L_vlb trains only the variance: as a loss of the mean it is far noisier than the squared error.
         bound = self._bits_per_dimension(predicted_noise.detach().float(), fraction.float(), x0, t.long(), x_t)
         return _squared_error(predicted_noise, noise) + bound
 
     def _bits_per_dimension(self, noise: Tensor, fraction: Tensor, x0: Tensor, k: Tensor, x_t: Tensor) -> Tensor:
-        """The term of step k in the variational bound (Ho et al. 2020, eq. 5): L_{k-1}, or L_0 where k = 0."""
+        """Term L_{k-1} of the variational bound, L_0 for k = 0, in bits per dimension (Ho et al. 2020, eq. 5)."""
         chain = self.schedule
         mean = chain.posterior_mean(chain.predicted_x0(x_t, noise, k), x_t, k)
         log_variance = chain.learned_log_variance(fraction, k)
@@ -112,10 +114,10 @@ class DdpmObjective(Objective):
 
 
 def build_objective(config: DiffusionConfig, learned_variance: bool) -> Objective:
-    """The objective that `config` names.
+    """The objective of a configuration.
 
     Raises:
-        ConfigError: learned variance with another objective than ddpm, or a schedule whose betas reach 1.
+        ConfigError: learned variance with an objective other than ddpm, or a schedule whose betas reach 1.
     """
     if config.objective == "ddpm":
         return DdpmObjective(config, learned_variance)
@@ -125,20 +127,21 @@ def build_objective(config: DiffusionConfig, learned_variance: bool) -> Objectiv
 
 
 def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
-    """KL(N(mean1, variance1) || N(mean2, variance2)) in nats, element by element."""
+    """KL divergence of N(mean1, exp(log_variance1)) from N(mean2, exp(log_variance2)), in nats and elementwise."""
     ratio = log_variance1 - log_variance2
     return 0.5 * (ratio.exp() + (mean1 - mean2) ** 2 * (-log_variance2).exp() - 1 - ratio)
 
 
 def discretized_normal_nll(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
-    """-log P(the bin of x) in nats under a normal whose axis is cut into the 256 levels of [-1, 1].
+    """-log P(bin of x) in nats, elementwise, under a normal distribution discretized to 256 levels in [-1, 1].
 
-    Bins reach 1/255 to either side; the first and the last reach to infinity (Ho et al. 2020, eq. 13).
+    The bin of x extends 1/255 to either side; the first and the last bin extend to infinity.
+    Source: Ho et al. 2020 (arXiv 2006.11239), eq. 13.
     """
     scale = (-0.5 * log_variance).exp()
     upper = torch.where(x > 0.999, torch.inf, (x - mean + 1 / 255) * scale)
     lower = torch.where(x < -0.999, -torch.inf, (x - mean - 1 / 255) * scale)
-    # Above the mean by symmetry from below, where erfc keeps its digits (torch.special.ndtr, made of erf, does not).
+    # Bins above the mean are mirrored to below it, where erfc is accurate (torch.special.ndtr, made of erf, is not).
     above = lower > 0
     lower, upper = torch.where(above, -upper, lower), torch.where(above, -lower, upper)
     probability = 0.5 * (torch.erfc(-upper / math.sqrt(2)) - torch.erfc(-lower / math.sqrt(2)))

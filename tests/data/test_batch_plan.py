@@ -8,7 +8,7 @@ from rdm_scale.config import DataSource
 from rdm_scale.data.batch_plan import BatchPlan, BatchPlanner, check_data_parallel_rank
 from rdm_scale.data.dataset import OpenDataset, open_dataset
 from rdm_scale.errors import ConfigError
-from tests.support.latent_sets import WriteSet
+from tests.support.latent_sets import WriteSet, write_buckets
 
 
 @pytest.fixture
@@ -47,6 +47,14 @@ def test_ranks_plan_contiguous_shares_of_the_global_batch(datasets: list[OpenDat
         assert {share.bucket for share in shares} == {expected.bucket}
         assert [position for share in shares for position in share.positions] == list(expected.positions)
         assert [sample for share in shares for sample in samples_of(share)] == samples_of(expected)
+
+
+def test_plans_never_change(write_set: WriteSet) -> None:
+    """Literal samples of a fixed seed: runs that were started by earlier releases continue with the same batches."""
+    bucketed = open_dataset(DataSource(path=write_buckets(write_set, (2, 1, 4, 4), (2, 1, 2, 8), (2, 1, 6, 3))))
+    plans = [planner([bucketed]).plan(step) for step in range(21, 29)]
+    assert [plan.bucket.shape[2:] for plan in plans] == [(4, 4), (2, 8), (2, 8), (6, 3), (4, 4), (6, 3), (4, 4), (2, 8)]
+    assert samples_of(plans[0])[:4] == [(0, 0, 2, 0), (0, 0, 2, 2), (0, 0, 0, 0), (0, 0, 0, 3)]
 
 
 @pytest.mark.parametrize(("rank", "size"), [(2, 2), (-1, 2), (0, 0)])

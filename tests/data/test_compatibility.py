@@ -1,6 +1,6 @@
 """Data that does not fit the model is refused before anything is built."""
 
-import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +9,10 @@ from rdm_scale.codecs.record import CodecRecord
 from rdm_scale.config import RunConfig
 from rdm_scale.data.compatibility import DataFacts, check_data
 from rdm_scale.errors import DataError
-from tests.support.latent_sets import LatentSet, WriteSet
+from tests.support.latent_sets import LatentSet, WriteSet, write_buckets
+from tests.support.small_runs import run_config, write_latents
+
+TEXT = {"model__condition": "text", "model__text": {"width": 6, "pooled_width": 5}}
 
 
 def config_for(train: LatentSet, validation: LatentSet | None = None, **model: Any) -> RunConfig:
@@ -56,22 +59,8 @@ def test_validation_must_come_from_the_same_codec(write_set: WriteSet) -> None:
         check_data(config_for(write_set(9), write_set(5, shape=(2, 1, 4, 4))))
 
 
-def bucketed(write_set: WriteSet, *shapes: tuple[int, int, int, int]) -> str:
-    """One set with a shard of each shape."""
-    parts = [write_set(12, shape=shape, members_per_shard=3) for shape in shapes]
-    tree = json.loads((parts[0].folder / "manifest.json").read())
-    for number, part in enumerate(parts[1:], 1):
-        shard = json.loads(part.manifest.shards[0].model_dump_json(exclude_none=True))
-        name = f"shard-{number:06d}.tar"
-        (parts[0].folder / name).write((part.folder / shard["name"]).read())
-        tree["shards"].append(shard | {"name": name, "shape": list(shapes[number])})
-        tree["samples"] += shard["samples"]
-    (parts[0].folder / "manifest.json").write(json.dumps(tree).encode())
-    return parts[0].url
-
-
-def test_shapes_that_take_turns_must_all_fit(write_set: WriteSet) -> None:
-    data = {"train": bucketed(write_set, (2, 1, 4, 4), (2, 1, 2, 8), (2, 1, 6, 3))}
+def test_all_training_shapes_must_fit(write_set: WriteSet) -> None:
+    data = {"train": write_buckets(write_set, (2, 1, 4, 4), (2, 1, 2, 8), (2, 1, 6, 3))}
 
     def check(**model: Any) -> DataFacts:
         size = {"input": {"channels": 2, "height": 4, "width": 4}, "patch_size": (1, 1, 1), "num_classes": 3}
@@ -83,3 +72,24 @@ def test_shapes_that_take_turns_must_all_fit(write_set: WriteSet) -> None:
         check(patch_size=(1, 1, 2))
     with pytest.raises(DataError, match=r"the configuration expects \[2, 1, 8, 8\]"):
         check(input={"channels": 2, "height": 8, "width": 8})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model__text": {"width": 7, "pooled_width": 5}}, r"set model\.text\.width=6 and model\.text\.pooled_width=5"),
+        ({"data__validation": "bare"}, "has no captions: encode data with captions"),
+    ],
+)
+def test_data_that_do_not_fit_a_text_model_are_refused(
+    captioned: str, tmp_path: Path, changes: dict, message: str
+) -> None:
+    if "data__validation" in changes:
+        changes = {"data__validation": write_latents(tmp_path / "bare", samples=8)}
+    with pytest.raises(DataError, match=message):
+        check_data(run_config(tmp_path, captioned, **(TEXT | changes)))
+
+
+def test_the_encoding_of_captions_is_known_only_to_text_models(captioned: str, tmp_path: Path) -> None:
+    assert check_data(run_config(tmp_path, captioned, **TEXT)).text is not None
+    assert check_data(run_config(tmp_path, captioned)).text is None

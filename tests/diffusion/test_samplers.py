@@ -247,7 +247,7 @@ def test_a_transformer_is_sampled_in_its_own_batch_or_alone() -> None:
         ({"condition": torch.zeros(3).long()}, "one label for each of the 4 samples"),
         (
             {"condition": torch.zeros(4).long(), "guidance": 2.0, "null_condition": torch.zeros(3).long()},
-            "null_condition must be one label or one a sample",
+            "null_condition must be one label or one per sample",
         ),
         ({"learned_variance": True}, "learned_variance=true needs diffusion.objective=ddpm"),
     ],

@@ -1,5 +1,6 @@
 """Small data sets of latents, as the fixture `write_set` makes them, and a record of the ranges that are read."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -82,3 +83,17 @@ def reads_of_members(latents: LatentSet) -> list[ContiguousRead]:
     """One contiguous read per member, in order."""
     shards = latents.manifest.shards
     return [ContiguousRead(0, s, m, m + 1) for s, shard in enumerate(shards) for m in range(len(shard.members))]
+
+
+def write_buckets(write_set: WriteSet, *shapes: tuple[int, int, int, int]) -> str:
+    """The folder of one data set with a shard of 12 samples of each shape."""
+    parts = [write_set(12, shape=shape, members_per_shard=3) for shape in shapes]
+    tree = json.loads((parts[0].folder / "manifest.json").read())
+    for number, part in enumerate(parts[1:], 1):
+        shard = json.loads(part.manifest.shards[0].model_dump_json(exclude_none=True))
+        name = f"shard-{number:06d}.tar"
+        (parts[0].folder / name).write((part.folder / shard["name"]).read())
+        tree["shards"].append(shard | {"name": name, "shape": list(shapes[number])})
+        tree["samples"] += shard["samples"]
+    (parts[0].folder / "manifest.json").write(json.dumps(tree).encode())
+    return parts[0].url

@@ -47,14 +47,19 @@ def write_latents(
     return str(folder / "manifest.json")
 
 
+def caption_of(key: int, width: int = 6, pooled_width: int = 5) -> EncodedText:
+    """A caption of one to five tokens, as a function of the id of its sample."""
+    generator = torch.Generator().manual_seed(key)
+    tokens = torch.randn(1 + key % 5, width, generator=generator)
+    return EncodedText(tokens, torch.randn(pooled_width, generator=generator))
+
+
 def add_captions(manifest_path: str, width: int = 6, pooled_width: int = 5) -> None:
-    """Gives every sample of a set a caption of one to five tokens, made from its id."""
+    """Give every sample of a data set the caption of its id; that of id 0 is the empty one."""
     manifest, folder = read_manifest(manifest_path)
 
     def caption(key: int) -> EncodedText:
-        generator = torch.Generator().manual_seed(key)
-        tokens = torch.randn(1 + key % 5, width, generator=generator)
-        return EncodedText(tokens, torch.randn(pooled_width, generator=generator))
+        return caption_of(key, width, pooled_width)
 
     def side_car(shard: Shard) -> TarIndex:
         packed = []
