@@ -1,4 +1,9 @@
-"""The one interface of all codecs: clips (an image is a clip of one frame) to raw moments, latents to clips."""
+"""The interface of all codecs, and the normalization of latents.
+
+A codec encodes clips to the moments of a posterior, and decodes latents to clips. An image is a clip of one frame.
+
+Shapes: B samples, C channels of latents, T frames, H height, W width; T', H', W' those of latents.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +30,7 @@ def normalize(raw: Tensor, record: CodecRecord) -> Tensor:
 
 
 def normalize_(raw: Tensor, record: CodecRecord) -> Tensor:
-    """`normalize` in place: memory for the result would cost far more than the arithmetic."""
+    """`normalize` in place: allocating the result costs far more than the arithmetic."""
     if any(record.shift):
         raw.sub_(_per_channel(record.shift, raw))
     if any(factor != 1 for factor in record.scale):
@@ -50,27 +55,29 @@ def _column(values: tuple[float, ...], dtype: torch.dtype, device: torch.device)
 
 @dataclass(frozen=True)
 class Geometry:
-    """How many pixels become how many latents."""
+    """Compression of a codec: the numbers of pixels and frames that one latent stands for."""
 
     channels: int  # C
-    spatial: int = 1  # pixels along each side of the square that one latent stands for
-    temporal: int = 1  # frames that one latent frame stands for, except the first one, which has a latent of its own
-    frame_step: int = 1  # a clip has 1 + k * frame_step frames; some VAEs demand more than `temporal` here
+    spatial: int = 1  # pixels along each side of the square of one latent
+    temporal: int = 1  # frames of one latent frame, except the first frame, which has a latent frame of its own
+    frame_step: int = 1  # clips have 1 + k * frame_step frames; some VAEs require a multiple of `temporal`
 
     def frames(self, latent_frames: int) -> int:
-        """T of a clip whose latents have T' frames."""
+        """The number T of frames of a clip whose latents have T' frames."""
         return 1 + (latent_frames - 1) * self.temporal
 
 
 class LatentCodec:
-    """Pixels float [B, 3, T, H, W] in [-1, 1] to latents [B, C, T', H', W'] and back; an image has T = 1.
+    """Encoder of pixels, float [B, 3, T, H, W] in [-1, 1], to latents [B, C, T', H', W'], and decoder of latents.
 
-    A codec of images takes the frames of a clip one by one (as Latte does), so that T' = T.
-    Results are on the device of the codec. One codec is for one thread at a time: some video VAEs keep state in a call.
+    A codec of images encodes the frames of a clip one by one (as Latte does), so that T' = T. Results are on the device
+    of the codec. A codec must not be used by two threads at once: some video VAEs keep state during a call.
 
     Attributes:
-        record: what a manifest keeps of it.
-        has_posterior: whether latents have a variance. Without one only the mode is worth keeping.
+        record: identity and normalization, for a manifest.
+        geometry: its compression.
+        device: of the weights and the results.
+        has_posterior: False when latents have no variance, so that only the mode is worth storing.
     """
 
     def __init__(
@@ -100,14 +107,15 @@ class LatentCodec:
         return self.geometry.channels
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """(C, T', H', W') of the latents of a clip, or of an image when `frames` is 1.
+        """Shape (C, T', H', W') of the latents of a clip, or of an image when `frames` is 1.
 
-        Raises DataError: the codec cannot take clips of this length or size.
+        Raises:
+            DataError: the codec does not encode clips of this length or size.
         """
         factor, step = self.geometry.spatial, self.geometry.frame_step
         if height < 1 or width < 1 or height % factor or width % factor:
             raise DataError(
-                f"pictures of {height} x {width} pixels do not fit the codec {self.record.location}: "
+                f"images of {height} x {width} pixels do not fit the codec {self.record.location}: "
                 f"height and width must be multiples of {factor}"
             )
         if frames < 1 or (frames - 1) % step:
@@ -120,16 +128,16 @@ class LatentCodec:
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Moments of the posterior of clips [B, 3, T, H, W], raw, float32 [B, 2C, T', H', W'].
+        """Raw posterior moments, float32 [B, 2C, T', H', W'], of clips [B, 3, T, H, W].
 
-        The first C channels are the mean (also the mode), the others the log-variance; a codec without a posterior has
-        the smallest log-variance there is.
+        The first C channels are the mean, which is also the mode, the others the log-variance. A codec without a
+        posterior returns the lowest log-variance, `MIN_LOG_VARIANCE`.
 
         Raises:
-            DataError: pixels of another shape, or clips that do not fit the codec.
+            DataError: the pixels have another shape, or the clips do not fit the codec.
         """
         if pixels.ndim != 5 or pixels.shape[1] != 3:
-            raise DataError(f"a codec takes pixels [B, 3, T, H, W], not {list(pixels.shape)}")
+            raise DataError(f"a codec encodes pixels [B, 3, T, H, W], not {list(pixels.shape)}")
         expected = self.latent_shape(*pixels.shape[2:])
         moments = self._encode(pixels.to(self.device, torch.float32)).float()
         if not self.has_posterior:
@@ -139,14 +147,14 @@ class LatentCodec:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Normalized latents [B, C, T', H', W'], as a model samples them, to pixels float32 [B, 3, T, H, W] in [-1, 1].
+        """Pixels, float32 [B, 3, T, H, W] in [-1, 1], of normalized latents [B, C, T', H', W'].
 
         Raises:
-            DataError: latents of another shape than `encode` makes.
+            DataError: the latents have another shape than those of `encode`.
         """
         if latents.ndim != 5 or latents.shape[1] != self.channels:
             raise DataError(
-                f"the codec {self.record.location} takes latents [B, {self.channels}, T, H, W], "
+                f"the codec {self.record.location} decodes latents [B, {self.channels}, T, H, W], "
                 f"not {list(latents.shape)}"
             )
         frames = self.geometry.frames(latents.shape[2])
@@ -158,9 +166,9 @@ class LatentCodec:
         return pixels
 
     def _check(self, found: tuple[int, ...], expected: tuple[int, ...], what: str) -> None:
-        """A configuration may be one of a model that the call does not fit; better said here than stored in shards."""
+        """Raise DataError unless a result has the expected shape: some variants of a model need other calls."""
         if tuple(found) != expected:
             raise DataError(
-                f"the codec {self.record.location} makes {what} of shape {list(found)} where {list(expected)} is "
-                f"expected of {self.record.name}: its configuration is of a variant that is not supported"
+                f"the codec {self.record.location} makes {what} of shape {list(found)}, expected {list(expected)} for "
+                f"{self.record.name}: its configuration describes a variant that is not supported"
             )

@@ -87,8 +87,8 @@ def _same(values: Tensor) -> Tensor:
 def _build(folder: Location, files: CodecFiles) -> Any:
     """The model of a configuration and its weights.
 
-    It is built on the meta device, so that its memory is bounded by the weight files, whatever sizes an untrusted
-    configuration names.
+    It is built on the meta device, so that its memory is bounded by that of the weight files; the sizes in an
+    untrusted configuration are not.
     """
     import diffusers  # takes seconds to import
     from safetensors.torch import load

@@ -1,6 +1,6 @@
-"""The VAEs of diffusers that are known: how each is called, what it compresses, and its normalization.
+"""The supported VAEs of diffusers: how each is called, its compression, and its normalization.
 
-One record for a class. Normalizations are those of the pipelines of diffusers (0.42) that a model trained on the
+One `Vae` record per class. Normalizations are those of the pipelines of diffusers (0.42) that a model trained on the
 latents would be used in, all in the form (raw - shift) * scale.
 """
 
@@ -20,17 +20,25 @@ Normalization = tuple[Sequence[float], Sequence[float]]  # shift, scale
 
 @dataclass(frozen=True)
 class Vae:
-    """One class of diffusers. The functions take a model of that class."""
+    """How to use the models of one class of diffusers.
+
+    Attributes:
+        geometry: compression of a model.
+        normalization: shift and scale of a model's latents.
+        encode, decode: with a model, as the arguments of `LatentCodec`.
+        has_posterior: whether latents have a variance.
+        pixel_channels: channels that the configuration of a model of RGB pixels names.
+    """
 
     geometry: Callable[[Any], Geometry]
     normalization: Callable[[Any], Normalization]
-    encode: Callable[[Any, Tensor], Tensor]  # as LatentCodec wants it
+    encode: Callable[[Any, Tensor], Tensor]
     decode: Callable[[Any, Tensor], Tensor]
     has_posterior: bool = True
     pixel_channels: Callable[[Any], int] = lambda model: 3
 
     def check(self, model: Any) -> None:
-        """Raises ValueError: the model is not one of RGB pixels, or its geometry is impossible."""
+        """Raise ValueError if the model is not one of RGB pixels, or its geometry is impossible."""
         config, expected = model.config, self.pixel_channels(model)
         found = {key: getattr(config, key, expected) for key in ("in_channels", "out_channels")}
         if set(found.values()) != {expected}:
@@ -44,7 +52,7 @@ class Vae:
 
 
 def _fold(clips: Tensor) -> Tensor:
-    """[B, C, T, H, W] to [B T, C, H, W]: an image VAE sees the frames of a clip as images."""
+    """Clips [B, C, T, H, W] as a batch of images [B T, C, H, W], for VAEs of images."""
     return clips.transpose(1, 2).flatten(0, 1)
 
 
@@ -75,7 +83,7 @@ def _decode_frames(vae: Any, raw: Tensor) -> Tensor:
 
 
 def _decode_ltx(vae: Any, raw: Tensor) -> Tensor:
-    """Later versions of the decoder take a timestep (LTXPipeline's default is 0) and inject noise of their own."""
+    """Decode with LTXPipeline's default timestep 0 and seeded noise, which later versions of the decoder take."""
     timestep = raw.new_zeros(len(raw)) if vae.config.timestep_conditioning else None
     with torch.random.fork_rng(devices=[raw.device] if raw.is_cuda else []):
         torch.manual_seed(0)
@@ -95,21 +103,21 @@ def _shifted(vae: Any) -> Normalization:
     return (vae.config.shift_factor or 0.0,), (vae.config.scaling_factor,)
 
 
-def _shifted_or_standardised(vae: Any) -> Normalization:
-    """With statistics by channel: (raw - latents_mean) * scaling_factor / latents_std, as Stable Diffusion XL."""
+def _shifted_or_standardized(vae: Any) -> Normalization:
+    """(raw - latents_mean) * scaling_factor / latents_std, as Stable Diffusion XL; `_shifted` without statistics."""
     mean, std = vae.config.latents_mean, vae.config.latents_std
     if mean is None or std is None:
         return _shifted(vae)
     return mean, [vae.config.scaling_factor / value for value in std]
 
 
-def _standardised(vae: Any) -> Normalization:
-    """(raw - latents_mean) / latents_std: WanPipeline has no scaling factor."""
+def _standardized(vae: Any) -> Normalization:
+    """(raw - latents_mean) / latents_std, as WanPipeline, which has no scaling factor."""
     return vae.config.latents_mean, [1 / value for value in vae.config.latents_std]
 
 
-def _standardised_by_buffers(vae: Any) -> Normalization:
-    """LTXPipeline: (raw - mean) * scaling_factor / std, the statistics being among the weights."""
+def _standardized_by_buffers(vae: Any) -> Normalization:
+    """(raw - mean) * scaling_factor / std, as LTXPipeline, with the statistics in the weights."""
     return vae.latents_mean.tolist(), [vae.config.scaling_factor / value for value in vae.latents_std.tolist()]
 
 
@@ -117,7 +125,7 @@ def _standardised_by_buffers(vae: Any) -> Normalization:
 
 
 def _halved(blocks: str) -> Callable[[Any], Geometry]:
-    """All but one of the blocks halve the sides."""
+    """Geometry of an image VAE in whose list `blocks` all entries but one halve the sides."""
     return lambda vae: Geometry(vae.config.latent_channels, spatial=2 ** (len(vae.config[blocks]) - 1))
 
 
@@ -133,7 +141,7 @@ def _cogvideox(vae: Any) -> Geometry:
 def _wan(vae: Any) -> Geometry:
     config = vae.config
     spatial = 2 ** (len(config.dim_mult) - 1) * (config.patch_size or 1)
-    # The encoder takes one frame, then four at a time, whatever their compression.
+    # The encoder takes one frame, then four at a time, at any compression.
     return Geometry(config.z_dim, spatial, temporal=2 ** sum(map(bool, config.temperal_downsample)), frame_step=4)
 
 
@@ -144,7 +152,7 @@ def _stated(vae: Any) -> Geometry:
 
 VAES: dict[str, Vae] = {
     "AutoencoderKL": Vae(
-        _halved("block_out_channels"), _shifted_or_standardised, encode=_frame_moments, decode=_decode_frames
+        _halved("block_out_channels"), _shifted_or_standardized, encode=_frame_moments, decode=_decode_frames
     ),
     # Its latent_magnitude and latent_shift are for storing latents as bytes; no pipeline applies them.
     "AutoencoderTiny": Vae(
@@ -161,16 +169,16 @@ VAES: dict[str, Vae] = {
         decode=_decode_frames,
         has_posterior=False,
     ),
-    # invert_scale_latents is about the conditioning picture of CogVideoXImageToVideoPipeline only; latents of clips
+    # invert_scale_latents is about the conditioning image of CogVideoXImageToVideoPipeline only; latents of clips
     # are scaled by scaling_factor in all its pipelines, which ignore shift_factor and the statistics.
     "AutoencoderKLCogVideoX": Vae(_cogvideox, _scaled, encode=_moments, decode=_decode),
     "AutoencoderKLWan": Vae(
         _wan,
-        _standardised,
+        _standardized,
         encode=_moments,
         decode=_decode,
         pixel_channels=lambda vae: 3 * (vae.config.patch_size or 1) ** 2,
     ),
-    "AutoencoderKLLTXVideo": Vae(_stated, _standardised_by_buffers, encode=_moments, decode=_decode_ltx),
+    "AutoencoderKLLTXVideo": Vae(_stated, _standardized_by_buffers, encode=_moments, decode=_decode_ltx),
     "AutoencoderKLHunyuanVideo": Vae(_stated, _scaled, encode=_moments, decode=_decode),
 }

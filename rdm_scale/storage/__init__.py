@@ -1,1 +1,1 @@
-"""Bytes near and far: local files and object stores behind one interface, retries, and a cache on the local disk."""
+"""Storage of bytes: local files and object stores behind one interface, retries, and a cache on the local disk."""

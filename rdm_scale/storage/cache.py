@@ -14,20 +14,19 @@ from rdm_scale.errors import ConfigError
 
 _log = logging.getLogger(__name__)
 _TOTAL, _PARTIAL = ".total", ".partial-"
-_ABANDONED_NS = 3600 * 10**9  # after which an unfinished file belongs to a process that died
-_LEAVE = 0.9  # of the limit, when there is too much: looking at every file is rare then
+_ABANDONED_NS = 3600 * 10**9  # an unfinished file that is older belongs to a process that died
+_LOW_WATER = 0.9  # of the limit; evicting down to it makes scans of all files rare
 
 
 class MemberCache:
-    """Byte ranges by keys that name their content for ever, such as a checksum and a size.
+    """Least-recently-used cache of byte ranges, by keys that identify their content, such as a checksum and a size.
 
-    Any number of threads and processes may use one folder at the same time. Those used least recently go first. The
-    limit holds to within one range a process: what a process that is killed was about to write is counted until the
-    next clearing.
+    Any number of threads and processes may use one folder at the same time. The limit holds to within one range per
+    process: what a killed process was about to write is counted until the next eviction.
 
     Args:
         folder: made if missing; nothing else may be in it.
-        limit_bytes: how large all files may become together. Ranges larger than that are not kept.
+        limit_bytes: total size of all files. Larger ranges are not cached.
 
     Raises:
         ConfigError: the folder cannot be made or written to.
@@ -39,7 +38,7 @@ class MemberCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._total() as total:
-                self._clear(total, 0)
+                self._evict(total, 0)
             probe = self.folder / f"probe{_PARTIAL}{os.getpid()}-{threading.get_ident()}"
             probe.write_bytes(bytes(2**16))  # a full disk takes names, but no content
             probe.unlink()
@@ -50,17 +49,17 @@ class MemberCache:
             ) from None
 
     def get(self, key: str) -> bytes | None:
-        """What was put under the key, or None. Not checked: the disk may have damaged it."""
+        """The content that was put under the key, or None. It is not verified: the disk may have damaged it."""
         try:
             with self._path(key).open("rb") as file:
                 content = file.read()
-                os.utime(file.fileno())  # used now
+                os.utime(file.fileno())  # the time of last use
                 return content
         except OSError:
             return None
 
     def put(self, key: str, content: bytes | memoryview) -> None:
-        """Keeps the content, if it can, in place of what is there. A disk that fails is warned of once."""
+        """Store the content, replacing any under the same key. If the disk fails, log one warning and go on."""
         path = self._path(key)
         if len(content) > self.limit_bytes:
             return
@@ -68,13 +67,13 @@ class MemberCache:
             if not path.exists():
                 with self._total() as total:
                     if total.value + len(content) > self.limit_bytes:
-                        self._clear(total, len(content))
+                        self._evict(total, len(content))
                     total.value += len(content)
             self._store(path, content)
         except OSError as error:
             if not self._warned:
                 self._warned = True
-                _log.warning("the cache %s keeps nothing more: %s", self.folder, error.strerror or error)
+                _log.warning("the cache %s stores nothing more: %s", self.folder, error.strerror or error)
 
     def _path(self, key: str) -> Path:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", key):
@@ -92,10 +91,10 @@ class MemberCache:
 
     @contextmanager
     def _total(self) -> Iterator["_Total"]:
-        """The bytes of all files, while no other process or thread changes it."""
+        """The total size of all files, under a lock against other processes and threads."""
         descriptor = os.open(self.folder / _TOTAL, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)  # is given back when the file is closed, or the process dies
+            fcntl.flock(descriptor, fcntl.LOCK_EX)  # released when the file is closed, or the process dies
             written = os.read(descriptor, 32)
             total = _Total(int(written) if written.isdigit() else 0)
             yield total
@@ -103,8 +102,8 @@ class MemberCache:
         finally:
             os.close(descriptor)
 
-    def _clear(self, total: "_Total", room: int) -> None:
-        """Counts the files, and removes the oldest until there is room for `room` bytes more."""
+    def _evict(self, total: "_Total", room: int) -> None:
+        """Count all files, and evict the least recently used until there is room for `room` bytes more."""
         found: list[tuple[int, int, str]] = []  # time of last use, size, path
         with os.scandir(self.folder) as entries:
             for entry in entries:
@@ -117,7 +116,7 @@ class MemberCache:
             return
         abandoned_ns = time.time_ns() - _ABANDONED_NS
         for used_ns, size, path in sorted(found):
-            if total.value + room <= self.limit_bytes * _LEAVE:
+            if total.value + room <= self.limit_bytes * _LOW_WATER:
                 break
             if _PARTIAL not in path or used_ns < abandoned_ns:
                 Path(path).unlink(missing_ok=True)
@@ -125,5 +124,7 @@ class MemberCache:
 
 
 class _Total:
+    """Total size of the cache, in bytes, written back at the end of `MemberCache._total`."""
+
     def __init__(self, value: int) -> None:
         self.value = value

@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # importing the client takes half a second
 
 @dataclass(frozen=True, eq=False)
 class _Policy:
-    """A policy that is told apart from an equal one: overrides end independently of each other."""
+    """One setting of a policy, distinct from an equal one: each override ends by itself."""
 
     retry: Retry
 

@@ -139,7 +139,7 @@ class ObjectStore(StorageBackend):
         return OSError(f"{name} could not be {done}: {text}")
 
     def _at_endpoint(self) -> str:
-        """Where the store is, for messages; empty where the URL says all."""
+        """The address of the store, for messages; empty where the URL has it."""
         return ""
 
     def _no_bucket(self, path: str) -> str:

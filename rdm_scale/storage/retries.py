@@ -73,7 +73,7 @@ class ShortBodyError(Exception):
 
 
 class GaveUpError(OSError):
-    """All `attempts` of a call failed, within `seconds`, the last one with `last`."""
+    """Failure of all `attempts` of a call, in `seconds`; `last` describes the last one."""
 
     def __init__(self, attempts: int, seconds: float, last: Failure) -> None:
         made = f"{attempts} attempt{'' if attempts == 1 else 's'}"
@@ -140,9 +140,9 @@ _TRANSIENT_ERRORS = {
 
 
 def describe(error: BaseException) -> Failure:
-    """The failure that an error of any client stands for, judged by the error and its causes.
+    """The failure that an error of any client stands for.
 
-    The errors of fsspec's file systems have that of their client as the cause.
+    Its causes count, too: fsspec's file systems raise their own errors from those of their client.
     """
     causes: list[BaseException] = []
     cause: BaseException | None = error

@@ -126,7 +126,7 @@ class S3Client(S3FileSystem):
         """One GET on a presigned URL, or None where only botocore can send the request, for instance through a proxy.
 
         Args:
-            start, length: the range; the whole object with `length` None.
+            start, length: the range; all of the object with `length` None.
             version: the ETag that the object must have.
             limit_s: seconds until the end of the response, however many bytes have arrived.
             stall_s: seconds without a byte after which the request is aborted.

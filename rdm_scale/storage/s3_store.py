@@ -1,4 +1,4 @@
-"""S3 and stores that speak its protocol as a storage backend."""
+"""S3, and stores with its protocol, as a storage backend."""
 
 from collections.abc import Mapping
 from functools import partial

@@ -1,4 +1,4 @@
-"""Codecs against diffusers used directly, and every way in which a codec's folder can be wrong."""
+"""Codecs compared with diffusers, and every kind of damage to the folder of a codec."""
 
 import hashlib
 import json
@@ -230,7 +230,7 @@ def test_damaged_folders(folder, damage, message):
 
 @pytest.fixture(scope="module")
 def scans():
-    """All digit scans as images [N, 3, 1, 32, 32], and their labels."""
+    """Images [N, 3, 1, 32, 32] of all digit scans, and their labels."""
     data, labels = load_digits(return_X_y=True)
     small = torch.from_numpy(data).reshape(-1, 8, 8)
     large = [

@@ -1,6 +1,6 @@
-"""Every VAE of diffusers that is known, tiny and with random weights, against diffusers used directly.
+"""Every supported VAE of diffusers, tiny and with random weights, compared with diffusers.
 
-The normalizations are worked out here from what the pipelines of diffusers 0.42 do with latents before they decode:
+The expected normalizations are those of the pipelines of diffusers 0.42 before they decode:
 SanaPipeline, FluxPipeline, CogVideoXPipeline, WanPipeline, LTXPipeline and HunyuanVideoPipeline.
 """
 
@@ -32,7 +32,7 @@ def channels(values: list[float]) -> Tensor:
 
 @dataclass(frozen=True)
 class Case:
-    """A tiny model, a clip that fits it, and what its pipeline does."""
+    """A tiny model, a clip that fits it, and the steps of its pipeline."""
 
     make: Callable[[], Any]
     pixels: tuple[int, int, int]  # T, H, W
@@ -100,7 +100,7 @@ def ltx(**config: Any) -> Any:
 
 
 def ltx_with_timestep() -> Any:
-    """As LTX-Video 0.9.1: a decoder that takes a timestep and injects noise."""
+    """LTX-Video 0.9.1: its decoder takes a timestep and injects noise."""
     vae = ltx(timestep_conditioning=True, decoder_inject_noise=(True, True, True, True, False))
     for name, parameter in vae.named_parameters():
         if "per_channel_scale" in name:
@@ -250,7 +250,7 @@ def test_one_frame_is_an_image(saved: tuple[Case, Path, Any]) -> None:
 def test_what_does_not_fit(saved: tuple[Case, Path, Any]) -> None:
     case, folder, _ = saved
     codec, (frames, height, width) = load_codec(str(folder)), case.pixels
-    with pytest.raises(DataError, match=f"pictures of {height} x {width + 1} pixels do not fit"):
+    with pytest.raises(DataError, match=f"images of {height} x {width + 1} pixels do not fit"):
         codec.latent_shape(frames, height, width + 1)
     if case.frames == ANY:
         assert codec.latent_shape(frames + 2, height, width)[1] == frames + 2
@@ -281,7 +281,7 @@ def test_a_codec_that_moved(saved: tuple[Case, Path, Any], tmp_path: Path) -> No
 
 @torch.no_grad()
 def test_cogvideox_decodes_an_even_number_of_latent_frames_to_too_many() -> None:
-    """Why its codec wants 1 + 8 k frames though it compresses four to one: 5 frames become 2 latents, and those 8."""
+    """The reason why its codec takes 1 + 8 k frames: 5 frames become 2 latent frames, and those decode to 8."""
     torch.manual_seed(0)
     vae = cogvideox().eval()
     latents = vae.encode(torch.zeros(1, 3, 5, 16, 16)).latent_dist.mean
@@ -355,8 +355,8 @@ def test_a_model_of_other_pixels(tmp_path: Path) -> None:
 
 
 def test_a_configuration_of_another_compression(tmp_path: Path) -> None:
-    """It must not store latents of a shape that nobody expects."""
+    """Refused when encoding, not stored as latents of an unexpected shape."""
     ltx().save_pretrained(tmp_path)
     rewrite(tmp_path / CONFIG, spatial_compression_ratio=16)
-    with pytest.raises(DataError, match=r"makes latents of shape \[8, 1, 1, 1\] where \[8, 1, 2, 2\] is expected"):
+    with pytest.raises(DataError, match=r"makes latents of shape \[8, 1, 1, 1\], expected \[8, 1, 2, 2\]"):
         load_codec(str(tmp_path)).encode(torch.zeros(1, 3, 1, 32, 32))

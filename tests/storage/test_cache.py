@@ -1,4 +1,4 @@
-"""The disk cache of members: what it keeps, what goes first, and that it never ends a run."""
+"""The disk cache: lookups, eviction, sharing between processes and threads, and failures of the disk."""
 
 import contextlib
 import errno
@@ -20,11 +20,11 @@ def content_of(number: int, size: int = 1000) -> bytes:
 
 
 def used(folder: Path) -> int:
-    """Bytes of what is kept, without the file that holds the total."""
+    """Bytes in the cache, without the file that holds the total."""
     return sum(path.stat().st_size for path in folder.iterdir() if path.name != ".total")
 
 
-def test_it_gives_back_what_was_put_also_to_another_process(tmp_path: Path) -> None:
+def test_content_is_found_by_another_instance(tmp_path: Path) -> None:
     cache = MemberCache(tmp_path / "new" / "cache", 10_000)
     assert cache.get("a-1") is None
     cache.put("a-1", b"content")
@@ -35,19 +35,23 @@ def test_it_gives_back_what_was_put_also_to_another_process(tmp_path: Path) -> N
     assert cache.get("a-1") == b"content"
 
 
-def test_the_least_recently_used_go_first(tmp_path: Path) -> None:
+def test_least_recently_used_are_evicted_first(tmp_path: Path) -> None:
     cache = MemberCache(tmp_path, 4000)
     for number in range(4):
         cache.put(f"k{number}", content_of(number))
     old = time.time() - 1000
-    for age, number in enumerate((2, 0, 3, 1)):  # from the oldest
+    for age, number in enumerate((2, 0, 3, 1)):  # oldest first
         os.utime(tmp_path / f"k{number}", (old + age, old + age))
-    assert cache.get("k2") == content_of(2)  # now the youngest
+    assert cache.get("k2") == content_of(2)  # now the most recently used
     cache.put("k4", content_of(4))
-    assert [number for number in range(5) if cache.get(f"k{number}")] == [1, 2, 4]  # 0 and 3 went: 3600 stay at most
+    assert [number for number in range(5) if cache.get(f"k{number}")] == [
+        1,
+        2,
+        4,
+    ]  # 0 and 3 are evicted: at most 3600 bytes stay
 
 
-def test_what_is_larger_than_the_limit_is_not_kept_and_drives_nothing_out(tmp_path: Path) -> None:
+def test_larger_than_the_limit_is_not_cached_and_evicts_nothing(tmp_path: Path) -> None:
     cache = MemberCache(tmp_path, 4000)
     cache.put("small", content_of(1))
     cache.put("large", content_of(2, 4001))
@@ -63,7 +67,7 @@ def test_a_smaller_limit_holds_at_the_next_start(tmp_path: Path) -> None:
     assert 0 < used(tmp_path) <= 10_000
 
 
-def test_unfinished_files_of_the_dead_count_and_go_and_those_of_the_living_stay(tmp_path: Path) -> None:
+def test_unfinished_files_of_dead_processes_are_evicted(tmp_path: Path) -> None:
     dead, living = tmp_path / "a.partial-1-1", tmp_path / "b.partial-2-2"
     for path in (dead, living):
         path.write_bytes(bytes(3000))
@@ -87,7 +91,7 @@ def run_worker(folder: Path, worker: int) -> None:
 def size_of(folder: Path) -> int:
     total = 0
     for path in folder.glob("k*"):
-        with contextlib.suppress(FileNotFoundError):  # the others go on
+        with contextlib.suppress(FileNotFoundError):  # other workers are running
             total += path.stat().st_size
     return total
 
@@ -100,7 +104,7 @@ def test_processes_share_a_folder_within_the_limit(tmp_path: Path) -> None:
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [0, 0, 0]
-    assert 40_000 <= used(tmp_path) <= 53_000  # it does not throw away more than it has to, either
+    assert 40_000 <= used(tmp_path) <= 53_000  # and it evicts no more than it has to
 
 
 def test_threads_share_a_cache(tmp_path: Path) -> None:
@@ -121,13 +125,13 @@ def test_threads_share_a_cache(tmp_path: Path) -> None:
     assert not torn and used(tmp_path) <= 20_000 + 4 * 1000
 
 
-def test_a_folder_that_cannot_be_used_is_a_mistake_of_the_configuration(tmp_path: Path) -> None:
+def test_unusable_folder_is_a_configuration_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(ConfigError, match=r"file/cache cannot be used: .*data\.cache_dir"):
         MemberCache(tmp_path / "file" / "cache", 1000)
 
 
-def test_a_full_disk_is_a_mistake_at_the_start_and_a_warning_later(
+def test_full_disk_is_an_error_at_the_start_and_a_warning_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     cache = MemberCache(tmp_path, 10_000)
@@ -142,7 +146,7 @@ def test_a_full_disk_is_a_mistake_at_the_start_and_a_warning_later(
         cache.put("a", b"1")
         cache.put("b", b"2")
     assert [record.getMessage() for record in caplog.records] == [
-        f"the cache {tmp_path} keeps nothing more: No space left on device"
+        f"the cache {tmp_path} stores nothing more: No space left on device"
     ]
     assert cache.get("a") is None and cache.get("before") == b"kept"
     assert sorted(path.name for path in tmp_path.iterdir()) == [".total", "before"]
@@ -151,6 +155,6 @@ def test_a_full_disk_is_a_mistake_at_the_start_and_a_warning_later(
 
 
 @pytest.mark.parametrize("key", ["", "../a", "a/b", ".total", "a.partial-1-1"])
-def test_a_key_cannot_leave_the_folder(tmp_path: Path, key: str) -> None:
+def test_key_cannot_leave_the_folder(tmp_path: Path, key: str) -> None:
     with pytest.raises(ValueError, match="cannot be the name"):
         MemberCache(tmp_path, 1000).put(key, b"")

@@ -1,4 +1,4 @@
-"""Locations on the local disk and on an object store's stand-in."""
+"""Locations on the local disk and in memory, which represents object stores."""
 
 import errno
 import os
@@ -41,18 +41,18 @@ def test_files_are_written_listed_read_and_removed(folder: Location) -> None:
     ("offset", "length", "expected"),
     [(0, 3, b"012"), (4, 4, b"4567"), (8, 5, b"89"), (10, 1, b""), (99, 3, b""), (3, 0, b"")],
 )
-def test_a_range_is_cut_at_the_end_of_the_file(folder: Location, offset: int, length: int, expected: bytes) -> None:
+def test_range_is_cut_at_the_end_of_the_file(folder: Location, offset: int, length: int, expected: bytes) -> None:
     (folder / "a").write(b"0123456789")
     assert (folder / "a").read_range(offset, length) == expected
 
 
-def test_what_is_missing_raises(folder: Location) -> None:
+def test_missing_files_raise(folder: Location) -> None:
     for read in (Location.size, Location.stat, Location.read, Location.open, lambda place: place.read_range(0, 1)):
         with pytest.raises(FileNotFoundError):
             read(folder / "missing")
 
 
-def test_a_folder_tells_sizes_and_versions_of_its_files(folder: Location) -> None:
+def test_folder_lists_sizes_and_versions_of_its_files(folder: Location) -> None:
     (folder / "a").write(b"12")
     (folder / "below").make_dir()
     (folder / "below" / "b").write(b"345")
@@ -67,7 +67,7 @@ def test_a_folder_tells_sizes_and_versions_of_its_files(folder: Location) -> Non
         folder.stat()
 
 
-def test_links_are_the_files_that_they_lead_to(tmp_path: Path) -> None:
+def test_links_are_their_targets(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"123")
     (tmp_path / "folder").mkdir()
     for name in ("file", "folder", "nothing"):
@@ -75,7 +75,7 @@ def test_links_are_the_files_that_they_lead_to(tmp_path: Path) -> None:
     assert Location(tmp_path / "folder").stats() == {"to file": Location(tmp_path / "file").stat()}
 
 
-def test_a_file_that_is_open_can_be_read_in_any_order(folder: Location) -> None:
+def test_file_that_is_open_can_be_read_in_any_order(folder: Location) -> None:
     (folder / "a").write(bytes(range(256)) * 100)
     with (folder / "a").open() as file:
         assert file.read(3) == b"\x00\x01\x02" and file.seek(-1, 2) == 25_599
@@ -85,12 +85,12 @@ def test_a_file_that_is_open_can_be_read_in_any_order(folder: Location) -> None:
             file.seek(-1)
 
 
-def test_a_file_has_no_entries(folder: Location) -> None:
+def test_file_has_no_entries(folder: Location) -> None:
     (folder / "a").write(b"x")
     assert (folder / "a").names() == []
 
 
-def test_a_local_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
+def test_local_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
     place = Location(tmp_path) / "a"
     place.write(b"old")
     with pytest.raises(TypeError):
@@ -98,8 +98,8 @@ def test_a_local_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
     assert place.read() == b"old" and place.parent.names() == ["a"]
 
 
-def test_a_local_write_replaces_the_file_rather_than_its_content(tmp_path: Path) -> None:
-    """Who has the old file open goes on to see the old content, whole."""
+def test_local_write_replaces_the_file_rather_than_its_content(tmp_path: Path) -> None:
+    """A reader that has the old file open keeps reading the old content."""
     place = Location(tmp_path) / "a"
     place.write(b"old")
     with (tmp_path / "a").open("rb") as file:
@@ -129,7 +129,7 @@ def test_only_the_local_disk_is_local(tmp_path: Path, memory: Location) -> None:
 
 
 @pytest.mark.parametrize("url", ["nosuch://bucket/set", "nosuch::memory://x"])
-def test_an_unknown_file_system_is_a_mistake_of_the_configuration(url: str) -> None:
+def test_unknown_file_system_is_a_configuration_error(url: str) -> None:
     with pytest.raises(ConfigError, match="nosuch"):
         Location(url)
 
@@ -164,19 +164,19 @@ QUICK = Retry(attempts=3, budget_s=10, first_wait_s=0.001, longest_wait_s=0.001)
 @pytest.mark.parametrize(
     "error", [ConnectionResetError(), TimeoutError(), OSError(errno.ENETUNREACH, "Network is unreachable")]
 )
-def test_what_may_pass_is_tried_again(error: OSError, monkeypatch: pytest.MonkeyPatch, memory: Location) -> None:
+def test_transient_errors_are_retried(error: OSError, monkeypatch: pytest.MonkeyPatch, memory: Location) -> None:
     with retrying(QUICK):
-        passing = Failing(error, 2)
-        monkeypatch.setattr(MemoryFileSystem, "cat_file", lambda *a, **o: passing(*a, **o))
-        assert memory.read() == b"content" and passing.calls == 3
-        passing.calls, passing.times = 0, 3
+        failing = Failing(error, 2)
+        monkeypatch.setattr(MemoryFileSystem, "cat_file", lambda *a, **o: failing(*a, **o))
+        assert memory.read() == b"content" and failing.calls == 3
+        failing.calls, failing.times = 0, 3
         message = r"could not be read: gave up after 3 attempts in 0\.\d s, the last error: .*later"
         with pytest.raises(OSError, match=message):
             memory.read()
 
 
 @pytest.mark.parametrize("error", [PermissionError(), FileNotFoundError(), OSError(errno.EIO, "I/O"), ValueError("?")])
-def test_what_does_not_pass_is_not(error: Exception, monkeypatch: pytest.MonkeyPatch, memory: Location) -> None:
+def test_permanent_errors_are_not_retried(error: Exception, monkeypatch: pytest.MonkeyPatch, memory: Location) -> None:
     failing = Failing(error, 1)
     monkeypatch.setattr(MemoryFileSystem, "cat_file", lambda *a, **o: failing(*a, **o))
     with retrying(QUICK), pytest.raises(OSError, match=str(memory)) as raised:
@@ -184,7 +184,7 @@ def test_what_does_not_pass_is_not(error: Exception, monkeypatch: pytest.MonkeyP
     assert failing.calls == 1 and (type(raised.value) is type(error) or isinstance(error, ValueError))
 
 
-def test_local_files_are_never_tried_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_local_calls_are_never_retried(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     failing = Failing(ConnectionResetError("as if"), 1)
     monkeypatch.setattr(LocalFileSystem, "exists", lambda *a, **o: failing(*a, **o))
     with pytest.raises(ConnectionResetError):
@@ -212,7 +212,7 @@ def test_the_waits_double_and_the_budget_ends_them(monkeypatch: pytest.MonkeyPat
     assert waits == [0.5, 1, 2, 3, 3]  # the next would end after the budget
 
 
-def test_an_error_of_another_client_tells_its_status() -> None:
+def test_status_of_an_error_of_another_client() -> None:
     class HttpError(Exception):
         code = 503
 
@@ -224,7 +224,7 @@ def test_an_error_of_another_client_tells_its_status() -> None:
     assert describe(wrapped).transient
 
 
-def test_large_local_ranges_come_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_large_local_ranges_are_read_completely(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Linux reads at most 2 GiB at once."""
     (tmp_path / "a").write_bytes(b"0123456789")
     preadv, reads = os.preadv, []

@@ -1,4 +1,4 @@
-"""Headers that lie are refused before anything is allocated."""
+"""Safetensors files and indices: false claims are refused before anything is allocated."""
 
 import json
 from pathlib import Path
@@ -43,7 +43,7 @@ def tensor(shape: list[Any], begin: Any, end: Any, dtype: str = "F32") -> dict[s
         ({"a": tensor([2], 0, 8)}, 7, "it is cut off or damaged"),
     ],
 )
-def test_headers_that_lie(tmp_path: Path, header: Any, data: int, message: str) -> None:
+def test_false_headers(tmp_path: Path, header: Any, data: int, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         SafetensorsReader(write(tmp_path / "x.safetensors", header, bytes(data)))
 
@@ -65,13 +65,13 @@ def test_a_header_of_impossible_length(tmp_path: Path, length: int) -> None:
         ({}, "no weight_map"),
     ],
 )
-def test_an_index_that_leads_elsewhere(tmp_path: Path, weight_map: Any, message: str) -> None:
+def test_index_that_leaves_the_folder(tmp_path: Path, weight_map: Any, message: str) -> None:
     (tmp_path / "m.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(CheckpointError, match=message):
         SafetensorsReader.of_folder(Location(tmp_path), "m")
 
 
-def test_pickles_and_doubles_are_refused(tmp_path: Path) -> None:
+def test_pickles_and_duplicates_are_refused(tmp_path: Path) -> None:
     (tmp_path / "m.bin").write_bytes(b"")
     with pytest.raises(
         CheckpointError, match=r"only m\.bin, and pickled weights are not loaded because they can run code"
