@@ -100,7 +100,7 @@ def test_clips_of_a_video(frames, length, stride, step, starts):
     assert both == [(clip, view) for clip in range(len(starts)) for view in (0, 1)]
 
 
-def test_a_video_that_is_too_short_and_one_that_is_damaged_are_unfit():
+def test_a_video_that_is_too_short_and_one_that_is_damaged_are_rejected():
     settings = EncodingSettings((PixelBucket(8, 8, 8),), stride=2)
     source = media(["a", "b", "c"], kind="video")
     plan = make_plan(source, settings, [MediaMetadata(14, 8, 8), "no video", MediaMetadata(15, 8, 8)])

@@ -12,6 +12,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
 
+from rdm_scale.encoding.videos import VideoMetadata, decode_clip, read_video_metadata
 from rdm_scale.tools import make_digit_clips
 
 BUNNY = Path(__file__).parent / "clips/big_buck_bunny.mp4"  # 50 frames, 25 a second, 320 x 180, key frames at 12 k
@@ -76,3 +77,12 @@ def all_frames(content: bytes) -> Tensor:
     with av.open(io.BytesIO(content)) as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     return torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2).float() / 127.5 - 1
+
+
+def clip_of(content: bytes, start: int = 0, frames: int = 1, name: str = "a video", **options: Any) -> Tensor:
+    defaults: dict[str, Any] = {"fps": None, "height": 48, "width": 64}
+    return decode_clip(io.BytesIO(content), name, start=start, frames=frames, **defaults | options)
+
+
+def metadata_of(content: bytes, fps: float | None = None) -> VideoMetadata:
+    return read_video_metadata(io.BytesIO(content), "a video", fps)

@@ -1,6 +1,7 @@
 """Inputs and jobs for the tests of encoding."""
 
 import io
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from rdm_scale.codecs import load_codec
 from rdm_scale.data.manifest import Manifest, read_manifest
 from rdm_scale.data.shards import read_member, sample_id
 from rdm_scale.encoding.inputs import MediaFile, MediaSet, find_media
-from rdm_scale.encoding.job import EncodingJob
+from rdm_scale.encoding.job import EncodingJob, JobProgress
 from rdm_scale.encoding.output import OutputFolders
 from rdm_scale.encoding.planning import EncodingSettings, PixelBucket
 from rdm_scale.encoding.text import TextEncoder
@@ -114,3 +115,19 @@ def assert_done(out) -> None:
         "manifest.json",
         *(tar.name for shard in read_manifest(str(out))[0].shards for tar in (shard, shard.text) if tar),
     }
+
+
+def stop_after(job: EncodingJob, shards: int) -> JobProgress:
+    """A progress that interrupts a job in the middle of a shard, when `shards` shards of 12 samples are recorded."""
+
+    def records() -> int:
+        return sum(name.endswith(".json") and name != "plan.json" for name in job.output.work.names())
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if stage == "encoding" and done >= 12 * shards + 4:
+            deadline = time.monotonic() + 60
+            while records() < shards and time.monotonic() < deadline:  # the writing thread may be slow
+                time.sleep(0.01)
+            raise KeyboardInterrupt
+
+    return progress

@@ -4,6 +4,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
+CAPTIONS = ["a red fox", "", "two dogs run over the hill and a cat", "Größe", "a", "the quick brown fox jumps " * 2]
 WIDTH = 16
 SIZES = {
     "vocab_size": 56,

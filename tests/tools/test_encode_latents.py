@@ -68,7 +68,7 @@ def many(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(many, tmp_path_factory):
-    """What one process makes of them without interruption."""
+    """Output of one uninterrupted process."""
     tmp = tmp_path_factory.mktemp("alone")
     result = Running(tmp, TOOL, (many, tmp / "out", *SHARDS, "--holdout", tmp / "held")).result()
     assert result.returncode == 0, result.stderr

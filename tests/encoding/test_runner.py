@@ -1,4 +1,4 @@
-"""Whole jobs in one process: what they write, against plain encodings of the same files, and how they go on."""
+"""Complete jobs in one process: what they write, against plain encodings of the same files, and how they resume."""
 
 import re
 import shutil
@@ -32,6 +32,7 @@ from tests.support.encoding_jobs import (
     pixels_of,
     png,
     read_all,
+    stop_after,
     write_digits,
 )
 
@@ -195,27 +196,17 @@ def test_clips_of_digits_and_of_a_real_video(clips, tmp_path):
     assert (second - coarse.transpose(0, 1)).abs().mean() < 0.02
 
 
-# ---- going on
+# ---- resumed
 
 
-def stop_after(shards: int):
-    """A progress that breaks a job off when so many shards of 12 are written."""
-
-    def progress(stage, done, total):
-        if done >= 12 * shards + 4:  # one thread writes, in order: when the codec is here, these are on their way
-            raise KeyboardInterrupt
-
-    return progress
-
-
-def test_a_job_goes_on_where_it_was_cut_off(digits, tmp_path, monkeypatch):
+def test_an_interrupted_job_is_resumed(digits, tmp_path, monkeypatch):
     encode(make_job(digits, tmp_path / "whole", holdout=tmp_path / "whole_held"))
     job = make_job(digits, tmp_path / "out", holdout=tmp_path / "held")
     with pytest.raises(KeyboardInterrupt):
-        encode(job, progress=stop_after(2))
+        encode(job, progress=stop_after(job, 2))
     records = sorted(path.name for path in (tmp_path / "out/.encoding").glob("train-*"))
     assert records and not (tmp_path / "out/manifest.json").exists()
-    # what a process leaves behind that is killed while it writes
+    # files of a process that is killed while it writes
     (tmp_path / "out/shard-000001.tar.partial-123").write_bytes(b"half")
     (tmp_path / "held/text-000000.tar.partial-9").parent.mkdir(exist_ok=True)
     (tmp_path / "held/text-000000.tar.partial-9").write_bytes(b"half")
@@ -250,106 +241,7 @@ def test_ranks_one_after_the_other_make_the_same_bytes(digits, tmp_path):
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_the_number_of_threads_is_that_of_the_beginning(digits, tmp_path, monkeypatch):
-    job = make_job(digits, tmp_path / "out")
-    before = torch.get_num_threads()
-    seen = []
-    real = job.codec.encode
-    monkeypatch.setattr(job.codec, "encode", lambda pixels: seen.append(torch.get_num_threads()) or real(pixels))
-    try:
-        torch.set_num_threads(3)
-        with pytest.raises(KeyboardInterrupt):
-            encode(job, progress=stop_after(1))
-        torch.set_num_threads(1)
-        encode(job)
-        assert set(seen) == {3} and torch.get_num_threads() == 1
-    finally:
-        torch.set_num_threads(before)
-
-
-def test_a_shard_that_is_removed_or_cut_before_the_end_is_noticed(digits, tmp_path):
-    encode(make_job(digits, tmp_path / "whole"))
-    job = make_job(digits, tmp_path / "out")
-    for damage in (lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-512])):
-        shutil.rmtree(tmp_path / "out", ignore_errors=True)
-        with pytest.raises(KeyboardInterrupt):
-            encode(job, progress=stop_after(2))
-        damage(tmp_path / "out/shard-000000.tar")
-        with pytest.raises(DataError, match=r"shard-000000.tar was written and is no longer there, or incomplete: run"):
-            encode(job)
-        assert not (tmp_path / "out/manifest.json").exists()
-        encode(job)
-        assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-
-
-@pytest.mark.parametrize("damage", [lambda content: content[:50], lambda content: b"{}", lambda content: b""])
-def test_a_damaged_record_is_noticed(digits, tmp_path, damage):
-    encode(make_job(digits, tmp_path / "whole"))
-    job = make_job(digits, tmp_path / "out")
-    with pytest.raises(KeyboardInterrupt):
-        encode(job, progress=stop_after(2))
-    (record,) = (tmp_path / "out/.encoding").glob("train-000000-*")
-    record.write_bytes(damage(record.read_bytes()))
-    with pytest.raises(DataError, match=rf"{record.name} is damaged and was removed: run the same command again"):
-        encode(job)
-    encode(job)
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-
-
-def test_a_damaged_plan_is_noticed(digits, tmp_path):
-    job = make_job(digits, tmp_path / "out")
-    with pytest.raises(KeyboardInterrupt):
-        encode(job, progress=stop_after(1))
-    for content in (b"", b"[]", b'{"job": "x"}', b'{"job": "x", "threads": 1, "probes": [[1]]}'):
-        (tmp_path / "out/.encoding/plan.json").write_bytes(content)
-        with pytest.raises(DataError, match=r"plan.json is damaged .*: remove"):
-            encode(job)
-
-
 # ---- refused
-
-
-def test_folders_in_use_are_not_touched(digits, tmp_path):
-    first = make_job(digits, tmp_path / "out")
-    encode(first)
-    before = contents(tmp_path / "out")
-    (tmp_path / "out/decoded.png").write_bytes(b"")  # a look at it
-    assert first.output.check(first.digest)
-    (tmp_path / "out/decoded.png").unlink()
-    other = make_job(digits, tmp_path / "out", seed=1)
-    for output in (other.output, OutputFolders(Location(tmp_path / "new"), other.output.train)):
-        for digest in (other.digest, other.digest[:32]):  # before the codec is loaded, too
-            with pytest.raises(
-                DataError, match="already holds encoded data, of other inputs or made with other settings"
-            ):
-                output.check(digest)
-    assert contents(tmp_path / "out") == before and not (tmp_path / "new").exists()
-
-    (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis/shard-of-glass.tar").write_text("ten years of work")
-    with pytest.raises(DataError, match=r"not empty \(it holds shard-of-glass.tar\)"):
-        OutputFolders(Location(tmp_path / "thesis")).check(first.digest)
-    with pytest.raises(DataError, match="is a file"):
-        OutputFolders(Location(tmp_path / "thesis/shard-of-glass.tar")).check(first.digest)
-    for held in (tmp_path / "a", tmp_path / "a/held", tmp_path):
-        with pytest.raises(DataError, match="must be two folders"):
-            OutputFolders(Location(tmp_path / "a"), Location(held)).check(first.digest)
-
-
-def test_the_beginnings_of_another_job_are_not_gone_on_with(digits, tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        encode(make_job(digits, tmp_path / "out"), progress=stop_after(1))
-    before = contents(tmp_path / "out")
-    other = make_job(digits, tmp_path / "out", dtype="float16")
-    for call in (
-        lambda: other.output.check(other.digest),
-        lambda: other.output.check(other.digest[:32]),
-        lambda: encode(other),
-        lambda: encode(other, ProcessRank(1, 2)),
-    ):
-        with pytest.raises(DataError, match="an unfinished encoding of other inputs or with other settings"):
-            call()
-    assert contents(tmp_path / "out") == before
 
 
 def test_sizes_that_do_not_fit_the_codec(digits, tmp_path):
@@ -368,7 +260,7 @@ def test_input_and_output_in_memory(digits, memory, tmp_path):
     encode(make_job(digits, tmp_path / "out"))
     job = make_job(f"memory:/{memory.path}/in", f"memory:/{memory.path}/out")
     with pytest.raises(KeyboardInterrupt):
-        encode(job, progress=stop_after(2))
+        encode(job, progress=stop_after(job, 2))
     encode(job)
     assert job.output.check(job.digest)
     found = {path.rsplit("/", 1)[-1]: fs.cat_file(path) for path in fs.find(f"{memory.path}/out")}

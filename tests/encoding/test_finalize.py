@@ -1,4 +1,4 @@
-"""Inputs that cannot be decoded: listed with reasons, counted, and encoded by the same command once mended."""
+"""The end of a job: rejected inputs are listed, counted, and encoded once repaired; written shards are still there."""
 
 import json
 import shutil
@@ -14,6 +14,7 @@ from tests.support.encoding_jobs import (
     contents,
     make_job,
     read_all,
+    stop_after,
 )
 
 COUNT = 60
@@ -63,7 +64,7 @@ def test_images_that_cannot_be_decoded(digits, tmp_path):
     assert_done(tmp_path / "out")
 
 
-def test_a_mended_input_is_encoded_by_the_same_command(digits, tmp_path, monkeypatch):
+def test_a_repaired_input_is_encoded_by_the_same_command(digits, tmp_path, monkeypatch):
     source = tmp_path / "in"
     shutil.copytree(digits, source)
     broken = sorted(source.rglob("*.png"))[:2]
@@ -94,7 +95,7 @@ def test_videos_that_cannot_be_decoded(clips, tmp_path):
     with pytest.raises(DataError, match="1 of 6 inputs"):
         encode(job)
     assert reasons(tmp_path / "out").keys() == {worst}
-    # Mended, it brings clips that shift all others: no old shard may stand for a new one, whatever happens in between.
+    # Once repaired, it adds clips that shift all others: no old shard may stand for a new one.
     first = contents(tmp_path / "out")
     shutil.copy(clips / worst, source / worst)
     with pytest.raises(KeyboardInterrupt):
@@ -116,7 +117,7 @@ def test_videos_that_cannot_be_decoded(clips, tmp_path):
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_a_side_of_which_nothing_can_be_decoded(tmp_path):
+def test_a_split_of_which_nothing_can_be_decoded(tmp_path):
     (tmp_path / "in").mkdir()
     for i in range(3):
         (tmp_path / f"in/{i}.png").write_bytes(b"")
@@ -125,3 +126,18 @@ def test_a_side_of_which_nothing_can_be_decoded(tmp_path):
     ):
         encode(make_job(tmp_path / "in", tmp_path / "out", max_rejected=1.0))
     assert len(reasons(tmp_path / "out")) == 3
+
+
+def test_a_shard_that_is_removed_or_cut_before_the_end_is_noticed(digits, tmp_path):
+    encode(make_job(digits, tmp_path / "whole"))
+    job = make_job(digits, tmp_path / "out")
+    for damage in (lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-512])):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        with pytest.raises(KeyboardInterrupt):
+            encode(job, progress=stop_after(job, 2))
+        damage(tmp_path / "out/shard-000000.tar")
+        with pytest.raises(DataError, match=r"shard-000000.tar was written and is no longer there, or incomplete: run"):
+            encode(job)
+        assert not (tmp_path / "out/manifest.json").exists()
+        encode(job)
+        assert contents(tmp_path / "out") == contents(tmp_path / "whole")
