@@ -1,11 +1,11 @@
-"""Cost of a block in a model of 1,000 blocks against one of 28: our training step and plain PyTorch's.
+"""Cost per block in a model of 1,000 blocks against one of 28, for `ParallelModel` and for plain PyTorch.
 
-A narrow model with few tokens, so that what is paid for a block beside its arithmetic shows: hooks, bookkeeping,
-anything that grows faster than the depth. A step is forward, backward and AdamW on one process; ours is `ParallelModel`
-under ZeRO-3 with the parameters kept gathered, plain is `build_model` and a loop. All four take turns in one run, a
-step of 1,000 blocks for each 1,000 / 28 steps of 28. Of each its fastest turn counts (wall time; another tenant of the
-machine can only add to it), beside the median of CPU time. `superlinear` is the cost of a block at 1,000 blocks over
-that at 28, ours over plain PyTorch's. Start-up is `parallelize` at several depths, once each.
+The model is narrow and has few tokens, so that the cost of a block beside its arithmetic shows: hooks, bookkeeping,
+anything that grows faster than the depth. A step is forward, backward and AdamW on one process; `ours` is
+`ParallelModel` under ZeRO-3 with the parameters kept gathered, `plain` is `build_model` and a loop. All four alternate
+in one run, one step of 1,000 blocks for every 1,000 / 28 steps of 28. The fastest round of each counts (wall time, to
+which other processes can only add), beside the median of CPU time. `superlinear` is the cost per block at 1,000 blocks
+over that at 28, for `ours` over the same for `plain`. Start-up is `parallelize` at several depths, once each.
 
 Prints Markdown and writes benchmarks/results/depth.json.
 
@@ -22,11 +22,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.report import write_results
-from rdm_scale.batch import ModelInputs, TrainingBatch
+from benchmarks.report import print_table, write_results
+from benchmarks.synthetic import SquaredError, random_batch
 from rdm_scale.config import RunConfig, parse_config
 from rdm_scale.models import build_model
 from rdm_scale.parallel.mesh import Mesh, build_mesh
@@ -78,8 +77,8 @@ def configuration(width: int, batch_size: int, depth: int) -> RunConfig:
 
 
 def start(configure: Callable[[int], RunConfig], mesh: Mesh) -> tuple[dict[int, float], dict[int, ParallelModel]]:
-    """Seconds of `parallelize` by depth, and the models to be trained."""
-    parallel_model(configure(2), mesh)  # what the libraries do once
+    """Time `parallelize` at each depth; keep the models to train."""
+    parallel_model(configure(2), mesh)  # warm-up of the libraries
     seconds, models = {}, {}
     for depth in STARTED:
         gc.collect()
@@ -99,7 +98,7 @@ def parallel_model(config: RunConfig, mesh: Mesh) -> ParallelModel:
 
 
 def ours(model: ParallelModel) -> Step:
-    batch = random_batch(model.config)
+    batch = random_batch(model.config.model.input, model.config.train.global_batch_size)
 
     def step() -> None:
         model.accumulate([batch], SquaredError())
@@ -109,7 +108,8 @@ def ours(model: ParallelModel) -> Step:
 
 
 def plain(config: RunConfig) -> Step:
-    model, batch, objective = build_model(config.model), random_batch(config), SquaredError()
+    batch = random_batch(config.model.input, config.train.global_batch_size)
+    model, objective = build_model(config.model), SquaredError()
     optimizer = build_optimizer(config.optimizer, config.model, model)
 
     def step() -> None:
@@ -120,27 +120,8 @@ def plain(config: RunConfig) -> Step:
     return step
 
 
-class SquaredError:
-    """Objective without noising: predicts the batch's noise from its latents."""
-
-    def model_inputs(self, batch: TrainingBatch) -> ModelInputs:
-        return ModelInputs(batch.latents, batch.t, batch.condition)
-
-    def sample_losses(self, prediction: Tensor, batch: TrainingBatch) -> Tensor:
-        return (prediction - batch.noise).square().flatten(1).mean(1)
-
-
-def random_batch(config: RunConfig) -> TrainingBatch:
-    samples, size = config.train.global_batch_size, config.model.input
-    generator = torch.Generator().manual_seed(0)
-    latents = torch.randn(samples, size.channels, size.frames, size.height, size.width, generator=generator)
-    noise = torch.randn(latents.shape, generator=generator)
-    numbers = torch.arange(samples)
-    return TrainingBatch(0, numbers, numbers, latents, noise, torch.rand(samples, generator=generator), numbers % 10)
-
-
 def turn(step: Step, repeats: int) -> tuple[float, float]:
-    """Seconds of a step (wall, CPU), the mean of so many."""
+    """Mean wall and CPU seconds of a step."""
     began, cpu = time.perf_counter(), time.process_time()
     for _ in range(repeats):
         step()
@@ -161,13 +142,14 @@ def report(
             "growth": growth,
             "superlinear": growth["ours"] / growth["plain"],
         }
-        print(f"\n| {what} time of a block (ms) | {SHALLOW} blocks | {DEEP} blocks | ratio |\n|---|---|---|---|")
-        for name in growth:
-            print(f"| {name} | {1e3 * costs[name, SHALLOW]:.3f} | {1e3 * costs[name, DEEP]:.3f} | {growth[name]:.3f} |")
-        print(f"| ours over plain | | | {result[what]['superlinear']:.3f} |")
-    print("\n| blocks | start-up (s) | for each block (ms) |\n|---|---|---|")
-    for depth, seconds in start_s.items():
-        print(f"| {depth} | {seconds:.2f} | {1e3 * seconds / depth:.1f} |")
+        rows = [
+            (name, *(f"{1e3 * costs[name, depth]:.3f}" for depth in (SHALLOW, DEEP)), f"{ratio:.3f}")
+            for name, ratio in growth.items()
+        ]
+        rows.append(("ours over plain", "", "", f"{result[what]['superlinear']:.3f}"))
+        print_table((f"{what} time of a block (ms)", f"{SHALLOW} blocks", f"{DEEP} blocks", "ratio"), rows)
+    starts = [(depth, f"{seconds:.2f}", f"{1e3 * seconds / depth:.1f}") for depth, seconds in start_s.items()]
+    print_table(("blocks", "start-up (s)", "for each block (ms)"), starts)
     write_results(__file__, result)
 
 

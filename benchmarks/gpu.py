@@ -1,13 +1,13 @@
-"""One NVIDIA GPU: training steps of reference configurations, their memory against the plan, depth, and a save's stall.
+"""Training steps on one NVIDIA GPU: speed, memory against the plan, cost of depth, and the stall of a save.
 
-Latents are random and lie on the GPU: what is measured is the step. A step is forward, backward and AdamW of one
-micro-batch. `TFLOP/s` counts the model's own operations (three forwards' worth, nothing for recompute), `of matmul` is
-their rate as a share of that of one large bf16 matrix product on the same card in the same run. The peak is what
-torch's allocator handed out at once; `planned` is the total of the layout's table. diffusers' DiT-XL/2 trains under
-bf16 autocast with fp32 weights, as DiT did, in the same run. `stall` is how long training waits when a save begins, for
-the copy to pinned host memory; the first save takes that memory, too.
+Latents are random and on the GPU, so that only the step is measured: forward, backward and AdamW of one micro-batch.
+`TFLOP/s` counts the model's own operations (three forwards, nothing for recomputation); `of matmul` is that rate as a
+share of one large bf16 matrix product's on the same card in the same run. The peak is that of torch's allocator;
+`planned` is the total of the plan's table. diffusers' DiT-XL/2 trains under bf16 autocast with fp32 weights, as DiT
+did, in the same run. `stall` is how long training waits at the start of a save for the copy to pinned host memory; the
+first save also allocates that memory.
 
-Each row is a process of its own, since DeepSpeed keeps what a process has trained. Prints Markdown, writes
+Each row runs in a process of its own, because DeepSpeed never frees what a process has trained. Prints Markdown, writes
 benchmarks/results/gpu.json.
 
     python benchmarks/gpu.py
@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks.report import ROOT, read_results, write_results
+from benchmarks.report import ROOT, print_table, read_results, write_results
 from rdm_scale import cost
 from rdm_scale.batch import TrainingBatch
 from rdm_scale.checkpoint import CheckpointDirectory, Saver
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def jobs(steps: int) -> dict[str, Callable[[], Any]]:
-    """What is measured, by row."""
+    """Measurements by row name."""
     rows: dict[str, Callable[[], Any]] = {"matrix product": lambda: {"tflops": matmul_tflops()}}
     rows |= {" ".join(map(str, row)): partial(training, steps, *row) for row in STEPS}
     rows |= {"diffusers dit_xl 64": partial(diffusers_training, steps, 64)}
@@ -81,7 +81,7 @@ def jobs(steps: int) -> dict[str, Callable[[], Any]]:
 
 
 def of_a_process(name: str, steps: int) -> dict[str, Any]:
-    """What a row measured, or why it could not: the next one is worth its time all the same."""
+    """Measure a row in a new process; an error becomes its result, so that the other rows still run."""
     command = [sys.executable, __file__, "--steps", str(steps), "--row", name]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     answers = [line for line in done.stdout.splitlines() if line.startswith("@")]
@@ -203,7 +203,7 @@ def diffusers_training(steps: int, samples: int) -> dict[str, Any]:
 
 
 def deep(steps: int, depth: int) -> dict[str, Any]:
-    """Many narrow blocks: what a block costs beside its arithmetic."""
+    """Measure many narrow blocks: the cost of a block beside its arithmetic."""
     tree = {
         "model": {
             "input": {"channels": 4, "height": 32, "width": 32},
@@ -244,17 +244,16 @@ def saving() -> dict[str, Any]:
 
 def report(result: dict[str, Any]) -> None:
     ceiling = result["matrix product"]["tflops"]
-    print(f"\n{result['gpu']}, torch {result['torch']}; matrix product {ceiling:.0f} TFLOP/s\n")
-    print("| run | parameters (M) | step (ms) | samples/s | TFLOP/s | of matmul | peak (GiB) | planned (GiB) |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(f"\n{result['gpu']}, torch {result['torch']}; matrix product {ceiling:.0f} TFLOP/s")
+    rows = []
     for name, row in result.items():
         if isinstance(row, dict) and "step_ms" in row:
             share, planned = row["tflops"] / ceiling, row.get("planned_gib")
-            print(
-                f"| {name} | {row['parameters'] / 1e6:,.0f} | {row['step_ms']:.1f} | {row['samples_per_s']:.1f} "
-                f"| {row['tflops']:.0f} | {share:.0%} | {row['peak_gib']:.1f} | "
-                f"{'' if planned is None else f'{planned:.1f}'} |"
-            )
+            speed = f"{row['step_ms']:.1f}", f"{row['samples_per_s']:.1f}", f"{row['tflops']:.0f}", f"{share:.0%}"
+            memory = f"{row['peak_gib']:.1f}", "" if planned is None else f"{planned:.1f}"
+            rows.append((name, f"{row['parameters'] / 1e6:,.0f}", *speed, *memory))
+    speed_header = ("step (ms)", "samples/s", "TFLOP/s", "of matmul")
+    print_table(("run", "parameters (M)", *speed_header, "peak (GiB)", "planned (GiB)"), rows)
     for name, row in result.items():
         if isinstance(row, dict) and "error" in row:
             print(f"\n{name} could not be measured: {row['error']}")

@@ -1,18 +1,18 @@
-"""Layouts of 8 ranks side by side: step time, traffic, pipeline bubble and memory, each against what was planned.
+"""Step time, traffic, pipeline bubble and memory of layouts of 8 ranks, each against its plan.
 
 All layouts train one model on one global batch. The ranks are processes that share this machine's cores, so wall time
-compares layouts by the work they do in all, not by what they would take on 8 devices; beside it stands the CPU time of
-all ranks together, which does not count what else the machine is busy with.
+compares layouts by their total work, not by what they would take on 8 devices; beside it stands the CPU time of all
+ranks, which other processes of the machine hardly change.
 
     traffic  bytes that a rank sends in one step, ring algorithms assumed, by axis of the mesh (benchmarks/traffic.py)
-    bubble   idle share of the pipeline's ranks: `planned` as the layout's table says, from floating-point operations;
-             `replayed` by the schedule's simulation with the CPU time that each chunk's forwards and backwards took.
-             Two ranks on two cores can be watched in real time: `observed` is then the share of the time between the
+    bubble   idle share of the pipeline's ranks: `planned` from floating-point operations, as in the plan's table;
+             `replayed` by simulating the schedule with the measured CPU times of each chunk's forwards and backwards.
+             Two ranks on two cores can be observed in real time: `observed` is the share of the time between the
              first action and the last that ranks did not spend in forwards and backwards, but in receives
     memory   bytes of live tensors by kind at the end of a step's last backward, before gradients are reduced; `planned`
-             is the layout's table. The peak is the process's during a step, less what it held before the model was
-             built and less pages of libraries; it includes activations and buffers of the transport. It is found in a
-             run of its own, in which all memory that is freed is given back
+             is the plan's table. The peak is that of the process during a step, minus its memory before the model was
+             built and minus pages of libraries; it includes activations and transport buffers. It is measured in a
+             separate run, in which malloc returns freed memory to the system
 
 Prints Markdown, writes benchmarks/results/parallel.json and docs/images/parallel.png.
 
@@ -29,13 +29,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.memory import KINDS, forget_peak, give_memory_back, live_storages, looking_at_the_end, peak_since, rss
-from benchmarks.report import IMAGES, read_results, write_results
+from benchmarks.report import IMAGES, print_table, read_results, write_results
+from benchmarks.synthetic import SquaredError, random_batch
 from benchmarks.traffic import TrafficCounter
-from rdm_scale.batch import ModelInputs, TrainingBatch
 from rdm_scale.config import RunConfig, parse_config
 from rdm_scale.parallel.parallel_model import ParallelModel
 from rdm_scale.parallel.pipeline.schedules import FORWARD, Action, ActionKind, ChunkCost, build_schedule, simulate
@@ -73,7 +72,7 @@ OBSERVED = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each layout")
-    parser.add_argument("--observed-steps", type=int, default=8, help="steps of each pair of ranks that is watched")
+    parser.add_argument("--observed-steps", type=int, default=8, help="steps of each layout of two ranks")
     parser.add_argument("--only", default="", help="measure layouts whose name contains this, and keep the others")
     options = parser.parse_args()
     pool = RankPool()
@@ -92,7 +91,9 @@ def main() -> None:
         result[part][name] = summary(config, world, ranks)
         write_results(__file__, result)
     layouts = {name: result["layouts"][name] for name in LAYOUTS if name in result["layouts"]}
-    print(f"\n{table(layouts)}\n\n{memory_table(layouts)}\n\n{observed_table(result['observed'])}")
+    print_layouts(layouts)
+    print_memory(layouts)
+    print_observed(result["observed"])
     draw(layouts)
 
 
@@ -117,11 +118,11 @@ def configuration(parallel: dict[str, Any]) -> RunConfig:
     return parse_config(tree, "the benchmark")
 
 
-# On each rank
+# ---- on each rank
 
 
 class Clock:
-    """What each action of the pipeline takes on this rank: seconds of CPU, and of wall time less receives."""
+    """Timer of a rank's pipeline actions: CPU seconds, and wall seconds without receives."""
 
     def __init__(self, model: ParallelModel) -> None:
         self.marks: list[tuple[Action | None, float, float, float]] = []
@@ -129,7 +130,7 @@ class Clock:
         model.on_action = self._mark
 
     def spans(self) -> list[tuple[Action, float, float]]:
-        """(action, CPU, wall) of each action."""
+        """Actions with their CPU and wall seconds."""
         return [
             (action, cpu - cpu_before, wall - before - (waited - waited_before))
             for (action, cpu_before, before, waited_before), (_, cpu, wall, waited) in itertools.pairwise(self.marks)
@@ -142,7 +143,7 @@ class Clock:
 
 
 def measure(config: RunConfig, steps: int) -> dict[str, Any]:
-    """One rank's figures; a body for the pool. With no timed steps those of memory are exact."""
+    """Measure one rank (run by the pool). With `steps` = 0, memory figures are exact and nothing is timed."""
     if not steps:
         give_memory_back()
     from rdm_scale.parallel.mesh import build_mesh
@@ -155,7 +156,8 @@ def measure(config: RunConfig, steps: int) -> dict[str, Any]:
     began = time.perf_counter()
     model = parallelize(config, mesh, layout, partial(build_optimizer, config.optimizer, config.model))
     start_s, start_peak = time.perf_counter() - began, peak_since(before)
-    batches = random_batch(config, layout, mesh.data_rank).split(layout.micro_batch)
+    samples = layout.micro_batch * layout.micro_batches
+    batches = random_batch(config.model.input, samples, seed=mesh.data_rank).split(layout.micro_batch)
 
     def step() -> None:
         model.accumulate(batches, SquaredError())
@@ -203,27 +205,7 @@ def timed_step(step: Any, clock: Clock) -> dict[str, Any]:
     }
 
 
-class SquaredError:
-    """Objective without noising: predicts the batch's noise from its latents."""
-
-    def model_inputs(self, batch: TrainingBatch) -> ModelInputs:
-        return ModelInputs(batch.latents, batch.t, batch.condition)
-
-    def sample_losses(self, prediction: Tensor, batch: TrainingBatch) -> Tensor:
-        return (prediction - batch.noise).square().flatten(1).mean(1)
-
-
-def random_batch(config: RunConfig, layout: ParallelPlan, data_rank: int) -> TrainingBatch:
-    """All ranks that share samples draw the same."""
-    samples, size = layout.micro_batch * layout.micro_batches, config.model.input
-    generator = torch.Generator().manual_seed(data_rank)
-    latents = torch.randn(samples, size.channels, size.frames, size.height, size.width, generator=generator)
-    noise = torch.randn(latents.shape, generator=generator)
-    numbers = torch.arange(samples)
-    return TrainingBatch(0, numbers, numbers, latents, noise, torch.rand(samples, generator=generator), numbers % 10)
-
-
-# Over all ranks
+# ---- over all ranks
 
 
 def summary(config: RunConfig, world: int, ranks: list[dict[str, Any]]) -> dict[str, Any]:
@@ -263,7 +245,7 @@ def wall_of(ranks: list[dict[str, Any]], step: int) -> float:
 
 
 def bubbles(config: RunConfig, layout: ParallelPlan, ranks: list[dict[str, Any]]) -> dict[str, float]:
-    """Observed is right only if every rank has a core of its own."""
+    """Planned, replayed and observed bubbles; the last is valid only if every rank has a core of its own."""
     place = layout.placement
     took: dict[tuple[int, ActionKind], list[float]] = {}
     for rank in ranks:
@@ -288,15 +270,11 @@ def observed_bubble(ranks: list[dict[str, Any]], step: int) -> float:
     return 1 - sum(s["busy"] for s in steps) / (len(ranks) * span)
 
 
-# Reports
+# ---- reports
 
 
-def table(layouts: dict[str, Any]) -> str:
-    lines = [
-        "| layout | step (s) | CPU of all ranks (s) | sent over tensor / pipeline / data axis (MiB) | "
-        "calls on the data axis | bubble planned / replayed |",
-        "|" + "---|" * 6,
-    ]
+def print_layouts(layouts: dict[str, Any]) -> None:
+    rows = []
     for name, r in layouts.items():
         sent = " / ".join(f"{r['sent_by_axis'][axis] / MIB:,.1f}" for axis in AXES[:3])
         calls = {
@@ -304,34 +282,33 @@ def table(layouts: dict[str, Any]) -> str:
         }
         said = ", ".join(f"{n} {kind}" for kind, n in calls.items()) if r["sent_by_axis"]["data"] else "none"
         bubble = f"{r['bubble']['planned']:.1%} / {r['bubble']['replayed']:.1%}" if "pp" in name else ""
-        lines.append(f"| {name} | {r['step_s']:.2f} | {r['cpu_s']['all']:.2f} | {sent} | {said} | {bubble} |")
-    return "\n".join(lines)
+        rows.append((name, f"{r['step_s']:.2f}", f"{r['cpu_s']['all']:.2f}", sent, said, bubble))
+    sent_over = "sent over tensor / pipeline / data axis (MiB)"
+    calls_on = "calls on the data axis"
+    print_table(("layout", "step (s)", "CPU of all ranks (s)", sent_over, calls_on, "bubble planned / replayed"), rows)
 
 
-def memory_table(layouts: dict[str, Any]) -> str:
-    lines = [
-        "| layout (MiB, found / planned) | " + " | ".join(KINDS) + " | state | peak of the process |",
-        "|" + "---|" * (len(KINDS) + 3),
-    ]
+def print_memory(layouts: dict[str, Any]) -> None:
+    rows = []
     for name, r in layouts.items():
         found, planned = r["state"], r["state_planned"]
         cells = [f"{found[kind] / MIB:.1f} / {planned[kind] / MIB:.1f}" for kind in KINDS[:-1]]
-        whole = f"{(sum(found.values())) / MIB:.1f} / {sum(planned.values()) / MIB:.1f}"
+        state = f"{(sum(found.values())) / MIB:.1f} / {sum(planned.values()) / MIB:.1f}"
         peak = f"{r['peak'] / MIB:.0f} / {r['peak_planned'] / MIB:.0f}"
-        lines.append(f"| {name} | " + " | ".join([*cells, f"{found['other'] / MIB:.1f}", whole, peak]) + " |")
-    return "\n".join(lines)
+        rows.append((name, *cells, f"{found['other'] / MIB:.1f}", state, peak))
+    print_table(("layout (MiB, found / planned)", *KINDS, "state", "peak of the process"), rows)
 
 
-def observed_table(layouts: dict[str, Any]) -> str:
-    lines = ["| 2 ranks on 2 cores | step (s) | bubble planned | replayed | observed |", "|" + "---|" * 5]
+def print_observed(layouts: dict[str, Any]) -> None:
+    rows = []
     for name, r in layouts.items():
         cells = [f"{r['bubble'][kind]:.1%}" for kind in ("planned", "replayed", "observed")]
-        lines.append(f"| {name}, {r['micro_batches']} micro-batches | {r['step_s']:.2f} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append((f"{name}, {r['micro_batches']} micro-batches", f"{r['step_s']:.2f}", *cells))
+    print_table(("2 ranks on 2 cores", "step (s)", "bubble planned", "replayed", "observed"), rows)
 
 
 def draw(layouts: dict[str, Any]) -> None:
-    """Four panels of bars, one row a layout."""
+    """Draw four panels of bars, one row per layout."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -370,7 +347,7 @@ def draw(layouts: dict[str, Any]) -> None:
 
 
 def stack(panel: Any, names: list[str], parts: dict[str, list[float]]) -> None:
-    """Horizontal bars of parts, one after the other."""
+    """Draw stacked horizontal bars."""
     left = [0.0] * len(names)
     for label, values in parts.items():
         panel.barh(names, values, left=left, label=label)

@@ -1,9 +1,10 @@
-"""Time of a training step of DiT-S/2 on 32x32x4 latents, on one process: ours, ours under ZeRO-3, and diffusers'.
+"""Time of a training step of DiT-S/2 on one process: rdm_scale, with and without ZeRO-3, against diffusers.
 
-A step is forward, backward and AdamW; ZeRO-3 gathers parameters once a step (`parallel.keep_gathered=always`) or by
-block (`never`). All take turns in one run, so that a machine that slows down slows all of them; the medians are
-compared. By block DeepSpeed replaces `torch.nn.functional.linear` for the whole process by a version for weights that
-come and go; all others get the original back for their turns. Prints a table, writes benchmarks/results/step_time.json.
+A step is forward, backward and AdamW on 32x32x4 latents; ZeRO-3 gathers parameters once a step
+(`parallel.keep_gathered=always`) or by block (`never`). All alternate in one run, so that a machine that slows down
+slows all of them; medians are compared. Rows named `ours` are rdm_scale. For `never`, DeepSpeed replaces
+`torch.nn.functional.linear` in the process by a version for weights that are freed between uses; the other rows get the
+original back. Prints a table, writes benchmarks/results/step_time.json.
 
     OMP_NUM_THREADS=2 python benchmarks/step_time.py --batch-size 2 --rounds 15
 """
@@ -21,8 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from benchmarks.report import write_results
-from rdm_scale.batch import ModelInputs, TrainingBatch
+from benchmarks.report import print_table, write_results
+from benchmarks.synthetic import SquaredError
+from rdm_scale.batch import TrainingBatch
 from rdm_scale.config import RunConfig, load_config
 from rdm_scale.models import build_model
 from rdm_scale.parallel.mesh import Mesh, build_mesh
@@ -110,16 +112,6 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.0, fused=True)
 
 
-class SquaredError:
-    """Objective without noising: predicts the target, which stands in the place of the noise."""
-
-    def model_inputs(self, batch: TrainingBatch) -> ModelInputs:
-        return ModelInputs(batch.latents, batch.t, batch.condition)
-
-    def sample_losses(self, prediction: Tensor, batch: TrainingBatch) -> Tensor:
-        return ((prediction - batch.noise) ** 2).flatten(1).mean(1)
-
-
 def loss_of(prediction: Tensor, target: Tensor) -> Tensor:
     return ((prediction - target) ** 2).mean()
 
@@ -135,11 +127,9 @@ def make_batch(size: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def report(options: argparse.Namespace, times: dict[str, list[float]], parameters: dict[str, int]) -> None:
     medians = {name: statistics.median(values) for name, values in times.items()}
     ratios = {name: median / medians["diffusers"] for name, median in medians.items()}
-    print(
-        f"\n| DiT-S/2, batch {options.batch_size} | parameters | median step (s) | of diffusers' |\n|---|---|---|---|"
-    )
-    for name in times:
-        print(f"| {name} | {parameters[name]:,} | {medians[name]:.3f} | {ratios[name]:.3f} |")
+    rows = [(name, f"{parameters[name]:,}", f"{medians[name]:.3f}", f"{ratios[name]:.3f}") for name in times]
+    header = (f"DiT-S/2, batch {options.batch_size}", "parameters", "median step (s)", "of diffusers'")
+    print_table(header, rows)
     result = {
         "batch_size": options.batch_size,
         "rounds": options.rounds,

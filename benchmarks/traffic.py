@@ -1,7 +1,7 @@
-"""Counts the collectives and messages of a process, by kind and by axis of the mesh.
+"""Counter of a process's collectives and messages, by kind and by mesh axis.
 
-The dispatcher of torch sees each of them, whoever calls it and under whatever name it was imported: torch.distributed,
-DeepSpeed and megatron-core all end in operators of the library c10d.
+It works in torch's dispatcher, which sees the calls of torch.distributed, DeepSpeed and megatron-core alike: all end in
+operators of the library c10d.
 """
 
 from collections import Counter
@@ -42,9 +42,11 @@ _SENT: dict[str, Callable[[int], float]] = {
 
 
 class TrafficCounter(TorchDispatchMode):
-    """Within, counts calls and bytes by "axis kind", such as "data all-gather"; `bytes` are those of the larger operand
-    (all that is gathered, all that is reduced), `sent` those that leave this rank. The data axis includes groups of one
-    rank, which send nothing; what spans several axes (a norm's sum) is "other"."""
+    """Context manager that counts calls and bytes by "axis kind", such as "data all-gather".
+
+    `bytes` are those of the larger operand (everything gathered or reduced), `sent` those that leave this rank. The
+    data axis includes groups of one rank, which send nothing; groups that span several axes count as "other".
+    """
 
     def __init__(self, mesh: Mesh, channels: Channels | None = None) -> None:
         super().__init__()

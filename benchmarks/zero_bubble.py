@@ -1,10 +1,9 @@
-"""What a zero-bubble schedule would gain: 1F1B against one that defers the gradients of weights (arXiv 2401.10241).
+"""Estimated gain of a zero-bubble schedule, which defers the gradients of weights, over 1F1B (arXiv 2401.10241).
 
-Zero-bubble schedules split a backward into the gradient of its input (B), which the stage before waits for, and that of
-its weights (W), which fills the idle time. The split is not free: this measures forward, whole backward, B and W of a
-stage of blocks with the functions that torch.distributed.pipelining uses for it, one after the other in turns, and
-carries both schedules out on paper with the measured times. Prints a table and writes
-benchmarks/results/zero_bubble.json.
+Zero-bubble schedules split a backward into the gradient of its input (B), which the previous stage waits for, and that
+of its weights (W), which fills idle time. The split has a cost: this measures forward, full backward, B and W of a
+stage of blocks with the functions of torch.distributed.pipelining, alternating, and simulates both schedules with the
+measured times. Prints tables and writes benchmarks/results/zero_bubble.json.
 
     OMP_NUM_THREADS=1 python benchmarks/zero_bubble.py --rounds 20
 """
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
-from benchmarks.report import write_results
+from benchmarks.report import print_table, write_results
 from rdm_scale.config import ModelConfig
 from rdm_scale.models import build_model
 from rdm_scale.models.blocks import Conditioning
@@ -25,7 +24,7 @@ from rdm_scale.parallel.pipeline.schedules import ChunkCost, build_schedule, pla
 from rdm_scale.parallel.recompute import recompute_blocks
 
 GRID = (1, 16, 16)
-Times = dict[str, float]  # seconds of F, whole backward, B and W
+Times = dict[str, float]  # seconds of F, full backward, B and W
 
 
 class Blocks(nn.Module):
@@ -45,20 +44,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     rounds = parser.parse_args().rounds
     result: dict[str, object] = {"torch": torch.__version__, "rounds": rounds}
-    print("| recompute | F (ms) | backward | B | W | (B + W) / backward |\n|---|---|---|---|---|---|")
-    for recompute in ("none", "full"):
-        times = measure(Blocks(recompute), rounds)
-        split = (times["B"] + times["W"]) / times["backward"]
-        cells = " | ".join(f"{times[name] * 1e3:.1f}" for name in ("F", "backward", "B", "W"))
-        print(f"| {recompute} | {cells} | {split:.2f} |")
-        result[recompute] = times | {"step_time_of_1f1b": {f"p{p} m{m}": gain(p, m, times) for p, m in SIZES}}
-    print(
-        "\n| stages | micro-batches | recompute | 1F1B bubble | zero-bubble step / 1F1B step |\n|---|---|---|---|---|"
-    )
-    for p, m in SIZES:
-        for recompute in ("none", "full"):
-            times = result[recompute]  # type: ignore[assignment]
-            print(f"| {p} | {m} | {recompute} | {(p - 1) / (m + p - 1):.1%} | {gain(p, m, times):.3f} |")
+    times = {recompute: measure(Blocks(recompute), rounds) for recompute in ("none", "full")}
+    rows: list[tuple[object, ...]] = []
+    for recompute, of in times.items():
+        split = (of["B"] + of["W"]) / of["backward"]
+        cells = [f"{of[name] * 1e3:.1f}" for name in ("F", "backward", "B", "W")]
+        rows.append((recompute, *cells, f"{split:.2f}"))
+        result[recompute] = of | {"step_time_of_1f1b": {f"p{p} m{m}": gain(p, m, of) for p, m in SIZES}}
+    print_table(("recompute", "F (ms)", "backward", "B", "W", "(B + W) / backward"), rows)
+    rows = [
+        (p, m, recompute, f"{(p - 1) / (m + p - 1):.1%}", f"{gain(p, m, of):.3f}")
+        for p, m in SIZES
+        for recompute, of in times.items()
+    ]
+    header = ("stages", "micro-batches", "recompute", "1F1B bubble", "zero-bubble step / 1F1B step")
+    print_table(header, rows)
     write_results(__file__, result)
 
 
@@ -90,7 +90,7 @@ def measure(model: Blocks, rounds: int) -> Times:
 
 
 def gain(p: int, m: int, times: Times) -> float:
-    """Step time of the zero-bubble schedule over that of 1F1B."""
+    """Ratio of the zero-bubble schedule's step time to that of 1F1B."""
     place = place_chunks("1f1b", p, 1)
     orders = build_schedule("1f1b", place, m)
     busy = m * (times["F"] + times["backward"])
