@@ -1,14 +1,13 @@
-"""A shallow model grown twice against a deep one from scratch and a shallow one never grown, at equal operations.
+"""Depth growth: a model grown twice against a deep and a shallow one of fixed depth, at equal training FLOPs.
 
-Real runs on the quickstart's data (`make quickstart-data` first), one process each, with the quickstart's
-configuration but for depth and schedule. Every arm has three phases with a third of the operations each, counted by
-rdm_scale/cost.py; where the depth changes from one to the next, tools/grow_depth.py makes the checkpoint that the next
-goes on from. The learning rate is the same function of the operations spent in all arms but for its warm-up, which
-takes 50 steps: then constant, and in the last phase down to a twentieth along half a cosine. Arms that begin alike
-share those phases.
+The arms are ordinary runs on the quickstart's data (`make quickstart-data` first), one process each, with the
+quickstart's configuration except for depth and learning-rate schedule. Every arm has three phases of equal FLOPs
+(rdm_scale/cost.py); where the depth changes between two phases, tools/grow_depth.py makes the checkpoint from which the
+next one starts. Except for a warm-up of 50 steps, the learning rate is the same function of FLOPs in all arms:
+constant, and in the last phase down to a twentieth along half a cosine. Arms with the same first phases share them.
 
-Draws docs/images/growth.png, prints Markdown and writes experiments/results/growth.json. What is found in --work is
-used again, so that an interrupted call goes on.
+Draws docs/images/growth.png, prints Markdown and writes experiments/results/growth.json. Runs found in --work are not
+repeated, so that an interrupted call can be continued.
 
     OMP_NUM_THREADS=1 python experiments/growth.py --steps 600
 """
@@ -24,16 +23,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.report import IMAGES, ROOT, write_results
+from benchmarks.report import IMAGES, ROOT, print_table, write_results
+from experiments.validation import validation_loss
 from rdm_scale.checkpoint import load_trained
 from rdm_scale.checkpoint.trained_model import Weights
 from rdm_scale.config import RunConfig, load_config
 from rdm_scale.cost import model_flops, model_parameters
-from rdm_scale.data.held_out import HeldOut
-from rdm_scale.diffusion import build_objective
-from rdm_scale.diffusion.training_draws import draw
 
 CONFIG = "configs/quickstart.yaml"
 PICTURE = IMAGES / "growth.png"
@@ -48,7 +43,7 @@ class Arm:
     placement: str = ""
 
     def until(self, phase: int) -> str:
-        """A name for the phases up to this one."""
+        """Name of the phases up to this one."""
         depths = self.depths[: phase + 1]
         return "-".join(map(str, depths)) + (f"-{self.placement}" if len(set(depths)) > 1 else "")
 
@@ -63,7 +58,7 @@ ARMS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=600, help="of the deep arm; the others have its operations")
+    parser.add_argument("--steps", type=int, default=600, help="of the deep arm; the others have the same FLOPs")
     parser.add_argument("--work", type=Path, default=Path("runs/growth"), help="directory of the runs")
     options = parser.parse_args()
     curves = {name: run(arm, options.steps, options.work) for name, arm in ARMS.items()}
@@ -75,7 +70,7 @@ def main() -> None:
 
 
 def run(arm: Arm, deep_steps: int, work: Path) -> dict[str, Any]:
-    """Trains an arm: its phases, and its validation losses by operations spent."""
+    """Train an arm; return its phases and its validation losses by FLOPs."""
     third = deep_steps // 3 * step_flops(depth_of(DEEP))
     step, spent = 0, 0.0
     phases: list[dict[str, Any]] = []
@@ -99,12 +94,12 @@ def run(arm: Arm, deep_steps: int, work: Path) -> dict[str, Any]:
         phase = {"depth": depth, "steps": step - first, "flops": (step - first) * flops}
         phase |= {
             "seconds": float((folder / "seconds").read_text()),
-            "validation_loss": validation_loss(end, "weights"),
+            "validation_loss": loss_of(end, "weights"),
         }
-        phase |= {"validation_loss_of_averages": validation_loss(end, "ema")}
+        phase |= {"validation_loss_of_averages": loss_of(end, "ema")}
         grown = grown_for(folder) / f"step_{first:08d}"
         if grown.exists():
-            phase["validation_loss_when_grown"] = validation_loss(grown, "weights")
+            phase["validation_loss_when_grown"] = loss_of(grown, "weights")
         phases.append(phase)
         if points[-1]["step"] < step:
             points.append({"step": step, "flops": spent, "validation_loss": phase["validation_loss"]})
@@ -112,42 +107,18 @@ def run(arm: Arm, deep_steps: int, work: Path) -> dict[str, Any]:
 
 
 def grown_for(folder: Path) -> Path:
-    """Where the checkpoint is that a phase begins with after growing."""
+    """Directory of the grown checkpoint from which a phase starts."""
     return folder.with_name(folder.name + "-grown")
 
 
-def validation_loss(checkpoint: Path, weights: Weights) -> float:
-    """As a run finds it: on the held-out set, with the noise and timestep that belong to each sample."""
+def loss_of(checkpoint: Path, weights: Weights) -> float:
+    """Validation loss of a checkpoint, as its run computes it."""
     trained = load_trained(str(checkpoint), weights)
-    config = trained.config
-    objective = build_objective(config.diffusion, config.model.learned_variance)
-    held_out = HeldOut(
-        config.data.validation,
-        config.monitor.validation_samples,
-        batch_size=64,
-        dp_rank=0,
-        dp_size=1,
-        config=config.data,
-    )
-    total = torch.zeros(2, dtype=torch.float64)
-    for latents, weight_B in held_out:
-        batch = draw(
-            latents,
-            objective=objective,
-            seed=0,
-            num_classes=config.model.num_classes,
-            condition_dropout=0.0,
-            purpose="validation",
-        )
-        x_t = objective.noised(batch.latents, batch.noise, batch.t)
-        prediction = trained.model(x_t, objective.model_timesteps(batch.t), batch.condition)
-        loss_B = objective.loss(prediction, batch.latents, batch.noise, batch.t, x_t)
-        total += torch.stack([(loss_B.double() * weight_B).sum(), weight_B.sum()])
-    return (total[0] / total[1]).item()
+    return validation_loss(trained.model, trained.config, trained.config.monitor.validation_samples)
 
 
 def train(arm: Arm, number: int, first: int, last: int, folder: Path, previous: Path | None) -> None:
-    """One phase, from step `first` to `last`, as a user would start it."""
+    """Run the training command of one phase, from step `first` to `last`."""
     depth = arm.depths[number]
     overrides = {
         "model.depth": depth,
@@ -169,7 +140,7 @@ def train(arm: Arm, number: int, first: int, last: int, folder: Path, previous: 
             if not (grown / source.name).exists():
                 call("tools/grow_depth.py", source, grown, "--depth", depth, "--placement", arm.placement)
             source = grown / source.name
-        if not (folder / "config.yaml").exists():  # an interrupted phase goes on by itself
+        if not (folder / "config.yaml").exists():  # an interrupted phase resumes from its own checkpoints
             overrides["checkpoint.resume"] = source
     if number == len(arm.depths) - 1:
         overrides |= {"optimizer.schedule": "cosine", "optimizer.schedule_steps": last, "optimizer.warmup_steps": first}
@@ -186,7 +157,7 @@ def depth_of(depth: int) -> RunConfig:
 
 
 def step_flops(config: RunConfig) -> float:
-    """Operations of a training step: forward, and twice that backward."""
+    """FLOPs of a training step: forward, and twice that for backward."""
     return 3.0 * config.train.global_batch_size * model_flops(config.model)
 
 
@@ -205,22 +176,22 @@ def plot(curves: dict[str, dict[str, Any]]) -> None:
     third = curves["24 blocks from scratch"]["phases"][0]["flops"]
     for boundary in (third, 2 * third):
         axes.axvline(boundary, color="grey", linewidth=0.8, linestyle=":")
-    axes.set(xlabel="floating-point operations of training", ylabel="validation loss", yscale="log")
+    axes.set(xlabel="FLOPs of training", ylabel="validation loss", yscale="log")
     axes.legend()
     axes.grid(True, which="both", alpha=0.3)
     figure.savefig(PICTURE, dpi=110)
 
 
 def report(curves: dict[str, dict[str, Any]]) -> None:
-    print("\n| arm | steps | operations (1e12) | validation loss at 1/3 | 2/3 | end | of the averages | minutes |")
-    print("|---|---|---|---|---|---|---|---|")
+    rows = []
     for name, curve in curves.items():
         phases = curve["phases"]
         steps = " + ".join(str(phase["steps"]) for phase in phases)
-        operations, minutes = (sum(phase[key] for phase in phases) / n for key, n in (("flops", 1e12), ("seconds", 60)))
+        flops, minutes = (sum(phase[key] for phase in phases) / n for key, n in (("flops", 1e12), ("seconds", 60)))
         losses = [phase["validation_loss"] for phase in phases] + [phases[-1]["validation_loss_of_averages"]]
-        shown = " | ".join(f"{loss:.4f}" for loss in losses)
-        print(f"| {name} | {steps} | {operations:.2f} | {shown} | {minutes:.1f} |")
+        rows.append((name, steps, f"{flops:.2f}", *(f"{loss:.4f}" for loss in losses), f"{minutes:.1f}"))
+    losses_header = ("validation loss at 1/3", "2/3", "end", "of EMA weights")
+    print_table(("arm", "steps", "FLOPs (1e12)", *losses_header, "minutes"), rows)
     print("\nvalidation loss before and after growing:")
     for name, curve in curves.items():
         for before, after in itertools.pairwise(curve["phases"]):

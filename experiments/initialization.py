@@ -1,9 +1,9 @@
-"""What a freshly initialized stack does to its stream and to a gradient, for every residual structure and depth.
+"""Gains of hidden states and gradients through freshly initialized blocks, for every residual structure and depth.
 
-For each: the variance of the stream after the last block over that before the first, and the squared norm of a random
-cotangent pulled back through all blocks over its own; the mean over seeds of a model of width 64 with 16 tokens. With
-`--run` the same is reported of trained models, from the last profile in a run's depth.jsonl: between the first block's
-output and the last one's, and with the gradient of the loss in the place of the random cotangent.
+For each: the variance of the hidden states after the last block over that before the first, and the squared norm of a
+random cotangent pulled back through all blocks over its own; means over seeds of a model of width 64 with 16 tokens.
+`--run` reports the same of a trained model from the last profile in its depth.jsonl, between the outputs of the first
+and the last block and with the gradient of the loss instead of a random cotangent.
 
 Draws docs/images/initialization.png, prints Markdown and writes experiments/results/initialization.json.
 
@@ -17,10 +17,10 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from benchmarks.report import IMAGES, write_results
+from benchmarks.report import IMAGES, print_table, write_results
 from rdm_scale.config import GateConfig
 from rdm_scale.training.depth_profiles import DEPTH, read_profiles
-from tests.models.test_initialization import config, gains
+from tests.support.stack_gains import small_stack, stack_gains
 
 PICTURE = IMAGES / "initialization.png"
 DEPTHS = (12, 48, 192, 768)
@@ -35,7 +35,7 @@ STRUCTURES = {
     "neural_rdm, p = 1/4": {"gate": GateConfig(exponent=0.25)},
     "neural_rdm, m0 = 2": {"gate": GateConfig(multiplier=2.0)},
 }
-Ratios = list[float]  # of the variance, of the cotangent's squared norm
+Ratios = list[float]  # gain of the variance, gain of the cotangent's squared norm
 
 
 def main() -> None:
@@ -54,12 +54,12 @@ def main() -> None:
 
 
 def mean_gains(depth: int, changes: dict[str, object], seeds: int) -> Ratios:
-    found = [gains(config(depth, **changes), seed) for seed in range(seeds)]
+    found = [stack_gains(small_stack(depth, **changes), seed) for seed in range(seeds)]
     return [statistics.fmean(ratios) for ratios in zip(*found, strict=True)]
 
 
 def after_training(run: Path) -> Ratios:
-    """The last watched step's ratios."""
+    """Gains in the last profile of a run."""
     _, profiles = read_profiles(run / DEPTH)
     stream, sensitivity = ([v for v in profiles[-1][key] if v is not None] for key in ("stream", "sensitivity"))
     return [(stream[-1] / stream[0]) ** 2, (sensitivity[0] / sensitivity[-1]) ** 2]
@@ -67,7 +67,7 @@ def after_training(run: Path) -> Ratios:
 
 def plot(initial: dict[str, list[Ratios]]) -> None:
     figure = Figure(figsize=(10, 4.2), dpi=110, layout="constrained")
-    titles = ("variance of the stream, last over first", "squared norm of a cotangent, pulled back over own")
+    titles = ("variance of hidden states, last over first", "squared norm of a cotangent, pulled back over own")
     for number, (axes, title) in enumerate(zip(figure.subplots(1, 2), titles, strict=True)):
         axes.axhspan(0.5, 2, color="grey", alpha=0.2, label="factor 2")
         for name, by_depth in initial.items():
@@ -80,10 +80,11 @@ def plot(initial: dict[str, list[Ratios]]) -> None:
 
 
 def report(initial: dict[str, list[Ratios]], trained: dict[str, Ratios]) -> None:
-    print(f"\n| variance, cotangent | {' | '.join(f'{depth} blocks' for depth in DEPTHS)} |")
-    print("|---" * (len(DEPTHS) + 1) + "|")
-    for name, by_depth in initial.items():
-        print(f"| {name} | {' | '.join(f'{variance:.4g}, {pulled:.4g}' for variance, pulled in by_depth)} |")
+    rows = [
+        (name, *(f"{variance:.4g}, {pulled:.4g}" for variance, pulled in by_depth))
+        for name, by_depth in initial.items()
+    ]
+    print_table(("variance, cotangent", *(f"{depth} blocks" for depth in DEPTHS)), rows)
     for name, (variance, pulled) in trained.items():
         print(f"after training, {name}: {variance:.4g}, {pulled:.4g}")
 

@@ -1,11 +1,11 @@
-"""Residual structures compared at 4, 16 and 64 blocks, with the base of experiments/transfer.py, and in the quickstart.
+"""Residual structures at 4, 16 and 64 blocks, with the base size of experiments/transfer.py, and in the quickstart.
 
-The first part trains as that benchmark does, each structure at some learning rates, and compares the best of each. The
-second trains the quickstart's whole configuration (its model, batches and 1,200 steps) with some of them. Validation
-losses at the end, means and ranges over seeds.
+The first part trains as that experiment does, each structure at several learning rates, and compares the best of each.
+The second trains the quickstart's configuration (its model, batches and 1,200 steps) with some of them. Reported are
+validation losses at the end, means and ranges over seeds.
 
-Draws docs/images/structures.png, prints Markdown and writes experiments/results/structures.json. What is found in
---work is used again; after experiments/transfer.py with the same steps, a part of the first part is there.
+Draws docs/images/structures.png, prints Markdown and writes experiments/results/structures.json. Runs found in --work
+are not repeated; experiments/transfer.py with the same steps leaves some of those of the first part there.
 
     OMP_NUM_THREADS=1 python experiments/structures.py --steps 160 --seeds 3
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from benchmarks.report import IMAGES, ROOT, write_results
+from benchmarks.report import IMAGES, ROOT, print_table, write_results
 from experiments.transfer import SIZES, Job, once, run
 from rdm_scale.config import load_config
 from rdm_scale.models import build_model
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=160, help="of the first part")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2, help="runs at the same time")
-    parser.add_argument("--work", type=Path, default=Path("runs/transfer"), help="directory of what is done")
+    parser.add_argument("--work", type=Path, default=Path("runs/transfer"), help="directory of finished runs")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     context, seeds = multiprocessing.get_context("spawn"), range(options.seeds)
@@ -94,7 +94,7 @@ Swept = dict[tuple[str, int, int], list[float]]
 
 
 def best(swept: Swept, name: str, depth: int) -> tuple[int, list[float]]:
-    """Exponent of the learning rate with the lowest mean, and its losses."""
+    """Exponent of the learning rate with the lowest mean loss, and the losses at it."""
     rows = {e: losses for (structure, d, e), losses in swept.items() if (structure, d) == (name, depth)}
     return min(rows.items(), key=lambda item: statistics.mean(item[1]))
 
@@ -121,15 +121,15 @@ def plot(swept: Swept) -> None:
 
 
 def report(swept: Swept, quickstart: Losses) -> None:
-    print(f"\n| structure | {' | '.join(f'{depth} blocks' for depth in SIZES['depth'])} | in the quickstart |")
-    print("|---" * (len(SIZES["depth"]) + 2) + "|")
+    rows = []
     for name in STRUCTURES:
         cells = []
         for depth in SIZES["depth"]:
             exponent, losses = best(swept, name, depth)
             cells.append(f"{shown(losses)} at 2^{exponent}")
         cells.append(shown(quickstart[name]) if name in quickstart else "")
-        print(f"| {name} | {' | '.join(cells)} |")
+        rows.append((name, *cells))
+    print_table(("structure", *(f"{depth} blocks" for depth in SIZES["depth"]), "in the quickstart"), rows)
 
 
 def shown(losses: list[float]) -> str:

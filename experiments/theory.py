@@ -5,12 +5,13 @@ Prints tables, writes experiments/results/theory.json, draws docs/images/probabi
     python experiments/theory.py
 """
 
+import argparse
+
 from matplotlib.figure import Figure
 
-from benchmarks.report import IMAGES, write_results
+from benchmarks.report import IMAGES, print_table, write_results
 from experiments.adjoint import adjoint_distances
-from tests.diffusion.test_probability_flow import DDPM, FLOW, draw, path_error
-from tests.support.mixture import wasserstein
+from tests.support.mixture import DDPM, FLOW, draw, path_error, wasserstein
 from tests.support.smooth_chain import SmoothChain
 
 STEPS = (10, 20, 40, 80, 160)
@@ -55,13 +56,15 @@ def plot(errors: dict[str, dict[str, list[float]]], distances: list[float]) -> N
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     errors, distances = sampling(), adjoint_distances(SmoothChain(), LENGTHS)
-    print(f"| error after steps | {' | '.join(map(str, STEPS))} |\n|{'---|' * (len(STEPS) + 1)}")
-    for name, by_kind in errors.items():
-        for kind, values in by_kind.items():
-            print(f"| {name}, {kind} | {' | '.join(f'{value:.5f}' for value in values)} |")
-    print(f"\n| branches | {' | '.join(map(str, LENGTHS))} |\n|{'---|' * (len(LENGTHS) + 1)}")
-    print(f"| distance of the adjoints | {' | '.join(f'{value:.5f}' for value in distances)} |")
+    rows = [
+        (f"{name}, {kind}", *(f"{value:.5f}" for value in values))
+        for name, by_kind in errors.items()
+        for kind, values in by_kind.items()
+    ]
+    print_table(("error after steps", *STEPS), rows)
+    print_table(("branches", *LENGTHS), [("distance of the adjoints", *(f"{value:.5f}" for value in distances))])
     plot(errors, distances)
     result = {"steps": STEPS, "errors": errors, "lengths": LENGTHS, "distances": distances}
     write_results(__file__, result)

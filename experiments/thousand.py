@@ -1,15 +1,15 @@
-"""1,000 blocks in training: Neural-RDM's gates and plain residuals, each beside its sibling of 100 blocks.
+"""Training of 1,000 blocks with Neural-RDM's gates and with plain residuals, each against 100 blocks.
 
-The arms called `base 4` take their rates from experiments/transfer.py: the learning rate that it found best at 4
-blocks, with model.base_depth=4. The others have the same learning rate and no base.
+The arms named `base 4` use the learning rate that experiments/transfer.py found best at 4 blocks, with
+model.base_depth=4. The others have the same learning rate and no base.
 
-Real runs on the quickstart's data (`make quickstart-data` first) with its objective, a narrow model and small batches:
-all arms take the same samples, noise and learning rates for the same number of steps, one process each, two at a time;
-then the deep Neural-RDM with a base takes the first of those steps once more on four ranks, two pipeline stages x two
-ranks under ZeRO-3, whose losses are compared with those of the one process.
+The arms are ordinary runs on the quickstart's data (`make quickstart-data` first) with its objective, a narrow model
+and small batches. All take the same samples, noise and learning rates for the same number of steps, one process each,
+two at a time. Then the deep Neural-RDM with a base repeats the first steps on four ranks (two pipeline stages x two
+ranks under ZeRO-3), whose losses are compared with those of one process.
 
-Draws docs/images/thousand.png, prints Markdown and writes experiments/results/thousand.json. What is found in --work is
-used again, so that an interrupted call goes on.
+Draws docs/images/thousand.png, prints Markdown and writes experiments/results/thousand.json. Runs found in --work are
+not repeated, so that an interrupted call can be continued.
 
     OMP_NUM_THREADS=1 python experiments/thousand.py --steps 100
 """
@@ -24,7 +24,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import IMAGES, ROOT, write_results
+from benchmarks.report import IMAGES, ROOT, print_table, write_results
 
 PICTURE = IMAGES / "thousand.png"
 DEEP, SHALLOW = 1000, 100
@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def run(folder: Path, depth: int, schedule: int, ranks: int, settings: dict[str, Any]) -> None:
-    """Trains, as a user would start it, unless that is done."""
+    """Run the training command unless the run in `folder` is complete."""
     if any(folder.glob("checkpoints/*/commit.json")):
         return
     settings = SETTINGS | settings | {"model.depth": depth, "run.dir": folder}
@@ -124,11 +124,11 @@ def plot(arms: dict[str, dict[str, Any]]) -> None:
 
 def report(arms: dict[str, dict[str, Any]], distances: list[float]) -> None:
     steps = list(next(iter(arms.values()))["validation_loss"])
-    print(f"\n| validation loss after steps | {' | '.join(map(str, steps))} | largest gradient norm | s a step |")
-    print("|---" * (len(steps) + 3) + "|")
+    rows = []
     for name, arm in arms.items():
-        shown = " | ".join(f"{loss:.4f}" for loss in arm["validation_loss"].values())
-        print(f"| {name} | {shown} | {max(arm['grad_norm']):.3g} | {arm['step_s']:.2f} |")
+        losses = [f"{loss:.4f}" for loss in arm["validation_loss"].values()]
+        rows.append((name, *losses, f"{max(arm['grad_norm']):.3g}", f"{arm['step_s']:.2f}"))
+    print_table(("validation loss after steps", *steps, "largest gradient norm", "s a step"), rows)
     print("\nfour ranks, relative distance of the loss at each step:", ", ".join(f"{d:.1e}" for d in distances))
 
 

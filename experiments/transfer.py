@@ -1,13 +1,13 @@
-"""Whether the best learning rate of a small model is the best of a deep and of a wide one (CompleteP, muP).
+"""Transfer of the best learning rate from a small model to deeper and to wider ones (CompleteP, muP).
 
-Sweeps over depth at one width and over width at one depth, each with the base size of models/parameterization.py named
-and without, on the quickstart's data (`make quickstart-data` first) with its objective: a plain loop over the project's
-model, optimizer, schedule, data order and noise, one process a run. Learning rates go in factors of 2; where the best
-of a size is at the end of its row, the row is prolonged. What is compared is the validation loss at the end, the mean
-over seeds.
+Sweeps over depth at one width and over width at one depth, each with and without a base size
+(models/parameterization.py), on the quickstart's data (`make quickstart-data` first) with its objective: a plain loop
+over the package's model, optimizer, learning-rate schedule, data order and noise, one process per run. Learning rates
+go in factors of 2; where the best of a size is at an end of its row, the row is extended. Compared are validation
+losses at the end, means over seeds.
 
-Draws docs/images/transfer.png, prints Markdown and writes experiments/results/transfer.json. What is found in --work is
-used again, so that an interrupted call goes on.
+Draws docs/images/transfer.png, prints Markdown and writes experiments/results/transfer.json. Runs found in --work are
+not repeated, so that an interrupted call can be continued.
 
     OMP_NUM_THREADS=1 python experiments/transfer.py --steps 160 --seeds 3
 """
@@ -20,15 +20,14 @@ import statistics
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from benchmarks.report import IMAGES, ROOT, write_results
-from rdm_scale.batch import TrainingBatch
+from benchmarks.report import IMAGES, ROOT, print_table, write_results
+from experiments.validation import sample_losses, validation_loss
 from rdm_scale.config import RunConfig, load_config
-from rdm_scale.data.held_out import HeldOut
 from rdm_scale.data.stream import LatentStream
 from rdm_scale.diffusion import build_objective
 from rdm_scale.diffusion.training_draws import draw
@@ -37,9 +36,9 @@ from rdm_scale.training.optimizer import build_optimizer, learning_rate
 
 PICTURE = IMAGES / "transfer.png"
 SIZES = {"depth": (4, 16, 64), "width": (32, 128, 256)}
-WIDTH, DEPTH, HEAD = 32, 4, 16  # what does not vary
-EXPONENTS = range(-10, -5)  # learning rates to begin with, as powers of 2
-PROLONGED = 4  # times, at most
+WIDTH, DEPTH, HEAD = 32, 4, 16  # held fixed while the other varies
+EXPONENTS = range(-10, -5)  # first learning rates, as powers of 2
+EXTENSIONS = 4  # of a row, at most
 
 
 class Job(NamedTuple):
@@ -84,13 +83,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2, help="runs at the same time")
-    parser.add_argument("--work", type=Path, default=Path("runs/transfer"), help="directory of what is done")
+    parser.add_argument("--work", type=Path, default=Path("runs/transfer"), help="directory of finished runs")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     rows = {(along, size, based) for along, sizes in SIZES.items() for size in sizes for based in (True, False)}
     wanted = {row: list(EXPONENTS) for row in rows}
     losses: dict[Job, float] = {}
-    for _ in range(PROLONGED + 1):
+    for _ in range(EXTENSIONS + 1):
         jobs = [
             Job(*row, exponent, seed, options.steps)
             for row, exponents in wanted.items()
@@ -113,7 +112,7 @@ def main() -> None:
 
 
 def run_all(jobs: list[Job], work: Path, workers: int) -> dict[Job, float]:
-    """The largest first, so that none is left to itself at the end."""
+    """Run jobs in parallel, the largest first, so that none runs alone at the end."""
     jobs = sorted(jobs, key=lambda job: -job.size if job.along == "depth" else -job.size // 4)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
@@ -122,12 +121,12 @@ def run_all(jobs: list[Job], work: Path, workers: int) -> dict[Job, float]:
 
 
 def run(job: Job, work: Path) -> float:
-    """The validation loss at the end; infinite where training diverged."""
+    """Validation loss of a job at its end; infinite if training diverged."""
     return once(job.config(), work / job.file)
 
 
 def once(config: RunConfig, path: Path) -> float:
-    """Trains, unless the file says what came out."""
+    """Train, or read the validation loss that an earlier call wrote to `path`."""
     if not path.exists():
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(train(config)))
@@ -136,22 +135,23 @@ def once(config: RunConfig, path: Path) -> float:
 
 
 def train(config: RunConfig) -> float:
+    """Train with a plain loop; return the validation loss, or infinity if a loss was not finite."""
     options, data = config.optimizer, config.data
     model = build_model(config.model, config.train.seed)
     optimizer = build_optimizer(options, config.model, model)
     objective = build_objective(config.diffusion, config.model.learned_variance)
-    batch_size, classes = config.train.global_batch_size, config.model.num_classes
 
-    def loss_of(batch: TrainingBatch) -> torch.Tensor:
-        x_t = objective.noised(batch.latents, batch.noise, batch.t)
-        prediction = model(x_t, objective.model_timesteps(batch.t), batch.model_condition)
-        return objective.loss(prediction, batch.latents, batch.noise, batch.t, x_t)
-
+    batch_size = config.train.global_batch_size
     stream = iter(LatentStream(data.train, global_batch_size=batch_size, seed=config.train.seed, config=data))
-    how: dict[str, Any] = {"objective": objective, "num_classes": classes}
     for step in range(1, (options.schedule_steps or config.train.steps) + 1):
-        dropout = config.diffusion.condition_dropout
-        loss = loss_of(draw(next(stream), seed=config.train.seed, condition_dropout=dropout, **how)).mean()
+        batch = draw(
+            next(stream),
+            objective=objective,
+            seed=config.train.seed,
+            num_classes=config.model.num_classes,
+            condition_dropout=config.diffusion.condition_dropout,
+        )
+        loss = sample_losses(model, objective, batch).mean()
         if not loss.isfinite():
             return math.inf
         optimizer.zero_grad()
@@ -160,16 +160,11 @@ def train(config: RunConfig) -> float:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(options, step) * group["lr_scale"]
         optimizer.step()
-    total = torch.zeros(2, dtype=torch.float64)  # of the losses, and of the samples
-    with torch.no_grad():
-        for latents, weight_B in HeldOut(data.validation, 1024, batch_size=64, dp_rank=0, dp_size=1, config=data):
-            loss_B = loss_of(draw(latents, seed=0, condition_dropout=0.0, purpose="validation", **how))
-            total += torch.stack([(loss_B.double() * weight_B).sum(), weight_B.sum()])
-    return (total[0] / total[1]).item()
+    return validation_loss(model, config, samples=1024)
 
 
 def means(losses: dict[Job, float], row: tuple[str, int, bool]) -> dict[int, float]:
-    """Of a row: mean loss over seeds by exponent of the learning rate."""
+    """Mean loss over seeds by exponent of the learning rate, for one row."""
     by_exponent: dict[int, list[float]] = {}
     for job, loss in losses.items():
         if job.row == row:
@@ -205,14 +200,14 @@ def panels() -> Iterable[tuple[str, bool]]:
 
 def report(table: Table) -> None:
     exponents = sorted({exponent for curve in table.values() for exponent in curve})
-    print(f"\n| validation loss at learning rate | {' | '.join(f'2^{e}' for e in exponents)} | best |")
-    print("|---" * (len(exponents) + 2) + "|")
+    rows = []
     for along, based in panels():
         for size in SIZES[along]:
             curve = table[along, size, based]
             best = min(curve, key=lambda e: curve[e])
             cells = [f"{curve[e]:.4f}" if e in curve else "" for e in exponents]
-            print(f"| {along} {size}{', base' if based else ''} | {' | '.join(cells)} | 2^{best} |")
+            rows.append((f"{along} {size}{', base' if based else ''}", *cells, f"2^{best}"))
+    print_table(("validation loss at learning rate", *(f"2^{e}" for e in exponents), "best"), rows)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The same model here and in diffusers: exported, drawn from in both with the same noise, imported back.
+"""Comparison of a model with its export to diffusers: outputs, samples from the same noise, and weights imported back.
 
 RUN is a run (or checkpoint) with model.residual=adaln_zero and model.timestep_spacing=diffusers, such as
 
@@ -16,6 +16,7 @@ import torch
 from diffusers import DiTTransformer2DModel
 from torch import Tensor
 
+from benchmarks.report import IMAGES, results_file, write_results
 from rdm_scale.checkpoint import load_model, load_trained
 from rdm_scale.checkpoint.convert.import_weights import import_weights, open_published
 from rdm_scale.checkpoint.convert.merge import export_diffusers
@@ -31,8 +32,8 @@ COLUMNS, ROWS = 10, 2
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run")
-    parser.add_argument("--picture", type=Path, default=Path("docs/images/two_ways.png"))
-    parser.add_argument("--out", type=Path, default=Path("experiments/results/two_ways.json"))
+    parser.add_argument("--picture", type=Path, default=IMAGES / "two_ways.png")
+    parser.add_argument("--out", type=Path, default=results_file(__file__))
     args = parser.parse_args()
     trained = load_trained(args.run)
     with tempfile.TemporaryDirectory() as scratch:
@@ -67,7 +68,7 @@ def main() -> None:
         "pixels_max_difference": (pixels[0] - pixels[1]).abs().max().item(),
         "imported_back_bitwise_equal": all(same.values()),
     }
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    write_results(args.out, result)
     print(json.dumps(result, indent=1))
 
 

@@ -4,29 +4,19 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
 
-from rdm_scale import rng
 from rdm_scale.config import DiffusionConfig
-from rdm_scale.diffusion import sample
-from tests.support.mixture import WEIGHTS, cdf, flow_map, ideal, posterior_means, quantile, wasserstein
-
-FLOW, DDPM = DiffusionConfig(objective="flow"), DiffusionConfig(objective="ddpm")
-SHAPE = (4, 4, 1, 64, 64)  # 65,536 numbers, each a sample of its own
-
-
-def draw(diffusion: DiffusionConfig, sampler: str, steps: int) -> Tensor:
-    return sample(ideal(diffusion), SHAPE, None, steps, 1.0, seed=0, diffusion=diffusion, sampler=sampler)
-
-
-def noise() -> Tensor:
-    drawn = [torch.randn(SHAPE[1:], generator=rng.generator(0, "sample", i, 0)) for i in range(SHAPE[0])]
-    return torch.stack(drawn)
-
-
-def path_error(diffusion: DiffusionConfig, sampler: str, steps: int) -> float:
-    """Mean distance from where the probability flow takes each number."""
-    return (draw(diffusion, sampler, steps) - flow_map(noise())).abs().mean().item()
+from tests.support.mixture import (
+    DDPM,
+    FLOW,
+    WEIGHTS,
+    cdf,
+    draw,
+    path_error,
+    posterior_means,
+    quantile,
+    wasserstein,
+)
 
 
 def order(errors: list[float]) -> float:

@@ -3,38 +3,20 @@
 import pytest
 import torch
 
-from rdm_scale.config import GateConfig, InputConfig, ModelConfig
+from rdm_scale.config import GateConfig
 from rdm_scale.models import build_model
 from rdm_scale.models.gates import ResidualGate, branch_multiplier
+from tests.support.stack_gains import small_stack, stack_gains
 
 U = {"stacking": "u"}
 LINEAR = {"gate": GateConfig(exponent=1.0)}
-
-
-def config(depth: int, **changes: object) -> ModelConfig:
-    base = {"input": InputConfig(height=8, width=8), "hidden_size": 64, "num_heads": 4, "num_classes": 10}
-    return ModelConfig(**{**base, "depth": depth, **changes})
-
-
-def gains(model_config: ModelConfig, seed: int = 0) -> tuple[float, float]:
-    """Variance of the stream after the last block over before the first, and of the squared norm of a random cotangent
-    pulled back through the blocks over its own."""
-    model = build_model(model_config, seed)
-    generator = torch.Generator().manual_seed(seed)
-    latents = torch.randn(8, 4, 1, 8, 8, generator=generator)
-    z, conditioning = model.embed(latents, torch.rand(8, generator=generator) * 1000, torch.arange(8))
-    first = z.detach().requires_grad_()
-    last = model.run_blocks(range(model_config.depth), first, conditioning)
-    cotangent = torch.randn(last.shape, generator=generator)
-    (pulled,) = torch.autograd.grad(last, first, cotangent)
-    return (last.var() / first.var()).item(), (pulled.square().sum() / cotangent.square().sum()).item()
 
 
 @pytest.mark.parametrize(
     ("depth", "changes"), [(12, {}), (48, {}), (192, {}), (12, LINEAR), (192, LINEAR), (12, U), (96, U)], ids=str
 )
 def test_neural_rdm_keeps_variance_and_cotangent_within_a_factor_of_two(depth: int, changes: dict) -> None:
-    variance, cotangent = gains(config(depth, **changes))
+    variance, cotangent = stack_gains(small_stack(depth, **changes))
     assert 0.5 < variance < 2
     assert 0.5 < cotangent < 2
 
@@ -42,22 +24,22 @@ def test_neural_rdm_keeps_variance_and_cotangent_within_a_factor_of_two(depth: i
 @pytest.mark.parametrize(("residual", "most"), [("rezero", 1.0), ("adaln_zero", 1.0), ("layerscale", 1.15)])
 def test_structures_that_start_closed_keep_them(residual: str, most: float) -> None:
     """Exactly where alpha starts at 0. Layerscale's starts at 0.1 in twelve blocks: 24 branches add 0.01 of theirs."""
-    variance, cotangent = gains(config(12, residual=residual))
+    variance, cotangent = stack_gains(small_stack(12, residual=residual))
     assert 1 <= variance <= most
     assert 1 <= cotangent <= most
 
 
 def test_plain_residuals_do_not() -> None:
     """The contrast that shows that the bound above can fail."""
-    variance, cotangent = gains(config(48, residual="plain"))
+    variance, cotangent = stack_gains(small_stack(48, residual="plain"))
     assert variance > 10
     assert cotangent > 4
 
 
 def test_the_multiplier_is_a_fixed_power_of_the_number_of_branches() -> None:
-    assert branch_multiplier(config(50)) == pytest.approx(0.1)
-    assert branch_multiplier(config(50, gate=GateConfig(multiplier=3.0, exponent=1.0))) == pytest.approx(0.03)
-    assert branch_multiplier(config(40, stacking="u")) == pytest.approx(0.1)  # 80 of blocks, 20 long skips
+    assert branch_multiplier(small_stack(50)) == pytest.approx(0.1)
+    assert branch_multiplier(small_stack(50, gate=GateConfig(multiplier=3.0, exponent=1.0))) == pytest.approx(0.03)
+    assert branch_multiplier(small_stack(40, stacking="u")) == pytest.approx(0.1)  # 80 of blocks, 20 long skips
 
 
 def test_gates_follow_the_table_of_structures() -> None:
@@ -73,7 +55,7 @@ def test_gates_follow_the_table_of_structures() -> None:
         **gate: bool,
     ) -> float:
         changes = {"residual": structure, "hidden_size": 8, "base_depth": base, "gate": GateConfig(**gate)}
-        module = ResidualGate(config(50, **changes))
+        module = ResidualGate(small_stack(50, **changes))
         with torch.no_grad():
             for parameter, value in ((module.a, a), (module.b, b)):
                 if parameter is not None:
@@ -94,11 +76,11 @@ def test_gates_follow_the_table_of_structures() -> None:
     assert output("rezero", None, a=0.5, base=8) == pytest.approx(2 + 0.16 * 0.5 * 3)
     assert output("adaln_zero", g, base=8) == pytest.approx(2 + 0.16 * 0.25 * 3)
     assert output("neural_rdm", g, a=2.0, b=4.0, base=8) == pytest.approx(2 + 0.16 * ((0.25 * 2 + 0.25) * 3 + 0.25 * 4))
-    assert ResidualGate(config(50, residual="layerscale", base_depth=8)).start == 0.1  # as at 8 blocks
+    assert ResidualGate(small_stack(50, residual="layerscale", base_depth=8)).start == 0.1  # as at 8 blocks
 
 
 def test_initial_values_are_keyed_by_name_and_seed() -> None:
-    shallow, deep, other = build_model(config(1)), build_model(config(3)), build_model(config(1), seed=1)
+    shallow, deep, other = build_model(small_stack(1)), build_model(small_stack(3)), build_model(small_stack(1), seed=1)
     a, b, c = (m.state_dict() for m in (shallow, deep, other))
     assert all(torch.equal(a[name], b[name]) for name in a)
     name = "blocks.0.mlp.branch.up.weight"

@@ -1,12 +1,16 @@
-"""Data whose diffusion is known in closed form: a mixture of normals in each number, independent of all others."""
+"""Gaussian mixture whose diffusion is known in closed form; every number of a sample is independent of the others."""
 
 import torch
 from torch import Tensor
 
+from rdm_scale import rng
 from rdm_scale.config import DiffusionConfig
+from rdm_scale.diffusion import sample
 from rdm_scale.diffusion.noise_schedule import NoiseSchedule
 from rdm_scale.diffusion.samplers import Model
 
+FLOW, DDPM = DiffusionConfig(objective="flow"), DiffusionConfig(objective="ddpm")
+SHAPE = (4, 4, 1, 64, 64)  # 65,536 numbers, each a sample of its own
 WEIGHTS, MEANS, DEVIATIONS = (0.3, 0.5, 0.2), (-1.5, 0.4, 1.6), (0.25, 0.4, 0.15)
 
 
@@ -34,7 +38,7 @@ def posterior_means(x: Tensor, scale: Tensor, noise: Tensor) -> tuple[Tensor, Te
 
 
 def ideal(diffusion: DiffusionConfig) -> Model:
-    """The best possible prediction, of velocity or noise."""
+    """Model with the optimal prediction of velocity or noise."""
     alphas_bar = NoiseSchedule.from_config(diffusion).alphas_bar if diffusion.objective == "ddpm" else torch.zeros(0)
 
     def predict(x: Tensor, timesteps: Tensor, condition: Tensor | None) -> Tensor:
@@ -58,7 +62,7 @@ def quantile(p: Tensor) -> Tensor:
 
 
 def flow_map(noise: Tensor) -> Tensor:
-    """Where the probability flow takes noise: in one dimension it keeps quantiles."""
+    """End of the probability flow that starts at noise: in one dimension the flow keeps quantiles."""
     return quantile(torch.special.ndtr(noise.double()))
 
 
@@ -67,3 +71,14 @@ def wasserstein(samples: Tensor) -> float:
     x = samples.double().flatten().sort().values
     levels = (torch.arange(len(x), dtype=torch.float64) + 0.5) / len(x)
     return (x - quantile(levels)).abs().mean().item()
+
+
+def draw(diffusion: DiffusionConfig, sampler: str, steps: int) -> Tensor:
+    """Samples of the ideal model, drawn with seed 0."""
+    return sample(ideal(diffusion), SHAPE, None, steps, 1.0, seed=0, diffusion=diffusion, sampler=sampler)
+
+
+def path_error(diffusion: DiffusionConfig, sampler: str, steps: int) -> float:
+    """Mean distance of each drawn number from the end of its probability-flow path."""
+    drawn = [torch.randn(SHAPE[1:], generator=rng.generator(0, "sample", i, 0)) for i in range(SHAPE[0])]
+    return (draw(diffusion, sampler, steps) - flow_map(torch.stack(drawn))).abs().mean().item()
