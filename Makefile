@@ -45,7 +45,7 @@ lint: .venv/ready ## ruff and mypy
 	$(BIN)/mypy
 
 docs: .venv/ready ## build the documentation into site/, without network
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # torch comes first and pinned, so that no requirement of another package selects a different build.
 .venv/ready: pyproject.toml constraints.txt
