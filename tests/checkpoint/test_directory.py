@@ -1,4 +1,4 @@
-"""A directory of checkpoints: complete or not there, whatever happens while one is saved or removed."""
+"""Directory of checkpoints: saving and removal are atomic, whatever interrupts them."""
 
 import json
 import os
@@ -20,7 +20,7 @@ SHAPE = (6, 4)
 
 
 def write(directory: CheckpointDirectory, step: int, elements: int = 0) -> list[FileRecord]:
-    """Two ranks' files of a tensor full of `step`."""
+    """Write the files of two ranks, of a tensor whose elements are all `step`."""
     shape = (2, elements // 2) if elements else SHAPE
     records = []
     for rank in range(2):
@@ -70,7 +70,7 @@ def test_only_complete_checkpoints_count(directory: CheckpointDirectory) -> None
     assert not is_checkpoint(directory.folder(400))
 
 
-def test_what_is_no_checkpoint_is_told_apart(directory: CheckpointDirectory) -> None:
+def test_incomplete_and_missing_checkpoints_are_distinguished(directory: CheckpointDirectory) -> None:
     write(directory, 7)
     with pytest.raises(CheckpointError, match=r"step_00000007 has no commit.json: .* interrupted"):
         directory.open(7)
@@ -79,7 +79,7 @@ def test_what_is_no_checkpoint_is_told_apart(directory: CheckpointDirectory) -> 
 
 
 @pytest.mark.parametrize("version", [1, 3])
-def test_another_version_is_said_and_left_alone(local: CheckpointDirectory, version: int) -> None:
+def test_another_version_is_refused_and_not_removed(local: CheckpointDirectory, version: int) -> None:
     for step in (1, 2, 3):
         save(local, step)
     commit = Path((local.folder(2) / "commit.json").path)
@@ -88,7 +88,7 @@ def test_another_version_is_said_and_left_alone(local: CheckpointDirectory, vers
     for refused in (lambda: local.open(2), lambda: is_checkpoint(local.folder(2)), local.steps, lambda: local.prune(1)):
         with pytest.raises(CheckpointError, match=message) as raised:
             refused()
-        assert not isinstance(raised.value, IncompleteError)  # a run must not begin anew beside it
+        assert not isinstance(raised.value, IncompleteError)  # a run must not start again beside it
     assert local.newest() == (3, [])
     local.abandon(3)
     with pytest.raises(CheckpointError, match=message):
@@ -96,7 +96,7 @@ def test_another_version_is_said_and_left_alone(local: CheckpointDirectory, vers
     assert local.folder(1).exists() and commit.exists()
 
 
-def test_a_killed_save_leaves_the_one_before(local: CheckpointDirectory) -> None:
+def test_a_killed_save_leaves_earlier_checkpoints(local: CheckpointDirectory) -> None:
     save(local, 1)
     child = os.fork()
     if child == 0:
@@ -113,7 +113,7 @@ def test_a_killed_save_leaves_the_one_before(local: CheckpointDirectory) -> None
     assert_intact(local, 2)
 
 
-def test_a_full_disk_leaves_the_one_before(local: CheckpointDirectory) -> None:
+def test_a_full_disk_leaves_earlier_checkpoints(local: CheckpointDirectory) -> None:
     save(local, 1)
     local.begin(2)
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -129,14 +129,14 @@ def test_a_full_disk_leaves_the_one_before(local: CheckpointDirectory) -> None:
     assert_intact(local, 1)
 
 
-def test_a_place_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
+def test_an_unwritable_directory_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(CheckpointError, match=r"cannot prepare .*file/step_00000001"):
         CheckpointDirectory(Location(tmp_path / "file")).begin(1)
 
 
 @pytest.mark.parametrize("name", ["rank_00000.safetensors", "rank_00001.index.safetensors", "state.json"])
-def test_lost_bytes_are_found_on_opening(local: CheckpointDirectory, name: str) -> None:
+def test_missing_bytes_are_found_on_opening(local: CheckpointDirectory, name: str) -> None:
     save(local, 1)
     path = Path((local.folder(1) / name).path)
     content = path.read_bytes()
@@ -175,7 +175,7 @@ def test_a_hostile_commit_is_refused(local: CheckpointDirectory) -> None:
         open_checkpoint(local.folder(1))
 
 
-def test_a_state_is_of_its_step_and_valid_json(local: CheckpointDirectory) -> None:
+def test_the_state_must_match_its_step_and_be_valid_json(local: CheckpointDirectory) -> None:
     local.begin(1)
     with pytest.raises(ValueError, match="of step 2, not 1"):
         local.commit(1, {"step": 2}, [])
@@ -187,7 +187,7 @@ def test_a_state_is_of_its_step_and_valid_json(local: CheckpointDirectory) -> No
 def test_prune_keeps_the_newest(directory: CheckpointDirectory) -> None:
     for step in (1, 2, 3, 4, 5):
         save(directory, step)
-    write(directory, 6)  # being saved, perhaps
+    write(directory, 6)  # it may be being saved
     directory.prune(0)
     assert directory.steps() == [1, 2, 3, 4, 5]
     directory.prune(2, every=2)
@@ -203,7 +203,10 @@ def test_prune_removes_what_interrupted_saves_left_and_nothing_else(directory: C
     for step in (1, 3):
         write(directory, step)
     directory.prune(1)
-    assert directory.root.names() == ["step_00000001", "step_00000003"]  # nothing is complete: nothing is sure
+    assert directory.root.names() == [
+        "step_00000001",
+        "step_00000003",
+    ]  # none is complete
     save(directory, 2)
     (directory.root / "step_1").make_dir()
     (directory.root / "step_1" / "mine").write(b"")
@@ -212,7 +215,9 @@ def test_prune_removes_what_interrupted_saves_left_and_nothing_else(directory: C
     assert directory.root.names() == ["samples.png", "step_00000002", "step_00000003", "step_1"]
 
 
-def test_an_interrupted_removal_is_no_checkpoint(local: CheckpointDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_an_interrupted_removal_there_is_no_checkpoint(
+    local: CheckpointDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for step in (1, 2):
         save(local, step)
     remove = Location.remove
@@ -229,7 +234,7 @@ def test_an_interrupted_removal_is_no_checkpoint(local: CheckpointDirectory, mon
     assert local.steps() == [2]
 
 
-def test_the_newest_is_the_newest_whole_one_and_says_what_it_is_not(local: CheckpointDirectory) -> None:
+def test_the_newest_complete_checkpoint_is_found_with_reasons(local: CheckpointDirectory) -> None:
     for step in (1, 2, 3, 4):
         save(local, step)
     write(local, 5)
@@ -243,10 +248,10 @@ def test_the_newest_is_the_newest_whole_one_and_says_what_it_is_not(local: Check
     assert "step_00000003/state.json is damaged" in reasons[2]
 
 
-def test_what_cannot_be_read_is_not_taken_for_absent(
+def test_an_unreadable_checkpoint_is_not_treated_as_missing(
     local: CheckpointDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Or a run would begin anew because a store did not answer."""
+    """Otherwise a run would start again because a store did not answer."""
     save(local, 1)
 
     def no_answer(*_: object) -> bytes:

@@ -1,4 +1,4 @@
-"""What leaves, grows and arrives, with s3:// on both sides: merged, inspected, verified, grown, exported, imported."""
+"""Checkpoint tools with s3:// sources and targets: merge, inspect, verify, grow, export and import."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ from rdm_scale.models import build_model
 from rdm_scale.storage.location import Location
 
 STEP = 3
-FILE_ELEMENTS = 10_000  # so that a checkpoint is of several files
+FILE_ELEMENTS = 10_000  # small, so that a checkpoint has several files
 
 
 def run_config(**model: Any) -> RunConfig:
@@ -30,7 +30,7 @@ def run_config(**model: Any) -> RunConfig:
 
 
 def save(url: str, config: RunConfig) -> torch.nn.Module:
-    """A checkpoint in `url`/checkpoints whose averages are the returned model, of which no parameter is zero."""
+    """Save a checkpoint to `url`/checkpoints whose EMA weights are the returned model, without zeros."""
     model = build_model(config.model)
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
@@ -91,7 +91,7 @@ def test_a_run_on_s3_is_merged_inspected_verified_and_grown(prefix: str) -> None
     assert verify(folder) == verify(grown.folder) == []
     damaged = grown.folder / "rank_00000.safetensors"
     content = bytearray(damaged.read())
-    content[-1] ^= 1  # of the averages, which come last
+    content[-1] ^= 1  # of the EMA weights, which are stored last
     damaged.write(bytes(content))
     (problem,) = verify(grown.folder)
     assert f"{damaged} is damaged: bytes" in problem
@@ -100,7 +100,7 @@ def test_a_run_on_s3_is_merged_inspected_verified_and_grown(prefix: str) -> None
 
 
 @pytest.mark.usefixtures("s3_environment")
-def test_weights_leave_for_diffusers_and_come_back_through_s3(prefix: str) -> None:
+def test_weights_are_exported_and_imported_through_s3(prefix: str) -> None:
     url = f"s3://latents/{prefix}"
     model = save(f"{url}/run", run_config(residual="adaln_zero", timestep_spacing="diffusers"))
     export_diffusers(open_model(f"{url}/run"), Location(f"{url}/diffusers"))
@@ -111,8 +111,8 @@ def test_weights_leave_for_diffusers_and_come_back_through_s3(prefix: str) -> No
 
 
 @pytest.mark.usefixtures("s3_environment")
-def test_a_place_that_is_not_there_is_told(prefix: str) -> None:
-    """As CheckpointError, which tools print as a line."""
+def test_a_missing_bucket_is_reported(prefix: str) -> None:
+    """As a CheckpointError, which tools print as one line."""
     url, nowhere = f"s3://latents/{prefix}", f"s3://no-such-bucket/{prefix}"
     save(f"{url}/run", run_config())
     source = open_model(f"{url}/run")

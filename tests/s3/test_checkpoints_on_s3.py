@@ -1,4 +1,4 @@
-"""Checkpoints on a real S3 server that fails while they are saved."""
+"""Checkpoints on an S3 server that fails while they are saved."""
 
 import os
 from pathlib import Path
@@ -18,7 +18,7 @@ from tests.support.fault_proxy import Fault, FaultProxy, Request
 from tests.support.rank_pool import RankPool
 from tests.support.small_runs import metrics, run_config, train, write_latents
 
-PASSING = [
+TRANSIENT = [
     Fault("status", status=503, code="SlowDown"),
     Fault("status", status=500, code="InternalError"),
     Fault("reset"),
@@ -30,17 +30,17 @@ def writes(request: Request) -> bool:
 
 
 def save(directory: CheckpointDirectory, step: int, elements: int) -> None:
-    piece = TensorSlice("w", (elements,), Region((0,), (elements,)), 0)
+    item = TensorSlice("w", (elements,), Region((0,), (elements,)), 0)
     folder = directory.begin(step)
     records = write_tensors(
-        folder, 0, SliceTable.of([piece]), {"ema": torch.arange(elements, dtype=torch.float32) + step}
+        folder, 0, SliceTable.of([item]), {"ema": torch.arange(elements, dtype=torch.float32) + step}
     )
     directory.commit(step, {"step": step}, records)
 
 
-@pytest.mark.parametrize("elements", [1000, 30_000_000], ids=["one request", "in parts"])
-@pytest.mark.parametrize("fault", PASSING, ids=lambda f: f"{f.kind} {f.status}")
-def test_what_passes_is_outlived(proxy: FaultProxy, prefix: str, fault: Fault, elements: int) -> None:
+@pytest.mark.parametrize("elements", [1000, 30_000_000], ids=["one request", "multipart"])
+@pytest.mark.parametrize("fault", TRANSIENT, ids=lambda f: f"{f.kind} {f.status}")
+def test_transient_faults_are_retried(proxy: FaultProxy, prefix: str, fault: Fault, elements: int) -> None:
     directory = CheckpointDirectory(Location(f"s3://latents/{prefix}"))
     proxy.add(fault, writes, times=2)
     save(directory, 1, elements)
@@ -49,11 +49,11 @@ def test_what_passes_is_outlived(proxy: FaultProxy, prefix: str, fault: Fault, e
     assert torch.equal(reader.read("ema", "w"), torch.arange(elements, dtype=torch.float32) + 1)
 
 
-@pytest.mark.full  # uploads are tried for 45 s
-def test_what_stays_is_told_and_leaves_the_one_before(proxy: FaultProxy, prefix: str) -> None:
+@pytest.mark.full  # uploads are retried for 45 s
+def test_permanent_faults_are_reported_and_leave_earlier_checkpoints(proxy: FaultProxy, prefix: str) -> None:
     directory = CheckpointDirectory(Location(f"s3://latents/{prefix}"))
     save(directory, 1, 1000)
-    proxy.add(PASSING[0], lambda r: writes(r) and "rank_00000.safetensors" in r.path)
+    proxy.add(TRANSIENT[0], lambda r: writes(r) and "rank_00000.safetensors" in r.path)
     with (
         retrying(Retry(attempts=3, first_wait_s=0.01, budget_s=5)),
         pytest.raises(CheckpointError, match=r"cannot write s3://.*rank_00000"),
@@ -71,7 +71,7 @@ def train_on_s3(config: RunConfig, environment: dict[str, str]) -> None:
     train(config)
 
 
-def test_a_run_goes_on_without_a_checkpoint_that_the_store_refuses(
+def test_a_run_continues_without_a_checkpoint_that_the_store_refuses(
     ranks: RankPool, s3_server: S3Server, proxy: FaultProxy, prefix: str, tmp_path: Path
 ) -> None:
     changes: dict[str, Any] = {
@@ -90,8 +90,8 @@ def test_a_run_goes_on_without_a_checkpoint_that_the_store_refuses(
     ranks.run(2, train_on_s3, config, environment)
     directory = CheckpointDirectory(Location(f"s3://latents/{prefix}"))
     assert directory.steps() == [2, 6, 7]
-    whole = run_config(tmp_path / "whole", data, train__steps=9)
-    ranks.run(2, train, whole)
+    uninterrupted = run_config(tmp_path / "uninterrupted", data, train__steps=9)
+    ranks.run(2, train, uninterrupted)
     proxy.clear()
     ranks.run(2, train_on_s3, run_config(tmp_path, data, **(changes | {"train__steps": 9})), environment)
-    assert metrics(config.run.dir) == metrics(whole.run.dir)
+    assert metrics(config.run.dir) == metrics(uninterrupted.run.dir)
