@@ -1,11 +1,12 @@
-"""Judges a trained model by its own samples: how many look like the class that was asked for.
+"""Evaluate a trained model by the label accuracy of its samples.
 
-A nearest-neighbour classifier fitted on real images (or clips) labels the generated ones; the share it labels as asked
-is the label accuracy. It suits small images and clips of clear classes, such as digits.
+A nearest-neighbor classifier fitted on real images (or clips) labels the generated ones; label accuracy is the share
+that it assigns to the requested class. The measure suits small images and clips of distinct classes, such as digits.
 """
 
 import argparse
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +17,9 @@ from rdm_scale.progress import ProgressReporter, track
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from rdm_scale.checkpoint.trained_model import TrainedModel
     from rdm_scale.encoding.inputs import MediaSet
+    from rdm_scale.sampling.requests import SamplingRequest
 
 READERS = 8  # threads that decode real images and clips
 
@@ -32,76 +35,51 @@ def main() -> None:
         "--prompt",
         action="append",
         default=[],
-        help="of a model with text: what to ask for, once a class, in order",
+        help="for a model with text: the prompt of a class; repeat for each class, in order",
     )
-    parser.add_argument("--text-encoder", metavar="DIR", help="its folder, if it was moved since the data were encoded")
+    parser.add_argument("--text-encoder", metavar="DIR", help="its folder, if moved since the data were encoded")
     parser.add_argument("--neighbours", type=int, default=5, help="default: %(default)s")
-    parser.add_argument("--weights", choices=["ema", "weights"], default="ema", help="averaged or last weights")
+    parser.add_argument("--weights", choices=["ema", "weights"], default="ema", help="EMA or last weights")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=125, help="default: %(default)s")
-    parser.add_argument("--picture", type=Path, help="show the first ones judged in this PNG (clips: and a GIF)")
-    parser.add_argument(
-        "--rows", type=int, default=10, help="images of each class in the picture (default: %(default)s)"
-    )
+    parser.add_argument("--picture", type=Path, help="write the first samples to this PNG (clips: and a GIF)")
+    parser.add_argument("--rows", type=int, default=10, help="images of each class in --picture (default: %(default)s)")
     try:
-        judge(parser.parse_args())
+        evaluate(parser.parse_args())
     except RdmError as error:
         sys.exit(f"evaluate: error: {error}")
 
 
-def judge(options: argparse.Namespace) -> None:
+def evaluate(options: argparse.Namespace) -> None:
     if min(options.per_class, options.neighbours, options.batch_size, options.rows, options.stride) < 1:
         raise ConfigError("--per-class, --neighbours, --batch-size, --rows and --stride must be at least 1")
     if options.fps is not None and not 0 < options.fps <= 1000:
         raise ConfigError("--fps must be above 0, and 1000 at most")
     if options.picture and options.picture.suffix != ".png":
-        raise ConfigError(f"the picture {options.picture} must end with .png")
+        raise ConfigError(f"--picture {options.picture} must end with .png")
     import torch
-    from torch import Tensor
 
     from rdm_scale.checkpoint import load_trained
-    from rdm_scale.codecs import codec_of
-    from rdm_scale.conditions import TextCondition, select_conditions
-    from rdm_scale.data.captions import empty_caption
     from rdm_scale.device import local_device
     from rdm_scale.encoding.inputs import find_media
-    from rdm_scale.encoding.text import encode_prompts
     from rdm_scale.evaluation.labels import label_accuracy
-    from rdm_scale.sampling.generate import draw_pixels
     from rdm_scale.sampling.image_grid import write_grid
+    from rdm_scale.sampling.requests import draw_request
     from rdm_scale.storage.location import Location
 
-    device = local_device()
-    trained = load_trained(options.checkpoint, options.weights, device)
-    kind = trained.config.model.condition
-    if kind == "none":
+    trained = load_trained(options.checkpoint, options.weights, local_device())
+    if trained.config.model.condition == "none":
         raise ConfigError("label accuracy needs a model with model.condition=class or text")
     source = find_media(options.real)
     wanted = "video" if trained.config.model.input.frames > 1 else "image"
     if source.kind != wanted:
         raise DataError(f"the model draws {wanted}s, but {options.real} holds {source.kind}s: give its kind")
-    names = source.class_names if kind == "text" else trained.class_names
+    names, request = request_of(options, trained, source)
     classes = len(names)
     labels = torch.arange(classes).repeat(options.per_class)
-    condition: Tensor | TextCondition = labels
-    empty = None
-    if kind == "text":
-        if trained.text is None or len(options.prompt) != classes:
-            raise ConfigError(
-                f"the model takes captions: give --prompt {classes} times, for the classes {names} in turn"
-            )
-        prompts = encode_prompts(trained.text, options.prompt, options.text_encoder)
-        condition, empty = select_conditions(prompts, labels), empty_caption(trained.text)
-    with ProgressReporter("drawing", len(labels)) as progress:
-        pixels = draw_pixels(
-            trained.model,
-            trained.config,
-            codec_of(trained.codec, device),
-            condition.to(device),
-            options.seed,
-            batch_size=options.batch_size,
-            empty_caption=empty,
-            progress=progress.advance_to,
+    with ProgressReporter("drawing", request.samples) as progress:
+        pixels = draw_request(
+            trained, request, options.seed, batch_size=options.batch_size, progress=progress.advance_to
         )
     if options.picture:
         shown, fps = pixels[: options.rows * classes], options.fps or 8.0
@@ -114,8 +92,25 @@ def judge(options: argparse.Namespace) -> None:
     print(f"label accuracy: {100 * accuracy:.1f} % of {len(labels)} samples of step {trained.step}")
 
 
+def request_of(
+    options: argparse.Namespace, trained: "TrainedModel", source: "MediaSet"
+) -> "tuple[Sequence[str], SamplingRequest]":
+    """Names of the classes, and `--per-class` samples of each, by label or by prompt."""
+    from rdm_scale.sampling.requests import request_labels, request_prompts
+
+    if trained.config.model.condition == "class":
+        names = trained.class_names
+        return names, request_labels(trained, range(len(names)), options.per_class)
+    names = source.class_names
+    if len(options.prompt) != len(names):
+        raise ConfigError(
+            f"the model takes captions: give --prompt {len(names)} times, for the classes {names} in turn"
+        )
+    return names, request_prompts(trained, options.prompt, options.per_class, options.text_encoder)
+
+
 def real_pixels(source: "MediaSet", frames: int, height: int, width: int, options: argparse.Namespace) -> "Tensor":
-    """All images, or the first clip of all videos, [N, 3, T, H, W] in [-1, 1]."""
+    """Pixels [N, 3, T, H, W] in [-1, 1] of all images, or of the first clip of each video."""
     import torch
 
     from rdm_scale.encoding.images import decode

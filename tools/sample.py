@@ -1,11 +1,18 @@
-"""Draws samples from a trained model and shows them in one picture, a column a class or prompt."""
+"""Draw samples from a trained model into one image grid with a column for each class or prompt."""
 
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rdm_scale.errors import ConfigError, RdmError
 from rdm_scale.progress import ProgressReporter
+
+if TYPE_CHECKING:
+    from rdm_scale.checkpoint.trained_model import TrainedModel
+    from rdm_scale.sampling.requests import SamplingRequest
+
+DEFAULT_COLUMNS = 10
 
 
 def main() -> None:
@@ -13,15 +20,13 @@ def main() -> None:
     parser.add_argument("checkpoint", help="a checkpoint's folder, or a run's directory (its newest checkpoint)")
     parser.add_argument("output", type=Path, help="PNG to write; for clips their middle frames, and a GIF beside it")
     parser.add_argument("--labels", help="classes to draw, for instance 0-9 or 3,207,360 (default: the first ten)")
-    parser.add_argument("--prompt", action="append", help="what to draw, of a model with text; may be given many times")
-    parser.add_argument(
-        "--text-encoder", metavar="DIR", help="its folder, where it was moved since the data were encoded"
-    )
+    parser.add_argument("--prompt", action="append", help="what to draw, for a model with text; may be repeated")
+    parser.add_argument("--text-encoder", metavar="DIR", help="its folder, if moved since the data were encoded")
     parser.add_argument("--rows", type=int, default=8, help="samples of each class (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="sampling steps (default: as in the run)")
     parser.add_argument("--guidance", type=float, help="guidance scale (default: as in the run)")
     parser.add_argument("--sampler", help="ddpm, ddim, euler or heun (default: as in the run)")
-    parser.add_argument("--weights", choices=["ema", "weights"], default="ema", help="averaged or last weights")
+    parser.add_argument("--weights", choices=["ema", "weights"], default="ema", help="EMA or last weights")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=64, help="default: %(default)s")
     parser.add_argument("--fps", type=float, default=8.0, help="frames a second of clips (default: %(default)s)")
@@ -40,58 +45,47 @@ def draw(options: argparse.Namespace) -> None:
         raise ConfigError(f"the output {options.output} must end with .png")
     if not options.output.parent.is_dir():
         raise ConfigError(f"there is no folder {options.output.parent} to write {options.output.name} to")
-    import torch
-    from torch import Tensor
-
     from rdm_scale.checkpoint import load_trained
-    from rdm_scale.codecs import codec_of
-    from rdm_scale.conditions import TextCondition, select_conditions
-    from rdm_scale.config import parse_config
-    from rdm_scale.data.captions import empty_caption
     from rdm_scale.device import local_device
-    from rdm_scale.encoding.text import encode_prompts
-    from rdm_scale.sampling.generate import draw_pixels
     from rdm_scale.sampling.image_grid import write_grid
+    from rdm_scale.sampling.requests import draw_request, override_sampling
     from rdm_scale.storage.location import Location
 
-    device = local_device()
-    trained = load_trained(options.checkpoint, options.weights, device)
-    given = {k: v for k in ("steps", "guidance", "sampler") if (v := getattr(options, k)) is not None}
-    tree = trained.config.model_dump(mode="json")
-    config = parse_config(tree | {"sampling": tree["sampling"] | given}, "with the options given")
-    names: list[str] = []
-    columns, empty = 10, None
-    condition: Tensor | TextCondition = torch.zeros(10, dtype=torch.int64).repeat(options.rows)
-    if config.model.condition == "class":
-        classes = chosen_labels(options.labels, config.model.num_classes)
-        names = [trained.class_names[label] for label in classes]
-        columns, condition = len(classes), torch.tensor(classes).repeat(options.rows)
-    elif config.model.condition == "text":
-        if trained.text is None or not options.prompt:
-            raise ConfigError("the model takes captions: give --prompt, once or more")
-        names, columns, empty = options.prompt, len(options.prompt), empty_caption(trained.text)
-        prompts = encode_prompts(trained.text, options.prompt, options.text_encoder)
-        condition = select_conditions(prompts, torch.arange(columns).repeat(options.rows))
-    samples = columns * options.rows
-    with ProgressReporter("drawing", samples) as progress:
-        pixels = draw_pixels(
-            trained.model,
-            config,
-            codec_of(trained.codec, device),
-            condition.to(device),
+    trained = load_trained(options.checkpoint, options.weights, local_device())
+    sampling = {"steps": options.steps, "guidance": options.guidance, "sampler": options.sampler}
+    config = override_sampling(trained.config, "with the options given", **sampling)
+    request = request_of(options, trained)
+    with ProgressReporter("drawing", request.samples) as progress:
+        pixels = draw_request(
+            trained,
+            request,
             options.seed,
+            config=config,
             batch_size=options.batch_size,
-            empty_caption=empty,
             progress=progress.advance_to,
         )
-    files = write_grid(pixels, Location(options.output), columns, names, fps=options.fps)
-    print(f"{samples} samples of step {trained.step} are in {' and '.join(map(str, files))}")
+    files = write_grid(pixels, Location(options.output), request.columns, request.names, fps=options.fps)
+    print(f"{request.samples} samples of step {trained.step} are in {' and '.join(map(str, files))}")
+
+
+def request_of(options: argparse.Namespace, trained: "TrainedModel") -> "SamplingRequest":
+    """Conditions as the options give them: `--rows` samples of each label or prompt."""
+    from rdm_scale.sampling.requests import request_labels, request_prompts, request_unconditional
+
+    model = trained.config.model
+    if model.condition == "class":
+        return request_labels(trained, chosen_labels(options.labels, model.num_classes), options.rows)
+    if model.condition == "none":
+        return request_unconditional(DEFAULT_COLUMNS, options.rows)
+    if not options.prompt:
+        raise ConfigError("the model takes captions: give --prompt, once or more")
+    return request_prompts(trained, options.prompt, options.rows, options.text_encoder)
 
 
 def chosen_labels(text: str | None, num_classes: int) -> list[int]:
-    """ "0-2,7" to [0, 1, 2, 7]."""
+    """Parse the labels of `--labels`: "0-2,7" is [0, 1, 2, 7], None the first ten."""
     if text is None:
-        return list(range(min(10, num_classes)))
+        return list(range(min(DEFAULT_COLUMNS, num_classes)))
     try:
         ranges = [part.partition("-") for part in text.split(",")]
         labels = [

@@ -1,0 +1,86 @@
+"""Sampling requests: conditions in the order of an image grid, names of the columns, refusals, and pixels."""
+
+import base64
+from pathlib import Path
+
+import pytest
+import torch
+
+from rdm_scale.checkpoint.trained_model import TrainedModel
+from rdm_scale.codecs import load_codec
+from rdm_scale.conditions import EncodedText, TextCondition
+from rdm_scale.config import InputConfig, ModelConfig, RunConfig, TextConfig
+from rdm_scale.data.captions import pack_text
+from rdm_scale.data.manifest import TextEncoding
+from rdm_scale.encoding.text import TextEncoder
+from rdm_scale.errors import ConfigError
+from rdm_scale.models import build_model
+from rdm_scale.sampling.generate import draw_pixels
+from rdm_scale.sampling.requests import (
+    draw_request,
+    override_sampling,
+    request_labels,
+    request_prompts,
+    request_unconditional,
+)
+from tests.support.text_encoders import WIDTH, bert_folder
+
+
+def trained(condition: str, text: TextEncoding | None = None) -> TrainedModel:
+    size = InputConfig(channels=3, height=4, width=4)
+    tree = {"input": size, "num_classes": 3, "hidden_size": 16, "num_heads": 2, "depth": 1, "condition": condition}
+    model = ModelConfig(**tree, text=TextConfig(width=WIDTH, pooled_width=WIDTH))
+    config = RunConfig(model=model, data={"train": "x"}, run={"dir": "x"})  # type: ignore[arg-type]
+    config = override_sampling(config, "the test", steps=2)
+    names = ("zero", "one", "two") if condition == "class" else ()
+    network = build_model(model)
+    torch.nn.init.normal_(network.head.out.weight)  # at zero it predicts zero for every step
+    return TrainedModel(network, config, 7, load_codec("identity").record, names, text)
+
+
+def test_labels_are_repeated_row_by_row() -> None:
+    request = request_labels(trained("class"), [2, 0, 3], rows=2)
+    assert request.condition.tolist() == [2, 0, 3, 2, 0, 3]
+    assert (request.samples, request.columns, request.names) == (6, 3, ("two", "zero", "no class"))
+    unconditional = request_unconditional(4, rows=2)
+    assert (unconditional.samples, unconditional.columns, unconditional.names) == (8, 4, ())
+
+
+def test_a_request_is_drawn_as_its_conditions_are() -> None:
+    model = trained("class")
+    request, done = request_labels(model, [0, 1], rows=2), []
+    pixels = draw_request(model, request, 3, batch_size=3, progress=lambda n, of: done.append((n, of)))
+    expected = draw_pixels(model.model, model.config, load_codec("identity"), request.condition, 3, batch_size=4)
+    assert torch.equal(pixels, expected) and done == [(3, 4), (4, 4)]
+    more_steps = draw_request(model, request, 3, config=override_sampling(model.config, "the test", steps=5))
+    assert not torch.equal(pixels, more_steps)
+
+
+def test_prompts_are_encoded_and_guided_from_the_empty_caption(tmp_path: Path) -> None:
+    encoder = TextEncoder(bert_folder(tmp_path / "bert"))
+    empty = EncodedText(torch.ones(1, WIDTH), torch.full((WIDTH,), 2.0))
+    packed = base64.b64encode(pack_text([empty], torch.zeros(1, dtype=torch.int64), torch.float32)).decode()
+    record = encoder.record
+    text = TextEncoding(
+        encoder=record.name, location=record.location, digest=record.digest, width=record.width,
+        pooled_width=record.pooled_width, max_tokens=record.max_tokens, dtype="float32", empty=packed,
+    )  # fmt: skip
+    request = request_prompts(trained("text", text), ["ab", "c"], rows=2)
+    captions = TextCondition.from_captions(encoder.encode(["ab", "c", "ab", "c"]))
+    for found, expected in zip(request.condition, captions, strict=True):
+        torch.testing.assert_close(found, expected)
+    assert request.names == ("ab", "c") and request.columns == 2
+    assert request.empty_caption is not None and request.empty_caption.pooled.tolist() == [[2.0] * WIDTH]
+
+
+def test_conditions_of_another_kind_and_unknown_classes_are_refused() -> None:
+    with pytest.raises(ConfigError, match="labels from 0 to 2, or 3 for no class"):
+        request_labels(trained("class"), [4])
+    with pytest.raises(ConfigError, match="labels from 0 to 2"):
+        request_labels(trained("class"), [])
+    with pytest.raises(ConfigError, match=r"model\.condition=none: it takes no class labels"):
+        request_labels(trained("none"), [0])
+    with pytest.raises(ConfigError, match=r"model\.condition=class and got 1 prompts"):
+        request_prompts(trained("class"), ["ab"])
+    with pytest.raises(ConfigError, match="with the options given"):
+        override_sampling(trained("class").config, "with the options given", steps=0)
