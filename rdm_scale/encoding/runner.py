@@ -89,7 +89,7 @@ def _share_plan(job: EncodingJob, rank: ProcessRank, progress: JobProgress) -> S
 
 
 class _ProgressCounter:
-    """Keeps the records of shards, and reports how many samples all ranks have encoded."""
+    """Store of records that also counts and reports the samples encoded by all ranks."""
 
     def __init__(self, plan: EncodingPlan, records: RecordStore, progress: JobProgress) -> None:
         self.records = records

@@ -76,7 +76,7 @@ def _index(location: Location, columns: Columns) -> _IndexedTar:
 
 
 class _TarIndexer:
-    """Reads the headers of one tar; classes and captions may come before or after their image or video."""
+    """Index of one tar, built from its headers; classes and captions may come before or after their image or video."""
 
     def __init__(self, location: Location, columns: Columns) -> None:
         self._location, self._columns = location, columns

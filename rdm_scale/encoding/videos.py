@@ -1,7 +1,7 @@
 """Video decoding: the size and length of a video, and clips of it as tensors of a given size.
 
 Time counts from the first frame. Frame i of a video at a frame rate is the one shown at i / rate: the last one whose
-own time is not later. A clip is a function of its file and the arguments alone, whatever was decoded before it.
+own time is not later. A clip is a function of its file and the arguments alone, not of what was decoded before.
 """
 
 import itertools

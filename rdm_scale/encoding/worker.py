@@ -64,7 +64,7 @@ class EncodedShard:
 
 
 class Worker:
-    """Encodes shards of a plan.
+    """Encoder of the shards of a plan: it loads pixels, runs the codec, and writes shards and their captions.
 
     Args:
         trace: entered around each stage, in the thread that runs it.
