@@ -21,7 +21,7 @@ from rdm_scale.config import ModelConfig
 from rdm_scale.models import build_model
 from rdm_scale.models.blocks import Conditioning
 from rdm_scale.parallel.pipeline.schedules import ChunkCost, build_schedule, place_chunks, simulate
-from rdm_scale.parallel.recompute import recompute_blocks
+from rdm_scale.parallel.recompute import checkpoint_activations
 
 GRID = (1, 16, 16)
 Times = dict[str, float]  # seconds of F, full backward, B and W
@@ -31,7 +31,7 @@ class Blocks(nn.Module):
     def __init__(self, recompute: str) -> None:
         super().__init__()
         self.blocks = build_model(ModelConfig(hidden_size=384, depth=3, num_heads=6)).blocks
-        recompute_blocks(self.blocks.values(), recompute)
+        checkpoint_activations(self.blocks.values(), recompute)
 
     def forward(self, z_SBD: Tensor, condition_BD: Tensor) -> Tensor:
         for block in self.blocks.values():

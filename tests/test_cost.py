@@ -16,7 +16,7 @@ from rdm_scale import cost
 from rdm_scale.conditions import TextCondition
 from rdm_scale.config import GateConfig, InputConfig, ModelConfig, RunConfig, TextConfig, parse_config
 from rdm_scale.models import build_model
-from rdm_scale.parallel.recompute import recompute_blocks
+from rdm_scale.parallel.recompute import checkpoint_activations
 
 TEXT = TextConfig(width=8, pooled_width=4)
 
@@ -107,7 +107,7 @@ def test_activation_bytes_are_those_that_autograd_keeps(policy: str, precision: 
     number = config.model.depth - 1
     model = build_model(config.model)
     block = model.blocks[str(number)].to(dtype)
-    recompute_blocks([block], policy)
+    checkpoint_activations([block], policy)
     S, B, D = config.model.tokens, 16, config.model.hidden_size
     z = torch.randn(S, B, D, requires_grad=True)
     text = TextCondition.from_captions([(torch.randn(3, TEXT.width), torch.randn(TEXT.pooled_width))] * B)

@@ -3,7 +3,7 @@
 Shapes: S tokens, B samples, D hidden size, N caption tokens, H attention heads, d channels of a head.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import NamedTuple
 
@@ -235,6 +235,7 @@ class Block(nn.Module):
     caption (models with text only) and MLP.
 
     `modulation`, the adaLN layer, maps the conditioning embedding to (shift, scale[, g]) of each branch.
+    `checkpointing`, if set, is called with `run` and its arguments in every forward (parallel/recompute.py).
     """
 
     def __init__(self, config: ModelConfig, layers: LayerFactory, number: int) -> None:
@@ -251,6 +252,7 @@ class Block(nn.Module):
         self.width = config.hidden_size
         modulations = sum(branch.num_modulations for branch in self.branches())
         self.modulation = layers.gathered(self.width, modulations * self.width)
+        self.checkpointing: Callable[..., Tensor] | None = None
 
     def branches(self) -> list[ResidualBranch]:
         """Residual branches in the order of their execution."""
@@ -258,6 +260,12 @@ class Block(nn.Module):
         return [branch for branch in branches if branch is not None]
 
     def forward(self, z_SBD: Tensor, conditioning: Conditioning, skip_SBD: Tensor | None = None) -> Tensor:
+        if self.checkpointing is None:
+            return self.run(z_SBD, conditioning, skip_SBD)
+        return self.checkpointing(self.run, z_SBD, conditioning, skip_SBD)
+
+    def run(self, z_SBD: Tensor, conditioning: Conditioning, skip_SBD: Tensor | None = None) -> Tensor:
+        """Forward without activation checkpointing."""
         modulations = self.modulation_parameters(conditioning.embedding, z_SBD.dtype)
         for branch, modulation in zip(self.branches(), modulations, strict=True):
             z_SBD = branch(z_SBD, conditioning, modulation, skip_SBD if branch is self.skip else None)

@@ -12,7 +12,7 @@ from rdm_scale.parallel.host_memory import returning_freed_memory
 from rdm_scale.parallel.mesh import Mesh
 from rdm_scale.parallel.parallel_model import ParallelModel
 from rdm_scale.parallel.plan import ParallelPlan
-from rdm_scale.parallel.recompute import recompute_blocks
+from rdm_scale.parallel.recompute import checkpoint_activations
 from rdm_scale.parallel.stage import build_stage, materialize
 from rdm_scale.parallel.zero.engine import ZeroEngine
 from rdm_scale.parallel.zero.stage3 import Zero3
@@ -36,7 +36,7 @@ def parallelize(
 
         layers = TensorParallelLayers(mesh, config.parallel.sequence)
     stage = build_stage(config, mesh, plan, layers)
-    recompute_blocks(stage.blocks.values(), config.parallel.recompute)
+    checkpoint_activations(stage.blocks.values(), config.parallel.recompute)
     arguments = (stage, materialize(stage, config, mesh.device), config, mesh, build_optimizer, Block)
     engine: ZeroEngine
     with returning_freed_memory():

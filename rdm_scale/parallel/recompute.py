@@ -1,13 +1,14 @@
-"""Activation recompute: blocks that keep little of their forward and run it again in the backward.
+"""Activation checkpointing (`parallel.recompute`): blocks that keep few of their activations and recompute the others
+in the backward.
 
-`full` keeps a block's input only, `every_N` does so for every N-th block and keeps all of the others, `selective` keeps
-the outputs of matrix products and of attention, which are dear to compute, and recomputes the rest (norms, modulation,
-GELU), which is cheap and makes up most of what is stored (Korthikanti et al. 2022, arXiv 2205.05198, section 5).
+`full` keeps the input of a block only, `every_N` does so for every N-th block and keeps all activations of the others,
+`selective` keeps the outputs of matrix products and of attention, which are expensive to compute, and recomputes the
+rest (norms, modulation, GELU), which is cheap and makes up most of the memory (Korthikanti et al. 2022, arXiv
+2205.05198, section 5).
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from rdm_scale.models.blocks import DotProductAttention
+from rdm_scale.models.blocks import Block, DotProductAttention
 from rdm_scale.models.layers import Linear
 from rdm_scale.parallel.megatron_adapter import Column, Row
 
@@ -31,56 +32,74 @@ _KEPT = {
 }
 
 
-def recompute_blocks(blocks: Iterable[nn.Module], policy: str) -> None:
-    """Makes blocks recompute their activations as `parallel.recompute` says.
+Context = AbstractContextManager[None]
 
-    The forward inside the module is wrapped, not the module: hooks around it, such as ZeRO's that gather a block's
-    parameters before its forward and before its backward, then run once each.
+
+def checkpoint_activations(blocks: Iterable[nn.Module], policy: str) -> None:
+    """Checkpoint the activations of a stage's blocks as `policy` (a value of `parallel.recompute`) says.
+
+    It is done inside the block's forward: hooks around it, such as those of ZeRO that all-gather a block's parameters
+    before its forward and before its backward, then run once each.
     """
     if policy == "none":
         return
     every = int(policy.removeprefix("every_")) if policy.startswith("every_") else 1
     for block in islice(blocks, 0, None, every):
-        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # blocks draw no random numbers
-        if policy == "selective":
-            options["context_fn"] = _KeptProducts(block).contexts
-        block.forward = partial(checkpoint, block.forward, **options)
+        assert isinstance(block, Block)
+        block.checkpointing = SelectiveCheckpointing(block) if policy == "selective" else full_checkpointing
 
 
-class _KeptProducts:
-    """Lets torch keep the products of a block, or hand them out again, in each call of the modules that make them.
+def full_checkpointing(forward: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """Run a forward of which only the inputs are kept."""
+    return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False)  # blocks draw no random numbers
 
-    It looks at every operation meanwhile, which for all of a block's would take longer than to compute them again.
+
+class SelectiveCheckpointing:
+    """Runs the forward of one block, of which inputs and products are kept.
+
+    torch's selective checkpointing looks at every operation, which for all operations of a block would take longer than
+    to recompute them. So it is active only within the modules that compute products, which enter it by hooks.
     """
 
-    def __init__(self, block: nn.Module) -> None:
-        self._mode: Callable[[], Any] = nullcontext  # makes that of the next call
+    def __init__(self, block: Block) -> None:
+        self._mode: Callable[[], Context] = nullcontext  # makes the context of the next call of a product
+        self._entered: list[Context] = []
         for module in block.modules():
             if isinstance(module, _PRODUCTS):
-                module.forward = partial(self._run, module.forward)  # type: ignore[method-assign]
+                module.register_forward_pre_hook(self._enter)
+                module.register_forward_hook(self._exit, always_call=True)
 
-    def contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """For a forward and its recomputation."""
-        kept: list[Any] = []  # by each call in turn
+    def __call__(self, forward: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        return checkpoint(
+            forward, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=self._forward_and_recomputation
+        )
 
-        def keep() -> Any:
-            keeping, handing_out = create_selective_checkpoint_contexts(_keep_products)
-            kept.append(handing_out)
-            return keeping
+    def _forward_and_recomputation(self) -> tuple[Context, Context]:
+        """Contexts of a forward and of its recomputation."""
+        recomputations: list[Context] = []  # of each call of a product, in order
 
-        return self._using(keep), self._using(iter(kept).__next__)
+        def keep() -> Context:
+            forward, recomputation = create_selective_checkpoint_contexts(_keep_products)
+            recomputations.append(recomputation)
+            return forward
+
+        return self._using(keep), self._using(iter(recomputations).__next__)
 
     @contextmanager
-    def _using(self, mode: Callable[[], Any]) -> Iterator[None]:
+    def _using(self, mode: Callable[[], Context]) -> Iterator[None]:
         self._mode, before = mode, self._mode
         try:
             yield
         finally:
             self._mode = before
 
-    def _run(self, forward: Callable[..., Tensor], *inputs: Any) -> Tensor:
-        with self._mode():
-            return forward(*inputs)
+    def _enter(self, module: nn.Module, inputs: Any) -> None:
+        context = self._mode()
+        context.__enter__()
+        self._entered.append(context)
+
+    def _exit(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self._entered.pop().__exit__(None, None, None)
 
 
 def _keep_products(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rdm_scale.config import InputConfig, ModelConfig
 from rdm_scale.models import DiffusionTransformer, build_model
-from rdm_scale.parallel.recompute import recompute_blocks
+from rdm_scale.parallel.recompute import checkpoint_activations
 
 DEPTH = 6
 CONFIG = ModelConfig(input=InputConfig(height=16, width=16), hidden_size=64, num_heads=4, depth=DEPTH, num_classes=10)
@@ -34,7 +34,7 @@ def model_with(policy: str) -> DiffusionTransformer:
     with torch.no_grad():
         for parameter in model.parameters():  # no zeros, so that every path has a gradient
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
-    recompute_blocks(model.blocks.values(), policy)
+    checkpoint_activations(model.blocks.values(), policy)
     return model
 
 
