@@ -1,6 +1,6 @@
-"""The main of a training run: `torchrun --nproc_per_node N -m rdm_scale.train CONFIG [key=value ...]`.
+"""Main of a training run: `torchrun --nproc_per_node N -m rdm_scale.train CONFIG [key=value ...]`.
 
-With --dry-run --world-size N one process prints how the model would lie on N ranks and what it would take there.
+With --dry-run --world-size N one process prints the layout of the model on N ranks and the memory that it needs.
 
 The configuration, the data's manifest and the run's directory are checked before torch.distributed, DeepSpeed or
 Megatron are imported, so that a mistake costs a second.
@@ -12,28 +12,32 @@ import sys
 from pathlib import Path
 
 from rdm_scale.config import RunConfig, describe_keys, load_config
-from rdm_scale.parallel.failures import end_with_launcher, run_main
+from rdm_scale.parallel.failures import FailureReporter, end_with_launcher, run_main
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs a rank to its end and leaves the process with code 0 or 1."""
+    """Run one rank and exit the process with code 0 or 1."""
     parsed = _parser().parse_intermixed_args(arguments)
     if parsed.dry_run:
-        run_main(lambda: dry_run(load_config(parsed.config, parsed.overrides), parsed.world_size))
+        run_main(lambda _: dry_run(load_config(parsed.config, parsed.overrides), parsed.world_size))
     end_with_launcher()
-    run_main(lambda: train(load_config(parsed.config, parsed.overrides)))
+    run_main(lambda reporter: train(load_config(parsed.config, parsed.overrides), reporter))
 
 
 def dry_run(config: RunConfig, world_size: int) -> None:
-    """Prints the layout of a run on `world_size` ranks; builds nothing and opens nothing."""
+    """Print the layout of a run on `world_size` ranks; builds nothing and opens nothing."""
     from rdm_scale.parallel.plan import plan_parallelism
 
     memory = config.parallel.memory_gib
     print(plan_parallelism(config, world_size, None if memory is None else memory * 2**30).table(config))
 
 
-def train(config: RunConfig) -> None:
-    """Trains as `config` says, on the ranks that the launcher started."""
+def train(config: RunConfig, reporter: FailureReporter | None = None) -> None:
+    """Train as `config` says, on the ranks that the launcher started.
+
+    Args:
+        reporter: learns of the ranks' common store when they have met.
+    """
     config.data_parallel_size(int(os.environ.get("WORLD_SIZE", 1)))
 
     from rdm_scale.data.compatibility import check_data
@@ -43,13 +47,13 @@ def train(config: RunConfig) -> None:
     set_retry(Retry.within(config.data.read_timeout_s))
 
     checked = None
-    if os.environ.get("RANK", "0") == "0":  # the others need not read what may lie far away
+    if os.environ.get("RANK", "0") == "0":  # the others need not read what may be remote
         facts = check_data(config)
         checked = facts, plan_start(config, config.identity() | {"data": facts.identity})
 
     from rdm_scale.parallel.mesh import build_mesh, check_agreement
 
-    mesh = build_mesh(config.parallel)
+    mesh = build_mesh(config.parallel, reporter)
     check_agreement(mesh, config)
     facts, start = mesh.broadcast(checked)
     lock = prepare(config, start) if mesh.is_first else None

@@ -1,4 +1,4 @@
-"""One message from many ranks: the first rank that fails speaks, the others end quietly and at once."""
+"""Failures of ranks: the first one that fails prints its message, the others end at once without one."""
 
 import errno
 import os
@@ -11,65 +11,66 @@ from typing import Any, NoReturn
 from rdm_scale.errors import RdmError
 from rdm_scale.parent_death import parent_death_setter
 
-_KEY = "rdm_scale/first_failure"
-_SPEAKER_GRACE_S = 3.0  # a launcher ends all ranks when one exits: let the speaker finish its message first
+FIRST_FAILURE_KEY = "rdm_scale/first_failure"
+_REPORT_GRACE_S = 3.0  # a launcher ends all ranks when one exits: let the reporting rank finish its message first
 
 
-class Reporter:
-    """Decides which rank reports a failure.
+class FailureReporter:
+    """Selects the rank that reports a failure.
 
-    Before the ranks have met, all of a node fail alike (a bad configuration), and local rank 0 speaks. Once they
-    have, the first to claim a key in their common store does: its peers only see a connection break.
+    Before the ranks share a store, all ranks of a node fail alike (on a bad configuration), and local rank 0 reports.
+    After that, the first one to claim a key in the store does: its peers see no more than a broken connection.
+
+    Attributes:
+        store: torch.distributed.Store of all ranks, once they have met (`build_mesh` sets it).
     """
 
     def __init__(self) -> None:
-        self.store: Any = None  # torch.distributed.Store, once the ranks have met
+        self.store: Any = None
 
     def claim(self) -> bool:
         """True for the one rank that is to report."""
         if self.store is None:
             return int(os.environ.get("LOCAL_RANK", 0)) == 0
-        me = os.environ.get("RANK", "0")
+        rank = os.environ.get("RANK", "0")
         try:
-            return bool(self.store.compare_set(_KEY, "", me) == me.encode())
-        except RuntimeError:  # the store has gone with the rank that kept it, which therefore failed first
+            return bool(self.store.compare_set(FIRST_FAILURE_KEY, "", rank) == rank.encode())
+        except RuntimeError:  # the rank that hosted the store is gone, so it failed first
             return False
 
 
-REPORTER = Reporter()
-
-
 def end_with_launcher() -> None:
-    """Has the kernel end this rank when the launcher that started it dies (Linux).
+    """Let the kernel kill this rank when the launcher that started it dies (Linux).
 
-    An orphan would train on unseen, and write into a directory that the next launch takes for its own.
+    An orphan would train on unnoticed, and write into a directory that the next launch uses.
     """
     if "LOCAL_RANK" in os.environ and (end_with_parent := parent_death_setter()):
         launcher = os.getppid()
         end_with_parent()
-        if os.getppid() != launcher:  # it died before it could be watched
-            _leave(1)
+        if os.getppid() != launcher:  # it died before the call above
+            _exit(1)
 
 
-def run_main(body: Callable[[], None]) -> NoReturn:
-    """Runs the main of a rank and ends the process: code 0, or 1 after one message from all ranks together.
+def run_main(body: Callable[[FailureReporter], None]) -> NoReturn:
+    """Run the main of a rank and end the process with code 0 or, after one message of all ranks together, 1.
 
-    An RdmError is the user's to mend and is told without a traceback; anything else is a bug and keeps its own.
+    An RdmError is printed without a traceback, since the user can fix it; any other error is a bug and keeps it.
     """
+    reporter = FailureReporter()
     try:
-        body()
+        body(reporter)
     except KeyboardInterrupt:
-        _leave(130)
+        _exit(130)
     except Exception as error:
-        if REPORTER.claim():
-            _tell(error)
+        if reporter.claim():
+            _report(error)
         else:
-            time.sleep(_SPEAKER_GRACE_S)
-        _leave(1)
-    _leave(0)
+            time.sleep(_REPORT_GRACE_S)
+        _exit(1)
+    _exit(0)
 
 
-def _tell(error: Exception) -> None:
+def _report(error: Exception) -> None:
     if isinstance(error, RdmError):
         print(f"\nerror: {error}", file=sys.stderr)
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -79,8 +80,8 @@ def _tell(error: Exception) -> None:
         traceback.print_exception(error)
 
 
-def _leave(code: int) -> NoReturn:
-    """Ends the process without waiting for communication threads, which may hang on ranks already gone."""
+def _exit(code: int) -> NoReturn:
+    """End the process without waiting for communication threads, which may hang on ranks that are gone."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

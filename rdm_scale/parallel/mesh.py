@@ -1,4 +1,4 @@
-"""The mesh of ranks: who is who along the tensor, pipeline and data axes, and what all ranks must agree on."""
+"""Mesh of ranks along the tensor, pipeline and data axes, and what all ranks must agree on."""
 
 import os
 import socket
@@ -16,15 +16,18 @@ from rdm_scale.config import ParallelConfig, RunConfig
 from rdm_scale.device import local_device
 from rdm_scale.errors import ConfigError
 from rdm_scale.parallel import megatron_adapter as megatron
-from rdm_scale.parallel.failures import REPORTER
+from rdm_scale.parallel.failures import FailureReporter
 
 _LIBRARIES = ("torch", "deepspeed", "megatron-core")
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """This rank's place. Ranks that differ only in `data_rank` hold the same part of the model and work on different
-    samples; all ranks of one `data_rank` work on the same samples."""
+    """Position of this rank in the mesh, with its process groups.
+
+    Ranks that differ only in `data_rank` hold the same part of the model and work on different samples; the ranks of
+    one `data_rank` hold the model together (a model replica) and work on the same samples.
+    """
 
     rank: int
     world_size: int
@@ -37,7 +40,7 @@ class Mesh:
     data_rank: int
     data_size: int
     data_group: Any
-    replica_group: Any  # the ranks of one data_rank, which hold the model together
+    replica_group: Any  # ranks of one model replica
     device: torch.device
     timeout: timedelta  # of every collective, and of a message between stages
 
@@ -48,7 +51,7 @@ class Mesh:
 
     @property
     def reads_data(self) -> bool:
-        """True for the one rank of each replica of the model that reads samples, and shares them with its peers."""
+        """True for the one rank of each model replica that reads samples and broadcasts them to its peers."""
         return self.tensor_rank == 0 and self.pipeline_rank == 0
 
     @property
@@ -87,10 +90,13 @@ class Mesh:
         dist.destroy_process_group()
 
 
-def build_mesh(config: ParallelConfig) -> Mesh:
-    """Meets the other ranks (gloo, or NCCL where there are GPUs) and lays the mesh over them.
+def build_mesh(config: ParallelConfig, reporter: FailureReporter | None = None) -> Mesh:
+    """Join the other ranks (gloo, or NCCL where there are GPUs) and build the mesh.
 
-    Needs the variables that torchrun and deepspeed set; without any, the process is a world of its own.
+    Needs the environment variables that torchrun and deepspeed set; without any, the world is this process.
+
+    Args:
+        reporter: is given the store that the ranks share.
     """
     device = local_device()
     use_cuda = device.type == "cuda"
@@ -99,7 +105,8 @@ def build_mesh(config: ParallelConfig) -> Mesh:
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=config.timeout_s)
     store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
-    REPORTER.store = store
+    if reporter is not None:
+        reporter.store = store
     dist.init_process_group(
         "nccl" if use_cuda else "gloo",
         store=dist.PrefixStore("rdm_scale", store),
@@ -112,7 +119,7 @@ def build_mesh(config: ParallelConfig) -> Mesh:
 
 
 def check_agreement(mesh: Mesh, config: RunConfig) -> None:
-    """Raises ConfigError on every rank unless all ranks hold the same configuration and library versions."""
+    """Raise ConfigError on every rank unless all ranks hold the same configuration and library versions."""
     mine = {"configuration": config.digest(), "rdm_scale": __version__}
     mine |= {name: metadata.version(name) for name in _LIBRARIES}
     everyone = mesh.all_gather_object((mine, socket.gethostname()))

@@ -1,4 +1,4 @@
-"""How a rank ends: its code, and who speaks."""
+"""Exit codes of a rank, and which rank reports a failure."""
 
 import subprocess
 import sys
@@ -8,15 +8,15 @@ import pytest
 SCRIPT = """
 import os
 from rdm_scale.errors import ConfigError
-from rdm_scale.parallel.failures import REPORTER, run_main
-{setup}
-def body():
+from rdm_scale.parallel.failures import FIRST_FAILURE_KEY, run_main
+def body(reporter):
+    {setup}
     {body}
 run_main(body)
 """
 
 
-def end_of(body: str, setup: str = "", local_rank: int = 0) -> tuple[int, str]:
+def end_of(body: str, setup: str = "pass", local_rank: int = 0) -> tuple[int, str]:
     code = SCRIPT.format(body=body, setup=setup)
     environment = {"LOCAL_RANK": str(local_rank), "RANK": str(local_rank)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=30)
@@ -45,10 +45,10 @@ def test_other_ranks_of_a_node_end_silently() -> None:
     assert end_of("raise ConfigError('set x')", local_rank=1) == (1, "")
 
 
-@pytest.mark.parametrize(("claimed_by", "speaks"), [("", True), ("0", False)])
-def test_once_the_ranks_have_met_the_first_to_claim_speaks(claimed_by: str, speaks: bool) -> None:
-    setup = "import torch.distributed as dist; REPORTER.store = dist.HashStore()"
+@pytest.mark.parametrize(("claimed_by", "reports"), [("", True), ("0", False)])
+def test_once_the_ranks_have_met_the_first_to_claim_reports(claimed_by: str, reports: bool) -> None:
+    setup = "import torch.distributed as dist; reporter.store = dist.HashStore()"
     if claimed_by:
-        setup += f"; REPORTER.store.set('rdm_scale/first_failure', '{claimed_by}')"
+        setup += f"; reporter.store.set(FIRST_FAILURE_KEY, '{claimed_by}')"
     code, message = end_of("raise ConfigError('set x')", setup, local_rank=1)
-    assert code == 1 and message == ("\nerror: set x\n" if speaks else "")
+    assert code == 1 and message == ("\nerror: set x\n" if reports else "")
