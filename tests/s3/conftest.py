@@ -1,4 +1,4 @@
-"""One real S3 server for all tests here, and a proxy before it that each test has for itself."""
+"""Fixtures: one real S3 server for all tests, and a proxy in front of it that is reset for each test."""
 
 import uuid
 from collections.abc import Iterator
@@ -11,14 +11,14 @@ from tests.support.fault_proxy import FaultProxy
 
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    """With a bucket `latents`; its port is reached directly, without faults."""
+    """A server with the bucket `latents`, reached directly, without faults."""
     with S3Server(tmp_path_factory.mktemp("s3")) as server:
         yield server
 
 
 @pytest.fixture
 def s3_environment(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
-    """The AWS environment points at the server."""
+    """The server, with the AWS environment set to its address."""
     for name, value in s3_server.environment().items():
         monkeypatch.setenv(name, value)
     return s3_server
@@ -26,14 +26,14 @@ def s3_environment(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Se
 
 @pytest.fixture(scope="session")
 def shared_proxy(s3_server: S3Server) -> Iterator[FaultProxy]:
-    """One for all tests: making a client takes a third of a second, and it is used again where the address is."""
+    """One proxy for all tests: making a client takes a third of a second, and clients are cached by address."""
     with FaultProxy(s3_server.port) as proxy:
         yield proxy
 
 
 @pytest.fixture
 def proxy(s3_server: S3Server, shared_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
-    """The AWS environment points at a proxy before the server; what it counts and breaks begins at nothing."""
+    """A proxy without faults or counts in front of the server, with the AWS environment set to its address."""
     for name, value in s3_server.environment(shared_proxy.endpoint).items():
         monkeypatch.setenv(name, value)
     shared_proxy.clear()

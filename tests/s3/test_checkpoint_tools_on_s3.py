@@ -112,7 +112,7 @@ def test_weights_are_exported_and_imported_through_s3(prefix: str) -> None:
 
 @pytest.mark.usefixtures("s3_environment")
 def test_a_missing_bucket_is_reported(prefix: str) -> None:
-    """As a CheckpointError, which tools print as one line."""
+    """Raises CheckpointError, which tools print as one line."""
     url, nowhere = f"s3://latents/{prefix}", f"s3://no-such-bucket/{prefix}"
     save(f"{url}/run", run_config())
     source = open_model(f"{url}/run")

@@ -19,7 +19,7 @@ from rdm_scale.errors import DataError
 
 @pytest.fixture
 def put(s3_environment, prefix):
-    """Writes objects by their path below the test's folder, and gives its URL."""
+    """A function that writes objects by their path below the folder of the test and returns its URL."""
     server = s3_environment
     fs = s3fs.S3FileSystem(key=server.access_key, secret=server.secret_key, endpoint_url=server.endpoint)
 
@@ -43,8 +43,8 @@ def movie(frames: int) -> bytes:
         stream = container.add_stream("mpeg4", rate=10)
         stream.width, stream.height = 64, 48
         for i in range(frames):
-            picture = np.random.default_rng(i).integers(0, 256, (48, 64, 3), dtype=np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture)))
+            frame = np.random.default_rng(i).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame)))
         container.mux(stream.encode())
     return buffer.getvalue()
 
@@ -59,7 +59,7 @@ def tar_of(members: dict[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
-def test_a_folder_with_captions_some_of_them_empty(put):
+def test_folder_with_captions_some_of_them_empty(put):
     objects = {"in/cat/a.png": png(3), "in/cat/a.txt": b"a cat", "in/dog/b.png": png(5), "in/dog/b.txt": b""}
     found = find_media(f"{put(objects)}/in")
     assert [(file.key, file.label, file.caption) for file in found.files] == [("cat/a", 0, "a cat"), ("dog/b", 1, "")]
@@ -103,11 +103,11 @@ def test_lists_beside_the_images_and_elsewhere(put, tmp_path, kind):
         missing.read()
 
 
-def test_what_is_not_there_is_named(put):
+def test_missing_inputs_are_named(put):
     url = put({"a.txt": b""})
     with pytest.raises(DataError, match="does not exist"):
         find_media(f"{url}/nothing/*.tar")
     with pytest.raises(DataError, match="nosuchbucket"):
-        find_media("s3://nosuchbucket-of-ours/in")
+        find_media("s3://nosuchbucket-anywhere/in")
     with pytest.raises(DataError, match="nothing"):
         TextEncoder(f"{url}/nothing")

@@ -1,4 +1,4 @@
-"""Locations on a real S3 server behind a proxy that breaks what passes: tries, limits, refusals and their messages."""
+"""Locations on a real S3 server behind a faulty proxy: retries, time limits, refusals and their messages."""
 
 import io
 import random
@@ -31,15 +31,15 @@ def file(s3_server: S3Server, proxy: FaultProxy, prefix: str) -> Location:
     return Location(f"s3://latents/{prefix}/a b.tar")
 
 
-def the_long_way(file: Location) -> Location:
-    """The same file, with an option that a signed URL cannot carry, so that s3fs reads it."""
+def through_s3fs(file: Location) -> Location:
+    """The same file with an option that a presigned URL cannot carry, so that s3fs reads it."""
     return Location(str(file), {"requester_pays": True})
 
 
 READS: dict[str, Callable[[Location], object]] = {
     "read": lambda file: file.read() == CONTENT,
     "read_range": lambda file: file.read_range(1000, 200_000) == CONTENT[1000:201_000],
-    "the long way": lambda file: the_long_way(file).read_range(1000, 200_000) == CONTENT[1000:201_000],
+    "through s3fs": lambda file: through_s3fs(file).read_range(1000, 200_000) == CONTENT[1000:201_000],
     "stat": lambda file: file.stat().bytes == 300_000,
     "names": lambda file: file.parent.names() == ["a b.tar"],
     "find": lambda file: list(file.parent.find()) == ["a b.tar"],
@@ -47,7 +47,7 @@ READS: dict[str, Callable[[Location], object]] = {
     "write": lambda file: file.write(CONTENT[:1000]) or True,  # type: ignore[func-returns-value]
     "remove": lambda file: file.remove() or True,  # type: ignore[func-returns-value]
 }
-ANSWERS = {
+ERRORS = {
     "500": Fault("status", status=500),
     "503": Fault("status", status=503),
     "429": Fault("status", status=429),
@@ -55,16 +55,16 @@ ANSWERS = {
 
 
 @pytest.mark.parametrize("call", READS)
-@pytest.mark.parametrize("answer", ["500", "503", "429"])
-def test_what_may_pass_is_tried_again(call: str, answer: str, file: Location, proxy: FaultProxy) -> None:
-    proxy.add(ANSWERS[answer], times=2)
+@pytest.mark.parametrize("status", ["500", "503", "429"])
+def test_transient_errors_are_retried(call: str, status: str, file: Location, proxy: FaultProxy) -> None:
+    proxy.add(ERRORS[status], times=2)
     assert READS[call](file)
     statuses = [request.status for request in proxy.requests]
-    assert statuses[:2] == [int(answer)] * 2 and all(200 <= status < 300 for status in statuses[2:])
+    assert statuses[:2] == [int(status)] * 2 and all(200 <= status < 300 for status in statuses[2:])
     assert len(statuses) == (5 if call == "remove" else 3)  # s3fs looks and lists before it removes
 
 
-@pytest.mark.parametrize("call", ["read", "read_range", "the long way"])
+@pytest.mark.parametrize("call", ["read", "read_range", "through s3fs"])
 @pytest.mark.parametrize(
     "fault",
     [
@@ -77,7 +77,7 @@ def test_what_may_pass_is_tried_again(call: str, answer: str, file: Location, pr
     ],
     ids=lambda fault: f"{fault.kind} {fault.after}",
 )
-def test_broken_answers_are_asked_for_again(call: str, fault: Fault, file: Location, proxy: FaultProxy) -> None:
+def test_broken_responses_are_retried(call: str, fault: Fault, file: Location, proxy: FaultProxy) -> None:
     proxy.add(fault, lambda request: request.method == "GET", times=1)
     began = time.monotonic()
     assert READS[call](file)
@@ -86,7 +86,7 @@ def test_broken_answers_are_asked_for_again(call: str, fault: Fault, file: Locat
 
 
 @pytest.mark.parametrize("call", ["stat", "names", "write"])
-def test_connections_that_break_or_stall_are_made_again(call: str, file: Location, proxy: FaultProxy) -> None:
+def test_broken_and_stalled_connections_are_retried(call: str, file: Location, proxy: FaultProxy) -> None:
     for fault in (Fault("reset"), Fault("stall", after=None)):
         proxy.add(fault, times=1)
         assert READS[call](file)
@@ -96,7 +96,7 @@ def test_connections_that_break_or_stall_are_made_again(call: str, file: Locatio
 @pytest.mark.parametrize(
     ("status", "kind"), [(403, PermissionError), (404, FileNotFoundError), (412, OSError), (501, OSError)]
 )
-def test_what_does_not_pass_is_not_tried_again(
+def test_permanent_errors_are_not_retried(
     call: str, status: int, kind: type[OSError], file: Location, proxy: FaultProxy
 ) -> None:
     if call == "exists" and status == 404:
@@ -111,7 +111,7 @@ def test_what_does_not_pass_is_not_tried_again(
     assert len(proxy.requests) == (2 if status == 404 and call in ("stat", "exists") else 1)
 
 
-def test_in_the_end_it_says_how_often_for_how_long_and_why(file: Location, proxy: FaultProxy) -> None:
+def test_final_error_names_attempts_time_and_reason(file: Location, proxy: FaultProxy) -> None:
     proxy.add(Fault("status", status=503))
     message = (
         rf"{file.parent.name}/a b\.tar could not be read at {proxy.endpoint}: "
@@ -124,14 +124,14 @@ def test_in_the_end_it_says_how_often_for_how_long_and_why(file: Location, proxy
         proxy.requests.clear()
         with pytest.raises(OSError, match="4 attempts"):
             call()
-        assert proxy.count() == 4  # no client tries by itself
+        assert proxy.count() == 4  # no client retries by itself
     with proxy.refusing():
         for call in (file.read, file.stat, file.parent.names, lambda: file.write(b"")):
             with pytest.raises(OSError, match=r"4 attempts in .* the last error: .*(refused|connect)"):
                 call()
 
 
-def test_a_store_that_comes_back_is_read(file: Location, proxy: FaultProxy) -> None:
+def test_store_that_recovers_is_read(file: Location, proxy: FaultProxy) -> None:
     found: list[bytes] = []
     with retrying(Retry(attempts=1000, budget_s=30, first_wait_s=0.05, longest_wait_s=0.05)):
         thread = threading.Thread(target=lambda: found.append(file.read()))
@@ -142,9 +142,9 @@ def test_a_store_that_comes_back_is_read(file: Location, proxy: FaultProxy) -> N
     assert found == [CONTENT] and proxy.count("GET") == 1
 
 
-@pytest.mark.parametrize("call", ["read", "read_range", "the long way", "names"])
-def test_bytes_that_trickle_do_not_extend_the_time(call: str, file: Location, proxy: FaultProxy) -> None:
-    READS[call](file)  # what a client does once is done
+@pytest.mark.parametrize("call", ["read", "read_range", "through s3fs", "names"])
+def test_trickling_bytes_do_not_extend_the_budget(call: str, file: Location, proxy: FaultProxy) -> None:
+    READS[call](file)  # requests that a client sends once
     proxy.add(Fault("rate", bytes_per_s=100))
     with retrying(Retry(attempts=4, budget_s=2, stall_s=1)):
         began = time.monotonic()
@@ -170,7 +170,7 @@ def test_wrong_credentials_are_refused_at_once(
 
 
 @pytest.mark.parametrize("call", ["read", "read_range", "stat", "names", "write"])
-def test_a_bucket_that_does_not_exist_is_named_and_not_made(call: str, proxy: FaultProxy, s3_server: S3Server) -> None:
+def test_missing_bucket_is_named_and_not_created(call: str, proxy: FaultProxy, s3_server: S3Server) -> None:
     place = Location("s3://nosuchbucket/set/file")
     place.parent.make_dir()
     with pytest.raises(FileNotFoundError, match=rf"no bucket 'nosuchbucket' .* at {proxy.endpoint}: check its name"):
@@ -186,12 +186,12 @@ def test_missing_credentials_are_named(file: Location, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("options", [{"endpont_url": "http://x"}, {"config_kwargs": {"nosuch": 1}}])
-def test_options_that_do_not_exist_are_a_mistake_of_the_configuration(options: dict[str, object]) -> None:
+def test_unknown_options_are_a_configuration_error(options: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=f"options {next(iter(options))}"):
         Location("s3://latents/x", options)
 
 
-def test_options_go_before_the_environment(
+def test_options_override_the_environment(
     file: Location, s3_server: S3Server, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
@@ -200,7 +200,7 @@ def test_options_go_before_the_environment(
     assert Location(str(file), given).read_range(0, 9) == CONTENT[:9]
 
 
-def test_the_region_of_the_environment_is_signed(
+def test_region_of_the_environment_is_signed(
     file: Location, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("AWS_DEFAULT_REGION")
@@ -222,12 +222,12 @@ def test_the_region_of_the_environment_is_signed(
         (7, 0, b""),
     ],
 )
-def test_a_range_is_cut_at_the_end_of_the_object(offset: int, length: int, expected: bytes, file: Location) -> None:
+def test_range_is_cut_at_the_end_of_the_object(offset: int, length: int, expected: bytes, file: Location) -> None:
     assert file.read_range(offset, length) == expected
-    assert the_long_way(file).read_range(offset, length) == expected
+    assert through_s3fs(file).read_range(offset, length) == expected
 
 
-def test_a_range_is_one_request_of_that_many_bytes(file: Location, proxy: FaultProxy) -> None:
+def test_range_is_one_request_of_that_many_bytes(file: Location, proxy: FaultProxy) -> None:
     file.read_range(0, 10)
     file.read_range(1000, 5000)
     assert [(r.method, r.range, r.sent) for r in proxy.requests] == [
@@ -236,7 +236,7 @@ def test_a_range_is_one_request_of_that_many_bytes(file: Location, proxy: FaultP
     ]
 
 
-def test_an_object_that_was_replaced_is_not_read(file: Location, s3_server: S3Server, proxy: FaultProxy) -> None:
+def test_replaced_object_is_not_read(file: Location, s3_server: S3Server, proxy: FaultProxy) -> None:
     version = file.stat().version
     assert file.read_range(0, 10, version) == CONTENT[:10]
     s3_server.put(file.path.removeprefix("latents/"), CONTENT[::-1])
@@ -262,7 +262,7 @@ def test_versions_of_a_folder_come_from_one_listing(s3_server: S3Server, proxy: 
         folder.stat()
 
 
-def test_a_page_of_a_listing_is_tried_again_by_itself(s3_server: S3Server, proxy: FaultProxy, prefix: str) -> None:
+def test_page_of_a_listing_is_retried_by_itself(s3_server: S3Server, proxy: FaultProxy, prefix: str) -> None:
     for number in range(5):
         s3_server.put(f"{prefix}/{number}", b"x")
     proxy.add(Fault("status", status=503), lambda request: "continuation-token" in request.query, times=2)
@@ -271,7 +271,7 @@ def test_a_page_of_a_listing_is_tried_again_by_itself(s3_server: S3Server, proxy
     assert [request.status for request in proxy.requests] == [200, 503, 503, 200, 200]
 
 
-def test_reads_of_several_threads_run_at_the_same_time(file: Location, proxy: FaultProxy) -> None:
+def test_reads_of_several_threads_overlap(file: Location, proxy: FaultProxy) -> None:
     file.read_range(0, 1)
     proxy.add(Fault("stall", after=None, seconds=0.6))
     found: dict[int, bytes] = {}
@@ -281,11 +281,11 @@ def test_reads_of_several_threads_run_at_the_same_time(file: Location, proxy: Fa
         thread.start()
     for thread in threads:
         thread.join()
-    assert time.monotonic() - began < 3.5  # one after the other: 4.8
+    assert time.monotonic() - began < 3.5  # one after another: 4.8
     assert found == {n: CONTENT[1000 * n : 1000 * n + 500] for n in range(8)}
 
 
-def test_a_connection_that_the_server_has_closed_is_not_used(file: Location, proxy: FaultProxy) -> None:
+def test_connection_closed_by_the_server_is_not_reused(file: Location, proxy: FaultProxy) -> None:
     file.read_range(0, 1)
     with proxy.refusing():
         pass
@@ -293,28 +293,28 @@ def test_a_connection_that_the_server_has_closed_is_not_used(file: Location, pro
         assert file.read_range(5, 5) == CONTENT[5:10]
 
 
-def test_connections_and_signatures_are_used_again(file: Location, proxy: FaultProxy) -> None:
+def test_connections_and_signatures_are_reused(file: Location, proxy: FaultProxy) -> None:
     file.read_range(0, 1)
     time.sleep(1.1)  # a new signature would have another time
     file.read_range(1, 1)
     assert len({request.query for request in proxy.requests}) == 1 and proxy.connections <= 1
 
 
-def test_a_bucket_elsewhere_is_left_to_the_client_that_can_find_it(file: Location, proxy: FaultProxy) -> None:
+def test_bucket_of_another_region_is_left_to_botocore(file: Location, proxy: FaultProxy) -> None:
     proxy.add(Fault("status", status=400, code="AuthorizationHeaderMalformed"), times=1)
     file = Location(str(file), {"default_block_size": 1})  # a client of its own: it remembers
     assert file.read_range(3, 4) == CONTENT[3:7] == file.read_range(3, 4)
     assert ["authorization" in request.headers for request in proxy.requests] == [False, True, True]
 
 
-def test_a_store_without_ranges_is_not_used(file: Location, proxy: FaultProxy) -> None:
+def test_store_without_ranges_is_not_used(file: Location, proxy: FaultProxy) -> None:
     proxy.add(Fault("status", status=200))
     with pytest.raises(OSError, match=r"a b\.tar could not be read: the store ignores range requests"):
         file.read_range(3, 4)
     assert proxy.count() == 1
 
 
-def test_an_open_file_seeks_and_reads_through_faults(s3_server: S3Server, proxy: FaultProxy, prefix: str) -> None:
+def test_open_file_seeks_and_reads_through_faults(s3_server: S3Server, proxy: FaultProxy, prefix: str) -> None:
     place = Location(f"s3://latents/{prefix}/set.tar")
     with place.open("wb") as file, tarfile.open(fileobj=file, mode="w|") as tar:
         for name in ("one", "two"):
@@ -335,7 +335,7 @@ def test_an_open_file_seeks_and_reads_through_faults(s3_server: S3Server, proxy:
             file.read()
 
 
-def test_writes_arrive_whole(s3_server: S3Server, proxy: FaultProxy, prefix: str) -> None:
+def test_writes_are_complete(s3_server: S3Server, proxy: FaultProxy, prefix: str) -> None:
     place = Location(f"s3://latents/{prefix}/out")
     proxy.add(Fault("stall", after=None), lambda request: request.method == "PUT", times=1)
     place.write(CONTENT)

@@ -1,4 +1,4 @@
-"""The stream's promises over a real S3 server: each byte about once an epoch, and no fault that goes unnoticed."""
+"""The data stream from a real S3 server: each byte is read about once per epoch, and every fault is noticed."""
 
 import re
 from collections.abc import Iterator
@@ -40,7 +40,7 @@ def write(url: str, samples: int, per_member: int = 4, members_per_shard: int = 
 
 @pytest.fixture(autouse=True)
 def closing() -> Iterator[None]:
-    """No thread goes on reading when its test is over."""
+    """Stop all reading threads at the end of a test."""
     yield
     while OPENED:
         OPENED.pop().close()
@@ -96,7 +96,7 @@ def test_the_first_batch_opens_no_more_at_step_100_000(proxy: FaultProxy, prefix
     ],
     ids=lambda fault: f"{fault.kind} {fault.status}",
 )
-def test_what_passes_is_not_noticed(proxy: FaultProxy, prefix: str, fault: Fault) -> None:
+def test_transient_faults_do_not_change_the_batches(proxy: FaultProxy, prefix: str, fault: Fault) -> None:
     url = f"s3://latents/{prefix}"
     write(url, samples=128)
     with retrying(QUICK):
@@ -106,7 +106,7 @@ def test_what_passes_is_not_noticed(proxy: FaultProxy, prefix: str, fault: Fault
         assert [batch.ids.tolist() for batch in islice(stream_of(url), 40)] == expected
 
 
-def test_what_does_not_pass_names_shard_member_and_reason(proxy: FaultProxy, prefix: str) -> None:
+def test_permanent_faults_name_shard_member_and_reason(proxy: FaultProxy, prefix: str) -> None:
     url = f"s3://latents/{prefix}"
     write(url, samples=128)
     with retrying(QUICK):
@@ -118,11 +118,11 @@ def test_what_does_not_pass_names_shard_member_and_reason(proxy: FaultProxy, pre
 
 
 def test_every_kind_of_loss_is_found(s3_environment: S3Server, prefix: str) -> None:
-    """Of an object in the middle of the order; what is said holds what was expected and what was found."""
+    """Loss in an object in the middle of the order; the error has the expected value and the one found."""
     url = f"s3://latents/{prefix}"
     manifest = write(url, samples=320)
     shard, key = manifest.shards[2], f"{prefix}/shard-000002.tar"
-    whole = s3_environment.get(key)
+    intact = s3_environment.get(key)
 
     def read_all() -> None:
         for _ in islice(stream_of(url), 40):
@@ -130,46 +130,46 @@ def test_every_kind_of_loss_is_found(s3_environment: S3Server, prefix: str) -> N
 
     flipped = shard.members[7].offset + 400
     boundary = shard.members[10].offset + shard.members[10].bytes
-    for content, said in (
+    for content, message in (
         (
-            whole[: boundary + (-boundary) % 512],
-            f"has {boundary + (-boundary) % 512} bytes, the manifest says {len(whole)}",
+            intact[: boundary + (-boundary) % 512],
+            f"has {boundary + (-boundary) % 512} bytes, the manifest says {len(intact)}",
         ),
-        (whole[:-1000], f"has {len(whole) - 1000} bytes, the manifest says {len(whole)}"),
+        (intact[:-1000], f"has {len(intact) - 1000} bytes, the manifest says {len(intact)}"),
         (
-            whole[:flipped] + bytes([whole[flipped] ^ 1]) + whole[flipped + 1 :],
+            intact[:flipped] + bytes([intact[flipped] ^ 1]) + intact[flipped + 1 :],
             r"is not what was written: its xxh3 is \w+, the manifest",
         ),
     ):
         s3_environment.put(key, content)
-        with pytest.raises(DataError, match=rf"shard-000002\.tar.*{said}"):
+        with pytest.raises(DataError, match=rf"shard-000002\.tar.*{message}"):
             read_all()
-    s3_environment.client().delete_object(PixelBucket="latents", Key=key)
+    s3_environment.client().delete_object(Bucket="latents", Key=key)
     with pytest.raises(DataError, match=r"shard-000002\.tar is missing, and the manifest lists it"):
         read_all()
-    s3_environment.put(key, whole)
+    s3_environment.put(key, intact)
     stream = stream_of(url)
-    s3_environment.put(key, bytes(len(whole)))
+    s3_environment.put(key, bytes(len(intact)))
     with pytest.raises(DataError, match=r"shard-000002\.tar was replaced while it was in use"):
         for _ in islice(stream, 40):
             pass
 
 
 @pytest.mark.parametrize(
-    ("variable", "value", "said"),
+    ("variable", "value", "message"),
     [("AWS_SECRET_ACCESS_KEY", "wrong", "AWS_"), ("AWS_ACCESS_KEY_ID", "nobody", "AWS_")],
 )
-def test_wrong_credentials_are_told_at_once(
-    s3_environment: S3Server, prefix: str, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, said: str
+def test_wrong_credentials_are_reported_at_once(
+    s3_environment: S3Server, prefix: str, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, message: str
 ) -> None:
     url = f"s3://latents/{prefix}"
     write(url, samples=32)
     monkeypatch.setenv(variable, value)
-    with pytest.raises(DataError, match=re.escape(said)):
+    with pytest.raises(DataError, match=re.escape(message)):
         stream_of(url)
 
 
-def test_a_wrong_bucket_and_an_empty_manifest(s3_environment: S3Server, prefix: str) -> None:
+def test_wrong_bucket_and_an_empty_manifest(s3_environment: S3Server, prefix: str) -> None:
     with pytest.raises(DataError, match="there is no manifest s3://no-such-bucket"):
         stream_of(f"s3://no-such-bucket/{prefix}")
     s3_environment.put(f"{prefix}/manifest.json", b"")
@@ -177,7 +177,7 @@ def test_a_wrong_bucket_and_an_empty_manifest(s3_environment: S3Server, prefix: 
         stream_of(f"s3://latents/{prefix}")
 
 
-def test_a_disk_cache_spares_the_second_epoch(proxy: FaultProxy, prefix: str, tmp_path: object) -> None:
+def test_disk_cache_serves_the_second_epoch(proxy: FaultProxy, prefix: str, tmp_path: object) -> None:
     url = f"s3://latents/{prefix}"
     write(url, samples=320)
     settings = {"cache_dir": str(tmp_path), "cache_gib": 1.0, "workers": 1}

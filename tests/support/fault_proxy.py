@@ -1,4 +1,4 @@
-"""An HTTP proxy on loopback that counts what passes, and breaks it on demand.
+"""An HTTP proxy on loopback that counts requests and injects faults.
 
     with FaultProxy(server.port) as proxy:
         proxy.add(Fault("drop", after=1000), lambda request: request.path.endswith(".tar"), times=2)
@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 from urllib.parse import unquote, urlsplit
 
-_PIECE = 2**18
+_CHUNK = 2**18
 _LIMIT = 2**20  # of a head
 _TICK_S = 0.05
 
@@ -28,13 +28,13 @@ Kind = Literal["status", "reset", "drop", "truncate", "stall", "rate", "corrupt"
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens to one request.
+    """A fault to inject into one request or its response.
 
-    status: answered with `status` and an S3 error document of `code`; the server does not see it.
-    reset: the connection is reset before any answer; the server does not see it.
-    drop: the connection is reset after `after` bytes of the body. truncate: closed politely instead.
-    stall: nothing more for `seconds` after `after` bytes of the body (or before any answer, with `after` None).
-    rate: the body comes at `bytes_per_s`, in small pieces.
+    status: the response is `status` with an S3 error document of `code`; the server does not see the request.
+    reset: the connection is reset before any response; the server does not see the request.
+    drop: the connection is reset after `after` bytes of the body. truncate: it is closed instead.
+    stall: no byte for `seconds` after `after` bytes of the body (or before the response, with `after` None).
+    rate: the body is sent at `bytes_per_s`, in small chunks.
     corrupt: the byte of the body at `after` has its bits flipped.
     """
 
@@ -48,7 +48,7 @@ class Fault:
 
 @dataclass
 class Request:
-    """One request, and what became of it. `path` is decoded; `sent` counts the body's bytes sent to the client."""
+    """A request and its outcome. `path` is decoded; `sent` counts the body's bytes sent to the client."""
 
     method: str
     path: str
@@ -77,13 +77,13 @@ _CODES = {
 
 
 class FaultProxy:
-    """A proxy before the server at `port` of loopback, in a thread of its own; safe to use from any thread."""
+    """A proxy of the server at `port` of loopback, with its own thread. Its methods may be called from any thread."""
 
     def __init__(self, port: int) -> None:
         self.upstream, self.port = port, 0
         self.connections = 0  # that were made
         self.requests: list[Request] = []
-        self._plan: list[tuple[Fault, Predicate, float]] = []  # and how many times yet
+        self._plan: list[tuple[Fault, Predicate, float]] = []  # with the number of times left
         self._lock = threading.Lock()
         self._loop = asyncio.new_event_loop()
         self._listener: asyncio.Server | None = None
@@ -97,12 +97,12 @@ class FaultProxy:
     # ---- plan and counts
 
     def add(self, fault: Fault, where: Predicate = lambda request: True, times: float = float("inf")) -> None:
-        """Applies `fault` to the next `times` requests that match; of several that match the first one acts."""
+        """Inject `fault` into the next `times` requests that match. Of several matching faults the first one acts."""
         with self._lock:
             self._plan.append((fault, where, times))
 
     def clear(self) -> None:
-        """Forgets the plan and the counts."""
+        """Remove all faults, requests and counts."""
         with self._lock:
             self._plan.clear()
             self.requests.clear()
@@ -113,11 +113,11 @@ class FaultProxy:
             return [request for request in self.requests if where(request)]
 
     def count(self, method: str | None = None, contains: str = "") -> int:
-        """Requests of that method with that text in their path."""
+        """The number of requests of a method whose path contains a text."""
         return len(self._selected(method, contains))
 
     def sent(self, method: str | None = None, contains: str = "") -> int:
-        """Bytes of bodies that went to clients in answer to such requests."""
+        """The bytes of response bodies sent to clients for such requests."""
         return sum(request.sent for request in self._selected(method, contains))
 
     def _selected(self, method: str | None, contains: str) -> list[Request]:
@@ -125,7 +125,7 @@ class FaultProxy:
 
     @contextlib.contextmanager
     def refusing(self) -> Iterator[None]:
-        """While inside, connections are refused, and those that exist are reset."""
+        """Refuse new connections and reset existing ones until the end of the `with` block."""
         self._run(self._close())
         try:
             yield
@@ -195,7 +195,7 @@ class FaultProxy:
         server: asyncio.StreamReader,
         upstream: asyncio.StreamWriter,
     ) -> bool:
-        """One request and its answer. Returns whether the connection can take another."""
+        """Pass on a request and its response. Returns True if the connection can take another request."""
         head = await reader.readuntil(b"\r\n\r\n")
         method, target, _ = head.split(b"\r\n", 1)[0].decode().split(" ")
         url, headers = urlsplit(target), _headers(head)
@@ -206,31 +206,31 @@ class FaultProxy:
             writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
         if fault and fault.kind in ("status", "reset"):
-            async for piece in _body(reader, headers):
-                request.received += len(piece)
+            async for chunk in _body(reader, headers):
+                request.received += len(chunk)
             if fault.kind == "reset":
                 _reset(writer)
                 return False
             request.status = fault.status
-            answer = _error(fault)
-            writer.write(answer if method != "HEAD" else answer.split(b"\r\n\r\n", 1)[0] + b"\r\n\r\n")
+            response = _error(fault)
+            writer.write(response if method != "HEAD" else response.split(b"\r\n\r\n", 1)[0] + b"\r\n\r\n")
             await writer.drain()
             return True
 
         upstream.write(head)
-        async for piece in _body(reader, headers):
-            request.received += len(piece)
-            upstream.write(piece)
+        async for chunk in _body(reader, headers):
+            request.received += len(chunk)
+            upstream.write(chunk)
             await upstream.drain()
-        answer = await server.readuntil(b"\r\n\r\n")
-        request.status = int(answer.split(b" ", 2)[1])
+        response = await server.readuntil(b"\r\n\r\n")
+        request.status = int(response.split(b" ", 2)[1])
         if fault and fault.kind == "stall" and fault.after is None:
             await asyncio.sleep(fault.seconds)
-        writer.write(answer)
-        answered = _headers(answer)
+        writer.write(response)
+        response_headers = _headers(response)
         bodiless = method == "HEAD" or request.status in (204, 304)
-        whole = await self._deliver(writer, _body(server, {} if bodiless else answered), request, fault)
-        return whole and answered.get("connection", "").lower() != "close"
+        complete = await self._deliver(writer, _body(server, {} if bodiless else response_headers), request, fault)
+        return complete and response_headers.get("connection", "").lower() != "close"
 
     def _take(self, request: Request) -> Fault | None:
         with self._lock:
@@ -246,43 +246,43 @@ class FaultProxy:
     async def _deliver(
         self, writer: asyncio.StreamWriter, body: AsyncIterator[bytes], request: Request, fault: Fault | None
     ) -> bool:
-        """The body of an answer, as the fault leaves it. Returns whether all of it went out."""
+        """Send the body of a response, modified by the fault. Returns True if all of it was sent."""
         kind, after = (fault.kind, fault.after or 0) if fault else ("", 0)
         began = time.monotonic()
-        async for piece in body:
+        async for chunk in body:
             if fault and kind in ("drop", "truncate", "stall", "corrupt"):
-                before, rest = piece[: max(after - request.sent, 0)], piece[max(after - request.sent, 0) :]
+                before, rest = chunk[: max(after - request.sent, 0)], chunk[max(after - request.sent, 0) :]
                 if rest:
                     await _send(writer, before, request)
-                    kind, piece = "", rest  # once
+                    kind, chunk = "", rest  # once
                     if fault.kind == "corrupt":
-                        piece = bytes([rest[0] ^ 0xFF]) + rest[1:]
+                        chunk = bytes([rest[0] ^ 0xFF]) + rest[1:]
                     elif fault.kind == "stall":
                         await asyncio.sleep(fault.seconds)
                     else:
                         if fault.kind == "drop":
-                            await asyncio.sleep(_TICK_S)  # a reset overtakes what was sent just before
+                            await asyncio.sleep(_TICK_S)  # a reset discards what was sent just before
                             _reset(writer)
                         return False
             if fault and kind == "rate":
                 step = max(int(fault.bytes_per_s * _TICK_S), 1)
-                for start in range(0, len(piece), step):
+                for start in range(0, len(chunk), step):
                     await asyncio.sleep(max(began + request.sent / fault.bytes_per_s - time.monotonic(), 0))
-                    await _send(writer, piece[start : start + step], request)
+                    await _send(writer, chunk[start : start + step], request)
             else:
-                await _send(writer, piece, request)
+                await _send(writer, chunk, request)
         await writer.drain()
         return True
 
 
-async def _send(writer: asyncio.StreamWriter, piece: bytes, request: Request) -> None:
-    request.sent += len(piece)  # before the client can have it, and read this count
-    writer.write(piece)
+async def _send(writer: asyncio.StreamWriter, chunk: bytes, request: Request) -> None:
+    request.sent += len(chunk)  # before the client can receive it and look at this count
+    writer.write(chunk)
     await writer.drain()
 
 
 async def _body(reader: asyncio.StreamReader, headers: dict[str, str]) -> AsyncIterator[bytes]:
-    """The bytes of a body as they are on the wire."""
+    """The bytes of a body as transferred, in chunks."""
     if headers.get("transfer-encoding", "").lower() == "chunked":
         size = 1
         while size:
@@ -296,11 +296,11 @@ async def _body(reader: asyncio.StreamReader, headers: dict[str, str]) -> AsyncI
             yield line
     left = int(headers.get("content-length", 0))
     while left:
-        piece = await reader.read(min(left, _PIECE))
-        if not piece:
+        chunk = await reader.read(min(left, _CHUNK))
+        if not chunk:
             raise EOFError
-        left -= len(piece)
-        yield piece
+        left -= len(chunk)
+        yield chunk
 
 
 def _headers(head: bytes) -> dict[str, str]:
