@@ -83,7 +83,8 @@ def test_equal_layouts_read_each_state_entry_in_one_range(monkeypatch: pytest.Mo
     slices = [TensorSlice(f"block.{i}", shape, Region((0, 0), shape), 750 * i) for i in range(count)]
     table, ends = SliceTable.of(slices), SliceTable.of([slices[0], slices[-1]])
     values = torch.randn(750 * count)
-    reader = TensorReader(folder, write_tensors(folder, 0, table, {"ema": values, "weights": values + 1}))
+    records = write_tensors(folder, 0, table, {"ema": values, "weights": values + 1})
+    reader = TensorReader(folder, records)
     ranges: list[tuple[int, int]] = []
     read_into = Location.read_into
 
@@ -95,6 +96,10 @@ def test_equal_layouts_read_each_state_entry_in_one_range(monkeypatch: pytest.Mo
     assert torch.equal(reader.fill(table, "weights", torch.zeros(750 * count)), values + 1)
     ema, total = reader.files[0].header_bytes, 4 * 750 * count
     assert ranges == [(ema + total, total)]  # 12 MB, nothing else
+    ranges.clear()
+    small_windows = TensorReader(folder, records, options=ReadOptions(window_blocks=1))
+    assert torch.equal(small_windows.fill(table, "ema", torch.zeros(750 * count)), values)
+    assert sorted(size for _, size in ranges) == sorted([BLOCK_BYTES, BLOCK_BYTES, total - 2 * BLOCK_BYTES])
     ranges.clear()
     size = BLOCK_BYTES
     reader.read("ema", "block.7")
