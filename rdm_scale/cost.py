@@ -48,19 +48,6 @@ class Parameters:
 NO_PARAMETERS = Parameters(0, 0)
 
 
-def _gate(model: ModelConfig) -> tuple[list[int], bool]:
-    """Sizes of a gate's parameters, and whether it takes an adaLN output g(c)."""
-    width = model.hidden_size
-    rdm = width if model.gate.per_channel else 1
-    return {
-        "plain": ([], False),
-        "rezero": ([1], False),
-        "layerscale": ([width], False),
-        "adaln_zero": ([], True),
-        "neural_rdm": ([rdm, rdm], model.gate.conditional),
-    }[model.residual]
-
-
 def _branches(model: ModelConfig, block: int) -> int:
     """Residual branches of a block: attention, MLP, attention to the caption and, in the second half of a u stack, a
     long skip."""
@@ -77,7 +64,7 @@ def _skips(model: ModelConfig, block: int) -> bool:
 
 def _modulations(model: ModelConfig, block: int) -> int:
     """V: for each residual branch shift, scale and, with a conditional gate, g."""
-    return _branches(model, block) * (3 if _gate(model)[1] else 2)
+    return _branches(model, block) * (3 if model.gate_parts.conditional else 2)
 
 
 def _outputs(model: ModelConfig) -> int:
@@ -93,7 +80,8 @@ def block_parameters(model: ModelConfig, block: int = 0) -> Parameters:
     bias D and its gates; the scales of QK-norm.
     """
     D, M, V = model.hidden_size, model.mlp_size, _modulations(model, block)
-    gates, branches, skips = _gate(model)[0], _branches(model, block), _skips(model, block)
+    branches, skips = _branches(model, block), _skips(model, block)
+    gates = [size for size in (model.gate_parts.a, model.gate_parts.b) if size]
     sharded = (3 * D * D + 3 * D) + D * D + (D * M + M) + M * D + skips * 2 * D * D + V * (D * D + D)
     text = _reads_text(model)
     sharded += text * ((D * D + D) + 2 * D * (model.text.width + 1) + D * D)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Literal, Self
+from typing import Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
@@ -10,6 +10,15 @@ from rdm_scale.config.section import Section
 
 AttentionScope = Literal["full", "spatial", "temporal"]
 TIMESTEP_FREQUENCIES = 256  # size of the timestep embedding: half cosines, half sines, as in DiT
+
+
+class GateParts(NamedTuple):
+    """Learnable parts of a residual structure, alpha = r (m a + g(c)) and beta = r m b (models/gates.py)."""
+
+    a: int  # size of a: 0 (none), 1 or the hidden size
+    a_start: float  # initial value of a
+    b: int  # size of b, which starts at 0
+    conditional: bool  # whether g(c) is added
 
 
 class InputConfig(Section):
@@ -167,6 +176,24 @@ class ModelConfig(Section):
         return (3 if self.condition == "text" else 2) * depth + skips
 
     @property
+    def gate_parts(self) -> GateParts:
+        """Learnable parts of this model's residual structure."""
+        width, gate = self.hidden_size, self.gate
+        per_gate = width if gate.per_channel else 1
+        return {
+            "plain": GateParts(0, 0.0, 0, False),
+            "rezero": GateParts(1, 0.0, 0, False),
+            "layerscale": GateParts(width, _layerscale_start(self.base_depth or self.depth), 0, False),
+            "adaln_zero": GateParts(0, 0.0, 0, True),
+            "neural_rdm": GateParts(per_gate, 1.0, per_gate, gate.conditional),
+        }[self.residual]
+
+    @property
     def mlp_size(self) -> int:
         """Hidden size of the MLP."""
         return int(self.hidden_size * self.mlp_ratio)
+
+
+def _layerscale_start(depth: int) -> float:
+    """Initial scale by depth in blocks (CaiT, arXiv 2103.17239, section 4.1)."""
+    return 0.1 if depth <= 18 else 1e-5 if depth <= 24 else 1e-6

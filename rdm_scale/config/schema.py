@@ -10,6 +10,8 @@ from rdm_scale.config.model import ModelConfig
 from rdm_scale.config.section import Section
 from rdm_scale.errors import ConfigError
 
+OBJECTIVE_SAMPLERS = {"ddpm": ("ddpm", "ddim"), "flow": ("euler", "heun")}  # the first one is the default
+
 
 class DiffusionConfig(Section):
     objective: Literal["ddpm", "flow"] = Field(
@@ -261,7 +263,7 @@ class RunConfig(Section):
     def _check(self) -> Self:
         if self.model.learned_variance and self.diffusion.objective != "ddpm":
             raise ValueError("model.learned_variance=true needs diffusion.objective=ddpm")
-        allowed = {"ddpm": ("ddpm", "ddim"), "flow": ("euler", "heun")}[self.diffusion.objective]
+        allowed = OBJECTIVE_SAMPLERS[self.diffusion.objective]
         if self.sampling.sampler not in (None, *allowed):
             raise ValueError(
                 f"sampling.sampler={self.sampling.sampler} does not fit diffusion.objective="

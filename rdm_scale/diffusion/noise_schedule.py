@@ -7,6 +7,7 @@ Shapes: B samples, K steps of a chain; x, x0, xk and noise [B, C, T, H, W]; k in
 """
 
 import math
+from collections.abc import Callable
 from typing import Self
 
 import torch
@@ -45,6 +46,10 @@ def cosine_betas(num_timesteps: int) -> Tensor:
     return (1 - alphas_bar[1:] / alphas_bar[:-1]).clamp(max=MAX_BETA)
 
 
+# Betas [T] in float64 by the number of timesteps T.
+NOISE_SCHEDULES: dict[str, Callable[[int], Tensor]] = {"linear": linear_betas, "cosine": cosine_betas}
+
+
 class NoiseSchedule:
     """A chain q(x_k | x_{k-1}) of K noising steps, with the posterior q(x_{k-1} | x_k, x_0) of each step.
 
@@ -78,7 +83,7 @@ class NoiseSchedule:
         Raises:
             ConfigError: its betas would reach 1.
         """
-        betas = {"linear": linear_betas, "cosine": cosine_betas}[config.noise_schedule](config.num_timesteps)
+        betas = NOISE_SCHEDULES[config.noise_schedule](config.num_timesteps)
         return cls((1 - betas).cumprod(0), torch.arange(config.num_timesteps))
 
     def respaced(self, steps: int) -> Self:

@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -53,7 +54,7 @@ class FlowObjective(Objective):
     Sources: Liu et al. 2022 (arXiv 2209.03003), eq. 1; logit-normal t: Esser et al. 2024 (arXiv 2403.03206), eq. 19.
     """
 
-    def __init__(self, config: DiffusionConfig) -> None:
+    def __init__(self, config: DiffusionConfig, learned_variance: bool = False) -> None:
         self.config = config
 
     def draw_timestep(self, generator: torch.Generator) -> float:
@@ -113,17 +114,21 @@ class DdpmObjective(Objective):
         return nats.flatten(1).mean(1) / math.log(2)
 
 
+OBJECTIVES: dict[str, Callable[[DiffusionConfig, bool], Objective]] = {  # called with learned_variance
+    "ddpm": DdpmObjective,
+    "flow": FlowObjective,
+}
+
+
 def build_objective(config: DiffusionConfig, learned_variance: bool) -> Objective:
     """The objective of a configuration.
 
     Raises:
         ConfigError: learned variance with an objective other than ddpm, or a schedule whose betas reach 1.
     """
-    if config.objective == "ddpm":
-        return DdpmObjective(config, learned_variance)
-    if learned_variance:
+    if learned_variance and config.objective != "ddpm":
         raise ConfigError("model.learned_variance=true needs diffusion.objective=ddpm")
-    return FlowObjective(config)
+    return OBJECTIVES[config.objective](config, learned_variance)
 
 
 def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from rdm_scale import rng
 from rdm_scale.conditions import Condition, TextCondition, concatenate_conditions, repeat_caption
 from rdm_scale.config import DiffusionConfig
+from rdm_scale.config.schema import OBJECTIVE_SAMPLERS
 from rdm_scale.diffusion.noise_schedule import NoiseSchedule
 from rdm_scale.diffusion.objectives import Objective, build_objective
 from rdm_scale.errors import ConfigError
@@ -137,19 +138,15 @@ def _heun(predict: Predict, draw_noise: DrawNoise, steps: int, diffusion: Diffus
         yield x
 
 
-# By objective; the first one is the default.
-SAMPLERS: dict[str, dict[str, Sampler]] = {
-    "ddpm": {"ddpm": _ddpm, "ddim": _ddim},
-    "flow": {"euler": _euler, "heun": _heun},
-}
+SAMPLERS: dict[str, Sampler] = {"ddpm": _ddpm, "ddim": _ddim, "euler": _euler, "heun": _heun}
 
 
 def _choose_sampler(objective: str, sampler: str | None) -> Sampler:
-    known = SAMPLERS[objective]
-    name = sampler or next(iter(known))
+    known = OBJECTIVE_SAMPLERS[objective]
+    name = sampler or known[0]
     if name not in known:
         raise ConfigError(f"sampler {name!r} does not fit diffusion.objective={objective}: use {' or '.join(known)}")
-    return known[name]
+    return SAMPLERS[name]
 
 
 def _check(

@@ -30,11 +30,6 @@ def branch_multiplier(config: ModelConfig) -> float:
     return depth_ratio(config) * m
 
 
-def _layerscale_start(depth: int) -> float:
-    """Initial scale by depth in blocks, as CaiT section 4.1 sets it."""
-    return 0.1 if depth <= 18 else 1e-5 if depth <= 24 else 1e-6
-
-
 class ResidualGate(nn.Module):
     """alpha and beta of z + alpha * F + beta; see the module's table. `a` and `b` take no weight decay.
 
@@ -43,18 +38,11 @@ class ResidualGate(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        kind, width = config.residual, config.hidden_size
-        gates_rdm = width if config.gate.per_channel else 1
-        size, self.start, has_b, self.conditional = {
-            "plain": (0, 0.0, False, False),
-            "rezero": (1, 0.0, False, False),
-            "layerscale": (width, _layerscale_start(config.base_depth or config.depth), False, False),
-            "adaln_zero": (0, 0.0, False, True),
-            "neural_rdm": (gates_rdm, 1.0, True, config.gate.conditional),
-        }[kind]
+        parts = config.gate_parts
+        self.start, self.conditional = parts.a_start, parts.conditional
         self.multiplier, self.ratio = branch_multiplier(config), depth_ratio(config)
-        self.a = nn.Parameter(torch.empty(size)) if size else None
-        self.b = nn.Parameter(torch.empty(size)) if has_b else None
+        self.a = nn.Parameter(torch.empty(parts.a)) if parts.a else None
+        self.b = nn.Parameter(torch.empty(parts.b)) if parts.b else None
 
     def forward(
         self, condition_gate_BD: Tensor | None, bias_D: Tensor, dtype: torch.dtype

@@ -1,14 +1,18 @@
-"""Metric logging: metrics.jsonl, TensorBoard, the console, image grids; rank 0 only."""
+"""Metric logging: metrics.jsonl, the console, image grids and trackers; rank 0 only."""
 
 import json
 import time
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from rdm_scale.config import RunConfig
 from rdm_scale.evaluation.plots import heat_map
 from rdm_scale.training.depth_profiles import DEPTH, Profile, read_profiles
 from rdm_scale.training.step import StepResult
+from rdm_scale.training.trackers import build_trackers
 
 Record = dict[str, Any]  # a line of metrics.jsonl: numbers by name
 
@@ -49,7 +53,7 @@ class Monitor:
 
 
 class RunMonitor(Monitor):
-    """Monitor that writes to the run's directory and to the console."""
+    """Monitor that writes to the run's directory, the console and trackers."""
 
     def __init__(self, config: RunConfig, first_step: int) -> None:
         self.config = config
@@ -58,20 +62,14 @@ class RunMonitor(Monitor):
         self.started = time.monotonic()
         self.metrics: IO[str] = (self.dir / "metrics.jsonl").open("a", encoding="utf-8")
         self.profiles: list[Profile] = read_profiles(self.dir / DEPTH)[1]
-        self.board: Any = None
-        if config.monitor.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # 3 s to import
-
-            self.board = SummaryWriter(str(self.dir / "tensorboard"), purge_step=first_step + 1)
+        self.trackers = build_trackers(config, first_step)
 
     def step(self, record: Record) -> None:
         self.metrics.write(json.dumps(record) + "\n")
         self.metrics.flush()
         step = record["step"]
-        if self.board is not None:
-            for name, value in record.items():
-                if name != "step":
-                    self.board.add_scalar(name, value, step)
+        for tracker in self.trackers:
+            tracker.log_metrics(step, {name: value for name, value in record.items() if name != "step"})
         ends = (self.first_step + 1, self.config.train.steps)
         if step % self.config.monitor.log_every == 0 or "validation_loss" in record or step in ends:
             self._print(record)
@@ -80,27 +78,28 @@ class RunMonitor(Monitor):
         with (self.dir / DEPTH).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step} | profile) + "\n")
         self.profiles.append(profile)
-        if self.board is not None:
+        if self.trackers:
             for name in profile:
-                image = heat_map([each[name] for each in self.profiles if name in each])
-                self.board.add_image(f"depth/{name}", image, step, dataformats="HWC")
+                pixels = heat_map([each[name] for each in self.profiles if name in each])
+                self._log_image(step, f"depth/{name}", pixels)
 
     def image_grid(self, step: int, image: Any) -> None:
         folder = self.dir / "samples"
         folder.mkdir(exist_ok=True)
         image.save(folder / f"step_{step:08d}.png")
-        if self.board is not None:
-            import numpy as np
-
-            self.board.add_image("samples", np.asarray(image), step, dataformats="HWC")
+        self._log_image(step, "samples", np.asarray(image))
 
     def report(self, message: str) -> None:
         print(message, flush=True)
 
     def close(self) -> None:
         self.metrics.close()
-        if self.board is not None:
-            self.board.close()
+        for tracker in self.trackers:
+            tracker.close()
+
+    def _log_image(self, step: int, name: str, pixels: NDArray[np.uint8]) -> None:
+        for tracker in self.trackers:
+            tracker.log_image(step, name, pixels)
 
     def _print(self, record: Record) -> None:
         step, steps = record["step"], self.config.train.steps

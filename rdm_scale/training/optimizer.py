@@ -3,6 +3,7 @@
 import importlib.util
 import math
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,12 @@ from torch import nn
 
 from rdm_scale.config import ModelConfig, OptimizerConfig
 from rdm_scale.models.parameterization import Rates, depth_ratio, rates, width_ratio
+
+# Learning-rate schedules: remaining share of the decay, from 1 to 0, by progress from 0 to 1.
+DECAYS: dict[str, Callable[[float], float]] = {
+    "linear": lambda progress: 1 - progress,
+    "cosine": lambda progress: (1 + math.cos(math.pi * progress)) / 2,
+}
 
 
 def learning_rate(config: OptimizerConfig, step: int) -> float:
@@ -23,7 +30,7 @@ def learning_rate(config: OptimizerConfig, step: int) -> float:
     if config.schedule == "constant" or config.schedule_steps is None:
         return config.lr
     progress = min(1.0, (step - config.warmup_steps) / (config.schedule_steps - config.warmup_steps))
-    remaining = 1 - progress if config.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    remaining = DECAYS[config.schedule](progress)
     return config.lr * (config.final_lr_ratio + (1 - config.final_lr_ratio) * remaining)
 
 
