@@ -1,6 +1,6 @@
-"""Judging what a model makes: measures of samples, and plots of a run.
+"""Evaluation: metrics of samples and plots of a run.
 
-Plotting and scikit-learn are imported where they are used, so that importing this package stays cheap.
+matplotlib and scikit-learn are imported by the functions that use them, so that importing this package stays cheap.
 """
 
 from rdm_scale.evaluation.labels import label_accuracy

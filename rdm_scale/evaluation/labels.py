@@ -1,27 +1,27 @@
-"""Do generated images or clips show the class that they were asked to show?"""
+"""Label accuracy of generated images and clips, by a nearest-neighbor classifier of real ones."""
 
 import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-MAX_SIZE = 8  # pixels a side, and frames, that are compared: so coarse that a shift by a pixel does not matter
+MAX_SIZE = 8  # pixels a side, and frames, after pooling: coarse enough to ignore shifts by a pixel
 
 
 def label_accuracy(real: Tensor, real_labels: Tensor, generated: Tensor, labels: Tensor, neighbours: int = 5) -> float:
-    """Share of generated images that a k-nearest-neighbour classifier of real images gives the label asked for.
+    """Share of generated images to which a k-nearest-neighbor classifier of real images assigns the requested label.
 
     The distance is Euclidean between images average-pooled to at most 8 x 8 pixels (clips: and 8 frames), which suits
-    small, centred pictures such as digits; it is no measure of photographs.
+    small, centered images such as digits, but not photographs.
 
     Args:
         real: [N, C, H, W] real images, or clips [N, C, T, H, W].
         real_labels: int64 [N].
         generated: [M, C, H, W] images, or clips [M, C, T, H, W], on the same scale.
-        labels: int64 [M], what each was asked to show.
-        neighbours: how many real images vote.
+        labels: int64 [M], the requested classes.
+        neighbours: number of real images that vote.
 
     Returns:
-        A number in [0, 1].
+        Accuracy in [0, 1].
 
     Raises:
         ValueError: shapes that do not fit each other, or fewer real images than neighbours.
@@ -40,7 +40,7 @@ def label_accuracy(real: Tensor, real_labels: Tensor, generated: Tensor, labels:
 
 
 def _features(images: Tensor) -> np.ndarray:
-    """[N, C, H, W] or [N, C, T, H, W] to [N, numbers]."""
+    """Pooled pixels of images [N, C, H, W] or clips [N, C, T, H, W], flattened to [N, features]."""
     clips = images if images.dim() == 5 else images.unsqueeze(2)
     frames, height, width = (min(size, MAX_SIZE) for size in clips.shape[2:])
     return F.adaptive_avg_pool3d(clips.float(), (frames, height, width)).flatten(1).cpu().numpy()

@@ -1,4 +1,8 @@
-"""Plots of a run: its loss, latent statistics, and heat maps along depth."""
+"""Plots of a run: losses, latent statistics and profiles along depth.
+
+`*_figure` functions make matplotlib figures, `plot_*` functions write them to PNG files. matplotlib is imported by the
+functions: importing this module stays cheap.
+"""
 
 import io
 import json
@@ -15,36 +19,37 @@ from rdm_scale.storage.location import Location
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+MAX_COLUMNS = 512  # steps that a heat map shows
+PROFILES = 6  # steps whose profiles a depth figure shows as lines
+
+
+def png(figure: "Figure") -> bytes:
+    """Encode a figure as a PNG image."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    return content.getvalue()
+
+
+def plot_loss(metrics_file: Path, output: Path) -> None:
+    """Write `loss_figure` to a PNG file of 1200 x 720 pixels, atomically."""
+    Location(output).write(png(loss_figure(metrics_file)))
+
 
 def plot_channels(mean: Sequence[float], std: Sequence[float], output: Location) -> None:
-    """Draws mean and standard deviation of each latent channel. Raises DataError: the file cannot be written."""
-    import matplotlib
+    """Write `channel_figure` to a PNG file.
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(max(4.0, 0.5 * len(mean)), 3.5), layout="constrained")
-    axes.errorbar(range(len(mean)), mean, yerr=std, fmt="o", capsize=4)
-    axes.axhline(0, color="grey", linewidth=0.5)
-    axes.set(xlabel="latent channel", ylabel="mean, and one standard deviation", title="raw latents")
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    plt.close(figure)
+    Raises:
+        DataError: the file cannot be written.
+    """
+    content = png(channel_figure(mean, std))
     try:
-        output.write(picture.getvalue())
+        output.write(content)
     except OSError as error:
         raise DataError(f"cannot write the plot {output}: {error}; choose another place") from None
 
 
-def plot_loss(metrics_file: Path, output: Path) -> None:
-    """Draws `loss_figure` into a PNG file of 1200 x 720 pixels, written whole or not at all."""
-    png = io.BytesIO()
-    loss_figure(metrics_file).savefig(png, format="png")
-    Location(output).write(png.getvalue())
-
-
 def loss_figure(metrics_file: Path) -> "Figure":
-    """Training and validation loss over the steps of a run.
+    """Plot training and validation loss over the steps of a run.
 
     Args:
         metrics_file: metrics.jsonl of a run, one object a line: step, loss and sometimes validation_loss.
@@ -75,7 +80,70 @@ def loss_figure(metrics_file: Path) -> "Figure":
     return figure
 
 
+def channel_figure(mean: Sequence[float], std: Sequence[float]) -> "Figure":
+    """Plot mean and standard deviation of each latent channel."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(max(4.0, 0.5 * len(mean)), 3.5), dpi=120, layout="constrained")
+    axes = figure.add_subplot(xlabel="latent channel", ylabel="mean, and one standard deviation", title="raw latents")
+    axes.errorbar(range(len(mean)), mean, yerr=std, fmt="o", capsize=4)
+    axes.axhline(0, color="grey", linewidth=0.5)
+    return figure
+
+
+def depth_figure(name: str, steps: Sequence[int], values: NDArray[np.float64]) -> "Figure":
+    """Plot a quantity along depth, values [depth, steps]: a heat map and the profiles of a few steps."""
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+
+    logarithmic = is_logarithmic(values)
+    figure = Figure(figsize=(12, 4), dpi=110, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    columns = np.arange(len(steps))
+    image = left.imshow(values, aspect="auto", interpolation="nearest", norm=LogNorm() if logarithmic else None)
+    ticks = columns[:: max(1, len(steps) // 6)]
+    left.set(xlabel="step", ylabel="block", title=name)
+    left.set_xticks(ticks, [f"{steps[i]:,}" for i in ticks])
+    figure.colorbar(image, ax=left)
+    for column in np.unique(np.linspace(0, len(steps) - 1, PROFILES).astype(int)):
+        right.plot(values[:, column], marker="." if len(values) < 60 else "", label=f"step {steps[column]:,}")
+    right.set(xlabel="block", title=name)
+    if logarithmic:
+        right.set_yscale("log")
+    right.grid(alpha=0.3, which="both")
+    right.legend(fontsize="small")
+    return figure
+
+
+def heat_map(columns: list[list[float | None]]) -> NDArray[np.uint8]:
+    """Heat map of a quantity along depth as an image [height, width, 3]: depth downwards, steps to the right, dark to
+    bright; absent values are black. `columns` holds the profile of each step."""
+    import matplotlib
+
+    values = as_array(columns)
+    values = values[:, :: -(-values.shape[1] // MAX_COLUMNS)]
+    values = np.log(values) if is_logarithmic(values) else values
+    present = values[np.isfinite(values)]
+    low, high = (present.min(), present.max()) if present.size else (0.0, 0.0)
+    scaled = (values - low) / (high - low) if high > low else np.where(np.isfinite(values), 0.5, np.nan)
+    image = (matplotlib.colormaps["viridis"](np.nan_to_num(scaled))[..., :3] * 255).astype(np.uint8)
+    image[~np.isfinite(values)] = 0
+    return np.kron(image, np.ones((max(1, 256 // len(values)), 4, 1), np.uint8))
+
+
+def as_array(columns: list[list[float | None]]) -> NDArray[np.float64]:
+    """Array [depth, steps] of the profiles of successive steps; absent values are NaN."""
+    return np.array([[np.nan if v is None else v for v in column] for column in columns]).T
+
+
+def is_logarithmic(values: NDArray[np.float64]) -> bool:
+    """True for values that suit a logarithmic scale: positive, and over more than a factor of 10."""
+    present = values[np.isfinite(values)]
+    return bool(present.size and present.min() > 0 and present.max() > 10 * present.min())
+
+
 def _read_metrics(path: Path) -> list[dict[str, float]]:
+    """Step, loss and, where present, validation loss of each line of a metrics.jsonl."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -91,32 +159,3 @@ def _read_metrics(path: Path) -> list[dict[str, float]]:
     if not records:
         raise DataError(f"{path} holds no steps yet: nothing to plot")
     return records
-
-
-_COLUMNS = 512  # most steps that a heat map shows
-
-
-def heat_map(columns: list[list[float | None]]) -> NDArray[np.uint8]:
-    """Picture [height, width, 3]: depth downwards, steps to the right, dark to bright; black where there is nothing."""
-    import matplotlib
-
-    values = as_array(columns)
-    values = values[:, :: -(-values.shape[1] // _COLUMNS)]
-    values = np.log(values) if is_logarithmic(values) else values
-    there = values[np.isfinite(values)]
-    low, high = (there.min(), there.max()) if there.size else (0.0, 0.0)
-    scaled = (values - low) / (high - low) if high > low else np.where(np.isfinite(values), 0.5, np.nan)
-    picture = (matplotlib.colormaps["viridis"](np.nan_to_num(scaled))[..., :3] * 255).astype(np.uint8)
-    picture[~np.isfinite(values)] = 0
-    return np.kron(picture, np.ones((max(1, 256 // len(values)), 4, 1), np.uint8))
-
-
-def as_array(columns: list[list[float | None]]) -> NDArray[np.float64]:
-    """[depth, steps]; absent numbers are nan."""
-    return np.array([[np.nan if v is None else v for v in column] for column in columns]).T
-
-
-def is_logarithmic(values: NDArray[np.float64]) -> bool:
-    """Whether the values are better seen on a logarithmic scale: positive, and over more than a factor of 10."""
-    there = values[np.isfinite(values)]
-    return bool(there.size and there.min() > 0 and there.max() > 10 * there.min())

@@ -1,4 +1,7 @@
-"""Drawing samples from a trained model: on many ranks while it trains, or on one from a checkpoint."""
+"""Draw samples from a model: on one process from a checkpoint, or on all ranks during training.
+
+Shapes: B samples of a batch, N samples, C channels, T frames, H height, W width.
+"""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -31,13 +34,18 @@ def draw_latents(
     first_index: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Normalized latents [B, C, T, H, W] for labels [B], which a model without condition only counts, or captions, as
-    `config.sampling` says.
+    """Draw normalized latents [B, C, T, H, W] for labels [B] or captions, with the sampler of `config.sampling`.
 
-    Sample i of a seed is the same in whatever batch it is drawn: `first_index` is the index of the first one here.
+    Noise is a function of the seed and the sample's index, not of the batch. A model without condition uses only the
+    number of labels.
+
+    Args:
+        empty_caption: the caption from which guidance extrapolates, with text.
+        first_index: index of the first sample of this batch.
+        progress: called as progress(steps done, steps).
 
     Raises:
-        ConfigError: labels for a model that takes captions, or the other way round.
+        ConfigError: labels for a model that takes captions, or captions for one that does not.
     """
     size, kind = config.model.input, config.model.condition
     if (kind == "text") != isinstance(condition, TextCondition):
@@ -72,10 +80,10 @@ def draw_pixels(
     empty_caption: TextCondition | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> Tensor:
-    """Pixels [N, 3, T, H, W] in [-1, 1] for labels [N] or captions, drawn and decoded in batches; images have T = 1.
+    """Draw and decode pixels [N, 3, T, H, W] in [-1, 1] for labels [N] or captions, in batches; images have T = 1.
 
-    They are drawn where the condition is and decoded where the codec is, and returned on the CPU. `progress` is called
-    as progress(samples done, samples).
+    Latents are drawn on the device of the condition and decoded on that of the codec; pixels are returned on the CPU.
+    `progress` is called after each batch as progress(samples done, samples).
     """
     parts, samples = [], batch_size_of(condition)
     for first in range(0, samples, batch_size):
@@ -88,9 +96,9 @@ def draw_pixels(
 
 
 class SampleGrid:
-    """Pictures of what the model in training draws: the same labels and the same noise every time.
+    """Image grid of samples of the model in training, with the same labels and noise at every call.
 
-    The ranks share the work; the first one holds the codec, which is loaded at once so that a codec that is not there
+    The data-parallel ranks divide the samples. The first rank loads the codec on construction, so that a missing codec
     stops the run before it starts.
     """
 
@@ -102,12 +110,12 @@ class SampleGrid:
         self.codec = codec_of(facts.codec, mesh.device) if mesh.is_first else None
 
     def draw(self, model: Any) -> Any:
-        """A PIL.Image on the first rank, None on the others. Collective: `model` may be spread over the ranks.
+        """Draw the grid: a PIL.Image on the first rank, None on the others. Collective.
 
-        Of clips it shows the frames in the middle.
+        Clips are shown by their middle frames.
         """
         count = self.columns * GRID_ROWS
-        share = -(-count // self.mesh.data_size)  # all ranks draw as many, for all take part in every forward
+        share = -(-count // self.mesh.data_size)  # the same on all ranks: each takes part in every forward
         labels = torch.arange(share * self.mesh.data_size) % self.columns
         first = share * self.mesh.data_rank
         latents = draw_latents(
@@ -116,5 +124,5 @@ class SampleGrid:
         parts = self.mesh.all_gather_object((self.mesh.data_rank, latents.cpu()))
         if self.codec is None:
             return None
-        whole = torch.cat([part for _, part in sorted(dict(parts).items())])[:count]
-        return image_grid(middle_frames(self.codec.decode(whole)).cpu(), self.columns, self.names)
+        all_latents = torch.cat([part for _, part in sorted(dict(parts).items())])[:count]
+        return image_grid(middle_frames(self.codec.decode(all_latents)).cpu(), self.columns, self.names)

@@ -1,10 +1,13 @@
-"""Pictures for people: grids of images and of clips, and the course of a run's loss."""
+"""Image grids: images or clips in rows and columns, as an image or an animation.
+
+Pixels are in [-1, 1]. Shapes: N images, T frames, H height, W width.
+"""
 
 import io
 import math
 from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -13,11 +16,8 @@ from torch import Tensor
 from rdm_scale.errors import DataError
 from rdm_scale.storage.location import Location
 
-if TYPE_CHECKING:
-    pass
-
 CELL = 64  # pixels a side below which a cell is enlarged
-SMALLEST_FONT, LARGEST_FONT = 11, 28  # pixels: still legible, and no banner over large images
+SMALLEST_FONT, LARGEST_FONT = 11, 28  # pixels; legible, and not too large over large images
 
 
 def image_grid(
@@ -27,12 +27,12 @@ def image_grid(
     scale: int | None = None,
     padding: int = 8,
 ) -> Image.Image:
-    """Lays images out in rows from left to right, on white, with space between them.
+    """Lay images out in rows from left to right, on white, with space between them.
 
     Args:
-        images: [N, 3, H, W] in [-1, 1] (what lies beyond is cut off); one channel is shown as grey.
+        images: [N, 3, H, W] in [-1, 1] (values outside are clamped); one channel is shown as gray.
         columns: images in a row; the last row may be shorter.
-        column_labels: a text above each column; none: no header.
+        column_labels: text above each column; empty: no header.
         scale: each pixel becomes scale x scale; None: the smallest that makes cells at least 64 pixels a side.
         padding: white pixels around every cell.
 
@@ -41,12 +41,12 @@ def image_grid(
             not match the columns.
     """
     if images.dim() != 4 or images.shape[1] not in (1, 3) or not images.numel():
-        raise ValueError(f"cannot show {list(images.shape)} as pictures: expected [N, 3, H, W] or [N, 1, H, W]")
+        raise ValueError(f"cannot show {list(images.shape)} as images: expected [N, 3, H, W] or [N, 1, H, W]")
     if columns < 1 or len(column_labels) not in (0, columns):
         raise ValueError(f"{len(column_labels)} column_labels do not fit {columns} columns: give one for each, or none")
     if not images.isfinite().all():
         raise ValueError("cannot show images that hold NaN or infinity")
-    # Whole pixels, not smoothed: what is seen is what the model made.
+    # Nearest-neighbor enlargement: smoothing would hide what the model has drawn.
     scale = scale or math.ceil(CELL / min(images.shape[2:]))
     cells = _pixels(images).repeat(scale, axis=1).repeat(scale, axis=2)
     height, width = cells.shape[1] + padding, cells.shape[2] + padding
@@ -62,7 +62,7 @@ def image_grid(
 
 
 def middle_frames(videos: Tensor) -> Tensor:
-    """[N, C, T, H, W] to images [N, C, H, W]: what stands for a clip on paper."""
+    """Middle frame [N, C, H, W] of each clip [N, C, T, H, W], for still images."""
     return videos[:, :, videos.shape[2] // 2]
 
 
@@ -76,19 +76,19 @@ def animated_grid(
     fps: float = 8.0,
     kind: Literal["gif", "png", "webp"] = "gif",
 ) -> bytes:
-    """Clips laid out as `image_grid` lays out images, all playing at once, as a file that repeats for ever.
+    """Lay clips out like `image_grid` and play them at once, in an animation that loops forever.
 
     Args:
-        videos: [N, 3, T, H, W] in [-1, 1]; one channel is shown as grey.
+        videos: [N, 3, T, H, W] in [-1, 1]; one channel is shown as gray.
         columns, column_labels, scale, padding: as for `image_grid`.
-        fps: frames a second; a GIF counts in hundredths of a second, so its own rate is the nearest there is.
-        kind: GIF plays everywhere but has 256 colours; animated PNG and WebP (both lossless here) have all.
+        fps: frames a second; a GIF, which counts in hundredths of a second, gets the nearest rate.
+        kind: GIF plays everywhere but has 256 colors; animated PNG and WebP (lossless here) have all colors.
 
     Returns:
         The bytes of the file.
 
     Raises:
-        ValueError: as `image_grid`, no frames, or an impossible rate.
+        ValueError: as `image_grid`, no frames, or an invalid rate.
     """
     if videos.dim() != 5 or not videos.shape[2]:
         raise ValueError(f"cannot show {list(videos.shape)} as clips: expected [N, 3, T, H, W]")
@@ -106,7 +106,7 @@ def animated_grid(
 
 
 def _with_one_palette(frames: list[Image.Image]) -> list[Image.Image]:
-    """The same 256 colours in all frames, chosen from all of them, so that nothing flickers that does not move."""
+    """Quantize all frames to a common palette of 256 colors, so that static parts do not flicker."""
     width, height = frames[0].size
     strip = Image.new("RGB", (width, height * len(frames)))
     for i, frame in enumerate(frames):
@@ -118,11 +118,11 @@ def _with_one_palette(frames: list[Image.Image]) -> list[Image.Image]:
 def write_grid(
     pixels: Tensor, output: Location, columns: int, column_labels: Sequence[str] = (), *, fps: float = 8.0
 ) -> list[Location]:
-    """Writes a PNG of images, or of the middle frames of clips and, beside it, an animated GIF of the whole clips.
+    """Write a PNG of images; for clips, a PNG of their middle frames and an animated GIF beside it.
 
     Args:
         pixels: [N, 3, T, H, W] in [-1, 1]; images have T = 1.
-        output: the PNG; the GIF has the same name with .gif in the place of .png.
+        output: the PNG; the GIF has the same name with .gif instead of .png.
 
     Returns:
         The files written.
@@ -141,23 +141,23 @@ def write_grid(
         for location, content in files:
             location.write(content)
     except OSError as error:
-        raise DataError(f"cannot write the picture {output}: {error}; choose another place") from None
+        raise DataError(f"cannot write the image grid {output}: {error}; choose another place") from None
     return [location for location, _ in files]
 
 
 def to_images(images: Tensor) -> list[Image.Image]:
-    """One picture for each of [N, 1 or 3, H, W] in [-1, 1]."""
+    """Convert images [N, 1 or 3, H, W] in [-1, 1] to PIL images."""
     return [Image.fromarray(pixels) for pixels in _pixels(images)]
 
 
 def _pixels(images: Tensor) -> np.ndarray:
-    """[N, 1 or 3, H, W] in [-1, 1] to uint8 [N, H, W, 3]."""
+    """Convert images [N, 1 or 3, H, W] in [-1, 1] to uint8 [N, H, W, 3]."""
     rgb = images.float().expand(-1, 3, -1, -1).clamp(-1, 1)
     return ((rgb + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 def _header(labels: Sequence[str], width: int, padding: int) -> Image.Image:
-    """One line of text, each label centred over its column and cut short where it would run into the next."""
+    """Header line: each label centered over its column, and truncated where it would overlap the next."""
     cell = width - padding
     size = LARGEST_FONT
     while size > SMALLEST_FONT and any(_text_width(label, size) > cell for label in labels):

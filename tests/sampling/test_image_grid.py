@@ -1,7 +1,6 @@
-"""Picture grids pixel by pixel, and the loss plot as a file."""
+"""Image grids and animations, pixel by pixel."""
 
 import io
-import json
 import math
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import torch
 from PIL import Image
 
 from rdm_scale.errors import DataError
-from rdm_scale.evaluation import plot_loss
 from rdm_scale.sampling.image_grid import animated_grid, image_grid, write_grid
 from rdm_scale.storage.location import Location
 
@@ -25,13 +23,13 @@ def test_cells_lie_in_rows_on_white_with_padding() -> None:
     grid = pixels(image_grid(images, columns=3, scale=2, padding=5))
     assert grid.shape == (2 * (8 + 5) + 5, 3 * (12 + 5) + 5, 3)
     expected = np.full(grid.shape, 255)
-    for i, value in enumerate((0, 64, 128, 191, 255)):  # -1 is black, 0 is middle grey, 1 is white
+    for i, value in enumerate((0, 64, 128, 191, 255)):  # -1 is black, 0 is middle gray, 1 is white
         top, left = 5 + 13 * (i // 3), 5 + 17 * (i % 3)
         expected[top : top + 8, left : left + 12] = value
     assert np.array_equal(grid, expected)
 
 
-def test_pixels_are_enlarged_whole_and_keep_their_colours() -> None:
+def test_pixels_are_enlarged_without_smoothing_and_keep_their_colors() -> None:
     image = torch.rand(1, 3, 5, 7, generator=torch.Generator().manual_seed(0)) * 2 - 1
     grid = pixels(image_grid(image, columns=1, scale=3, padding=0))
     expected = ((image[0] + 1) * 127.5).round().int().permute(1, 2, 0).numpy()
@@ -44,9 +42,9 @@ def test_cells_are_at_least_64_pixels(size: int, cell: int) -> None:
     assert image_grid(torch.zeros(2, 3, size, size), columns=2, padding=4).size == (2 * (cell + 4) + 4, cell + 8)
 
 
-def test_one_channel_is_grey_and_values_beyond_the_range_are_cut_off() -> None:
-    grey = torch.tensor([-3.0, 0.25, 7.0]).view(3, 1, 1, 1)
-    assert pixels(image_grid(grey, columns=3, scale=1, padding=0)).tolist() == [[[0] * 3, [159] * 3, [255] * 3]]
+def test_one_channel_is_gray_and_values_beyond_the_range_are_cut_off() -> None:
+    gray = torch.tensor([-3.0, 0.25, 7.0]).view(3, 1, 1, 1)
+    assert pixels(image_grid(gray, columns=3, scale=1, padding=0)).tolist() == [[[0] * 3, [159] * 3, [255] * 3]]
 
 
 def test_labels_stand_above_their_columns() -> None:
@@ -86,13 +84,13 @@ def test_labels_are_as_large_as_fits() -> None:
         (torch.zeros(2, 3, 8, 8), 0, [], "do not fit 0 columns"),
     ],
 )
-def test_what_cannot_be_shown_is_refused(images: torch.Tensor, columns: int, labels: list[str], message: str) -> None:
+def test_invalid_images_are_refused(images: torch.Tensor, columns: int, labels: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         image_grid(images, columns, labels)
 
 
 def clips(count: int = 3, frames: int = 4) -> torch.Tensor:
-    """[N, 3, T, 8, 8]: every frame of every clip of a grey of its own."""
+    """[N, 3, T, 8, 8]: every frame of every clip of a gray of its own."""
     values = torch.linspace(-1, 1, count * frames).view(count, 1, frames, 1, 1)
     return values.expand(count, 3, frames, 8, 8)
 
@@ -107,7 +105,7 @@ def test_an_animation_plays_all_frames_of_all_clips(kind: str) -> None:
         animation.seek(i)
         shown = pixels(animation.convert("RGB"))
         assert animation.info["duration"] == pytest.approx(200, abs=1)
-        assert np.abs(shown - pixels(image_grid(videos[:, :, i], 3, ["a", "b", "c"]))).max() <= 8  # GIF: 256 colours
+        assert np.abs(shown - pixels(image_grid(videos[:, :, i], 3, ["a", "b", "c"]))).max() <= 8  # GIF: 256 colors
 
 
 def test_a_clip_that_stands_still_is_not_dropped() -> None:
@@ -119,7 +117,7 @@ def test_a_clip_that_stands_still_is_not_dropped() -> None:
     assert sum(durations) == 500
 
 
-def test_what_cannot_be_played_is_refused() -> None:
+def test_invalid_clips_are_refused() -> None:
     with pytest.raises(ValueError, match=r"cannot show \[3, 3, 8, 8\] as clips"):
         animated_grid(torch.zeros(3, 3, 8, 8), 3)
     for fps in (0, -1, math.inf, math.nan):
@@ -136,48 +134,5 @@ def test_clips_are_written_as_a_still_and_an_animation(tmp_path: Path) -> None:
     images = write_grid(videos[:, :, :1], Location(tmp_path / "images.png"), 3)
     assert [file.name for file in images] == ["images.png"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images.png", "out.gif", "out.png"]
-    with pytest.raises(DataError, match=r"cannot write the picture .*none/out.png"):
+    with pytest.raises(DataError, match=r"cannot write the image grid .*none/out.png"):
         write_grid(videos, Location(tmp_path / "none/out.png"), 3)
-
-
-def metrics(path: Path, steps: int, validation: bool) -> Path:
-    records = [{"step": s, "loss": 2 / s, "grad_norm": 1.0, "lr": 1e-3, "samples": 64 * s} for s in range(1, steps + 1)]
-    for record in records[9::10] if validation else []:
-        record["validation_loss"] = record["loss"] + 0.1
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
-
-
-def has_colour(picture: np.ndarray, rgb: tuple[int, int, int]) -> bool:
-    return bool((np.abs(picture - np.array(rgb)).max(axis=2) < 8).any())
-
-
-@pytest.mark.parametrize(("steps", "validation"), [(1, False), (200, False), (200, True)])
-def test_the_loss_plot_shows_training_and_if_taken_validation(tmp_path: Path, steps: int, validation: bool) -> None:
-    plot_loss(metrics(tmp_path / "metrics.jsonl", steps, validation), tmp_path / "loss.png")
-    picture = Image.open(tmp_path / "loss.png")
-    assert picture.format == "PNG"
-    assert picture.size == (1200, 720)
-    assert has_colour(pixels(picture.convert("RGB")), (31, 119, 180))  # blue
-    assert has_colour(pixels(picture.convert("RGB")), (255, 127, 14)) == validation  # orange
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["loss.png", "metrics.jsonl"]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("", "holds no steps yet"),
-        ('{"step": 1, "loss": 2.0}\n{"step": 2, "lo', "line 2: not an object with the numbers step and loss"),
-        ('{"step": 1}\n', "line 1"),
-        ("[1, 2]\n", "line 1"),
-        ('{"step": 1, "loss": "low"}\n', "line 1"),
-    ],
-)
-def test_metrics_that_cannot_be_read_are_named(tmp_path: Path, content: str, message: str) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text(content)
-    with pytest.raises(DataError, match=message):
-        plot_loss(path, tmp_path / "loss.png")
-    with pytest.raises(DataError, match="No such file"):
-        plot_loss(tmp_path / "none.jsonl", tmp_path / "loss.png")
-    assert not (tmp_path / "loss.png").exists()
