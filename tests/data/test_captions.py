@@ -1,4 +1,4 @@
-"""The members of side-car shards: what was packed comes back, and anything else is refused."""
+"""Members of side-car shards: packed captions are read back, and invalid members are refused."""
 
 import pytest
 import safetensors.torch
@@ -14,7 +14,7 @@ def some_texts(*lengths: int) -> list[EncodedText]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_packed_captions_come_back(dtype):
+def test_packed_captions_are_read_back(dtype):
     texts, ids = some_texts(3, 1, 5), torch.tensor([7, 2**62, 1])
     content = pack_text(texts, ids, dtype)
     assert content == pack_text(texts, ids, dtype)
@@ -25,7 +25,7 @@ def test_packed_captions_come_back(dtype):
         assert torch.equal(text.pooled[k], one.pooled.to(dtype))
 
 
-def test_numbers_that_the_dtype_cannot_hold_are_refused():
+def test_values_beyond_the_dtype_are_refused():
     texts = [EncodedText(torch.full((1, 4), 1e5), torch.zeros(3))]
     with pytest.raises(DataError, match=r"not finite in torch\.float16"):
         pack_text(texts, torch.tensor([1]), torch.float16)
@@ -36,14 +36,14 @@ def repacked(**values: torch.Tensor | None) -> bytes:
     return safetensors.torch.save({name: value for name, value in tensors.items() if value is not None})
 
 
-WHOLE = repacked()
+VALID = repacked()
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (b"", "not a safetensors file"),
-        (WHOLE[:-1], "not a safetensors file"),
+        (VALID[:-1], "not a safetensors file"),
         (repacked(ids=None), r"holds \['offsets', 'text_pooled', 'tokens'\] instead of"),
         (repacked(more=torch.zeros(1)), "instead of"),
         (repacked(ids=torch.tensor([1])), r"ids \[1\] in torch.int64, expected \[2\]"),
@@ -59,8 +59,8 @@ WHOLE = repacked()
         (repacked(text_pooled=torch.full((2, 3), float("inf"))), "not finite"),
     ],
 )
-def test_members_that_are_not_what_was_packed(content, message):
+def test_invalid_members_are_refused(content, message):
     with pytest.raises(DataError, match=message) as caught:
         unpack_text(content, 2, 4, 3, torch.float32, "member 1 of text-000000.tar")
     assert "member 1 of text-000000.tar" in str(caught.value)
-    unpack_text(WHOLE, 2, 4, 3, torch.float32)
+    unpack_text(VALID, 2, 4, 3, torch.float32)

@@ -1,4 +1,4 @@
-"""Manifests: what a reader accepts, and the message for what it does not."""
+"""Manifests: valid ones are read, and the error of an invalid one names the reason."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from rdm_scale.storage.location import Location
 from tests.support.latent_sets import WriteSet
 
 
-def test_it_is_read_from_the_file_or_its_folder(write_set: WriteSet, memory: Location) -> None:
+def test_a_manifest_is_read_from_the_file_or_its_folder(write_set: WriteSet, memory: Location) -> None:
     for place in (None, memory):
         latents = write_set(10, place=place)
         for url in (latents.url, latents.url + "/", f"{latents.url}/{MANIFEST_NAME}"):
@@ -34,7 +34,7 @@ def test_a_missing_manifest_says_what_to_do(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("url", ["nosuch://bucket", "memory://nothing", "/dev/null/set"])
-def test_a_place_that_cannot_be_read_is_a_users_error(url: str) -> None:
+def test_an_unreadable_location_is_a_users_error(url: str) -> None:
     with pytest.raises(RdmError):
         read_manifest(url)
 
@@ -85,7 +85,7 @@ def test_a_manifest_that_does_not_add_up_is_refused(write_set: WriteSet, path: s
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff\xfe", b"[" * 100_000, b'{"samples": NaN}'])
-def test_what_is_no_manifest_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_invalid_files_are_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / MANIFEST_NAME).write_bytes(content)
     with pytest.raises(DataError, match="not a valid manifest"):
         read_manifest(str(tmp_path))

@@ -59,7 +59,7 @@ def test_an_iterator_that_ends_ends_the_prefetcher() -> None:
 
 
 def test_an_error_is_raised_after_the_batches_before_it(write_set: WriteSet) -> None:
-    """A real one: a shard damaged under the stream."""
+    """A shard is removed after the stream was opened."""
     latents = write_set(29)
     stream = LatentStream(latents.url, global_batch_size=4, seed=0)
     good = list(islice(stream, 3))

@@ -11,7 +11,7 @@ from tests.support.latent_sets import RangeRead, WriteSet, open_reader, reads_of
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[RangeRead]:
-    """All range requests."""
+    """Record of the range requests."""
     return record_reads(monkeypatch)
 
 

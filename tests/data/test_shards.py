@@ -1,4 +1,4 @@
-"""Shards: what the writer writes and refuses, and that no damage gets past the reader."""
+"""Shards: what the writer writes and refuses, and that every kind of damage is detected."""
 
 import hashlib
 import io
@@ -81,7 +81,7 @@ def test_what_was_written_is_read(write_set: WriteSet, memory: Location, kind: s
 
 
 def test_members_and_shards_are_filled_in_order(write_set: WriteSet) -> None:
-    """29 samples in members of 4, 3 members a shard: 7 full members and one of 1, in 2 full shards and one of 2."""
+    """29 samples, 4 per member, 3 members per shard: 7 full members and one of 1, in 2 full shards and one of 2."""
     latents = write_set(29)
     assert latents.folder.names() == [MANIFEST_NAME, "shard-000000.tar", "shard-000001.tar", "shard-000002.tar"]
     assert [[m.samples for m in shard.members] for shard in latents.manifest.shards] == [[4, 4, 4], [4, 4, 4], [4, 1]]
@@ -308,7 +308,7 @@ GOOD = {"latents": torch.zeros(4, 2, 1, 3, 3), "ids": torch.arange(4), "labels":
     ],
 )
 def test_a_forged_member_with_a_good_checksum_is_refused(write_set: WriteSet, content: bytes, message: str) -> None:
-    """The manifest is a stranger's too: its checksum proves nothing about what the member holds."""
+    """The manifest is untrusted, too: its checksum proves nothing about the content of the member."""
     latents = write_set(4)
     member = latents.manifest.shards[0].members[0]
     place = latents.folder / "shard-000000.tar"

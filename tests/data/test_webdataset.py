@@ -1,4 +1,4 @@
-"""The ten lines of docs/data.md, as they stand there, read our shards."""
+"""The code in docs/data.md reads shards with stock webdataset."""
 
 import re
 from pathlib import Path

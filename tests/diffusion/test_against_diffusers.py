@@ -1,4 +1,4 @@
-"""The samplers against diffusers' schedulers, wherever those can be set to the same steps."""
+"""The samplers against diffusers' schedulers, set to the same steps."""
 
 import numpy as np
 import pytest
@@ -18,11 +18,11 @@ from rdm_scale.diffusion.noise_schedule import NoiseSchedule
 from rdm_scale.diffusion.samplers import Model
 
 SHAPE = (1, 2, 1, 4, 4)
-DDPM = {"linear": "linear", "cosine": "squaredcos_cap_v2"}  # diffusers' names of our schedules
+DDPM = {"linear": "linear", "cosine": "squaredcos_cap_v2"}  # name of each schedule in diffusers
 
 
 def model(x: Tensor, timesteps: Tensor, condition: Tensor | None = None) -> Tensor:
-    """Any smooth function of both arguments that keeps samples of the order of 1."""
+    """A smooth function of both arguments that keeps samples of order 1."""
     return 0.9 * x + 0.3 * torch.sin(3 * x + timesteps.view(-1, 1, 1, 1, 1) / 200)
 
 
@@ -34,20 +34,20 @@ def noise(draw: int) -> Tensor:
     return torch.randn(SHAPE[1:], generator=rng.generator(3, "sample", 0, draw))[None]
 
 
-def ours(predict: Model, steps: int, sampler: str, diffusion: DiffusionConfig, **changes: bool) -> Tensor:
+def sample_with(predict: Model, steps: int, sampler: str, diffusion: DiffusionConfig, **changes: bool) -> Tensor:
     return sample(predict, SHAPE, None, steps, 1.0, 3, diffusion=diffusion, sampler=sampler, **changes)
 
 
-def close(mine: Tensor, theirs: Tensor) -> None:
-    assert 0.1 < theirs.abs().max() < 100
-    torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
+def assert_samples_close(found: Tensor, expected: Tensor) -> None:
+    assert 0.1 < expected.abs().max() < 100
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("schedule", DDPM)
 def test_noise_schedules(schedule: str) -> None:
     chain = NoiseSchedule.from_config(DiffusionConfig(objective="ddpm", noise_schedule=schedule))
-    theirs = DDPMScheduler(1000, beta_schedule=DDPM[schedule])
-    torch.testing.assert_close(chain.alphas_bar.float(), theirs.alphas_cumprod, rtol=2e-3, atol=1e-9)
+    scheduler = DDPMScheduler(1000, beta_schedule=DDPM[schedule])
+    torch.testing.assert_close(chain.alphas_bar.float(), scheduler.alphas_cumprod, rtol=2e-3, atol=1e-9)
 
 
 @pytest.mark.parametrize("steps", [10, 64, 1000])
@@ -61,13 +61,16 @@ def test_ddpm(steps: int, variance_type: str) -> None:
     for i, t in enumerate(scheduler.timesteps, start=1):
         generator = rng.generator(3, "sample", 0, i)
         x = scheduler.step(predict(x, t[None]), t, x, generator=generator).prev_sample
-    close(ours(predict, steps, "ddpm", DiffusionConfig(objective="ddpm"), learned_variance=learned), x)
+    found = sample_with(predict, steps, "ddpm", DiffusionConfig(objective="ddpm"), learned_variance=learned)
+    assert_samples_close(found, x)
 
 
 @pytest.mark.parametrize("steps", [10, 64, 1000])
 def test_ddim(steps: int) -> None:
-    """Its timestep before t is t - T // steps, right only in the whole chain: so it is given the betas of the short
-    chain as if it were whole, and the model its timesteps."""
+    """DDIMScheduler steps from t to t - T // steps, which is correct only in a chain of all timesteps.
+
+    It therefore gets the betas of the shortened chain as a chain of its own, and the model the original timesteps.
+    """
     chosen = np.linspace(0, 999, steps).round().astype(int)
     alphas_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[chosen]
     betas = 1 - alphas_bar / np.concatenate([[1], alphas_bar[:-1]])
@@ -76,7 +79,7 @@ def test_ddim(steps: int) -> None:
     x = noise(0)
     for k in scheduler.timesteps:
         x = scheduler.step(model(x, torch.tensor([chosen[k]])), int(k), x).prev_sample
-    close(ours(model, steps, "ddim", DiffusionConfig(objective="ddpm")), x)
+    assert_samples_close(sample_with(model, steps, "ddim", DiffusionConfig(objective="ddpm")), x)
 
 
 @pytest.mark.parametrize("steps", [1, 10, 33])
@@ -86,15 +89,15 @@ def test_euler(steps: int) -> None:
     x = noise(0)
     for t in scheduler.timesteps:
         x = scheduler.step(model(x, t[None]), t, x).prev_sample
-    close(ours(model, steps, "euler", DiffusionConfig()), x)
+    assert_samples_close(sample_with(model, steps, "euler", DiffusionConfig()), x)
 
 
 @pytest.mark.parametrize("steps", [2, 10, 33])
 def test_heun(steps: int) -> None:
-    """Its smallest sigma is one over its number of training steps, which only scales the timesteps otherwise."""
+    """The scheduler's smallest sigma is 1 / num_train_timesteps, which otherwise only scales the timesteps."""
     scheduler = FlowMatchHeunDiscreteScheduler(num_train_timesteps=steps)
     scheduler.set_timesteps(steps)
     x = noise(0)
     for t in scheduler.timesteps:
         x = scheduler.step(model(x, t[None] * 1000 / steps), t, x).prev_sample
-    close(ours(model, steps, "heun", DiffusionConfig()), x)
+    assert_samples_close(sample_with(model, steps, "heun", DiffusionConfig()), x)

@@ -23,7 +23,7 @@ def test_linear_betas_are_those_of_ddpm() -> None:
     assert betas[0].item() == pytest.approx(1e-4)
     assert betas[-1].item() == pytest.approx(0.02)
     assert betas.diff().std() < 1e-12
-    # Ho et al. give D_KL(q(x_T | x_0) || N(0, I)) of about 1e-5 bits per dimension for it; alpha_bar_T is 4.036e-5.
+    # Ho et al. report D_KL(q(x_T | x_0) || N(0, I)) of about 1e-5 bits per dimension; alpha_bar_T is 4.036e-5.
     assert chain().alphas_bar[-1].item() == pytest.approx(4.036e-5, rel=1e-3)
 
 
@@ -59,7 +59,7 @@ def test_noised_has_unit_variance_for_unit_data_and_is_inverted_by_predicted_x0(
 
 @pytest.mark.parametrize("k", [1, 10, 500, 999])
 def test_posterior_is_the_normalized_product_of_prior_and_likelihood(k: int) -> None:
-    """q(x_{k-1} | x_k, x_0) by multiplying two normal densities, from betas alone."""
+    """q(x_{k-1} | x_k, x_0) as the product of two normal densities, from betas alone."""
     betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
     before = (1 - betas[:k]).prod().item()
     beta, x0, xk = betas[k].item(), 0.7, -0.4
@@ -92,7 +92,7 @@ def test_respacing_keeps_the_marginals_of_evenly_spaced_steps(count: int) -> Non
     assert short.timesteps.tolist() == expected
     assert len(set(expected)) == count
     assert torch.equal(short.alphas_bar, full.alphas_bar[expected])
-    # A chain's betas make its alpha_bar.
+    # The betas of the shortened chain give its alphas_bar.
     torch.testing.assert_close((1 - short.log_betas.exp()).cumprod(0), short.alphas_bar)
 
 

@@ -1,4 +1,4 @@
-"""Objectives: the statistics of t, the paths, and the losses against integrals done numerically."""
+"""Objectives: the distribution of t, the paths, and the losses against numerical integrals."""
 
 import math
 
@@ -20,7 +20,7 @@ def objective(name: str, learned_variance: bool = False, **changes: object) -> O
 
 
 def draws(which: Objective, count: int = 4000) -> Tensor:
-    """t of so many samples, each from the generator of its own."""
+    """t of `count` samples, each from its own generator."""
     return torch.tensor([which.draw_timestep(rng.generator(0, "timestep", i)) for i in range(count)])
 
 
@@ -50,7 +50,7 @@ def test_ddpm_timesteps_are_every_step_equally_often() -> None:
     assert 60 < counts.min() <= counts.max() < 150  # 100 expected; four standard deviations are 40
 
 
-def test_the_model_is_told_t_in_thousands() -> None:
+def test_model_timesteps_range_up_to_about_1000() -> None:
     t = torch.tensor([0.0, 0.25, 1.0])
     assert objective("flow").model_timesteps(t).tolist() == [0, 250, 1000]
     assert objective("ddpm").model_timesteps(999 * t[::2]).tolist() == [0, 999]
@@ -101,7 +101,7 @@ def test_discretized_nll_is_the_integral_over_the_bin() -> None:
 
 
 def test_the_probabilities_of_all_bins_add_up_to_one() -> None:
-    """With the ends open, wherever the mean lies."""
+    """The first and last bin are unbounded, so this holds for any mean."""
     x = torch.linspace(-1, 1, 256)
     for mean in (-1.4, -1.0, 0.0, 0.9, 1.3):
         total = (-discretized_normal_nll(x, torch.tensor(mean), torch.tensor(2 * math.log(0.3)))).exp().sum()
@@ -109,7 +109,7 @@ def test_the_probabilities_of_all_bins_add_up_to_one() -> None:
 
 
 def test_the_upper_tail_is_as_exact_as_the_lower() -> None:
-    """Five standard deviations out, where 1 - P(below) has no digits left in float32."""
+    """Five standard deviations from the mean, where 1 - P(below) is 0 in float32."""
     x, mean, log_variance = torch.tensor([-0.8, 0.8]), torch.tensor(0.0), torch.tensor(2 * math.log(0.15))
     lower, upper = discretized_normal_nll(x, mean, log_variance)
     assert lower == upper
@@ -119,7 +119,7 @@ def test_the_upper_tail_is_as_exact_as_the_lower() -> None:
 
 @pytest.mark.parametrize("fraction", [-1.0, 0.2, 1.0])
 def test_the_bound_of_a_perfect_mean_is_the_divergence_of_the_variances(fraction: float) -> None:
-    """In bits a dimension, from betas alone: 0.5 (r - 1 - log r) of the ratio r of the variances."""
+    """Expected bits per dimension from betas alone: 0.5 (r - 1 - log r) / log 2 with the ratio r of the variances."""
     hybrid, (x0, noise) = objective("ddpm", learned_variance=True), data()
     t = torch.tensor([1.0, 30.0, 500.0, 999.0])
     loss = hybrid.loss(

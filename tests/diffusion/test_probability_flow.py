@@ -1,4 +1,4 @@
-"""ODE and SDE samplers on a Gaussian mixture of known score: the same marginals, each with its order of convergence."""
+"""ODE and SDE samplers on a Gaussian mixture of known score: the marginals, and the orders of convergence."""
 
 import math
 
@@ -20,11 +20,11 @@ from tests.support.mixture import (
 
 
 def order(errors: list[float]) -> float:
-    """p where the error goes as steps^-p, over the whole range of doublings."""
+    """Order p of errors that decrease as steps^-p, from the first to the last number of steps."""
     return math.log2(errors[0] / errors[-1]) / (len(errors) - 1)
 
 
-def test_the_mixture_is_what_it_says() -> None:
+def test_the_mixture_is_correct() -> None:
     """E[x0 | x] against numerical integration over x0, and quantiles against the distribution function."""
     grid = torch.linspace(-5, 5, 100_001, dtype=torch.float64)
     density = torch.gradient(cdf(grid), spacing=(grid,))[0]
@@ -44,7 +44,7 @@ def test_the_mixture_is_what_it_says() -> None:
     [(FLOW, "euler", 200), (FLOW, "heun", 60), (DDPM, "ddim", 250), (DDPM, "ddpm", 500)],
 )
 def test_all_samplers_reach_the_marginal(diffusion: DiffusionConfig, sampler: str, steps: int) -> None:
-    """The largest distance of the distribution functions: of exact samples it would be below 0.0064 (99 %)."""
+    """Kolmogorov-Smirnov distance; for exact samples it is below 0.0064 with probability 99 %."""
     x = draw(diffusion, sampler, steps).double().flatten().sort().values
     empirical = (torch.arange(len(x)) + 0.5) / len(x)
     assert (cdf(x) - empirical).abs().max() < 0.012
@@ -66,6 +66,6 @@ def test_order_of_the_ode_samplers(
 
 
 def test_order_of_the_sde_sampler() -> None:
-    """Weak order 1: of the marginal, not of paths."""
+    """Weak order 1: convergence of the marginal, not of paths."""
     errors = [wasserstein(draw(DDPM, "ddpm", n)) for n in (15, 30, 60)]
     assert 0.75 < order(errors) < 1.4, errors

@@ -1,4 +1,4 @@
-"""Samplers against closed forms: normal data N(m, s^2), of which the ideal prediction and every marginal are known."""
+"""Samplers against closed forms: for normal data N(M, S^2) the ideal prediction and all marginals are known."""
 
 import math
 
@@ -64,11 +64,11 @@ def test_ancestral_sampling_reaches_mean_and_variance() -> None:
     assert samples.mean().item() == pytest.approx(M, abs=4 * S / math.sqrt(samples.numel()))
     assert samples.std().item() == pytest.approx(S, rel=0.03)
     correlation = torch.corrcoef(torch.stack([samples.flatten(), keyed_noise().flatten()]))[0, 1]
-    assert abs(correlation) < 0.15  # new noise at every step: unlike ddim, the start is nearly forgotten
+    assert abs(correlation) < 0.15  # new noise at every step: unlike with ddim, little of the first noise remains
 
 
 def test_the_right_learned_variance_makes_few_steps_exact() -> None:
-    """q(x_{k-1} | x_k) of normal data is normal; told its variance, ancestral sampling has no error in the steps."""
+    """For normal data q(x_{k-1} | x_k) is normal; with its variance, ancestral sampling has no discretization error."""
     steps = 6
     chosen = torch.linspace(0, 999, steps).round().long()
     bar = ALPHAS_BAR[chosen]
@@ -88,14 +88,14 @@ def test_the_right_learned_variance_makes_few_steps_exact() -> None:
     samples = draw(DDPM, "ddpm", steps, model, learned_variance=True)
     assert samples.mean().item() == pytest.approx(M, abs=0.03)
     assert samples.std().item() == pytest.approx(S, rel=0.03)
-    assert draw(DDPM, "ddpm", steps).std() < 0.9 * S  # with the posterior's variance it is too narrow
-    # DDIM takes no part in the variance.
+    assert draw(DDPM, "ddpm", steps).std() < 0.9 * S  # the variance of the posterior is too small
+    # DDIM ignores the variance.
     assert torch.equal(draw(DDPM, "ddim", steps, model, learned_variance=True), draw(DDPM, "ddim", steps))
 
 
 @pytest.mark.parametrize(("diffusion", "sampler"), ALL)
 @pytest.mark.parametrize("steps", [1, 3, 20])
-def test_data_of_one_point_is_returned_by_any_number_of_steps(
+def test_data_of_a_single_point_are_reproduced_with_any_number_of_steps(
     diffusion: DiffusionConfig, sampler: str, steps: int
 ) -> None:
     samples = draw(diffusion, sampler, steps, ideal(diffusion, s=0.0))
@@ -112,7 +112,7 @@ def test_euler_is_of_first_and_heun_of_second_order() -> None:
 
 
 def test_calls_of_the_model() -> None:
-    """Timesteps that the model is shown, from noise to data, by sampler."""
+    """Timesteps that the model is called with, from noise to data, by sampler."""
     seen: list[float] = []
 
     def model(x: Tensor, timesteps: Tensor, condition: Tensor | None) -> Tensor:
@@ -147,7 +147,7 @@ def test_a_sample_does_not_depend_on_its_batch(diffusion: DiffusionConfig, sampl
 
 
 def test_ddpm_draws_new_noise_at_every_step_but_the_last() -> None:
-    """One step back of a chain of two, written out."""
+    """A chain of two steps, written out."""
     bar = ALPHAS_BAR[[0, 999]]
     beta = 1 - bar[1] / bar[0]
     x = keyed_noise()  # a prediction of no noise: x0 = x / sqrt(alpha_bar)
@@ -158,7 +158,7 @@ def test_ddpm_draws_new_noise_at_every_step_but_the_last() -> None:
 
 
 def of_label(x: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
-    """A constant velocity: its label, plus half its channel's number."""
+    """A constant velocity: the label plus half the channel index."""
     return (condition.view(-1, 1, 1, 1, 1) + 0.5 * torch.arange(x.shape[1]).view(1, -1, 1, 1, 1)).float().expand_as(x)
 
 
@@ -179,8 +179,8 @@ def test_guidance_goes_from_null_through_the_condition_on_all_channels(guidance:
     assert batches == [4 if guidance == 1 else 8] * 4
 
 
-def test_guidance_is_computed_in_fp32_whatever_the_model_answers() -> None:
-    """1 and 1 - 1/128 are bfloat16 numbers; what lies a hundredth beyond is not."""
+def test_guidance_is_computed_in_fp32_for_any_dtype_of_the_model() -> None:
+    """1 and 1 - 1/128 are exact in bfloat16; the guided value a hundredth beyond is not."""
 
     def model(x: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
         return (1 - condition.view(-1, 1, 1, 1, 1) / 128).expand_as(x).bfloat16()
@@ -228,7 +228,7 @@ def test_a_transformer_is_sampled_in_its_own_batch_or_alone() -> None:
         **changes,
     )
     alone = draw(FLOW, "heun", 3, model, shape=(1, 2, 1, 4, 4), condition=labels[2:3], first_index=2, **changes)
-    torch.testing.assert_close(together[2:3], alone)  # up to the rounding of matrix products of another size
+    torch.testing.assert_close(together[2:3], alone)  # up to the rounding of matrix products of another batch size
     assert together.dtype == torch.float32
     assert not together.requires_grad
     assert progress == [(1, 3), (2, 3), (3, 3)]
@@ -252,7 +252,7 @@ def test_a_transformer_is_sampled_in_its_own_batch_or_alone() -> None:
         ({"learned_variance": True}, "learned_variance=true needs diffusion.objective=ddpm"),
     ],
 )
-def test_what_does_not_fit_is_refused_before_the_model_is_called(changes: dict, message: str) -> None:
+def test_invalid_arguments_are_refused_before_the_model_is_called(changes: dict, message: str) -> None:
     def never(*_: object) -> Tensor:
         raise AssertionError("the model was called")
 
@@ -275,7 +275,7 @@ def test_a_model_of_other_channels_is_refused() -> None:
 
 
 def test_guidance_by_captions_goes_from_the_empty_one() -> None:
-    """A model whose velocity is the sum of its caption's tokens: guided 3-fold it is null + 3 (caption - null)."""
+    """The velocity is the sum of the caption's tokens; with guidance 3 it is null + 3 (caption - null)."""
 
     def model(x: Tensor, t: Tensor, text: TextCondition) -> Tensor:
         pull = (text.tokens[..., 0] * text.mask).sum(1) + text.pooled[:, 0]

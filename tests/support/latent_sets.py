@@ -49,7 +49,7 @@ class RangeRead(NamedTuple):
 
 
 def record_reads(monkeypatch: pytest.MonkeyPatch) -> list[RangeRead]:
-    """All range requests from now on."""
+    """Record the range requests from now on."""
     reads: list[RangeRead] = []
     read_into = Location.read_into
 
