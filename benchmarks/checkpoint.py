@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.checkpoint_storage import FIELDS, shapes_of
+from benchmarks.checkpoint_storage import STATE_ENTRIES, shapes_of
 from benchmarks.memory import forget_peak, peak_since, rss
 from benchmarks.plain_file import load_plain, save_plain
 from benchmarks.report import print_table, read_results, write_results
@@ -64,29 +64,29 @@ def forget_pages(folder: Path) -> None:
             os.close(descriptor)
 
 
-def save_ours(folder: Path, flats: dict[str, Tensor], pieces: SliceTable) -> None:
+def save_ours(folder: Path, flats: dict[str, Tensor], table: SliceTable) -> None:
     directory = CheckpointDirectory(Location(folder))
-    directory.commit(1, {"step": 1}, write_tensors(directory.begin(1), 0, pieces, flats))
+    directory.commit(1, {"step": 1}, write_tensors(directory.begin(1), 0, table, flats))
 
 
-def plan_ours(folder: Path, pieces: SliceTable) -> None:
+def plan_ours(folder: Path, table: SliceTable) -> None:
     """Open a checkpoint and plan its reads, without reading a tensor."""
-    _, reader = open_checkpoint(CheckpointDirectory(Location(folder)).folder(1), pieces)
-    reader.plan(pieces)
+    _, reader = open_checkpoint(CheckpointDirectory(Location(folder)).folder(1), table)
+    reader.plan(table)
 
 
-def load_ours(folder: Path, flats: dict[str, Tensor], pieces: SliceTable) -> None:
-    _, reader = open_checkpoint(CheckpointDirectory(Location(folder)).folder(1), pieces)
-    for field, flat in flats.items():
-        reader.fill(pieces, field, flat)
+def load_ours(folder: Path, flats: dict[str, Tensor], table: SliceTable) -> None:
+    _, reader = open_checkpoint(CheckpointDirectory(Location(folder)).folder(1), table)
+    for entry, flat in flats.items():
+        reader.fill(table, entry, flat)
 
 
 def bandwidth(name: str, rounds: int, where: str | None) -> dict[str, Any]:
     shards = shards_of(SETS[name])
     elements = sum(shard.numel for shard in shards)
-    flats = {field: torch.randn(elements) for field in FIELDS}
-    loaded = {field: torch.zeros(elements) for field in FIELDS}
-    size = 4 * elements * len(FIELDS)
+    flats = {entry: torch.randn(elements) for entry in STATE_ENTRIES}
+    loaded = {entry: torch.zeros(elements) for entry in STATE_ENTRIES}
+    size = 4 * elements * len(STATE_ENTRIES)
     ways = {"plain": (save_plain, load_plain, ()), "ours": (save_ours, load_ours, (slice_table(shards),))}
     rates: dict[str, list[float]] = {}
     plans: list[float] = []
@@ -99,7 +99,7 @@ def bandwidth(name: str, rounds: int, where: str | None) -> dict[str, Any]:
                     if state == "cold":
                         forget_pages(folder)
                     rates.setdefault(f"{way} load {state}", []).append(size / timed(load, folder, loaded, *more))
-                    if not all(torch.equal(loaded[field], flats[field]) for field in FIELDS):
+                    if not all(torch.equal(loaded[entry], flats[entry]) for entry in STATE_ENTRIES):
                         raise SystemExit(f"{way} did not give back what was saved")
                     for flat in loaded.values():
                         flat.zero_()
@@ -200,17 +200,17 @@ _SHAPES = shapes_of(BLOCKS, WIDTH)
 def write_index(arguments: tuple[str, tuple[int, int, int], int]) -> list[FileRecord]:
     """Write a rank's index beside a sparse data file."""
     folder, layout, rank = arguments
-    pieces = slice_table(rank_shards(*layout, rank))
-    elements = int(pieces.slices.numel.sum())
+    table = slice_table(rank_shards(*layout, rank))
+    elements = int(table.slices.numel.sum())
     size = 512 + 16 * elements
     stem = Path(folder) / f"rank_{rank:05d}"
-    content = encode_index(pieces, list(FIELDS), 512, [0] * (1 + len(FIELDS) * blocks_in(elements)))
+    content = encode_index(table, list(STATE_ENTRIES), 512, [0] * (1 + len(STATE_ENTRIES) * blocks_in(elements)))
     Path(f"{stem}{INDEX}").write_bytes(content)
     with Path(f"{stem}{DATA}").open("wb") as file:
         file.truncate(size)
     return [
         FileRecord(name=stem.name + DATA, bytes=size),
-        FileRecord(name=stem.name + INDEX, bytes=len(content), xxh3=digest(content), spans=coverage_bounds(pieces)),
+        FileRecord(name=stem.name + INDEX, bytes=len(content), xxh3=digest(content), spans=coverage_bounds(table)),
     ]
 
 
@@ -226,10 +226,10 @@ def planning(written: tuple[int, int, int], read: tuple[int, int, int], where: s
         commit = (Path(str(folder)) / "commit.json").stat().st_size
         seconds, opened = [], []
         for rank in (0, world // 3, world - 1):
-            pieces = slice_table(rank_shards(*read, rank))
+            table = slice_table(rank_shards(*read, rank))
             begin = time.perf_counter()
-            _, reader = open_checkpoint(folder, pieces)
-            reader.plan(pieces)
+            _, reader = open_checkpoint(folder, table)
+            reader.plan(table)
             seconds.append(time.perf_counter() - begin)
             opened.append(len(reader.files))
     layouts = ["tp{} pp{} dp{}".format(*layout) for layout in (written, read)]

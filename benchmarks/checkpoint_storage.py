@@ -30,7 +30,7 @@ from rdm_scale.checkpoint.format.slices import SliceTable, pad_rows
 from rdm_scale.checkpoint.format.writer import write_tensors
 from rdm_scale.storage.location import Location
 
-FIELDS = ("weights", "exp_avg", "exp_avg_sq", "ema")
+STATE_ENTRIES = ("weights", "exp_avg", "exp_avg_sq", "ema")
 
 
 def shapes_of(blocks: int, width: int) -> dict[str, tuple[int, ...]]:
@@ -59,26 +59,26 @@ class Storage:
 
 
 def storages(shapes: dict[str, tuple[int, ...]]) -> list[Storage]:
-    """The four to compare; each takes {field: flat tensor of all parameters}."""
-    pieces = SliceTable.of_tensors(list(shapes), pad_rows(list(shapes.values()), 2))
+    """The four to compare; each takes {entry: flat tensor of all parameters}."""
+    table = SliceTable.of_tensors(list(shapes), pad_rows(list(shapes.values()), 2))
 
     def by_name(flats: dict[str, Tensor]) -> dict[str, Tensor]:
         sizes = [math.prod(shape) for shape in shapes.values()]
         return {
-            f"{field}.{name}": part.view(shape)
-            for field, flat in flats.items()
+            f"{entry}.{name}": part.view(shape)
+            for entry, flat in flats.items()
             for (name, shape), part in zip(shapes.items(), flat.split(sizes), strict=True)
         }
 
     def save_ours(folder: Path, flats: dict[str, Tensor]) -> None:
         directory = CheckpointDirectory(Location(folder))
-        records = write_tensors(directory.begin(1), 0, pieces, flats)
+        records = write_tensors(directory.begin(1), 0, table, flats)
         directory.commit(1, {"step": 1}, records)
 
     def load_ours(folder: Path, flats: dict[str, Tensor]) -> None:
         _, reader = CheckpointDirectory(Location(folder)).open(1)
-        for field, flat in flats.items():
-            reader.fill(pieces, field, flat)
+        for entry, flat in flats.items():
+            reader.fill(table, entry, flat)
 
     return [
         Storage("plain file", save_plain, load_plain),
@@ -102,11 +102,11 @@ def measure(storage: Storage, folder: Path, flats: dict[str, Tensor]) -> tuple[f
     begin = time.perf_counter()
     storage.save(folder, flats)
     saved = time.perf_counter() - begin
-    loaded = {field: torch.zeros_like(flat) for field, flat in flats.items()}
+    loaded = {entry: torch.zeros_like(flat) for entry, flat in flats.items()}
     begin = time.perf_counter()
     storage.load(folder, loaded)
     seconds = time.perf_counter() - begin
-    if not all(torch.equal(loaded[field], flat) for field, flat in flats.items()):
+    if not all(torch.equal(loaded[entry], flat) for entry, flat in flats.items()):
         raise SystemExit(f"{storage.name} did not give back what was saved")
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     shutil.rmtree(folder)
@@ -125,7 +125,10 @@ def main() -> None:
     blocks = max(1, args.tensors // 56)
     shapes = shapes_of(blocks, args.width)
     elements = sum(math.prod(shape) for shape in shapes.values())
-    flats = {field: torch.randn(elements, generator=torch.Generator().manual_seed(i)) for i, field in enumerate(FIELDS)}
+    flats = {
+        entry: torch.randn(elements, generator=torch.Generator().manual_seed(i))
+        for i, entry in enumerate(STATE_ENTRIES)
+    }
     times: dict[str, list[tuple[float, float, int]]] = {}
     with tempfile.TemporaryDirectory(dir=args.dir) as folder:
         dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=0, world_size=1)
@@ -134,14 +137,14 @@ def main() -> None:
                 times.setdefault(storage.name, []).append(measure(storage, Path(folder) / "checkpoint", flats))
             print(f"repeat {repeat + 1} of {args.repeats} done", flush=True)
         dist.destroy_process_group()
-    report(times, args, len(shapes) * len(FIELDS), elements)
+    report(times, args, len(shapes) * len(STATE_ENTRIES), elements)
 
 
 def report(
     times: dict[str, list[tuple[float, float, int]]], args: argparse.Namespace, tensors: int, elements: int
 ) -> None:
     """Print the table; write medians and all measurements as JSON."""
-    size = elements * 4 * len(FIELDS)
+    size = elements * 4 * len(STATE_ENTRIES)
     found = {
         name: {
             "save_s": statistics.median(save for save, _, _ in runs),
