@@ -1,1 +1,1 @@
-"""How one model is spread over many ranks: the mesh, ZeRO, and one `parallelize` that joins them."""
+"""Parallelism: mesh, tensor and sequence parallelism, pipeline, ZeRO, and `parallelize`, which combines them."""

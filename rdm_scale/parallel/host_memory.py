@@ -1,20 +1,20 @@
-"""The memory of the process that runs a rank."""
+"""Host memory of the process that runs a rank."""
 
 import contextlib
 import ctypes
 from collections.abc import Iterator
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-_BUILDING, _TRAINING = 2**20, 2**25  # bytes; the latter is where glibc arrives by itself
+_BUILDING, _TRAINING = 2**20, 2**25  # bytes; glibc reaches the latter by itself
 
 
 @contextlib.contextmanager
 def returning_freed_memory() -> Iterator[None]:
-    """Within, what is freed goes back to the system at once, if it is large.
+    """Context in which large allocations return to the operating system as soon as they are freed.
 
-    glibc keeps freed memory for the next time, and raises the size up to which it does so. In training that saves
-    time. While a model is built, whose blocks come and go in sizes that never come again, it would leave holes: ranks
-    of the same part of a model were seen to differ by 300 MiB. Other C libraries are left alone.
+    glibc keeps freed memory for reuse, and raises the size up to which it does so. In training that saves time. While a
+    model is built, block after block, it fragments: ranks with the same part of a model were seen to differ by 300 MiB.
+    Nothing is done with other C libraries.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:

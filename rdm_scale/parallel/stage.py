@@ -21,7 +21,7 @@ from rdm_scale.parallel.plan import ParallelPlan
 
 
 class Stage(DiffusionTransformer):
-    """All chunks of a rank in one module, because one ZeRO engine must hold all of a rank's parameters."""
+    """Chunks of a rank in one module, because one ZeRO engine must hold all of a rank's parameters."""
 
     def __init__(
         self, config: ModelConfig, layers: LayerFactory, parts: dict[int, ModelPart], residual_dtype: torch.dtype
@@ -79,13 +79,13 @@ def materialize(stage: Stage, config: RunConfig, device: torch.device) -> Iterat
         than one unsharded block.
     """
     stage.set_positions(device)
-    for name, module in _units(stage):
+    for name, module in _modules_to_materialize(stage):
         module.to_empty(device=device)
         initialize(module, config.train.seed, config.model, prefix=f"{name}.")
         yield module
 
 
-def _units(stage: Stage) -> Iterable[tuple[str, nn.Module]]:
+def _modules_to_materialize(stage: Stage) -> Iterable[tuple[str, nn.Module]]:
     for name, child in stage.named_children():
         if name == "blocks":
             yield from ((f"blocks.{i}", block) for i, block in child.named_children())

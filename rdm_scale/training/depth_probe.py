@@ -1,15 +1,17 @@
-"""What happens along depth in a step, measured while the step is made: nothing is computed twice for it.
+"""Depth probe: statistics of each block in a training step, measured during the step without extra computation.
 
     stream        root mean square of the residual stream after a block
     sensitivity   norm of the gradient of the global batch's mean loss with respect to it
     gradient      norm of the gradient of a block's parameters, before clipping
-    UNIT.gain     ||alpha F + beta|| / ||z|| of a residual unit: how much it changes the stream that it reads
-    UNIT.alpha    mean of the gate over channels and samples, and UNIT.alpha_std, its standard deviation
-    UNIT.beta     root mean square of the additive gate
+    BRANCH.gain   ||alpha F + beta|| / ||z|| of a residual branch: its relative change of the residual stream
+    BRANCH.alpha  mean of the gate over channels and samples, and BRANCH.alpha_std, its standard deviation
+    BRANCH.beta   root mean square of the additive gate
 
-All are of the whole global batch and the whole model, on every layout: sums of squares are added up over the ranks, of
-which those of a tensor-parallel group see the same stream, or with sequence parallelism each its own tokens. Blocks
-are watched from outside, where activation recompute does not run twice; what is seen inside twice is a ratio.
+All are of the global batch and the entire model, on every layout: sums of squares are summed over the ranks; those of a
+tensor-parallel group see the same stream, or with sequence parallelism each its own tokens. Hooks on blocks run once
+under activation checkpointing; hooks inside them may run twice, and measure ratios only.
+
+Shapes: S tokens, B samples, D hidden size.
 """
 
 import contextlib
@@ -57,31 +59,31 @@ class DepthProbe:
             "sensitivity": [math.sqrt(square) for square in sums["sensitivity"]],
             "gradient": [math.sqrt(square) * clipped for square in sums["gradient"]],
         }
-        for unit in sorted({key.rpartition(".")[0] for key in sums if key.endswith(".change")}):
-            found[f"{unit}.gain"] = _ratio(sums, f"{unit}.change", f"{unit}.read", math.sqrt)
-            mean = _ratio(sums, f"{unit}.alpha", f"{unit}.alpha.n")
-            square = _ratio(sums, f"{unit}.alpha2", f"{unit}.alpha.n")
-            found[f"{unit}.alpha"] = mean
-            found[f"{unit}.alpha_std"] = [
+        for branch in sorted({key.rpartition(".")[0] for key in sums if key.endswith(".change")}):
+            found[f"{branch}.gain"] = _ratio(sums, f"{branch}.change", f"{branch}.read", math.sqrt)
+            mean = _ratio(sums, f"{branch}.alpha", f"{branch}.alpha.n")
+            square = _ratio(sums, f"{branch}.alpha2", f"{branch}.alpha.n")
+            found[f"{branch}.alpha"] = mean
+            found[f"{branch}.alpha_std"] = [
                 None if m is None or s is None else math.sqrt(max(s - m * m, 0.0))
                 for m, s in zip(mean, square, strict=True)
             ]
-            if any(sums.get(f"{unit}.beta.n", [])):
-                found[f"{unit}.beta"] = _ratio(sums, f"{unit}.beta2", f"{unit}.beta.n", math.sqrt)
+            if any(sums.get(f"{branch}.beta.n", [])):
+                found[f"{branch}.beta"] = _ratio(sums, f"{branch}.beta2", f"{branch}.beta.n", math.sqrt)
         return found
 
     def _watch(self, block: int, module: nn.Module) -> Iterator[Any]:
-        yield module.register_forward_hook(lambda _, inputs, z_SBD: self._saw_stream(block, z_SBD))
-        for name, unit in module.named_children():
-            if isinstance(unit, ResidualBranch):
-                yield unit.register_forward_hook(
-                    lambda _, inputs, z_SBD, name=name: self._saw_unit(block, name, inputs[0], z_SBD)
+        yield module.register_forward_hook(lambda _, inputs, z_SBD: self._record_stream(block, z_SBD))
+        for name, branch in module.named_children():
+            if isinstance(branch, ResidualBranch):
+                yield branch.register_forward_hook(
+                    lambda _, inputs, z_SBD, name=name: self._record_branch(block, name, inputs[0], z_SBD)
                 )
-                yield unit.gate.register_forward_hook(
-                    lambda gate, _, outputs, name=name: self._saw_gate(block, name, gate, outputs[0])
+                yield branch.gate.register_forward_hook(
+                    lambda gate, _, outputs, name=name: self._record_gate(block, name, gate, outputs[0])
                 )
 
-    def _saw_stream(self, block: int, z_SBD: Tensor) -> None:
+    def _record_stream(self, block: int, z_SBD: Tensor) -> None:
         self._add("stream", block, _square(z_SBD))
         self._add("stream.n", block, z_SBD.numel())
         if z_SBD.requires_grad:
@@ -89,18 +91,18 @@ class DepthProbe:
             scale = 1 / copies / self.mesh.data_size**2  # a rank's backwards are of its own samples' mean
             z_SBD.register_hook(lambda gradient: self._add("sensitivity", block, _square(gradient) * scale))
 
-    def _saw_unit(self, block: int, unit: str, z_SBD: Tensor, changed_SBD: Tensor) -> None:
-        self._add(f"{unit}.read", block, _square(z_SBD))
-        self._add(f"{unit}.change", block, _square(changed_SBD.detach() - z_SBD.detach()))
+    def _record_branch(self, block: int, branch: str, z_SBD: Tensor, changed_SBD: Tensor) -> None:
+        self._add(f"{branch}.read", block, _square(z_SBD))
+        self._add(f"{branch}.change", block, _square(changed_SBD.detach() - z_SBD.detach()))
 
-    def _saw_gate(self, block: int, unit: str, gate: ResidualGate, alpha: Tensor | None) -> None:
+    def _record_gate(self, block: int, branch: str, gate: ResidualGate, alpha: Tensor | None) -> None:
         alpha = torch.ones(1) if alpha is None else alpha.detach().double()
-        self._add(f"{unit}.alpha", block, alpha.sum())
-        self._add(f"{unit}.alpha2", block, alpha.square().sum())
-        self._add(f"{unit}.alpha.n", block, alpha.numel())
+        self._add(f"{branch}.alpha", block, alpha.sum())
+        self._add(f"{branch}.alpha2", block, alpha.square().sum())
+        self._add(f"{branch}.alpha.n", block, alpha.numel())
         if gate.b is not None:
-            self._add(f"{unit}.beta2", block, _square(gate.b) * gate.multiplier**2)
-            self._add(f"{unit}.beta.n", block, gate.b.numel())
+            self._add(f"{branch}.beta2", block, _square(gate.b) * gate.multiplier**2)
+            self._add(f"{branch}.beta.n", block, gate.b.numel())
 
     def _add(self, quantity: str, block: int, value: Tensor | float) -> None:
         if quantity not in self._sums:
@@ -109,10 +111,10 @@ class DepthProbe:
 
     def _all_reduced_sums(self) -> dict[str, list[float]]:
         """Sums over all ranks, each of which holds some of the blocks."""
-        names = sorted({name for theirs in self.mesh.all_gather_object(list(self._sums)) for name in theirs})
+        names = sorted({name for names in self.mesh.all_gather_object(list(self._sums)) for name in names})
         depth = self.config.model.depth
-        mine = [self._sums[name] if name in self._sums else torch.zeros(depth) for name in names]
-        total = self.mesh.all_reduce_sum(torch.cat([values.double().cpu() for values in mine]).tolist())
+        own = [self._sums[name] if name in self._sums else torch.zeros(depth) for name in names]
+        total = self.mesh.all_reduce_sum(torch.cat([values.double().cpu() for values in own]).tolist())
         return {name: total[i * depth : (i + 1) * depth] for i, name in enumerate(names)}
 
 

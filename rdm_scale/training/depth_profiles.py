@@ -1,15 +1,19 @@
-"""Profiles along depth, as a run keeps them in depth.jsonl: one object a watched step, see training.depth_probe."""
+"""Depth profiles as a run keeps them in depth.jsonl: one JSON object a measured step, see training.depth_probe."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-Profile = dict[str, list[float | None]]  # by quantity, a number for each block, or None where a block has no such unit
+Profile = dict[str, list[float | None]]  # by quantity, a number for each block; None where a block has no such branch
 DEPTH = "depth.jsonl"
 
 
 def read_profiles(path: Path) -> tuple[list[int], list[Profile]]:
-    """Steps and profiles; none where there is no such file. Raises ValueError naming a line that is not a profile."""
+    """Read steps and profiles; both are empty if the file does not exist.
+
+    Raises:
+        ValueError: a line is not a profile; names the line.
+    """
     steps: list[int] = []
     profiles: list[Profile] = []
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []

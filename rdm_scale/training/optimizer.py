@@ -20,7 +20,7 @@ DECAYS: dict[str, Callable[[float], float]] = {
 
 
 def learning_rate(config: OptimizerConfig, step: int) -> float:
-    """Learning rate of the step that makes `step` steps complete (counted from 1).
+    """Learning rate of step `step`, counted from 1.
 
     Linear warm-up to `lr` at step `warmup_steps`; then constant, or down to lr * final_lr_ratio at `schedule_steps`
     along a line or half a cosine, and constant from there.
@@ -35,15 +35,14 @@ def learning_rate(config: OptimizerConfig, step: int) -> float:
 
 
 def takes_decay(name: str) -> bool:
-    """Whether a parameter of this logical name decays: weight matrices do; gates, biases and embeddings do not."""
+    """True if the parameter of this logical name has weight decay: weight matrices, not gates, biases or embeddings."""
     return name.endswith(".weight") and not name.startswith("class_embed.")
 
 
 def build_optimizer(config: OptimizerConfig, model_config: ModelConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """NVIDIA apex's FusedAdam on GPUs where it is installed, PyTorch's fused AdamW otherwise.
+    """Build NVIDIA apex's FusedAdam on GPUs where it is installed, PyTorch's fused AdamW otherwise.
 
-    A group for each set of rates that parameters of this model, or part of one, have; its `lr_scale` is the factor by
-    which its learning rate differs from the scheduled one.
+    Parameters with the same rates share a group; its `lr_scale` is the ratio of its learning rate to the scheduled one.
     """
     w, r = width_ratio(model_config), depth_ratio(model_config)
     members: dict[tuple[Rates, bool], list[nn.Parameter]] = defaultdict(list)
@@ -65,7 +64,7 @@ def build_optimizer(config: OptimizerConfig, model_config: ModelConfig, model: n
 
 
 def apex_adam() -> Any:
-    """The class of NVIDIA apex; None where that is not installed. (Another `apex` is on PyPI, without optimizers.)"""
+    """FusedAdam of NVIDIA apex; None if that is not installed. (PyPI has another `apex`, without optimizers.)"""
     if importlib.util.find_spec("apex") is None or importlib.util.find_spec("apex.optimizers") is None:
         return None
     from apex.optimizers import FusedAdam

@@ -24,7 +24,7 @@ class StepStatistics(NamedTuple):
 
 @dataclass
 class RankStatus:
-    """State of this rank that the others learn in each step.
+    """State of this rank that it shares with the others in each step.
 
     Attributes:
         lost: None on ranks that read no data.

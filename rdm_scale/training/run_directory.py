@@ -1,4 +1,4 @@
-"""The directory of a run: what is in it, and whether a run may start, go on, or must be refused."""
+"""Run directory: its content, and the decision to start a run in it, resume one, or refuse."""
 
 import errno
 import fcntl
@@ -22,12 +22,12 @@ CONFIG, METRICS, LOCK = "config.yaml", "metrics.jsonl", ".lock"
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run begins: at step 0, or at the step of a checkpoint."""
+    """Start of a run: step 0, or the step of a checkpoint."""
 
     step: int = 0
     checkpoint: str | None = None
-    lost_shards: tuple[tuple[str, str], ...] = ()  # of the data, as the checkpoint knows them
-    skipped: tuple[str, ...] = ()  # why each later checkpoint is not the one
+    lost_shards: tuple[tuple[str, str], ...] = ()  # (digest of the manifest, name) of each, from the checkpoint
+    skipped: tuple[str, ...] = ()  # a reason for each later checkpoint that was not used
 
 
 def checkpoints_of(config: RunConfig) -> CheckpointDirectory:
@@ -35,10 +35,10 @@ def checkpoints_of(config: RunConfig) -> CheckpointDirectory:
 
 
 def plan_start(config: RunConfig, identity: dict[str, Any]) -> Start:
-    """Decides, without touching anything, where the run begins.
+    """Decide where the run begins, without writing anything.
 
     Args:
-        identity: what makes the run this run (the configuration's identity and the data's).
+        identity: the configuration's identity and the data's, which must agree with those of the directory.
 
     Raises:
         ConfigError: the directory holds another run, or any run where `checkpoint.resume` is never.
@@ -58,7 +58,7 @@ def plan_start(config: RunConfig, identity: dict[str, Any]) -> Start:
     _refuse_other_run(run_dir, config)
     if resume != "auto":
         state = read_state(Location(resume))
-        _refuse_other_identity(_binding(identity, state), state["identity"], f"the checkpoint {resume}")
+        refuse_other_identity(_binding(identity, state), state["identity"], f"the checkpoint {resume}")
         if latest is not None and latest > state["step"]:
             raise ConfigError(
                 f"{directory.root} holds a later checkpoint (step {latest}) than the one to resume from (step "
@@ -70,7 +70,7 @@ def plan_start(config: RunConfig, identity: dict[str, Any]) -> Start:
         return Start(skipped=skipped)
     folder = directory.folder(latest)
     state = read_state(folder)
-    _refuse_other_identity(_binding(identity, state), state["identity"], f"the checkpoint {folder}")
+    refuse_other_identity(_binding(identity, state), state["identity"], f"the checkpoint {folder}")
     return _start_from(state, str(folder), skipped)
 
 
@@ -84,7 +84,7 @@ def _start_from(state: CheckpointState, folder: str, skipped: tuple[str, ...] = 
 
 
 def prepare(config: RunConfig, start: Start) -> IO[str]:
-    """Makes the directory ready: resolved configuration, and metrics cut back to the step where the run begins.
+    """Prepare the directory: write the resolved configuration, truncate metrics to the step where the run begins.
 
     Returns:
         The directory's lock: while it is open, and as long as this process lives, no other run may use the directory.
@@ -126,7 +126,7 @@ def _locked(run_dir: Path) -> IO[str]:
 
 
 def _check_writable(folder: Location) -> None:
-    """Finds out now, and not after hours of training, that checkpoints cannot be saved."""
+    """Raise ConfigError now, and not after hours of training, if checkpoints cannot be written."""
     probe = folder / f".writable-{os.getpid()}"
     try:
         folder.make_dir()
@@ -137,7 +137,7 @@ def _check_writable(folder: Location) -> None:
 
 
 def _cut_back(path: Path, step: int) -> bytes:
-    """The lines up to `step`; a later or half-written line belongs to a past that is being trained again."""
+    """Lines up to `step`; later and half-written lines are of steps that are about to be trained again."""
     kept = []
     for line in path.read_bytes().splitlines(keepends=True):
         try:
@@ -152,30 +152,38 @@ def _cut_back(path: Path, step: int) -> bytes:
 
 def _refuse_other_run(run_dir: Path, config: RunConfig) -> None:
     if (run_dir / CONFIG).exists():
-        _refuse_other_identity(config.identity(), load_config(run_dir / CONFIG).identity(), str(run_dir))
+        refuse_other_identity(config.identity(), load_config(run_dir / CONFIG).identity(), str(run_dir))
     elif (run_dir / METRICS).exists():
-        raise ConfigError(f"{run_dir} holds {METRICS} but no {CONFIG}: it is not a run of ours; set run.dir elsewhere")
+        raise ConfigError(
+            f"{run_dir} holds {METRICS} but no {CONFIG}: it is not a run of rdm_scale; set run.dir elsewhere"
+        )
 
 
 def _binding(identity: dict[str, Any], state: CheckpointState) -> dict[str, Any]:
-    """What of a run's identity a checkpoint must agree on: all of it, unless no step has been trained (imported
-    weights); then only what the checkpoint says itself."""
+    """Part of a run's identity that a checkpoint must agree on: all of it, unless no step has been trained (imported
+    weights); then only the part that the checkpoint states."""
     if state["step"] > 0 or not isinstance(state["identity"], dict):
         return identity
     said = dict(flatten(state["identity"]))
     return {name: value for name, value in flatten(identity) if name in said}
 
 
-def _refuse_other_identity(mine: dict[str, Any], theirs: Any, where: str) -> None:
-    if not isinstance(theirs, dict):
+def refuse_other_identity(expected: dict[str, Any], found: Any, where: str) -> None:
+    """Raise ConfigError, with the keys that differ, if a directory or checkpoint belongs to another run.
+
+    Args:
+        expected: identity of this run.
+        found: identity in `where`; CheckpointError if it is no dictionary.
+    """
+    if not isinstance(found, dict):
         raise CheckpointError(f"{where} does not say what run it belongs to")
-    mine, theirs = dict(flatten(mine)), dict(flatten(theirs))
-    # What the version that wrote it could not yet be asked for is at its default.
+    expected, found = dict(flatten(expected)), dict(flatten(found))
+    # Keys that the version that wrote it did not have are at their defaults.
     defaults = flatten({"model": ModelConfig().model_dump(mode="json")})
-    theirs = {name: value for name, value in defaults if name in mine} | theirs
-    differing = [name for name in sorted({*mine, *theirs}) if mine.get(name) != theirs.get(name)]
+    found = {name: value for name, value in defaults if name in expected} | found
+    differing = [name for name in sorted({*expected, *found}) if expected.get(name) != found.get(name)]
     if differing:
-        lines = [f"{name}: {theirs.get(name)} there, {mine.get(name)} here" for name in differing]
+        lines = [f"{name}: {found.get(name)} there, {expected.get(name)} here" for name in differing]
         raise ConfigError(
             "\n  ".join([f"{where} belongs to another run:", *lines, "set run.dir (and checkpoint.dir) elsewhere"])
         )

@@ -90,7 +90,7 @@ class Trainer:
         self.monitor.close()
 
     def train_step(self, batches: Iterator[TrainingBatch]) -> StepResult:
-        """Train on the next global batch, then act on what the ranks have learned of each other. Collective."""
+        """Train on the next global batch, then act on its statistics. Collective."""
         began = time.perf_counter()
         batch = next(batches)
         self.status.data_wait_s = time.perf_counter() - began

@@ -1,4 +1,4 @@
-"""A rank that raises, dies or hangs in the middle of a pipelined step: the others end soon, and one of them speaks."""
+"""A rank that raises, dies or hangs in the middle of a pipelined step: the others end soon, and one of them reports."""
 
 import os
 import signal
@@ -58,7 +58,7 @@ def start(config: Path, fault: str) -> list[subprocess.Popen]:
     ],
     ids=["raises", "dies", "hangs"],
 )
-def test_all_ranks_end_soon_and_one_speaks(tmp_path: Path, fault: str, words: str) -> None:
+def test_all_ranks_end_soon_and_one_reports(tmp_path: Path, fault: str, words: str) -> None:
     timeout_s = 20
     config = run_config(
         tmp_path,
@@ -77,8 +77,8 @@ def test_all_ranks_end_soon_and_one_speaks(tmp_path: Path, fault: str, words: st
         assert all(p.returncode == 1 for p in others)
         if "sleep" not in fault:
             errors.append(processes[FAULTY].communicate(timeout=10)[1])
-        told = [text for text in errors if "failed:" in text or "error:" in text]
-        assert len(told) == 1 and words in told[0], errors
+        reports = [text for text in errors if "failed:" in text or "error:" in text]
+        assert len(reports) == 1 and words in reports[0], errors
     finally:
         for process in processes:
             if process.poll() is None:

@@ -35,7 +35,7 @@ def ranks_of(launcher: subprocess.Popen) -> list[int]:
 
 
 def wait(condition: bool, launcher: subprocess.Popen, deadline: float) -> bool:
-    """Whether `condition` is still to be waited for."""
+    """True while `condition` is still to be waited for."""
     assert time.monotonic() < deadline and launcher.poll() is None, "the run hangs, or has ended"
     return not condition
 

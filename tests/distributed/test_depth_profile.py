@@ -1,4 +1,4 @@
-"""Profiles along depth are those of the whole model and batch, whatever the layout: against plain autograd."""
+"""Depth profiles of every layout are those of the entire model and the global batch: against plain autograd."""
 
 import itertools
 import math
@@ -47,7 +47,7 @@ def expected(data: str, tmp_path_factory: pytest.TempPathFactory) -> Profile:
 
 
 def plain_profile(config: RunConfig) -> Profile:
-    """Of step `STEP`, by autograd on one process."""
+    """Profile of step `STEP`, by autograd on one process."""
     before = config.model_copy(update={"train": config.train.model_copy(update={"steps": STEP - 1})})
     model = build_model(config.model)
     model.load_state_dict(plain_training(before).weights, strict=False)

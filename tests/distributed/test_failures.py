@@ -1,4 +1,4 @@
-"""What happens when something goes wrong in the middle: nothing is lost, nothing half-written stays."""
+"""Failures during training: no checkpoint is lost, nothing half-written stays."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def test_a_run_that_diverges_stops_before_it_saves(ranks: RankPool, data: str, t
 
 
 def train_with_small_files(config: RunConfig, limit: int) -> None:
-    """As on a full disk: rank 1 cannot write files beyond `limit` bytes."""
+    """A body for the pool, as on a full disk: rank 1 cannot write files beyond `limit` bytes."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     if os.environ["RANK"] == "1":
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))

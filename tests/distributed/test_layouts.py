@@ -32,7 +32,7 @@ def run(case: Case, ranks: RankPool, reference: Reference, data: str, folder: Pa
 
 @pytest.mark.parametrize("case", COVERING, ids=str)
 def test_layout(case: Case, ranks: RankPool, reference: Reference, data: str, tmp_path: Path) -> None:
-    """Loads the checkpoint as well: what the layout wrote is the whole model, each part of it once."""
+    """The checkpoint is loaded as well: the layout wrote the entire model, each part of it once."""
     run(case, ranks, reference, data, tmp_path).check()
 
 
@@ -50,7 +50,7 @@ def test_full_matrix(ranks: RankPool, reference: Reference, data: str, tmp_path:
 @pytest.mark.full
 @pytest.mark.timeout(1200)
 def test_layouts_in_bf16(ranks: RankPool, reference: Reference, data: str, tmp_path: Path) -> None:
-    """All come out alike: a product rounds to 2^-9, and what is a mean of many differs by far less."""
+    """Metrics agree within bf16 rounding: a product rounds to 2^-9, and the mean of many differs by far less."""
     for number, case in enumerate(COVERING):
         residual = ("fp32", "bf16")[number % 2]
         changes = case.changes() | {"train__precision": "bf16", "train__residual_dtype": residual}
@@ -91,7 +91,7 @@ def test_the_same_layout_repeats_bit_for_bit(ranks: RankPool, data: str, tmp_pat
 
 
 def test_validation_and_samples_under_a_layout(ranks: RankPool, data: str, tmp_path: Path) -> None:
-    """What is looked at is the same on every layout, too."""
+    """The validation loss is the same on every layout."""
     held_out = write_latents(tmp_path / "held_out", samples=17, seed=1)
     changes = {"data__validation": held_out, "monitor__validate_every": 2, "train__steps": 4}
     losses = {}

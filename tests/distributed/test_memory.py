@@ -75,10 +75,10 @@ def uses_torchs_linear(config: RunConfig) -> bool:
 
 
 @pytest.mark.parametrize(("keep_gathered", "torchs"), [("always", True), ("never", False)])
-def test_by_block_no_layer_keeps_a_whole_weight_for_its_backward(
+def test_by_block_no_layer_keeps_an_unsharded_weight_for_its_backward(
     ranks: RankPool, tmp_path: Path, keep_gathered: str, torchs: bool
 ) -> None:
-    """torch's would: it saves the weight's transpose. Where all weights stay whole it is used, being the faster one."""
+    """torch's linear layer would save the weight's transpose; faster, it is used if weights are kept gathered."""
     config = run_config(tmp_path, "none", parallel__keep_gathered=keep_gathered)
     assert ranks.run(2, uses_torchs_linear, config) == [torchs, torchs]
 
@@ -93,7 +93,10 @@ def test_by_block_no_layer_keeps_a_whole_weight_for_its_backward(
         (4, {"parallel__zero_stage": 3, "parallel__keep_gathered": "never"}),
         (4, {"parallel__zero_stage": 3, "parallel__keep_gathered": "always"}),
         (4, {"parallel__zero_stage": 3, "train__precision": "bf16", "parallel__keep_gathered": "always"}),
-        (2, {"parallel__pipeline": 2, "parallel__keep_gathered": "always"}),  # the gradients are whole in the share
+        (
+            2,
+            {"parallel__pipeline": 2, "parallel__keep_gathered": "always"},
+        ),  # with one data-parallel rank the shard is everything
         (8, {"parallel__tensor": 2, "parallel__pipeline": 2, "parallel__keep_gathered": "never"}),
     ],
     ids=str,

@@ -22,7 +22,7 @@ def weight(chunk: int) -> Tensor:
 
 
 def samples(step: int, micro_batch: int) -> Tensor:
-    """Of another number in every step and micro-batch."""
+    """Samples whose number differs from step to step and between micro-batches."""
     generator = torch.Generator().manual_seed(100 * step + micro_batch)
     return torch.randn(1 + (step + micro_batch) % 3, WIDTH, generator=generator, dtype=torch.float64)
 
@@ -60,7 +60,7 @@ class ToyChunks:
         return BoundarySpec(TensorSpec(shape, torch.float64), TensorSpec((WIDTH,), torch.float64))
 
     def gradients(self) -> dict[str, list]:
-        """Of this rank's parameters."""
+        """Gradients of this rank's parameters, by name."""
         named = {f"W{k}": w for k, w in self.weights.items()} | {"c": self.condition}
         return {name: p.grad.tolist() for name, p in named.items() if p.grad is not None}
 

@@ -39,7 +39,7 @@ def uninterrupted(whole: Path) -> list[dict]:
 
 
 def train_in_parts(ranks: RankPool, tmp_path: Path, data: dict[str, str], parts: list[tuple[int, int]]) -> list[dict]:
-    """Trains to each step on so many ranks; the metrics of the whole."""
+    """Train to each step on so many ranks; the metrics of all steps."""
     for steps, world in parts:
         config = run_config(tmp_path, data["data__train"], **(VALIDATED | data | {"train__steps": steps}))
         ranks.run(world, train, config)
@@ -65,7 +65,7 @@ def test_weights_and_averages_are_those_of_the_uninterrupted_run(
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_in_bf16_too(ranks: RankPool, data: dict[str, str], tmp_path: Path, stage: int) -> None:
-    """What forwards compute with is made anew of the fp32 masters."""
+    """The weights of forwards are recomputed from the fp32 master weights."""
     same = {"train__precision": "bf16", "parallel__zero_stage": stage, "train__micro_batch_size": 2}
     for name, stops in (("whole", [6]), ("parts", [3, 6])):
         for steps in stops:

@@ -1,4 +1,4 @@
-"""Checkpoints are written while training goes on, one at a time, and what fails is told and survived."""
+"""Checkpoints are written while training goes on, one at a time, and failures are reported and survived."""
 
 import errno
 import json
@@ -115,7 +115,7 @@ def test_the_last_save_must_not_fail(ranks: RankPool, data: str, tmp_path: Path)
     assert steps_saved(config) == [2]
 
 
-def test_what_resume_skips_is_said(ranks: RankPool, data: str, tmp_path: Path) -> None:
+def test_checkpoints_that_resume_skips_are_reported(ranks: RankPool, data: str, tmp_path: Path) -> None:
     config = run_config(tmp_path, data, train__steps=4, checkpoint__every=2)
     ranks.run(2, train, config)
     whole = metrics(config.run.dir)

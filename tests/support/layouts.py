@@ -33,7 +33,7 @@ class Case(NamedTuple):
         return 3 if BATCH // self.data % 3 == 0 else 4
 
     def changes(self) -> dict[str, Any]:
-        """For small_runs.run_config."""
+        """Configuration keys, as small_runs.run_config takes them."""
         stage, _, gathering = self.zero.partition(" ")
         return MODEL | {
             "train__micro_batch_size": BATCH // self.data // self.micro_batches,
@@ -74,7 +74,7 @@ def legal() -> list[Case]:
 
 
 def covering(first: Iterable[Case] = ()) -> list[Case]:
-    """Few cases, `first` among them, in which every mesh occurs and every two options that can occur together do."""
+    """A small set of cases that contains `first`, every mesh, and every two options that can occur together."""
     candidates = legal()
     missing = set().union(*map(_pairs, candidates))
     chosen = list(first)

@@ -25,7 +25,7 @@ _GRACE_S = 10.0  # what the others may take to notice that a rank failed
 
 class RankPool:
     def __init__(self, gpu: bool = False) -> None:
-        """With `gpu` the ranks share the first GPU and speak through NCCL."""
+        """With `gpu` the ranks share the first GPU and communicate through NCCL."""
         self.gpu = gpu
         os.environ |= ENVIRONMENT | (ON_GPU if gpu else ON_CPU)  # before the server starts, from which ranks inherit
         # A process that has looked for GPUs cannot be forked into one that uses them.
@@ -54,11 +54,11 @@ class RankPool:
     def _start(
         self, names: dict[str, str], body: Callable[..., Any], arguments: tuple[Any, ...]
     ) -> tuple[multiprocessing.process.BaseProcess, Connection]:
-        ours, theirs = self.context.Pipe()
-        process = self.context.Process(target=_work, args=(theirs, names, body, arguments), daemon=True)
+        own, other = self.context.Pipe()
+        process = self.context.Process(target=_work, args=(other, names, body, arguments), daemon=True)
         process.start()
-        theirs.close()
-        return process, ours
+        other.close()
+        return process, own
 
 
 def _collect(connections: list[Connection], timeout_s: float) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Training as anyone would write it down, on one process, and how far a run has come out from it."""
+"""Reference training in plain PyTorch on one process, and the deviation of a run from it."""
 
 import copy
 from pathlib import Path
@@ -19,16 +19,16 @@ from tests.support.small_runs import metrics
 
 
 class Reference(NamedTuple):
-    """Losses and gradient norms by step, last weights and averaged weights."""
+    """Losses and gradient norms by step, last weights and EMA weights."""
 
     losses: list[float]
     norms: list[float]
     weights: dict[str, Tensor]
-    averages: dict[str, Tensor]
+    ema: dict[str, Tensor]
 
 
 def plain_training(config: RunConfig) -> Reference:
-    """Losses, gradient norms, last weights and averaged weights of AdamW as anyone would write it down."""
+    """Train with a plain loop: AdamW, clipping, warm-up and EMA, without any training code of the project."""
     options = config.optimizer
     model = build_model(config.model, config.train.seed)
     average = copy.deepcopy(model)
@@ -95,28 +95,28 @@ class Deviation(NamedTuple):
     loss: float
     norm: float
     weights: float
-    averages: float
+    ema: float
 
     def check(self) -> None:
         """The bounds of a layout that computes the same in fp32."""
         assert self.loss < 1e-5 and self.norm < 1e-5, self
-        assert self.weights < 1e-4 and self.averages < 1e-4, self
+        assert self.weights < 1e-4 and self.ema < 1e-4, self
 
 
 def deviation(config: RunConfig, reference: Reference) -> Deviation:
-    """Of a finished run."""
+    """Deviation of a finished run."""
     records = metrics(Path(config.run.dir))
     assert [r["step"] for r in records] == list(range(1, len(reference.losses) + 1))
     return Deviation(
         max(abs(r["loss"] / loss - 1) for r, loss in zip(records, reference.losses, strict=True)),
         max(abs(r["grad_norm"] / norm - 1) for r, norm in zip(records, reference.norms, strict=True)),
         largest_distance(config.run.dir, "weights", reference.weights),
-        largest_distance(config.run.dir, "ema", reference.averages),
+        largest_distance(config.run.dir, "ema", reference.ema),
     )
 
 
 def largest_distance(run_dir: str, kind: Literal["weights", "ema"], expected: dict[str, Tensor]) -> float:
-    """Of all tensors, relative to each one's norm (or to 1e-3 where it is almost nothing: gates and biases at 0)."""
+    """Largest distance of a tensor relative to its norm (or to 1e-3 where that is smaller: gates and biases at 0)."""
     found = load_model(run_dir, kind).named_parameters()
     distances = {name: (p - expected[name]).norm() / expected[name].norm().clamp(min=1e-3) for name, p in found}
     return max(distance.item() for distance in distances.values())

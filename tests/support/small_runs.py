@@ -1,4 +1,4 @@
-"""Small training runs for the tests, and a reference that shares no training code with the project."""
+"""Small training runs for the tests."""
 
 import base64
 import json
@@ -106,7 +106,7 @@ def run_config(tmp_path: Path, data: str | list[dict[str, str]], **changes: Any)
 
 
 def train(config: RunConfig) -> None:
-    """A body for the pool: one whole run."""
+    """A body for the pool: one run from start to end."""
     from rdm_scale.train import train
 
     train(config)

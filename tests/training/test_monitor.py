@@ -1,4 +1,4 @@
-"""What a run writes down."""
+"""Files and messages of the monitor."""
 
 import json
 from pathlib import Path

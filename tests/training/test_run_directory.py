@@ -1,4 +1,4 @@
-"""Where a run may start; what it would overwrite it refuses. (Going on from checkpoints: tests/distributed.)"""
+"""Start of a run, and refusal to overwrite another one. (Going on from checkpoints: tests/distributed.)"""
 
 import errno
 import fcntl
@@ -9,7 +9,7 @@ import pytest
 
 from rdm_scale.config import RunConfig, to_yaml
 from rdm_scale.errors import CheckpointError, ConfigError
-from rdm_scale.training.run_directory import Start, _refuse_other_identity, plan_start, prepare
+from rdm_scale.training.run_directory import Start, plan_start, prepare, refuse_other_identity
 
 
 def config_in(path: Path, **sections: dict) -> RunConfig:
@@ -62,10 +62,10 @@ def test_a_checkpoint_of_a_version_with_fewer_keys() -> None:
     config = RunConfig.model_validate({"data": {"train": "none"}, "run": {"dir": "none"}})
     missing = {"model.base_depth", "model.qk_norm"}
     older = {name: value for name, value in config.identity().items() if name not in missing}
-    _refuse_other_identity(config.identity(), older, "the checkpoint")
+    refuse_other_identity(config.identity(), older, "the checkpoint")
     based = config.model_copy(update={"model": config.model.model_copy(update={"base_depth": 3})})
     with pytest.raises(ConfigError, match=r"model\.base_depth: None there, 3 here"):
-        _refuse_other_identity(based.identity(), older, "the checkpoint")
+        refuse_other_identity(based.identity(), older, "the checkpoint")
 
 
 def test_a_directory_that_is_not_a_run(tmp_path: Path) -> None:
