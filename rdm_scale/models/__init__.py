@@ -1,4 +1,4 @@
-"""Plain PyTorch models: they know nothing of ranks."""
+"""Diffusion transformers in plain PyTorch, without knowledge of ranks."""
 
 from rdm_scale.models.transformer import DiffusionTransformer, ModelPart, build_model
 from rdm_scale.moved import moved_names

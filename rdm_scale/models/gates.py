@@ -1,7 +1,7 @@
-"""Residual structures: the ways in which a branch F(z; c) joins the residual stream z.
+"""Residual structures: gates that add a branch F(z; c) to the hidden states z.
 
-All are one formula, z + alpha * F + beta with alpha = r (m * a + g(c)) and beta = r * m * b, and differ in which parts
-exist:
+All share the formula z + alpha * F + beta with alpha = r (m * a + g(c)) and beta = r * m * b; they differ in the terms
+that exist:
 
     plain       alpha = r
     rezero      alpha = r a        a scalar per branch, starting at 0 (arXiv 2003.04887)
@@ -11,9 +11,11 @@ exist:
 
 a and b of neural_rdm start at 1 and 0; m = m0 * L^-p is a fixed function of the number L of residual branches. r is 1,
 unless the configuration names a base depth: then L in m is the base's and r is L over this model's number
-(models/parameterization.py). The paper's alpha is r * m * a and its beta r * m * b. Storing the product itself would
-break depth: Adam moves every stored number by about the learning rate, whatever its size, and a gate of size 1/L would
-be thrown about.
+(models/parameterization.py). The paper's alpha is r * m * a and its beta r * m * b. The parameters are a and b rather
+than the products, because Adam changes each parameter by about the learning rate regardless of its size, which would be
+too much for a gate of size 1/L.
+
+Shapes: B samples, D hidden size.
 """
 
 import torch
@@ -24,16 +26,16 @@ from rdm_scale.models.parameterization import depth_ratio
 
 
 def branch_multiplier(config: ModelConfig) -> float:
-    """What a and b are multiplied by: r, times m(L) = m0 * L^-p for neural_rdm, L being the residual branches of the
-    base: attention and MLP of each block, and what else it has."""
+    """Fixed multiplier of a and b: r and, for neural_rdm, r * m with m = m0 * L^-p, L the number of residual branches
+    of the base."""
     m = config.gate.multiplier * config.base_branches**-config.gate.exponent if config.residual == "neural_rdm" else 1.0
     return depth_ratio(config) * m
 
 
 class ResidualGate(nn.Module):
-    """alpha and beta of z + alpha * F + beta; see the module's table. `a` and `b` take no weight decay.
+    """Gate alpha and beta of z + alpha * F + beta; see the module's table. `a` and `b` take no weight decay.
 
-    `multiplier` is what a and b are multiplied by, and `ratio`, r, what g(c) is.
+    `multiplier` multiplies a and b; `ratio`, r, multiplies g(c).
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -47,13 +49,14 @@ class ResidualGate(nn.Module):
     def forward(
         self, condition_gate_BD: Tensor | None, bias_D: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor | None, Tensor]:
-        """(alpha, beta) such that z + alpha * F + beta joins a branch with its last bias: alpha and beta are [D],
-        [B, D] or a scalar, and alpha is None where it is 1.
+        """Compute (alpha, beta), each [D], [B, D] or a scalar; beta includes the bias of the branch's last layer.
+
+        alpha is None where it is 1.
 
         Args:
             condition_gate_BD: g(c) [B, D], given exactly when `conditional`.
-            bias_D: the bias of the branch's last layer, which that layer has left out of F.
-            dtype: type of the stream, in which all of this is computed.
+            bias_D: bias of the branch's last layer, which F leaves out.
+            dtype: dtype of the hidden states, used for the computation.
         """
         alpha = None if self.a is None else self.multiplier * self.a.to(dtype)
         if condition_gate_BD is not None:

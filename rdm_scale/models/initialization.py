@@ -1,15 +1,15 @@
-"""Initial values of all parameters, by one rule.
+"""Initial values of all parameters.
 
 Weights start as in DiT (Xavier-uniform; embeddings normal with standard deviation 0.02; biases zero, scales of norms
-one; the modulation and the last layer zero, so that the network starts by ignoring the condition and predicting zero)
-and do not depend on depth. Depth enters through the gates alone (models/gates.py): with m = m0 * L^-1/2 and a = 1 the L
-branches add m0^2 * mean(Var F) to the variance of the stream, whatever L is, or less beyond a base depth. A branch
-reads a normalized stream, so Var F is a constant of the initialization: at most 0.5 for attention and about 0.2 for the
-MLP, against a variance of 0.5 of the position table alone. Hence the variance from first to last block, and by the same
-count the gain of a cotangent pulled back through the blocks, stay within a factor of 2 at every depth
-(tests/models/test_init.py).
+one; the modulation and the last layer zero, so that the network initially ignores the condition and predicts zero) and
+do not depend on depth. Depth enters through the gates alone (models/gates.py): with m = m0 * L^-1/2 and a = 1 the L
+branches add m0^2 * mean(Var F) to the variance of the hidden states for any L, or less beyond a base depth. A branch
+reads normalized hidden states, so Var F is a constant of the initialization: at most 0.5 for attention and about 0.2
+for the MLP, against a variance of 0.5 of the position table alone. Hence the variance from first to last block, and
+likewise the gain of a cotangent pulled back through the blocks, stay within a factor of 2 at every depth
+(tests/models/test_initialization.py).
 
-With a base width (models/parameterization.py) what embeddings put into each channel does not depend on the width:
+With a base width (models/parameterization.py) the embeddings' contribution to a channel does not depend on the width:
 weights on patches and captions, whose sizes do not grow, are drawn as at that width, and the second layers of the
 condition's embeddings, whose inputs do, smaller by the root of the ratio.
 
@@ -30,7 +30,7 @@ from rdm_scale.models.parameterization import inputs_grow, width_ratio
 
 
 def initial_value(name: str, shape: torch.Size, seed: int, config: ModelConfig) -> Tensor:
-    """The initial value of the parameter with this logical name and whole shape (gates apart), fp32 on the CPU."""
+    """Initial value of the parameter with this logical name and unsharded shape, fp32 on the CPU; gates excepted."""
     if name.endswith("bias") or "modulation." in name or name.startswith("head."):
         return torch.zeros(shape)
     if name.endswith("_scale"):
@@ -44,7 +44,7 @@ def initial_value(name: str, shape: torch.Size, seed: int, config: ModelConfig) 
 
 @torch.no_grad()
 def initialize(model: nn.Module, seed: int, config: ModelConfig, prefix: str = "") -> None:
-    """Fills every parameter of a model, or of its part called `prefix`, that is on a real device."""
+    """Fill every parameter of a model, or of its submodule of name `prefix`; all must have storage."""
     gates = {prefix + name: module for name, module in model.named_modules() if isinstance(module, ResidualGate)}
     slices = parameter_slices(model)
     for local_name, parameter in model.named_parameters():

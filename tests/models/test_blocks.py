@@ -54,8 +54,8 @@ PLACE = torch.arange(24) % 8
 @pytest.mark.parametrize(
     ("kind", "block", "of"), [("joint", 1, torch.zeros(24)), ("factorized", 0, FRAME), ("factorized", 1, PLACE)]
 )
-def test_tokens_attend_to_those_of_their_frame_or_place(kind: str, block: int, of: Tensor) -> None:
-    """Factorized attention is attention with a mask: the spatial block's by frames, the temporal one's by places."""
+def test_attention_is_full_spatial_or_temporal(kind: str, block: int, of: Tensor) -> None:
+    """Equals masked attention: of the spatial block within frames, of the temporal one within positions."""
     branch = randomized(clips(attention=kind)).blocks[str(block)].attention.branch
     x = stream()
     heads = plain_attention(*split_heads(branch.qkv(x)), of[:, None] == of[None])
@@ -88,7 +88,7 @@ def test_frames_of_a_still_image_are_few() -> None:
     torch.testing.assert_close(branch(x, Conditioning(torch.zeros(B, 32), (1, 2, 4))), v @ branch.out.weight.T)
 
 
-def test_long_skips_join_each_block_to_its_mirror() -> None:
+def test_long_skips_join_block_i_to_block_depth_minus_1_minus_i() -> None:
     """Against the formula: z + alpha W [modulated norm(z); norm(skip)] + beta, then what a block without skip does."""
     model = randomized(clips(stacking="u", depth=5))
     assert [block.skip is not None for block in model.blocks.values()] == [False, False, False, True, True]
@@ -126,7 +126,7 @@ def test_queries_and_keys_are_normalized_head_by_head() -> None:
     assert build_model(clips(qk_norm=True)).blocks["1"].attention.branch.norm.q_scale.tolist() == [1.0] * 8
 
 
-def test_rotary_positions_turn_pairs_of_channels_by_place() -> None:
+def test_rope_rotates_channel_pairs_by_position() -> None:
     """Heads of 8 channels: two pairs along T (frequencies 1 and 1/100), one along H, one along W (frequency 1)."""
     model = randomized(clips(positions="rotary"))
     assert dict(model.named_buffers()) == {}
@@ -141,7 +141,7 @@ def test_rotary_positions_turn_pairs_of_channels_by_place() -> None:
     torch.testing.assert_close(found, heads @ branch.out.weight.T)
 
 
-def test_with_rotary_positions_only_differences_of_places_count() -> None:
+def test_with_rope_attention_depends_on_relative_positions() -> None:
     """q(place) . k(other place) is the same when both are moved by one."""
     rope = axial_rope(8, (1, 5, 6), clips=False).view(2, 5, 6, 4)
     q, k = torch.randn(2, 8, generator=torch.Generator().manual_seed(0)).unbind()
@@ -153,7 +153,7 @@ def test_with_rotary_positions_only_differences_of_places_count() -> None:
     assert product((0, 1), (2, 4)) != pytest.approx(product((0, 1), (2, 3)), rel=1e-2)
 
 
-def test_rotary_models_take_other_sizes_and_tell_places_apart() -> None:
+def test_rotary_models_take_other_sizes_and_distinguish_positions() -> None:
     model = randomized(clips(positions="rotary"))
     latents = torch.randn(B, 2, 2, 8, 4)
     out = model(latents, torch.rand(B))
@@ -203,7 +203,7 @@ def test_a_caption_reaches_the_model_by_its_tokens_and_by_its_pooled_vector() ->
     assert moved.min() > 1e-3
 
 
-def test_every_unit_of_every_kind_trains_every_parameter() -> None:
+def test_every_branch_of_every_kind_trains_every_parameter() -> None:
     model = randomized(clips(**TEXT, stacking="u", qk_norm=True, positions="rotary", attention="factorized"))
     model(torch.randn(B, 2, 3, 4, 8), torch.rand(B), captions(model, (4, 3))).square().mean().backward()
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0] == []

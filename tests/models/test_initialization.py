@@ -23,7 +23,7 @@ def test_neural_rdm_keeps_variance_and_cotangent_within_a_factor_of_two(depth: i
 
 @pytest.mark.parametrize(("residual", "most"), [("rezero", 1.0), ("adaln_zero", 1.0), ("layerscale", 1.15)])
 def test_structures_that_start_closed_keep_them(residual: str, most: float) -> None:
-    """Exactly where alpha starts at 0. Layerscale's starts at 0.1 in twelve blocks: 24 branches add 0.01 of theirs."""
+    """Exactly, where alpha starts at 0. Layerscale's is 0.1 for twelve blocks: each of 24 branches adds 0.01 Var F."""
     variance, cotangent = stack_gains(small_stack(12, residual=residual))
     assert 1 <= variance <= most
     assert 1 <= cotangent <= most

@@ -17,7 +17,7 @@ FAMILY = [{}, TEXT, {"stacking": "u", "depth": 4}, {"qk_norm": True}, {"residual
 
 @pytest.mark.parametrize("changes", FAMILY, ids=str)
 def test_matrices_whose_inputs_grow_are_found_by_their_shapes(changes: dict) -> None:
-    """By name, as ranks must do it, who have a part of each; here by comparing models of two widths."""
+    """Names, which is what sharded ranks go by, agree with shapes of models of two widths."""
 
     def shapes(width: int) -> dict[str, torch.Size]:
         config = ModelConfig(**(SMALL | changes | {"hidden_size": width}))
@@ -43,8 +43,8 @@ def test_rates_of_a_model_four_times_as_wide_and_eight_times_as_deep() -> None:
 
 def test_a_base_of_the_own_size_is_none() -> None:
     plain, based = (ModelConfig(**(SMALL | base)) for base in ({}, {"base_width": 32, "base_depth": 2}))
-    ours, theirs = (list(build_model(config).named_parameters()) for config in (plain, based))
-    for (name, one), (_, other) in zip(ours, theirs, strict=True):
+    first, second = (list(build_model(config).named_parameters()) for config in (plain, based))
+    for (name, one), (_, other) in zip(first, second, strict=True):
         assert torch.equal(one, other)
         assert rates(name, width_ratio(based), depth_ratio(based)) == (1, 1, 1)
     for residual in ("plain", "neural_rdm"):
@@ -53,7 +53,7 @@ def test_a_base_of_the_own_size_is_none() -> None:
 
 
 def test_initial_embeddings_do_not_depend_on_the_width() -> None:
-    """What patches and times put into each channel; without a base patches put in less the wider the model is."""
+    """With a base, patches and timesteps contribute the same to a channel at any width; without, patches less."""
     sizes = {}
     for width in (32, 512):
         for base in (None, 32):

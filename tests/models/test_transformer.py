@@ -146,7 +146,7 @@ def test_position_tables() -> None:
 
 
 def test_other_sizes_than_the_configured_one() -> None:
-    """What a model configured for another size computes, with the same weights; still images go through a video model
+    """Predictions equal those of a model configured for that size with the same weights; an image passes a video model
     as its first frame."""
     wide = build_model(small(input=InputConfig(height=4, width=16)))
     square = build_model(small(input=InputConfig(height=8, width=8)))
