@@ -20,7 +20,7 @@ Normalization = tuple[Sequence[float], Sequence[float]]  # shift, scale
 
 @dataclass(frozen=True)
 class Vae:
-    """How to use the models of one class of diffusers.
+    """Calls and properties of the models of one class of diffusers.
 
     Attributes:
         geometry: compression of a model.

@@ -49,5 +49,5 @@ def assert_close_up_to_rounding(found: Tensor, expected: Evaluations) -> None:
 
 
 def _float32_noise(*size: Any, dtype: torch.dtype | None = None, **options: Any) -> Tensor:
-    """`torch.randn` with the same values in every type: decoders that inject noise draw it in theirs."""
+    """`torch.randn` with the same values in every element type, for decoders that inject noise."""
     return _randn(*size, **options).to(dtype or torch.float32)
