@@ -8,7 +8,9 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rdm_scale.config import RunConfig
-from rdm_scale.training.monitor import RunMonitor
+from rdm_scale.training.monitor import RunMonitor, metrics_record
+from rdm_scale.training.rank_status import StepStatistics
+from rdm_scale.training.step import StepResult
 
 
 def config_in(path: Path) -> RunConfig:
@@ -46,3 +48,22 @@ def test_a_resumed_run_appends_to_its_metrics(tmp_path: Path) -> None:
     second.step(record(2))
     second.close()
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 2
+
+
+def test_a_record_has_the_keys_that_metrics_jsonl_promises(tmp_path: Path) -> None:
+    config = config_in(tmp_path)
+    config = config.model_copy(update={"train": config.train.model_copy(update={"global_batch_size": 8})})
+    statistics = StepStatistics(loss_sum=2.0, stop_requests=0.0, data_wait_s=0.1, lost_shards=0.0, saving=0.0)
+    result = StepResult(step=3, loss=0.25, grad_norm=1.5, lr=1e-3, size=(1, 32, 32), statistics=statistics)
+    tokens = 8 * config.model.tokens_of((1, 32, 32))
+    assert metrics_record(config, result, step_s=0.4) == {
+        "step": 3,
+        "loss": 0.25,
+        "grad_norm": 1.5,
+        "lr": 1e-3,
+        "samples": 24,
+        "step_s": 0.4,
+        "tokens_per_s": tokens / 0.4,
+        "data_wait_s": 0.1,
+        "data_wait_share": 0.1 / 0.4,
+    }

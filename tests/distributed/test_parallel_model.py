@@ -1,0 +1,86 @@
+"""The contract of ParallelModel on two ranks: EMA weights, state for checkpoints, recorded gradients."""
+
+import math
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from rdm_scale.batch import TrainingBatch
+from rdm_scale.config import RunConfig
+from rdm_scale.diffusion import build_objective
+from tests.support.rank_pool import RankPool
+from tests.support.small_runs import run_config
+
+LAYOUTS = [
+    {"parallel__pipeline": 2, "parallel__zero_stage": 1},
+    {"parallel__zero_stage": 3, "parallel__keep_gathered": "never"},
+    {"parallel__zero_stage": 3, "parallel__keep_gathered": "always"},
+]
+
+
+def batch_of(config: RunConfig, samples: int, seed: int) -> TrainingBatch:
+    size, generator = config.model.input, torch.Generator().manual_seed(seed)
+    shape = (samples, size.channels, size.frames, size.height, size.width)
+    latents, noise = (torch.randn(shape, generator=generator) for _ in range(2))
+    numbers = torch.arange(samples)
+    return TrainingBatch(0, numbers, numbers, latents, noise, torch.rand(samples, generator=generator), numbers % 4)
+
+
+def use_model(config: RunConfig) -> tuple[list[int], float, float]:
+    """A body for the pool: this rank's blocks, the norm of their gradients and that of all gradients."""
+    from rdm_scale.parallel.mesh import build_mesh
+    from rdm_scale.parallel.parallelize import parallelize
+    from rdm_scale.parallel.plan import plan_parallelism
+    from rdm_scale.training.optimizer import build_optimizer
+
+    mesh = build_mesh(config.parallel)
+    plan = plan_parallelism(config, mesh.world_size, None)
+    model = parallelize(config, mesh, plan, partial(build_optimizer, config.optimizer, config.model))
+    objective = build_objective(config.diffusion, False)
+    batch = batch_of(config, plan.micro_batch * plan.micro_batches, mesh.data_rank)
+
+    def train(lr: float = 1e-2) -> float:
+        model.accumulate(batch.split(plan.micro_batch), objective)
+        return model.step(lr)
+
+    def predict(*, ema: bool = False) -> torch.Tensor:
+        with model.evaluating(ema=ema):
+            return model(*objective.model_inputs(batch)).clone()
+
+    def copies() -> list[list[torch.Tensor]]:
+        return [[flat.clone() for flat in flats] for flats in model.state()]
+
+    for _ in range(3):  # in the first step only the head has a gradient
+        with model.recording_gradients() as squares:
+            norm = train()
+    before, predicted, averaged = copies(), predict(), predict(ema=True)
+    assert not torch.equal(predicted, averaged), "the EMA weights are still the initial ones"
+    assert torch.equal(predict(), predicted), "the weights come back after an evaluation with others"
+
+    model.update_ema(0.75)
+    for ema, old, weights in zip(model.state().ema, before[3], before[0], strict=True):
+        torch.testing.assert_close(ema, 0.75 * old + 0.25 * weights)
+
+    train()
+    assert not torch.equal(predict(), predicted)
+    with model.restoring(3) as state:
+        for flats, kept in zip(state, before, strict=True):
+            torch._foreach_copy_(flats, kept)
+    assert torch.equal(predict(), predicted) and torch.equal(predict(ema=True), averaged)
+
+    blocks_norm = math.sqrt(mesh.all_reduce_sum([float(sum(squares.values()))])[0]) * model.clip_factor(norm)
+    mesh.shutdown()
+    return sorted(model.blocks), blocks_norm, norm
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_contract(ranks: RankPool, tmp_path: Path, layout: dict) -> None:
+    config = run_config(tmp_path, "none", **layout, train__micro_batch_size=2, optimizer__grad_clip=0.01)
+    results = ranks.run(2, use_model, config)
+    pipelined = "parallel__pipeline" in layout
+    held = [block for blocks, _, _ in results for block in blocks]
+    assert sorted(held) == ([0, 1, 2] if pipelined else [0, 0, 1, 1, 2, 2])
+    for _, blocks_norm, norm in results:
+        assert 0.1 * norm < blocks_norm < norm
