@@ -34,6 +34,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "data.inputs": ("encoding.inputs",),
     "data.lists": ("encoding.lists",),
     "data.media": ("encoding.media",),
+    "data.reader": ("data.contiguous_reader", "data.dataset"),
     "data.retry": ("storage.retries", "storage.context"),
     "data.s3": ("storage.s3_client",),
     "data.storage": ("storage.location",),

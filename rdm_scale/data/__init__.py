@@ -1,7 +1,8 @@
 """Latent shards: their format, the global order of samples, and the streams that read them.
 
-One batch passes through `batch_plan` (which samples; from `mixing` and `order`), `segment_loader` and `reader` (from
-shards to samples in memory) and `assembly` (to a `LatentBatch`); `stream` ties them together. See docs/data.md.
+One batch passes through `batch_plan` (which samples; from `mixing` and `order`), `segment_loader` and
+`contiguous_reader` (from shards to samples in memory) and `assembly` (to a `LatentBatch`); `stream` ties them together.
+See docs/data.md.
 """
 
 import importlib

@@ -12,11 +12,11 @@ from rdm_scale.config import DataConfig
 from rdm_scale.data.assembly import assemble
 from rdm_scale.data.batch_plan import Bucket, check_data_parallel_rank
 from rdm_scale.data.buffer_pool import BufferPool
+from rdm_scale.data.contiguous_reader import ContiguousReader, UnreadableError, open_cache
 from rdm_scale.data.dataset import Sources, open_sources
 from rdm_scale.data.loaded_samples import LoadedSample
 from rdm_scale.data.manifest import Manifest
 from rdm_scale.data.order import ContiguousRead
-from rdm_scale.data.reader import ContiguousReader, UnreadableError, open_cache
 from rdm_scale.errors import ConfigError
 
 

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 from rdm_scale.data.batch_plan import Bucket
+from rdm_scale.data.contiguous_reader import ContiguousReader, UnreadableError
 from rdm_scale.data.loaded_samples import LoadedSamples
 from rdm_scale.data.lost_shards import LostShards
 from rdm_scale.data.order import ContiguousRead, RowSegment
-from rdm_scale.data.reader import ContiguousReader, UnreadableError
 
 
 class SegmentLoader:

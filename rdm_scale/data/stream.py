@@ -1,7 +1,7 @@
 """The endless stream of training batches.
 
 The way of one batch: the plan of its step (`batch_plan`, from `mixing` and `order`), the contiguous reads that contain
-its samples (`segment_loader`, `reader`), and the batch assembled from the samples (`assembly`).
+its samples (`segment_loader`, `contiguous_reader`), and the batch assembled from the samples (`assembly`).
 """
 
 from collections import deque
@@ -13,11 +13,11 @@ from rdm_scale.config import DataConfig
 from rdm_scale.data.assembly import assemble
 from rdm_scale.data.batch_plan import BatchPlan, BatchPlanner, check_data_parallel_rank
 from rdm_scale.data.buffer_pool import BufferPool
+from rdm_scale.data.contiguous_reader import ContiguousReader, open_cache
 from rdm_scale.data.dataset import Sources, open_sources
 from rdm_scale.data.loaded_samples import LoadedSample
 from rdm_scale.data.lost_shards import LostShards
 from rdm_scale.data.order import ContiguousRead
-from rdm_scale.data.reader import ContiguousReader, open_cache
 from rdm_scale.data.segment_loader import SegmentLoader
 from rdm_scale.errors import ConfigError
 from rdm_scale.moved import moved_names

@@ -97,7 +97,7 @@ def test_a_member_in_use_is_read_once(write_set: WriteSet, monkeypatch: pytest.M
     """Also if memory is limited to the reads in use and those ahead."""
     latents = write_set(640)  # 160 members, 20 per row
     tars = sum(shard.bytes for shard in latents.manifest.shards)
-    monkeypatch.setattr("rdm_scale.data.reader.KEPT_BYTES", 1)
+    monkeypatch.setattr("rdm_scale.data.contiguous_reader.KEPT_BYTES", 1)
     reads = record_reads(monkeypatch)
     take(latents, 80)
     ahead = 2 * 4 * tars / 80  # by the four workers, which have reached the second epoch

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from rdm_scale.config import RunConfig
-from rdm_scale.data import reader
+from rdm_scale.data import contiguous_reader
 from rdm_scale.errors import DataError
 from rdm_scale.storage.location import Location
 from rdm_scale.tools.s3_server import S3Server
@@ -50,7 +50,7 @@ def train_on_s3(config: RunConfig, environment: dict[str, str]) -> list[list[int
         return step(self, noted())
 
     Trainer.train_step = watched  # type: ignore[method-assign]
-    reader.KEPT_BYTES = 1
+    contiguous_reader.KEPT_BYTES = 1
     train(config)
     return ids
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from rdm_scale.batch import LatentBatch
 from rdm_scale.codecs.record import CodecRecord
 from rdm_scale.config import DataSource
+from rdm_scale.data.contiguous_reader import ContiguousReader
 from rdm_scale.data.dataset import open_dataset
 from rdm_scale.data.manifest import Manifest
 from rdm_scale.data.order import ContiguousRead
-from rdm_scale.data.reader import ContiguousReader
 from rdm_scale.storage.location import Location
 
 IDENTITY = CodecRecord(name="identity", location="identity")

@@ -28,7 +28,7 @@ def test_the_most_recently_used_reads_are_kept(
     write_set: WriteSet, monkeypatch: pytest.MonkeyPatch, reads: list[RangeRead]
 ) -> None:
     """Room for three members: the fourth evicts the second, and not the first, which was used since."""
-    monkeypatch.setattr("rdm_scale.data.reader.KEPT_BYTES", 1)
+    monkeypatch.setattr("rdm_scale.data.contiguous_reader.KEPT_BYTES", 1)
     latents = write_set(24, members_per_shard=6)  # six members of one size
     size = latents.manifest.shards[0].members[0].bytes
     reader = open_reader(latents, largest=size)  # one read in use, and one worker with two ahead
@@ -45,7 +45,7 @@ def test_the_most_recently_used_reads_are_kept(
 def test_released_reads_are_evicted_first(
     write_set: WriteSet, monkeypatch: pytest.MonkeyPatch, reads: list[RangeRead]
 ) -> None:
-    monkeypatch.setattr("rdm_scale.data.reader.KEPT_BYTES", 1)
+    monkeypatch.setattr("rdm_scale.data.contiguous_reader.KEPT_BYTES", 1)
     latents = write_set(24, members_per_shard=6)
     reader = open_reader(latents, largest=latents.manifest.shards[0].members[0].bytes)
     one, two, three, four, *_ = reads_of_members(latents)
