@@ -25,13 +25,14 @@ def draw(
     empty_caption: TextCondition | None = None,
     purpose: str = "train",
 ) -> TrainingBatch:
-    """Draws timestep, noise and condition dropout of each sample, as functions of (seed, purpose, position) alone.
+    """Draw timestep, noise and condition dropout of each sample, as functions of (seed, purpose, position) alone.
 
     Args:
-        num_classes: also the null class, which stands for a label dropped or missing; None for a model without classes.
+        num_classes: also the null class, in place of a label that is dropped or missing; None for a model without
+            classes.
         condition_dropout: probability with which a label or caption is dropped (classifier-free guidance, Ho & Salimans
             2022).
-        empty_caption: the one that stands for a caption dropped; None for a model without text.
+        empty_caption: in place of a dropped caption; None for a model without text.
 
     Raises:
         DataError: a label that is not below num_classes.
@@ -39,8 +40,8 @@ def draw(
     positions = batch.positions.tolist()
     shape = batch.latents.shape[1:]
 
-    def generators(what: str) -> Iterator[torch.Generator]:
-        return (rng.generator(seed, f"{purpose} {what}", position) for position in positions)
+    def generators(quantity: str) -> Iterator[torch.Generator]:
+        return (rng.generator(seed, f"{purpose} {quantity}", position) for position in positions)
 
     def dropped() -> Tensor:
         uniform = torch.stack([torch.rand((), generator=g) for g in generators("condition dropout")])

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 
 from rdm_scale import checkpoint
-from rdm_scale.batch import TrainingBatch
+from rdm_scale.batch import LatentBatch, TrainingBatch
 from rdm_scale.checkpoint.state import CheckpointState
 from rdm_scale.config import RunConfig
 from rdm_scale.data.buffer_pool import BufferPool
@@ -49,13 +49,7 @@ class Trainer:
         self.model = parallelize(config, mesh, plan, partial(build_optimizer, config.optimizer, config.model))
         if start.checkpoint is not None:
             checkpoint.load(start.checkpoint, self.model)
-        self.draw = partial(
-            draw,
-            objective=self.objective,
-            seed=config.train.seed,
-            num_classes=config.model.num_classes if config.model.condition == "class" else None,
-            empty_caption=None if facts.text is None else empty_caption(facts.text),
-        )
+        self.empty_caption = None if facts.text is None else empty_caption(facts.text)
         self._buffers = BufferPool()  # shared, because training and validation never read at the same time
         self.stream = self._open_stream(start) if mesh.reads_data else None
         self.held_out = self._open_held_out() if config.data.validation and mesh.reads_data else None
@@ -74,7 +68,7 @@ class Trainer:
         stopping = self.step >= self.config.train.steps
         if stopping:
             self.monitor.report(f"nothing to do: the run is at step {self.step}; raise train.steps to go on")
-        with Prefetcher(self._drawn(), self.config.data.prefetch) if self.stream else nullcontext() as read:
+        with Prefetcher(self._training_batches(), self.config.data.prefetch) if self.stream else nullcontext() as read:
             batches = broadcast_batches(self.mesh, read)
             while not stopping:
                 began = time.perf_counter()
@@ -168,16 +162,29 @@ class Trainer:
             buffers=self._buffers,
         )
 
-    def _drawn(self) -> Iterator[TrainingBatch]:
+    def _training_batches(self) -> Iterator[TrainingBatch]:
         assert self.stream is not None
-        return (self.draw(b, condition_dropout=self.config.diffusion.condition_dropout) for b in self.stream)
+        seed, dropout = self.config.train.seed, self.config.diffusion.condition_dropout
+        return (self._draw(latents, "train", seed, dropout) for latents in self.stream)
 
     def _held_out_batches(self) -> Iterator[TrainingBatch]:
         assert self.held_out is not None
         for latents, weights in self.held_out:
             # Seed 0 for every run, so that the losses of different runs can be compared.
-            batch = self.draw(latents, condition_dropout=0.0, purpose="validation", seed=0)
+            batch = self._draw(latents, "validation", 0, condition_dropout=0.0)
             yield dataclasses.replace(batch, weights=weights)
+
+    def _draw(self, latents: LatentBatch, purpose: str, seed: int, condition_dropout: float) -> TrainingBatch:
+        model = self.config.model
+        return draw(
+            latents,
+            objective=self.objective,
+            seed=seed,
+            num_classes=model.num_classes if model.condition == "class" else None,
+            condition_dropout=condition_dropout,
+            empty_caption=self.empty_caption,
+            purpose=purpose,
+        )
 
     def _share_lost_shards(self) -> None:
         """Exchange the lost shards that ranks know of, and report them. Collective."""
