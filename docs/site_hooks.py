@@ -14,7 +14,7 @@ ROOT = DOCS.parent
 PREFIX = "repository/"
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md", "experiments/README.md")  # in the nav
 KEYS = "<!-- configuration keys -->"
-LINK = re.compile(r"(\]\()([^)\s#:]+)")  # destination of an inline link or image, without its fragment
+LINK = re.compile(r'(\]\(|src=")([^)"\s#:]+)')  # destination of a link or image, without its fragment
 
 
 def on_files(files: Files, config: Any) -> Files:

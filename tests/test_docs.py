@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("*/README.md")])
-LINK = re.compile(r"\]\(([^)\s]+)\)")
+LINK = re.compile(r"""(?:\]\(|src=")([^)"\s]+)[)"]""")
 REFERENCED = re.compile(  # files of the checkout, in commands and in prose
     r"(?<![\w/.])((?:tools|benchmarks|experiments|launch|configs|tests|docs|rdm_scale)/[\w/.-]*\.(?:py|sh|ya?ml|md|json|sbatch))\b"
 )

@@ -22,6 +22,8 @@ class GateParts(NamedTuple):
 
 
 class InputConfig(Section):
+    """Shape [C, T, H, W] of the latents (keys `model.input.*`)."""
+
     channels: int = Field(4, ge=1, description="latent channels C")
     frames: int = Field(1, ge=1, description="latent frames T; 1 for images")
     height: int = Field(32, ge=1, description="latent height H")
@@ -29,6 +31,8 @@ class InputConfig(Section):
 
 
 class GateConfig(Section):
+    """Residual gates of neural_rdm (keys `model.gate.*`)."""
+
     multiplier: float = Field(1.0, gt=0, description="m0 of the fixed branch multiplier m(L) = m0 * L^-p")
     exponent: float = Field(
         0.5, ge=0, description="p of m(L) = m0 * L^-p; L is the number of residual branches (at base_depth, if given)"
@@ -38,11 +42,15 @@ class GateConfig(Section):
 
 
 class TextConfig(Section):
+    """Sizes of encoded captions (keys `model.text.*`)."""
+
     width: int = Field(768, ge=1, description="condition text: channels of the text encoder's token vectors")
     pooled_width: int = Field(768, ge=1, description="condition text: channels of its pooled vector")
 
 
 class ModelConfig(Section):
+    """Architecture of the model (keys `model.*`)."""
+
     input: InputConfig = InputConfig()
     patch_size: tuple[int, int, int] = Field((1, 2, 2), description="size [t, h, w] of the latent patch of one token")
     hidden_size: int = Field(384, ge=8, description="width D of the residual stream")

@@ -14,6 +14,8 @@ OBJECTIVE_SAMPLERS = {"ddpm": ("ddpm", "ddim"), "flow": ("euler", "heun")}  # th
 
 
 class DiffusionConfig(Section):
+    """Training objective (keys `diffusion.*`)."""
+
     objective: Literal["ddpm", "flow"] = Field(
         "flow", description="ddpm: predict the noise; flow (rectified flow): predict the velocity"
     )
@@ -28,6 +30,8 @@ class DiffusionConfig(Section):
 
 
 class SamplingConfig(Section):
+    """Sampler of grids and default of the tools (keys `sampling.*`)."""
+
     sampler: Literal["ddpm", "ddim", "euler", "heun"] | None = Field(
         None, description="ddpm or ddim (objective ddpm), euler or heun (objective flow); null: ddpm or euler"
     )
@@ -36,11 +40,15 @@ class SamplingConfig(Section):
 
 
 class DataSource(Section):
+    """Training or validation dataset with its weight."""
+
     path: str = Field(min_length=1, description="URL or path of a manifest.json, on any fsspec file system")
     weight: float = Field(1.0, gt=0, description="share of the steps, relative to the weights of the other data sets")
 
 
 class DataConfig(Section):
+    """Datasets and how they are read (keys `data.*`)."""
+
     train: tuple[DataSource, ...] = Field(
         description="URL or path of the manifest.json of the training data, on any fsspec file system, or a list of "
         "data sets with their shares of the steps: [{path: ..., weight: ...}, ...]",
@@ -77,6 +85,8 @@ class DataConfig(Section):
 
 
 class OptimizerConfig(Section):
+    """AdamW, its learning-rate schedule, and EMA (keys `optimizer.*`)."""
+
     lr: float = Field(1e-4, gt=0, description="peak learning rate of AdamW")
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's betas")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
@@ -110,6 +120,8 @@ class OptimizerConfig(Section):
 
 
 class ParallelConfig(Section):
+    """Division of the model over the ranks (keys `parallel.*`)."""
+
     tensor: int = Field(1, ge=1, description="tensor-parallel size")
     pipeline: int = Field(1, ge=1, description="pipeline-parallel size")
     sequence: bool = Field(
@@ -177,6 +189,8 @@ class ParallelConfig(Section):
 
 
 class TrainConfig(Section):
+    """Length, batch, seed and precision of training (keys `train.*`)."""
+
     steps: int = Field(1000, ge=1, description="total number of optimizer steps, including those before a resume")
     global_batch_size: int = Field(256, ge=1, description="samples per step, over all ranks")
     micro_batch_size: int | None = Field(
@@ -206,6 +220,8 @@ class TrainConfig(Section):
 
 
 class MonitorConfig(Section):
+    """Intervals of metrics, validation, profiles and sample grids (keys `monitor.*`)."""
+
     log_every: int = Field(10, ge=1, description="steps between lines of console output")
     tensorboard: bool = Field(True, description="write metrics and sample grids to run.dir/tensorboard")
     validate_every: int = Field(500, ge=0, description="steps between validation losses; 0: never")
@@ -220,6 +236,8 @@ class MonitorConfig(Section):
 
 
 class CheckpointConfig(Section):
+    """Checkpoints: place, interval, retention, resume (keys `checkpoint.*`)."""
+
     dir: str | None = Field(None, description="directory or fsspec URL of the checkpoints; null: run.dir/checkpoints")
     every: int = Field(1000, ge=0, description="steps between checkpoints; 0: only at the end")
     keep: int = Field(3, ge=0, description="number of newest checkpoints to keep; 0: all")
@@ -242,6 +260,8 @@ class CheckpointConfig(Section):
 
 
 class RunSection(Section):
+    """Directory of the run (keys `run.*`)."""
+
     dir: str = Field(description="local directory of the run: metrics, samples and checkpoints")
 
 
