@@ -53,6 +53,8 @@ def shapes_of(blocks: int, width: int) -> dict[str, tuple[int, ...]]:
 
 @dataclass(frozen=True)
 class Storage:
+    """A way of storing a checkpoint."""
+
     name: str
     save: Callable[[Path, dict[str, Tensor]], None]  # into an empty folder
     load: Callable[[Path, dict[str, Tensor]], None]  # in place

@@ -66,6 +66,8 @@ INSTALL = f"""MDS and litdata are compared where --peers-venv names an environme
 
 @dataclass(frozen=True)
 class Kind:
+    """A kind of data set: its samples, how they are packed, and the loaders compared on it."""
+
     samples: int
     shape: tuple[int, int, int, int]
     samples_per_member: int

@@ -98,7 +98,7 @@ def ours(spec: Spec, raw: bool) -> Iterator[Iterator[Tensor]]:
 
 
 def webdataset(spec: Spec) -> Iterator[Iterator[Tensor]]:
-    """webdataset on the shards of LatentStream, shuffled by shards and within a buffer, without checksums."""
+    """Webdataset on the shards of LatentStream, shuffled by shards and within a buffer, without checksums."""
     import safetensors.torch
     import webdataset as wds
 
@@ -121,7 +121,7 @@ def mds(spec: Spec) -> Iterator[Iterator[Tensor]]:
 
 
 def litdata(spec: Spec) -> Iterator[Iterator[Tensor]]:
-    """litdata's StreamingDataset, iterated directly."""
+    """Litdata's StreamingDataset, iterated directly."""
     from litdata import StreamingDataset
 
     dataset = StreamingDataset(f"{spec.folder}/litdata", shuffle=True, seed=1)

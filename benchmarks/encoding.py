@@ -1,4 +1,4 @@
-"""What encoding waits for: the share of its time that is spent inside the VAE, and what bounds it when that is small.
+"""Encoding: the share of its time that is spent inside the VAE, and what bounds it when that is small.
 
 The encoding job itself (`rdm_scale.encoding.runner`) on synthetic JPEGs, with a VAE of the size of Stable Diffusion's
 and with a tiny one, both with random weights. Models are loaded and the inputs listed before the clock starts; it ends

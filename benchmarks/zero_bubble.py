@@ -28,6 +28,8 @@ Times = dict[str, float]  # seconds of F, full backward, B and W
 
 
 class Blocks(nn.Module):
+    """Three blocks of DiT-S as one pipeline stage."""
+
     def __init__(self, recompute: str) -> None:
         super().__init__()
         self.blocks = build_model(ModelConfig(hidden_size=384, depth=3, num_heads=6)).blocks

@@ -39,6 +39,8 @@ WARMUP = 50  # steps
 
 @dataclass(frozen=True)
 class Arm:
+    """One way of reaching the final depth."""
+
     depths: tuple[int, ...]  # of each phase
     placement: str = ""
 

@@ -49,8 +49,7 @@ NO_PARAMETERS = Parameters(0, 0)
 
 
 def _branches(model: ModelConfig, block: int) -> int:
-    """Residual branches of a block: attention, MLP, attention to the caption and, in the second half of a u stack, a
-    long skip."""
+    """Number of residual branches of a block: attention, MLP, and, where the model has them, caption and long skip."""
     return 2 + _reads_text(model) + _skips(model, block)
 
 
@@ -138,8 +137,10 @@ def blocks_flops(model: ModelConfig, blocks: Iterable[int]) -> int:
 
 
 def embedding_flops(model: ModelConfig) -> int:
-    """Floating-point operations of the embeddings on one sample: 2 S p D for patches of p values, 2 (256 D + D^2) for
-    the timestep."""
+    """Floating-point operations of the embeddings on one sample.
+
+    2 S p D for patches of p values, 2 (256 D + D^2) for the timestep.
+    """
     S, D = model.tokens, model.hidden_size
     patch = model.input.channels * math.prod(model.patch_size)
     return 2 * S * patch * D + 2 * (TIMESTEP_FREQUENCIES * D + D * D)

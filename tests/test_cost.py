@@ -60,7 +60,8 @@ def test_parameters_equal_those_of_the_model(changes: dict) -> None:
 
 def test_dit_xl_has_its_published_size_and_cost() -> None:
     """DiT-XL/2: 675 M parameters and 118.6 Gflop a sample at 256 px (arXiv 2212.09748, table 4, which counts a
-    multiplication and an addition as one)."""
+    multiplication and an addition as one).
+    """
     model = ModelConfig(hidden_size=1152, depth=28, num_heads=16, residual="adaln_zero", learned_variance=True)
     assert cost.model_parameters(model).total == pytest.approx(675e6, rel=0.002)
     assert cost.model_flops(model) / 2 == pytest.approx(118.6e9, rel=0.01)

@@ -124,7 +124,7 @@ class S3Server:
         return self._process.wait()
 
     def client(self, **changes: Any) -> Any:
-        """botocore's S3 client for this server, which shares no code with rdm_scale."""
+        """Botocore's S3 client for this server, which shares no code with rdm_scale."""
         options: dict[str, Any] = {
             "endpoint_url": self.endpoint,
             "aws_access_key_id": self.access_key,

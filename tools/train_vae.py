@@ -1,4 +1,4 @@
-"""Train a small diffusers AutoencoderKL (4 channels, a quarter of the size) on images, as a codec for encode_latents.
+r"""Train a small diffusers AutoencoderKL (4 channels, a quarter of the size) on images, as a codec for encode_latents.
 
 INPUT is what encode_latents takes: a folder of images, webdataset tars, or a list of paths. The loss is the
 mean squared error plus a weighted Kullback-Leibler divergence to N(0, 1) (Kingma & Welling 2013), each averaged over
@@ -6,7 +6,7 @@ its elements. The images that `encode_latents --holdout` sets aside with the sam
 and are measured at the end. On a CPU, the same versions, threads and seed give the same weights. The packaged VAE:
 
     python tools/make_digits.py digits.tar
-    OMP_NUM_THREADS=1 python tools/train_vae.py digits.tar rdm_scale/codecs/digits_vae \\
+    OMP_NUM_THREADS=1 python tools/train_vae.py digits.tar rdm_scale/codecs/digits_vae \
         --preview docs/images/vae_reconstructions.png
 """
 

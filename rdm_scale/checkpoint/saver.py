@@ -1,5 +1,4 @@
-"""Asynchronous saving: every rank copies its state to host memory, and a thread writes the copy while training
-continues.
+"""Asynchronous saving: a copy of each rank's state in host memory, written by a thread while training continues.
 
 A save has two phases whose end all ranks must agree on: all ranks have written their files, and then rank 0 has written
 the commit. The threads never communicate with other ranks. Once per step, along with the all-reduced statistics, the

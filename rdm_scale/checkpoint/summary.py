@@ -56,8 +56,7 @@ def _tensor_summaries(reader: TensorReader, state: CheckpointState, folder: Loca
 
 @dataclass(frozen=True)
 class GateSummary:
-    """Alpha (or beta) of one residual branch without its conditional part: a (or b) times its multiplier, see
-    models/gates.py."""
+    """Alpha or beta of a residual branch without its conditional part: a or b times its multiplier (models/gates)."""
 
     name: str
     mean: float

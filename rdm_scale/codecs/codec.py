@@ -90,7 +90,8 @@ class LatentCodec:
         *,
         has_posterior: bool,
     ) -> None:
-        """
+        """Wrap the functions of a model.
+
         Args:
             encode: pixels [B, 3, T, H, W] to raw moments [B, 2C, T', H', W'], or, when there is no posterior, to raw
                 latents [B, C, T', H', W'].

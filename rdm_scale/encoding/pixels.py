@@ -62,6 +62,8 @@ def _load_clip(file: MediaFile, start: int, bucket: PixelBucket, settings: Encod
 
 
 class ImageBatch(NamedTuple):
+    """Decoded square images with the files that they came from."""
+
     files: Sequence[MediaFile]
     pixels: Tensor  # [B, 3, size, size] in [-1, 1]
 

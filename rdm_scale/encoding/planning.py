@@ -220,6 +220,8 @@ def is_held_out(key: str, seed: int, share: float) -> bool:
 
 
 class FileSplits(NamedTuple):
+    """Files of the training set and of the held-out set."""
+
     train: list[MediaFile]
     holdout: list[MediaFile]
 

@@ -37,6 +37,8 @@ _NO_LIMIT = 10**6  # tokenizers without a limit have one of 10^30
 
 
 class LoadedTextModel(NamedTuple):
+    """A text encoder's model and tokenizer, with the limits on tokens."""
+
     model: Any  # a PreTrainedModel, in the dtype of its weights
     tokenizer: Any
     most_tokens: int  # that the model can take

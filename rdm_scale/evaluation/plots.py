@@ -116,8 +116,11 @@ def depth_figure(name: str, steps: Sequence[int], values: NDArray[np.float64]) -
 
 
 def heat_map(columns: list[list[float | None]]) -> NDArray[np.uint8]:
-    """Heat map of a quantity along depth as an image [height, width, 3]: depth downwards, steps to the right, dark to
-    bright; absent values are black. `columns` holds the profile of each step."""
+    """Heat map of a quantity along depth, as an image [height, width, 3].
+
+    Depth goes downwards and steps to the right; bright is large, and absent values are black. `columns` holds the
+    profile of each step.
+    """
     import matplotlib
 
     values = as_array(columns)

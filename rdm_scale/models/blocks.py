@@ -53,8 +53,10 @@ def _rms_norm(x: Tensor, scale: Tensor) -> Tensor:
 
 
 class QueryKeyNorm(nn.Module):
-    """RMS norm of queries and keys [..., d] with learned scales (arXiv 2302.05442, section 2; as RMS norm in arXiv
-    2403.03206). All heads share the scales."""
+    """RMS norm of queries and keys [..., d] with learned scales, which all heads share.
+
+    See arXiv 2302.05442, section 2; as RMS norm in arXiv 2403.03206.
+    """
 
     def __init__(self, config: ModelConfig, layers: LayerFactory) -> None:
         super().__init__()
@@ -96,9 +98,9 @@ class BranchFunction(nn.Module):
 
 
 class Attention(BranchFunction):
-    """Multi-head self-attention: full (over all tokens), spatial (over the tokens of a frame) or temporal (over the
-    tokens at one position in all frames).
+    """Multi-head self-attention: full, spatial or temporal.
 
+    That is over all tokens, over the tokens of a frame, or over the tokens at one position in all frames.
     The rows of the qkv weight are ordered (head, q/k/v, channel), so that a contiguous slice of them holds
     entire heads.
     """
@@ -231,9 +233,9 @@ class ResidualBranch(nn.Module):
 
 
 class Block(nn.Module):
-    """Residual branches in sequence: a long skip (second half of a u stack only), self-attention, attention to the
-    caption (models with text only) and MLP.
+    """Residual branches in sequence: long skip, self-attention, attention to the caption, MLP.
 
+    Blocks in the second half of a u stack have the long skip, and models with text the attention to the caption.
     `modulation`, the adaLN layer, maps the conditioning embedding to (shift, scale[, g]) of each branch.
     `checkpointing`, if set, is called with `run` and its arguments in every forward (parallel/recompute.py).
     """

@@ -34,8 +34,10 @@ def unpatchify(tokens: Tensor, patch_size: tuple[int, int, int], size: Sequence[
 
 
 def _angles(positions: Tensor, number: int) -> Tensor:
-    """Angles [N, number] of positions [N]: their products with geometrically spaced frequencies (Vaswani et al. 2017),
-    in double precision."""
+    """Angles [N, number] of positions [N], in double precision.
+
+    The products of positions with geometrically spaced frequencies (Vaswani et al. 2017).
+    """
     return positions.double()[:, None] * 10000.0 ** -(torch.arange(number, dtype=torch.float64) / number)
 
 
@@ -46,8 +48,10 @@ def _sincos_1d(width: int, positions: Tensor) -> Tensor:
 
 
 def spatial_positions(width: int, rows: int, columns: int) -> Tensor:
-    """Fixed position table [rows * columns, width]: the first half encodes the column, the second the row (as in MAE
-    and DiT)."""
+    """Fixed position table [rows * columns, width], as in MAE and DiT.
+
+    The first half of the width encodes the column, the second the row.
+    """
     row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     return torch.cat([_sincos_1d(width // 2, column.reshape(-1)), _sincos_1d(width // 2, row.reshape(-1))], dim=1)
 

@@ -26,8 +26,10 @@ from rdm_scale.models.parameterization import depth_ratio
 
 
 def branch_multiplier(config: ModelConfig) -> float:
-    """Fixed multiplier of a and b: r and, for neural_rdm, r * m with m = m0 * L^-p, L the number of residual branches
-    of the base."""
+    """Fixed multiplier of a and b: r, and for neural_rdm r * m with m = m0 * L^-p.
+
+    L is the number of residual branches of the base.
+    """
     m = config.gate.multiplier * config.base_branches**-config.gate.exponent if config.residual == "neural_rdm" else 1.0
     return depth_ratio(config) * m
 

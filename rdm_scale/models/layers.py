@@ -76,8 +76,10 @@ class LayerFactory:
         return Linear(inputs, outputs)
 
     def row(self, inputs: int, outputs: int) -> nn.Module:
-        """Make a linear layer whose input features may be sharded. Its output is unsharded and leaves out the bias: the
-        caller adds it once, after the sum over the ranks."""
+        """Make a linear layer whose input features may be sharded.
+
+        Its output is unsharded and leaves out the bias: the caller adds it once, after the sum over the ranks.
+        """
         return RowLinear(inputs, outputs)
 
     def gathered(self, inputs: int, outputs: int) -> nn.Module:
@@ -93,16 +95,22 @@ class LayerFactory:
         return z_SBD
 
     def split_features(self, x: Tensor) -> Tensor:
-        """Input of this rank's slice of a `row` layer: a slice of the features of all tokens, from all features of the
-        tokens of this rank."""
+        """Input of this rank's slice of a `row` layer.
+
+        A slice of the features of all tokens, from all features of the tokens of this rank.
+        """
         return x
 
     def sum_gradients_over_heads(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Identity for parameters that are the same on every rank and act on this rank's attention heads; in the
-        backward an all-reduce of their gradients, which are sums over all heads."""
+        """Identity for parameters that are the same on every rank and act on this rank's attention heads.
+
+        In the backward an all-reduce of their gradients, which are sums over all heads.
+        """
         return tensors
 
     def sum_gradients_over_tokens(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Identity for tensors that are the same on every rank and act on this rank's tokens; under sequence
-        parallelism in the backward an all-reduce of their gradients, which are sums over all tokens."""
+        """Identity for tensors that are the same on every rank and act on this rank's tokens.
+
+        Under sequence parallelism, in the backward an all-reduce of their gradients, which are sums over all tokens.
+        """
         return tensors

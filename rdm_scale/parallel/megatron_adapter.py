@@ -152,8 +152,10 @@ def scatter_tokens(z_SBD: Tensor) -> Tensor:
 
 
 def gather_tokens(z_SBD: Tensor) -> Tensor:
-    """Tokens of all ranks, all-gathered. All ranks compute the same with them, so each takes its slice of the
-    gradient."""
+    """Tokens of all ranks, all-gathered.
+
+    All ranks compute the same with them, so each takes its slice of the gradient.
+    """
     return gather_from_sequence_parallel_region(z_SBD, tensor_parallel_output_grad=False)
 
 

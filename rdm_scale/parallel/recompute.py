@@ -1,5 +1,4 @@
-"""Activation checkpointing (`parallel.recompute`): blocks that keep few of their activations and recompute the others
-in the backward.
+"""Activation checkpointing (`parallel.recompute`): few activations kept, the others recomputed in the backward.
 
 `full` keeps the input of a block only, `every_N` does so for every N-th block and keeps all activations of the others,
 `selective` keeps the outputs of matrix products and of attention, which are expensive to compute, and recomputes the

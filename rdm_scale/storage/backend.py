@@ -74,7 +74,7 @@ class StorageBackend(ABC):
         return sorted(self._call(pattern, "glob"))
 
     def _entries(self, path: str) -> dict[str, Mapping[str, Any]]:
-        """fsspec's description of each entry of a folder, by name."""
+        """Fsspec's description of each entry of a folder, by name."""
         try:
             found = self._call(path, "ls", detail=True)
         except FileNotFoundError:

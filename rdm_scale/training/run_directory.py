@@ -160,8 +160,10 @@ def _refuse_other_run(run_dir: Path, config: RunConfig) -> None:
 
 
 def _binding(identity: dict[str, Any], state: CheckpointState) -> dict[str, Any]:
-    """Part of a run's identity that a checkpoint must agree on: all of it, unless no step has been trained (imported
-    weights); then only the part that the checkpoint states."""
+    """Part of a run's identity that a checkpoint must agree on.
+
+    All of it, unless no step has been trained (imported weights): then only the part that the checkpoint states.
+    """
     if state["step"] > 0 or not isinstance(state["identity"], dict):
         return identity
     said = dict(flatten(state["identity"]))

@@ -47,7 +47,7 @@ def folder(scalar_vae, tmp_path):
 
 
 def images(n: int = 3, size: int = 16) -> torch.Tensor:
-    """[N, 3, 1, size, size]"""
+    """[N, 3, 1, size, size]."""
     return torch.rand(n, 3, 1, size, size, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 

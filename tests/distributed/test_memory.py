@@ -48,7 +48,8 @@ def tensor_bytes() -> int:
 
 def state_of(config: RunConfig) -> tuple[int, int, int]:
     """Bytes of parameters, gradients, optimizer and EMA at the end of a step's backwards: measured, planned, and
-    planned for the moment only (buffers that DeepSpeed keeps for reductions)."""
+    planned for the moment only (buffers that DeepSpeed keeps for reductions).
+    """
     before, objective = tensor_bytes(), build_objective(config.diffusion, False)
     model = parallel_model(config)
     measured: list[int] = []

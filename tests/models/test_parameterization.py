@@ -93,7 +93,8 @@ def change(depth: int, base: dict, steps: int = 4, width: int = 32, residual: st
 @torch.no_grad()
 def open_gates(model: nn.Module) -> None:
     """The last layer begins at zero, so that blocks would learn nothing in the first step: given what a training of
-    some steps would have left there, as large for every width."""
+    some steps would have left there, as large for every width.
+    """
     generator = torch.Generator().manual_seed(2)
     weight = model.head.out.weight
     weight.copy_(torch.randn(weight.shape, generator=generator) / weight.shape[1])

@@ -147,7 +147,8 @@ def test_position_tables() -> None:
 
 def test_other_sizes_than_the_configured_one() -> None:
     """Predictions equal those of a model configured for that size with the same weights; an image passes a video model
-    as its first frame."""
+    as its first frame.
+    """
     wide = build_model(small(input=InputConfig(height=4, width=16)))
     square = build_model(small(input=InputConfig(height=8, width=8)))
     video = build_model(small(input=InputConfig(frames=3, height=8, width=8)))

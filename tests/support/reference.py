@@ -73,7 +73,8 @@ def plain_training(config: RunConfig) -> Reference:
 
 def complete_p(config: RunConfig, name: str, parameter: Tensor) -> dict[str, Any]:
     """A group of one parameter, with the rates of CompleteP's table for what it is by its name and shape; those of the
-    configuration where that has no base. Class embeddings, gates and biases do not decay."""
+    configuration where that has no base. Class embeddings, gates and biases do not decay.
+    """
     options, model = config.optimizer, config.model
     skips = model.stacking == "u"  # one for every two blocks
     base, branches = (2 * n + n // 2 * skips for n in (model.base_depth or model.depth, model.depth))

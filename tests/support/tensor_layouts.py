@@ -26,7 +26,8 @@ PADDING = -7.0  # value of elements that must be neither written nor overwritten
 
 def layout(tensor_size: int, data_size: int, uneven: bool = False) -> list[list[TensorSlice]]:
     """Slices of every rank: some tensors are split for tensor parallelism, and each flattened part is then split into
-    ZeRO-3 ranges with padding."""
+    ZeRO-3 ranges with padding.
+    """
     rng = random.Random(0)
     ranks = []
     for tensor_rank, data_rank in itertools.product(range(tensor_size), range(data_size)):

@@ -1,4 +1,4 @@
-"""A second call of the quickstart. (The first takes minutes: see docs/performance.md.)"""
+"""A second call of the quickstart. (The first takes minutes: see docs/performance.md.)."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Start of a run, and refusal to overwrite another one. (Going on from checkpoints: tests/distributed.)"""
+"""Start of a run, and refusal to overwrite another one. (Going on from checkpoints: tests/distributed.)."""
 
 import errno
 import fcntl

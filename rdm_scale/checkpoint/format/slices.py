@@ -33,8 +33,7 @@ class Region(NamedTuple):
 
 
 class TensorSlice(NamedTuple):
-    """A region of the logical tensor `name` with the logical `shape`, stored in row-major order from element `start` of
-    a flat buffer."""
+    """A region of a logical tensor, stored in row-major order from element `start` of a flat buffer."""
 
     name: str
     shape: tuple[int, ...]
@@ -44,8 +43,10 @@ class TensorSlice(NamedTuple):
 
 @dataclass(frozen=True)
 class Slices:
-    """P slices of numbered tensors, as arrays. Padding with dimensions of size 1 changes neither the order nor the
-    number of elements."""
+    """P slices of numbered tensors, as arrays.
+
+    Padding with dimensions of size 1 changes neither the order nor the number of elements.
+    """
 
     tensor: Ints  # [P], number of the tensor
     offset: Ints  # [N, P]

@@ -97,8 +97,10 @@ def build_schedule(schedule: str, placement: ChunkPlacement, micro_batches: int)
 
 
 def _one_forward_one_backward(placement: ChunkPlacement, rank: int, micro_batches: int) -> list[Action]:
-    """Megatron's order: a group of `ranks` micro-batches goes through a rank's chunks one after the other; warm-up
-    forwards, then a forward and a backward in turn, then the remaining backwards."""
+    """Megatron's order: a group of `ranks` micro-batches goes through a rank's chunks one after the other.
+
+    Warm-up forwards, then a forward and a backward in turn, then the remaining backwards.
+    """
     p, v = placement.ranks, placement.chunks // placement.ranks
     count = v * micro_batches
 
@@ -115,8 +117,11 @@ def _one_forward_one_backward(placement: ChunkPlacement, rank: int, micro_batche
 
 
 def _list_scheduled(placement: ChunkPlacement, micro_batches: int, in_flight: int) -> Schedule:
-    """Greedy list scheduling: an idle rank takes the oldest backward that is ready, else the forward of its deepest
-    chunk that is, with at most `in_flight` forwards without their backward before it starts another micro-batch."""
+    """Greedy list scheduling with a bound on the activations in flight.
+
+    An idle rank takes the oldest backward that is ready, else the forward of its deepest chunk that is, with at most
+    `in_flight` forwards without their backward before it starts another micro-batch.
+    """
     schedule: Schedule = [[] for _ in range(placement.ranks)]
     waiting = [
         [Action(kind, chunk, 0) for chunk in placement.chunks_of(rank) for kind in (BACKWARD, FORWARD)]

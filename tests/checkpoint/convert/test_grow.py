@@ -43,7 +43,8 @@ def steps_of_adam(model: DiffusionTransformer, optimizer: torch.optim.Optimizer,
 @pytest.mark.parametrize("kind", CAN_GROW)
 def test_the_next_step_moves_old_parameters_as_if_nothing_had_grown(kind: str) -> None:
     """Adam's update does not depend on the size of the gradients as long as its state matches them: an old gate moves
-    by as much as without growth, and all other old parameters become what they would have been."""
+    by as much as without growth, and all other old parameters become what they would have been.
+    """
     model = trained(model_config(3, **CAN_GROW[kind]))
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=BETAS, eps=1e-12, weight_decay=0.0)
     steps_of_adam(model, optimizer, 3)
@@ -91,7 +92,8 @@ def test_copies_start_without_optimizer_state() -> None:
 
 def handmade(tmp_path: Path, residual: str = "neural_rdm", **changes: object) -> Path:
     """A checkpoint of 2 blocks in which all elements of a state entry are equal; `changes` apply to its state or, by
-    name, to its tensors."""
+    name, to its tensors.
+    """
     config = run_config(tmp_path, "none", model__depth=2, model__residual=residual)
     state = {"step": 4, "config": config.model_dump(mode="json"), "identity": config.identity(), "layout": ALONE}
     numbers = dict(zip(STATE_ENTRIES, (1.0, 2.0, 4.0, 8.0), strict=True))
@@ -111,7 +113,8 @@ def handmade(tmp_path: Path, residual: str = "neural_rdm", **changes: object) ->
 
 def test_every_state_entry_of_a_checkpoint_is_grown(tmp_path: Path) -> None:
     """From 2 to 8 blocks, gates are multiplied by 2 and their gradients by 1/2; block 4 is the old block 1, block 5 is
-    new."""
+    new.
+    """
     grown = grow_checkpoint(str(handmade(tmp_path)), 8, str(tmp_path / "grown"))
     state, reader = open_checkpoint(grown.folder)
     assert (state["config"]["model"]["depth"], state["grown_from"]["depth"]) == (8, 2)
