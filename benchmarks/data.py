@@ -47,7 +47,7 @@ from benchmarks.data_remote import LATER, compare, first_batch
 from benchmarks.report import IMAGES, print_table, write_results
 from rdm_scale.codecs.record import CodecRecord
 from rdm_scale.data.manifest import Manifest
-from rdm_scale.data.shards import ShardWriter
+from rdm_scale.data.shard_writer import ShardWriter
 from rdm_scale.storage.location import Location
 
 HERE = Path(__file__).parent

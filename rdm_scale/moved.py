@@ -1,7 +1,7 @@
 """Old import paths of public names, kept working with a DeprecationWarning.
 
-`from rdm_scale.data.images import decode` finds no such module any more; the finder installed here answers with one
-whose names come from the modules that hold them now. Nothing is imported before it is asked for.
+`from rdm_scale.data.images import decode` names a module that no longer exists. The import hook installed here supplies
+one that looks its names up in the modules that hold them now, and imports those on first use.
 """
 
 import importlib
@@ -13,7 +13,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-# Old module: the modules that hold its content now. All below rdm_scale.
+# Old module: the modules that hold its content now. All paths are relative to rdm_scale.
 MODULES: dict[str, tuple[str, ...]] = {
     "checkpoint.diffusers": ("checkpoint.convert.parameter_mapping", "checkpoint.convert.diffusers_config"),
     "checkpoint.growth": ("checkpoint.convert.grow",),
@@ -45,32 +45,33 @@ MODULES: dict[str, tuple[str, ...]] = {
     "models.init": ("models.initialization",),
     "parallel.layout": ("parallel.plan",),
 }
-# Module that still exists: the names that left it, and where each lives now.
+# Module that still exists: the names that were moved out of it, and the module that holds each now.
 NAMES: dict[str, dict[str, str]] = {
     "config": {"Among": "config.model"},
     "data.captions": {"TextEncoder": "encoding.text", "encode_prompts": "encoding.text"},
     "data.manifest": {"Codec": "codecs.record"},
     "data.prefetch": {"TrainingBatch": "batch", "draw": "diffusion.training_draws"},
+    "data.shards": dict.fromkeys(
+        ("PackedMember", "ShardWriter", "check_samples", "pack_samples", "sample_id", "write_tar"), "data.shard_writer"
+    ),
     "data.stream": {"LatentBatch": "batch", "HeldOut": "data.held_out"},
     "evaluation": dict.fromkeys(("animated_grid", "image_grid", "write_grid"), "sampling.image_grid"),
     "models": {"Part": "models.transformer"},
 }
-# Old name: new name, wherever it was looked for under an old path.
-RENAMED = {
-    "Among": "AttentionScope",
-    "Bucket": "PixelBucket",
-    "Codec": "CodecRecord",
-    "Kind": "MediaKind",
-    "Layout": "ParallelPlan",
-    "Part": "ModelPart",
-    "Settings": "EncodingSettings",
-    "VideoSize": "VideoMetadata",
-    "S3": "S3Client",
-    "denormalise": "denormalize",
-    "initialise": "initialize",
-    "normalise": "normalize",
-    "plan": "plan_parallelism",
-    "probe_video": "read_video_metadata",
+# Old module: the names in it that have another name now.
+RENAMED: dict[str, dict[str, str]] = {
+    "config": {"Among": "AttentionScope"},
+    "data.codecs": {"Codec": "CodecRecord", "denormalise": "denormalize", "normalise": "normalize"},
+    "data.codecs.codec": {"Codec": "CodecRecord", "denormalise": "denormalize", "normalise": "normalize"},
+    "data.encoding.planning": {"Bucket": "PixelBucket", "Settings": "EncodingSettings"},
+    "data.inputs": {"Kind": "MediaKind"},
+    "data.manifest": {"Codec": "CodecRecord"},
+    "data.media": {"Kind": "MediaKind"},
+    "data.s3": {"S3": "S3Client"},
+    "data.videos": {"VideoSize": "VideoMetadata", "probe_video": "read_video_metadata"},
+    "models": {"Part": "ModelPart"},
+    "models.init": {"initialise": "initialize"},
+    "parallel.layout": {"Layout": "ParallelPlan", "plan": "plan_parallelism"},
 }
 _ROOT = "rdm_scale."
 
@@ -112,7 +113,7 @@ class _MovedModules(MetaPathFinder, Loader):
 def _moved(module: str, name: str, homes: Sequence[str]) -> Any:
     """The value of a moved name, found in the first of its new homes that has it."""
     if not name.startswith("__"):
-        new = RENAMED.get(name, name)
+        new = RENAMED.get(module.removeprefix(_ROOT), {}).get(name, name)
         for home in homes:
             found = importlib.import_module(_ROOT + home)
             if hasattr(found, new):

@@ -12,7 +12,7 @@ import fsspec
 import pytest
 import torch
 
-from rdm_scale.data.shards import ShardWriter
+from rdm_scale.data.shard_writer import ShardWriter
 from rdm_scale.dtypes import STORED_DTYPES
 from rdm_scale.storage.location import Location
 from tests.support.latent_sets import IDENTITY, LatentSet, WriteSet

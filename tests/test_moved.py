@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 
-from rdm_scale.moved import MODULES, NAMES
+from rdm_scale.moved import MODULES, NAMES, RENAMED
 
 PUBLIC = [
     ("data.images", "decode", "encoding.images"),
@@ -18,6 +18,7 @@ PUBLIC = [
     ("evaluation", "image_grid", "sampling.image_grid"),
     ("data.prefetch", "draw", "diffusion.training_draws"),
     ("data.captions", "TextEncoder", "encoding.text"),
+    ("data.shards", "ShardWriter", "data"),
 ]
 
 
@@ -68,6 +69,18 @@ def test_every_new_home_exists() -> None:
     ]
     for home in homes:
         importlib.import_module(f"rdm_scale.{home}")
+
+
+def test_every_new_name_exists_in_a_home_of_its_old_module() -> None:
+    for old, renamed in RENAMED.items():
+        homes = MODULES.get(old) or {NAMES[old][name] for name in renamed}
+        for new in renamed.values():
+            assert any(hasattr(importlib.import_module(f"rdm_scale.{home}"), new) for home in homes), (old, new)
+
+
+def test_names_are_renamed_only_under_their_own_old_module() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'plan'"):
+        _ = importlib.import_module("rdm_scale.data.images").plan
 
 
 def test_unknown_names_are_refused() -> None:

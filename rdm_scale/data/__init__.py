@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rdm_scale.data.held_out import HeldOut
     from rdm_scale.data.manifest import Manifest, read_manifest
     from rdm_scale.data.prefetch import Prefetcher
-    from rdm_scale.data.shards import ShardWriter
+    from rdm_scale.data.shard_writer import ShardWriter
     from rdm_scale.data.stream import LatentStream
 
 __all__ = ["HeldOut", "LatentStream", "Manifest", "Prefetcher", "ShardWriter", "check_data", "read_manifest"]
@@ -23,7 +23,7 @@ _MODULES = {
     "LatentStream": "stream",
     "Manifest": "manifest",
     "Prefetcher": "prefetch",
-    "ShardWriter": "shards",
+    "ShardWriter": "shard_writer",
     "check_data": "compatibility",
     "read_manifest": "manifest",
 }

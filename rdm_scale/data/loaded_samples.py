@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rdm_scale.conditions import EncodedText
 from rdm_scale.data.buffer_pool import as_memoryview
-from rdm_scale.data.shards import pack_samples
+from rdm_scale.data.shard_writer import pack_samples
 
 
 class LoadedSamples(NamedTuple):

@@ -7,7 +7,6 @@ damaged samples.
 
 import hashlib
 import math
-import re
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, Self
 
@@ -17,10 +16,11 @@ from rdm_scale.codecs.record import CodecRecord
 from rdm_scale.dtypes import STORED_DTYPES
 from rdm_scale.errors import DataError
 from rdm_scale.moved import moved_names
+from rdm_scale.storage.json_files import read_bounded
 from rdm_scale.storage.location import Location
 
 MANIFEST_NAME = "manifest.json"
-_MAX_BYTES = 2**30  # manifests from elsewhere are untrusted; one of this size describes about 10 million members
+_MAX_BYTES = 2**30  # manifests from others are untrusted; one of this size describes about 10 million members
 
 Shape = tuple[int, int, int, int]  # C, T, H, W
 
@@ -199,12 +199,10 @@ def read_manifest(url: str, options: dict[str, Any] | None = None) -> LocatedMan
         DataError: the manifest is missing, unreadable or invalid; the message names its location and the reason.
     """
     location = Location(url, options)
-    if not re.search(r"\.json$", location.name):
+    if not location.name.endswith(".json"):
         location = location / MANIFEST_NAME
     try:
-        if location.size() > _MAX_BYTES:
-            raise DataError(f"{location} is larger than a manifest can be ({location.size()} bytes)")
-        content = location.read()
+        content = read_bounded(location, DataError, _MAX_BYTES)
     except FileNotFoundError:
         raise DataError(f"there is no manifest {location}: encode a data set first (tools/encode_latents.py)") from None
     except OSError as error:

@@ -3,7 +3,6 @@
 Of `key.png` (or another image or video) the class is in `key.cls` and the caption in `key.txt`, or both in `key.json`.
 """
 
-import io
 import json
 import posixpath
 import tarfile
@@ -16,6 +15,7 @@ from rdm_scale.encoding.lists import Columns, parse_caption, parse_label
 from rdm_scale.encoding.media import KIND_BY_EXTENSION, MAX_CAPTION_BYTES, MediaEntry, decode_text
 from rdm_scale.errors import DataError
 from rdm_scale.storage.location import Location
+from rdm_scale.storage.ustar import pack_ustar
 
 _MAX_CLASS_BYTES = 1024
 _MAX_JSON_BYTES = 2**20
@@ -41,19 +41,17 @@ def read_tars(tars: Sequence[Location], columns: Columns) -> Iterator[MediaEntry
 def pack_tar(samples: Iterable[Mapping[str, bytes]]) -> bytes:
     """Pack samples into a webdataset tar: `00000.png`, `00000.cls`, `00001.png`, ...
 
-    Times, owners and modes are constants, so the same samples give the same bytes.
+    The same samples give the same bytes.
 
     Args:
         samples: contents of the files of each sample, by extension.
     """
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for index, files in enumerate(samples):
-            for extension, content in files.items():
-                member = tarfile.TarInfo(f"{index:05d}.{extension}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-    return buffer.getvalue()
+    files = (
+        (f"{index:05d}.{extension}", content)
+        for index, sample in enumerate(samples)
+        for extension, content in sample.items()
+    )
+    return pack_ustar(files).content
 
 
 class _IndexedTar(NamedTuple):

@@ -17,7 +17,7 @@ from rdm_scale.codecs import normalize
 from rdm_scale.codecs.codec import clamp_log_variance
 from rdm_scale.data.captions import pack_text
 from rdm_scale.data.manifest import Shard, TarIndex
-from rdm_scale.data.shards import PackedMember, pack_samples, sample_id, write_tar
+from rdm_scale.data.shard_writer import PackedMember, pack_samples, sample_id, write_tar
 from rdm_scale.dtypes import STORED_DTYPES
 from rdm_scale.encoding.job import EncodingJob
 from rdm_scale.encoding.moments import MomentAccumulator

@@ -5,7 +5,8 @@ import torch
 
 from rdm_scale.data.held_out import HeldOut
 from rdm_scale.data.manifest import read_manifest
-from rdm_scale.data.shards import PackedMember, read_bytes, write_tar
+from rdm_scale.data.shard_writer import PackedMember, write_tar
+from rdm_scale.data.shards import read_bytes
 from rdm_scale.data.stream import LatentStream
 from rdm_scale.errors import DataError
 from tests.support.small_runs import caption_of

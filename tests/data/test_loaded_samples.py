@@ -6,7 +6,7 @@ import torch
 from rdm_scale.data.assembly import stack_raw
 from rdm_scale.data.loaded_samples import LoadedSample, parse_in_place, rewrite_in_place
 from rdm_scale.data.order import ContiguousRead
-from rdm_scale.data.shards import pack_samples
+from rdm_scale.data.shard_writer import pack_samples
 from tests.support.latent_sets import WriteSet, open_reader
 
 LATENTS = torch.arange(3 * 8, dtype=torch.float32).view(3, 2, 1, 2, 2)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from rdm_scale.codecs.record import CodecRecord
 from rdm_scale.data.manifest import MANIFEST_NAME, TarMember, read_manifest
-from rdm_scale.data.shards import ShardWriter, read_member, sample_id
+from rdm_scale.data.shard_writer import ShardWriter, sample_id
+from rdm_scale.data.shards import read_member
 from rdm_scale.errors import DataError
 from rdm_scale.storage.location import Location
 from tests.support.latent_sets import IDENTITY, LatentSet, WriteSet

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from rdm_scale import rng
-from rdm_scale.data.shards import sample_id
+from rdm_scale.data.shard_writer import sample_id
 from rdm_scale.encoding.runner import encode
 from rdm_scale.errors import DataError
 from tests.support.encoding_jobs import (

@@ -11,7 +11,7 @@ import torch
 from rdm_scale.codecs import load_codec
 from rdm_scale.data.captions import EncodedText, pack_text
 from rdm_scale.data.manifest import ChannelStatistics, Manifest, TextEncoding, read_manifest
-from rdm_scale.data.shards import PackedMember, pack_samples, write_tar
+from rdm_scale.data.shard_writer import PackedMember, pack_samples, write_tar
 from rdm_scale.encoding.inspection import decode_samples, measure_statistics, verify
 from rdm_scale.encoding.planning import PixelBucket
 from rdm_scale.encoding.runner import encode

@@ -13,7 +13,8 @@ from rdm_scale import rng
 from rdm_scale.codecs import load_codec, normalize
 from rdm_scale.data.captions import unpack_text
 from rdm_scale.data.manifest import read_manifest
-from rdm_scale.data.shards import read_bytes, read_member, sample_id
+from rdm_scale.data.shard_writer import sample_id
+from rdm_scale.data.shards import read_bytes, read_member
 from rdm_scale.dtypes import STORED_DTYPES
 from rdm_scale.encoding.job import ProcessRank
 from rdm_scale.encoding.output import OutputFolders

@@ -11,7 +11,7 @@ from rdm_scale.codecs.record import CodecRecord
 from rdm_scale.config import DataConfig, DataSource
 from rdm_scale.data import LatentStream
 from rdm_scale.data.manifest import Manifest
-from rdm_scale.data.shards import ShardWriter
+from rdm_scale.data.shard_writer import ShardWriter
 from rdm_scale.errors import DataError
 from rdm_scale.storage.location import Location, Retry, retrying
 from rdm_scale.tools.s3_server import S3Server

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from rdm_scale.codecs import load_codec
 from rdm_scale.data.manifest import Manifest, read_manifest
-from rdm_scale.data.shards import read_member, sample_id
+from rdm_scale.data.shard_writer import sample_id
+from rdm_scale.data.shards import read_member
 from rdm_scale.encoding.inputs import MediaFile, MediaSet, find_media
 from rdm_scale.encoding.job import EncodingJob, JobProgress
 from rdm_scale.encoding.output import OutputFolders

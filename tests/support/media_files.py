@@ -1,9 +1,11 @@
 """Images, tars and what stands for a video, as tests write them."""
 
 import io
-import tarfile
+from pathlib import Path
 
 from PIL import Image
+
+from rdm_scale.storage.ustar import pack_ustar
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -16,12 +18,8 @@ def flat(color: object, mode: str = "RGB", size: tuple[int, int] = (8, 8)) -> Im
     return Image.new(mode, size, color)
 
 
-def write_tar(path, members: dict[str, bytes]) -> None:
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
+def write_tar(path: Path, members: dict[str, bytes]) -> None:
+    path.write_bytes(pack_ustar(members.items()).content)
 
 
 RED, BLUE = encoded(flat("red")), encoded(flat("blue"))

@@ -12,7 +12,8 @@ from rdm_scale.codecs.record import CodecRecord
 from rdm_scale.config import RunConfig, parse_config
 from rdm_scale.data.captions import EncodedText, pack_text
 from rdm_scale.data.manifest import Shard, TarIndex, TextEncoding, read_manifest
-from rdm_scale.data.shards import PackedMember, ShardWriter, read_bytes, write_tar
+from rdm_scale.data.shard_writer import PackedMember, ShardWriter, write_tar
+from rdm_scale.data.shards import read_bytes
 from rdm_scale.storage.location import Location
 
 TIMINGS = ("step_s", "tokens_per_s", "data_wait_s", "data_wait_share", "save_stall_s", "failed_saves")
