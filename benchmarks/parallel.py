@@ -213,7 +213,7 @@ def summary(config: RunConfig, world: int, ranks: list[dict[str, Any]]) -> dict[
     steps = range(len(ranks[0]["steps"]))
     busiest = max(ranks, key=lambda rank: sum(rank["sent"].values()))
     fullest = max(ranks, key=lambda rank: sum(rank["live"].values()))
-    state = layout.stages[fullest["pipeline_rank"]].state
+    planned = layout.stages[fullest["pipeline_rank"]].bytes()
     planned_total = max(stage.total for stage in layout.stages)
 
     def cpu(name: str) -> float:
@@ -232,7 +232,7 @@ def summary(config: RunConfig, world: int, ranks: list[dict[str, Any]]) -> dict[
         "sent_by_axis": {axis: sum(n for k, n in busiest["sent"].items() if k.startswith(axis)) for axis in AXES},
         "bubble": bubbles(config, layout, ranks),
         "state": fullest["live"],
-        "state_planned": {kind: getattr(state, kind) for kind in KINDS[:-1]},
+        "state_planned": {kind: planned[kind] for kind in KINDS[:-1]},
         "peak": max(rank["peak"] for rank in ranks),
         "start_peak": max(rank["start_peak"] for rank in ranks),
         "peak_planned": planned_total,
