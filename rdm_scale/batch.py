@@ -8,6 +8,8 @@ from torch import Tensor
 
 from rdm_scale.conditions import Condition, TextCondition
 
+_CAPTIONS = "condition."  # prefix of the tensors of a TextCondition
+
 
 class ModelInputs(NamedTuple):
     """Arguments of a model's forward: noised latents [B, C, T, H, W], timesteps [B] and condition."""
@@ -37,9 +39,7 @@ class TrainingBatch:
     """One rank's samples of a step with everything that is random about them.
 
     positions and ids int64 [B]; latents (x_0) and noise float32 [B, C, T, H, W]; t float32 [B], in the objective's
-    units; condition int64 [B], or None for a model without classes; text_tokens float32 [B, N, D], text_mask bool
-    [B, N] and text_pooled float32 [B, P] of captions, or None for a model without text; weights float64 [B] of the
-    samples in a validation loss, None in training.
+    units; condition as the model takes it; weights float64 [B] of the samples in a validation loss, None in training.
     """
 
     step: int
@@ -48,18 +48,8 @@ class TrainingBatch:
     latents: Tensor
     noise: Tensor
     t: Tensor
-    condition: Tensor | None = None
-    text_tokens: Tensor | None = None
-    text_mask: Tensor | None = None
-    text_pooled: Tensor | None = None
+    condition: Condition = None
     weights: Tensor | None = None
-
-    @property
-    def model_condition(self) -> Condition:
-        """Condition in the form that the model takes."""
-        if self.text_tokens is None or self.text_mask is None or self.text_pooled is None:
-            return self.condition
-        return TextCondition(self.text_tokens, self.text_mask, self.text_pooled)
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -74,11 +64,15 @@ class TrainingBatch:
         return self.from_tensors(self.step, {name: value.to(device) for name, value in self.tensors().items()})
 
     def tensors(self) -> dict[str, Tensor]:
-        """Fields that hold a tensor, by name."""
-        values = ((field.name, getattr(self, field.name)) for field in fields(self))
-        return {name: value for name, value in values if isinstance(value, Tensor)}
+        """All tensors by name; those of a TextCondition as `condition.tokens` and so on."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        if isinstance(self.condition, TextCondition):
+            values |= {_CAPTIONS + name: part for name, part in self.condition._asdict().items()}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     @classmethod
     def from_tensors(cls, step: int, tensors: dict[str, Tensor]) -> Self:
         """Inverse of `tensors`."""
-        return cls(step=step, **tensors)
+        captions = {name.removeprefix(_CAPTIONS): part for name, part in tensors.items() if name.startswith(_CAPTIONS)}
+        others = {name: value for name, value in tensors.items() if not name.startswith(_CAPTIONS)}
+        return cls(step=step, condition=TextCondition(**captions), **others) if captions else cls(step=step, **others)

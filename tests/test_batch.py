@@ -1,7 +1,11 @@
 """Batches: split in order, and moved as a unit."""
 
+import dataclasses
+
 import torch
 
+from rdm_scale.batch import TrainingBatch
+from rdm_scale.conditions import TextCondition
 from tests.support.training_batches import drawn_batch, latent_batch
 
 
@@ -16,3 +20,15 @@ def test_a_batch_is_split_in_order() -> None:
 def test_all_tensors_of_a_batch_are_moved() -> None:
     moved = drawn_batch(latent_batch(range(3))).to("meta")
     assert all(getattr(moved, n).is_meta for n in ("positions", "ids", "latents", "noise", "t", "condition"))
+
+
+def test_tensors_make_the_same_batch_again() -> None:
+    """With labels, and with captions, whose tensors are split and named one by one."""
+    labels = drawn_batch(latent_batch(range(5)))
+    captions = TextCondition(torch.randn(5, 3, 4), torch.rand(5, 3) < 0.5, torch.randn(5, 2))
+    for batch in (labels, dataclasses.replace(labels, condition=captions, weights=torch.rand(5))):
+        again = TrainingBatch.from_tensors(batch.step, batch.tensors())
+        assert again.tensors().keys() == batch.tensors().keys() and again.step == batch.step
+        assert all(torch.equal(again.tensors()[name], value) for name, value in batch.tensors().items())
+        assert type(again.condition) is type(batch.condition)
+        assert len(batch.split(2)) == 3 and type(batch.split(2)[2].condition) is type(batch.condition)

@@ -39,7 +39,7 @@ class Objective(ABC):
     def model_inputs(self, batch: TrainingBatch) -> ModelInputs:
         """Noised latents, timesteps and condition of a training batch."""
         x_t = self.noised(batch.latents, batch.noise, batch.t)
-        return ModelInputs(x_t, self.model_timesteps(batch.t), batch.model_condition)
+        return ModelInputs(x_t, self.model_timesteps(batch.t), batch.condition)
 
     def sample_losses(self, prediction: Tensor, batch: TrainingBatch) -> Tensor:
         """Loss [B] of each sample of a training batch."""

@@ -1,24 +1,21 @@
 """Timestep, noise and condition dropout of each training sample, drawn by key."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from rdm_scale import rng
 from rdm_scale.batch import LatentBatch, TrainingBatch
-from rdm_scale.conditions import TextCondition, replace_captions
+from rdm_scale.conditions import Condition, TextCondition, replace_captions
+from rdm_scale.diffusion.objectives import Objective
 from rdm_scale.errors import DataError
-
-if TYPE_CHECKING:
-    from rdm_scale.diffusion import Objective
 
 
 def draw(
     batch: LatentBatch,
     *,
-    objective: "Objective",
+    objective: Objective,
     seed: int,
     num_classes: int | None,
     condition_dropout: float,
@@ -28,11 +25,11 @@ def draw(
     """Draw timestep, noise and condition dropout of each sample, as functions of (seed, purpose, position) alone.
 
     Args:
-        num_classes: also the null class, in place of a label that is dropped or missing; None for a model without
-            classes.
+        num_classes: number of classes, which is also the null label: it replaces a label that is dropped or missing.
+            None for a model without classes.
         condition_dropout: probability with which a label or caption is dropped (classifier-free guidance, Ho & Salimans
             2022).
-        empty_caption: in place of a dropped caption; None for a model without text.
+        empty_caption: replacement for a dropped caption; None for a model without text.
 
     Raises:
         DataError: a label that is not below num_classes.
@@ -47,14 +44,13 @@ def draw(
         uniform = torch.stack([torch.rand((), generator=g) for g in generators("condition dropout")])
         return uniform < condition_dropout
 
-    condition, text = None, {}
+    condition: Condition = None
     if num_classes is not None:
         _check_labels(batch, num_classes)
         condition = batch.labels.masked_fill(dropped() | (batch.labels < 0), num_classes)
     if empty_caption is not None:
         assert batch.text is not None, "the stream must read captions"
-        captions = replace_captions(batch.text, dropped(), empty_caption)
-        text = {f"text_{name}": part for name, part in captions._asdict().items()}
+        condition = replace_captions(batch.text, dropped(), empty_caption)
     return TrainingBatch(
         step=batch.step,
         positions=batch.positions,
@@ -63,7 +59,6 @@ def draw(
         noise=torch.stack([torch.randn(shape, generator=g) for g in generators("noise")]),
         t=torch.tensor([objective.draw_timestep(g) for g in generators("timestep")], dtype=torch.float32),
         condition=condition,
-        **text,
     )
 
 

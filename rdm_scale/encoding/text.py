@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from rdm_scale.conditions import TextCondition
 from rdm_scale.data.captions import EncodedText
 from rdm_scale.data.manifest import TextEncoding
+from rdm_scale.dtypes import STORED_DTYPES
 from rdm_scale.encoding.text_encoder_folder import text_encoder_folder
 from rdm_scale.encoding.text_model import first_lines, load_text_model
 from rdm_scale.errors import DataError
@@ -75,7 +76,7 @@ class TextEncoder:
                 f"the text encoder {self._location} takes 1 to {loaded.most_tokens} tokens, not {max_tokens}: "
                 "change max_tokens"
             )
-        self._model.to(self._device, getattr(torch, dtype)).eval().requires_grad_(False)
+        self._model.to(self._device, STORED_DTYPES[dtype].torch).eval().requires_grad_(False)
         for parameter in self._model.parameters():
             # Copied out of the memory-mapped file, which may change. Also, the alignment of a tensor in it decides
             # which instructions the CPU uses, and so the last bit of results.

@@ -93,7 +93,7 @@ def test_dropped_captions_become_the_empty_one(captioned: str) -> None:
     def drawn(dropout: float) -> TrainingBatch:
         return draw(batch, objective=FLOW, seed=3, num_classes=None, condition_dropout=dropout, empty_caption=empty)
 
-    none, some, every = (drawn(dropout).model_condition for dropout in (0.0, 0.3, 1.0))
+    none, some, every = (drawn(dropout).condition for dropout in (0.0, 0.3, 1.0))
     assert all(isinstance(text, TextCondition) for text in (none, some, every))
     tokens, pooled = caption_of(0)
     assert torch.equal(every.pooled, pooled.expand(48, 5)) and every.mask.sum() == 48
@@ -104,4 +104,4 @@ def test_dropped_captions_become_the_empty_one(captioned: str) -> None:
     assert (some.mask[dropped].sum(1) == 1).all() and torch.equal(some.mask[~dropped], none.mask[~dropped])
     parts = drawn(0.3).split(20)
     assert [len(part) for part in parts] == [20, 20, 8]
-    assert torch.equal(parts[1].model_condition.tokens, some.tokens[20:40])
+    assert torch.equal(parts[1].condition.tokens, some.tokens[20:40])

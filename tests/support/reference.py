@@ -55,7 +55,7 @@ def plain_training(config: RunConfig) -> Reference:
             condition_dropout=config.diffusion.condition_dropout,
         )
         t = batch.t.view(-1, 1, 1, 1, 1)
-        prediction = model((1 - t) * batch.latents + t * batch.noise, 1000 * batch.t, batch.model_condition)
+        prediction = model((1 - t) * batch.latents + t * batch.noise, 1000 * batch.t, batch.condition)
         loss = ((prediction - (batch.noise - batch.latents)) ** 2).mean()
         adamw.zero_grad()
         loss.backward()
