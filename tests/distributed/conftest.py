@@ -1,4 +1,4 @@
-"""`start`: starts commands that are gone after the test."""
+"""Fixture `start`, which starts commands and kills them after the test."""
 
 from collections.abc import Iterator
 

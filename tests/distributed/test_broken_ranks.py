@@ -1,4 +1,4 @@
-"""A rank that raises, dies or hangs in the middle of a pipelined step: the others end soon, and one of them reports."""
+"""A rank that raises, dies or hangs in the middle of a pipelined step: the others exit, and one of them reports."""
 
 import os
 import signal
@@ -31,7 +31,7 @@ main()
 
 
 def start(config: Path, fault: str) -> list[subprocess.Popen]:
-    """The ranks of one node, as a launcher starts them; nothing ends one because another has ended."""
+    """Start the ranks of one node as a launcher does, but without its reaction to a failed rank."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -58,7 +58,7 @@ def start(config: Path, fault: str) -> list[subprocess.Popen]:
     ],
     ids=["raises", "dies", "hangs"],
 )
-def test_all_ranks_end_soon_and_one_reports(tmp_path: Path, fault: str, words: str) -> None:
+def test_all_ranks_exit_and_one_reports(tmp_path: Path, fault: str, words: str) -> None:
     timeout_s = 20
     config = run_config(
         tmp_path,
@@ -89,5 +89,5 @@ def test_all_ranks_end_soon_and_one_reports(tmp_path: Path, fault: str, words: s
 def wait_for_steps(metrics: Path, steps: int) -> None:
     deadline = time.monotonic() + 150
     while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= steps):
-        assert time.monotonic() < deadline, "the run did not get that far"
+        assert time.monotonic() < deadline, f"the run has not reached step {steps}"
         time.sleep(0.1)

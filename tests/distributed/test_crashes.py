@@ -1,4 +1,4 @@
-"""Runs that are killed, anywhere and at any moment, go on from their last complete checkpoint bit for bit."""
+"""Runs killed at any moment resume bit for bit from their newest complete checkpoint."""
 
 import os
 import random
@@ -24,7 +24,7 @@ def steps_done(run_dir: Path) -> int:
 
 
 def checkpoints(run_dir: Path, complete: bool) -> list[int]:
-    """Steps of the checkpoints that are there, or that have begun to be."""
+    """Steps of the complete or of the incomplete checkpoints."""
     folders = (run_dir / "checkpoints").glob("step_*")
     return sorted(int(f.name[5:]) for f in folders if (f / "commit.json").exists() == complete)
 
@@ -35,15 +35,15 @@ def ranks_of(launcher: subprocess.Popen) -> list[int]:
 
 
 def wait(condition: bool, launcher: subprocess.Popen, deadline: float) -> bool:
-    """True while `condition` is still to be waited for."""
+    """True while `condition` does not hold; fails if the run hangs or has ended."""
     assert time.monotonic() < deadline and launcher.poll() is None, "the run hangs, or has ended"
     return not condition
 
 
 def kill(launcher: subprocess.Popen, run_dir: Path, victim: str, after: int, saving: bool) -> None:
-    """Ends a victim with SIGKILL after so many more steps, or in the first save that begins then."""
+    """Kill a victim after `after` more steps, with `saving` during the next save."""
     deadline, begin = time.monotonic() + 120, steps_done(run_dir)
-    while wait(steps_done(run_dir) != begin, launcher, deadline):  # metrics are cut back first
+    while wait(steps_done(run_dir) != begin, launcher, deadline):  # metrics are truncated first
         time.sleep(0.01)
     begin = steps_done(run_dir)
     while wait(steps_done(run_dir) >= begin + after, launcher, deadline):
@@ -58,12 +58,16 @@ def kill(launcher: subprocess.Popen, run_dir: Path, victim: str, after: int, sav
         os.kill(pid, signal.SIGKILL)
     launcher.communicate(timeout=60)
     while any(Path(f"/proc/{pid}").exists() for pid in ranks):
-        assert time.monotonic() < deadline, "a rank lives on"
+        assert time.monotonic() < deadline, "a rank is still alive"
         time.sleep(0.01)
 
 
 def campaign(start: Starter, tmp_path: Path, kills: int, steps: int) -> int:
-    """Kills a run so many times, each time another victim and a third of them in a save; how many saves were cut."""
+    """Kill and restart a run `kills` times, with victims in turn and every third time during a save.
+
+    Returns:
+        The number of interrupted saves.
+    """
     random.seed(kills)
     data = write_latents(tmp_path / "latents")
     config = run_config(tmp_path, data, train__steps=steps, checkpoint__every=EVERY, model__hidden_size=128)
@@ -89,12 +93,12 @@ def campaign(start: Starter, tmp_path: Path, kills: int, steps: int) -> int:
     return cut
 
 
-def test_killed_three_times(start: Starter, tmp_path: Path) -> None:
-    """A rank, all, the launcher; each in a save."""
+def test_resume_after_three_kills_is_bit_identical(start: Starter, tmp_path: Path) -> None:
+    """Victims are a rank, all processes and the launcher, each during a save."""
     assert campaign(start, tmp_path, kills=3, steps=60) >= 1
 
 
 @pytest.mark.full
 @pytest.mark.timeout(3600)
-def test_killed_thirty_times(start: Starter, tmp_path: Path) -> None:
+def test_resume_after_thirty_kills_is_bit_identical(start: Starter, tmp_path: Path) -> None:
     assert campaign(start, tmp_path, kills=30, steps=600) >= 8

@@ -1,4 +1,4 @@
-"""Data on real ranks: shared by peers, mixed and bucketed in training, and lost only within a budget."""
+"""Data on real ranks: broadcast to peers, mixed and bucketed, with lost shards up to a budget."""
 
 import json
 from collections import Counter
@@ -17,7 +17,7 @@ from tests.support.small_runs import metrics, run_config, train, write_latents
 
 
 def train_counting_reads(config: RunConfig) -> tuple[int, Counter[str]]:
-    """Trains; returns the data-parallel rank, and which ranges of shards this process read."""
+    """Train, and return the data-parallel rank and the ranges of shards that this process read."""
     from rdm_scale.parallel import mesh as meshes
 
     ranges: Counter[str] = Counter()
@@ -32,7 +32,7 @@ def train_counting_reads(config: RunConfig) -> tuple[int, Counter[str]]:
     return built[0].data_rank, ranges
 
 
-def test_one_rank_of_a_replica_reads_and_its_peers_get_the_same(ranks: RankPool, tmp_path: Path) -> None:
+def test_one_rank_of_a_replica_reads_and_broadcasts_to_its_peers(ranks: RankPool, tmp_path: Path) -> None:
     data = write_latents(tmp_path / "latents")
     held_out = write_latents(tmp_path / "held_out", samples=16, seed=1)
     changes: dict[str, Any] = {"data__validation": held_out, "monitor__validate_every": 2, "train__steps": 4}
@@ -47,8 +47,10 @@ def test_one_rank_of_a_replica_reads_and_its_peers_get_the_same(ranks: RankPool,
 
 
 @pytest.mark.parametrize("layout", [{}, {"parallel__tensor": 2, "parallel__sequence": True, "parallel__pipeline": 2}])
-def test_several_sets_and_shapes_train_alike_in_every_layout(ranks: RankPool, tmp_path: Path, layout: dict) -> None:
-    """Sources of two shapes in turn, the model's own and a longer one, resumed in the middle as well."""
+def test_several_datasets_and_shapes_train_the_same_in_every_layout(
+    ranks: RankPool, tmp_path: Path, layout: dict
+) -> None:
+    """Two sources of different shapes alternate, and the run is resumed in the middle."""
     square = write_latents(tmp_path / "square", samples=40)
     wide = write_latents(tmp_path / "wide", samples=24, seed=1, size=(1, 4, 16))
     sources = [{"path": square, "weight": 2.0}, {"path": wide, "weight": 1.0}]
@@ -73,8 +75,8 @@ def lose(data: str, name: str) -> None:
     (Path(data).parent / name).unlink()
 
 
-def test_a_shard_is_lost_only_within_the_budget(ranks: RankPool, tmp_path: Path) -> None:
-    """It is counted, kept in the checkpoint, and still known when another number of ranks goes on."""
+def test_lost_shards_are_tolerated_up_to_the_budget(ranks: RankPool, tmp_path: Path) -> None:
+    """A lost shard is counted, kept in the checkpoint, and still known to a resume on other ranks."""
     data = write_latents(tmp_path / "latents")
     with_budget = {"data__lost_shards": 1, "checkpoint__every": 2}
     config = run_config(tmp_path / "run", data, **with_budget, train__steps=4)
@@ -95,7 +97,7 @@ def test_a_shard_is_lost_only_within_the_budget(ranks: RankPool, tmp_path: Path)
 
 
 def damage_and_train(config: RunConfig, folder: str) -> None:
-    """A shard that no rank has looked at yet goes bad after the run has begun: only who reads it will know."""
+    """A body for the pool: train, and damage a shard that no rank has read yet after the first step."""
     from rdm_scale.training.trainer import Trainer
 
     step = Trainer.train_step
@@ -113,7 +115,7 @@ def damage_and_train(config: RunConfig, folder: str) -> None:
     train(config)
 
 
-def test_a_loss_that_one_rank_meets_is_known_to_all(ranks: RankPool, tmp_path: Path) -> None:
+def test_a_shard_lost_by_one_rank_is_known_to_all(ranks: RankPool, tmp_path: Path) -> None:
     data = write_latents(tmp_path / "latents", samples=384)
     changes = {"data__lost_shards": 1, "data__workers": 1, "data__prefetch": 1}
     config = run_config(tmp_path / "run", data, **changes, train__steps=46)

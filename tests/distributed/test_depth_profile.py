@@ -1,4 +1,4 @@
-"""Depth profiles of every layout are those of the entire model and the global batch: against plain autograd."""
+"""Depth profiles of every layout, compared with plain autograd on the entire model and the global batch."""
 
 import itertools
 import math
@@ -19,7 +19,7 @@ from tests.support.rank_pool import RankPool
 from tests.support.reference import plain_training
 from tests.support.small_runs import metrics, run_config, train, write_latents
 
-STEP = 3  # at the first the head is still zero, and nothing is sensitive
+STEP = 3  # in the first step the head is still zero, and so are all sensitivities
 CHANGES = {"train__steps": STEP, "monitor__depth_every": STEP}
 CASES = [
     Case(1, 1, 1, "0", "1f1b", "none", False),
@@ -47,7 +47,7 @@ def expected(data: str, tmp_path_factory: pytest.TempPathFactory) -> Profile:
 
 
 def plain_profile(config: RunConfig) -> Profile:
-    """Profile of step `STEP`, by autograd on one process."""
+    """Profile of step `STEP`, computed by autograd on one process."""
     before = config.model_copy(update={"train": config.train.model_copy(update={"steps": STEP - 1})})
     model = build_model(config.model)
     model.load_state_dict(plain_training(before).weights, strict=False)
@@ -62,13 +62,13 @@ def plain_profile(config: RunConfig) -> Profile:
     seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
     names = ("skip", "attention", "mlp")
     blocks = list(model.blocks.values())
-    units = [unit for block in blocks for unit in (block, *(getattr(block, name) for name in names)) if unit]
-    for unit in units:
-        unit.register_forward_hook(lambda unit, inputs, z: z.retain_grad() or seen.__setitem__(unit, (inputs[0], z)))
+    modules = [module for block in blocks for module in (block, *(getattr(block, name) for name in names)) if module]
+    for module in modules:
+        module.register_forward_hook(lambda m, inputs, z: z.retain_grad() or seen.__setitem__(m, (inputs[0], z)))
     gates: dict[nn.Module, Tensor] = {}
-    for unit in units:
-        if hasattr(unit, "gate"):
-            unit.gate.register_forward_hook(lambda gate, _, outputs: gates.__setitem__(gate, outputs[0]))
+    for module in modules:
+        if hasattr(module, "gate"):
+            module.gate.register_forward_hook(lambda gate, _, outputs: gates.__setitem__(gate, outputs[0]))
     t = batch.t.view(-1, 1, 1, 1, 1)
     prediction = model((1 - t) * batch.latents + t * batch.noise, 1000 * batch.t, batch.condition)
     ((prediction - (batch.noise - batch.latents)) ** 2).mean().backward()
@@ -78,15 +78,17 @@ def plain_profile(config: RunConfig) -> Profile:
     found["sensitivity"] = [seen[b][1].grad.norm().item() for b in blocks]
     found["gradient"] = [math.sqrt(sum(p.grad.square().sum().item() for p in b.parameters())) for b in blocks]
     for name in (name for name in names if any(getattr(b, name) for b in blocks)):
-        values = [_of_unit(unit, seen, gates) if (unit := getattr(b, name)) else [None] * 4 for b in blocks]
+        values = [_of_branch(branch, seen, gates) if (branch := getattr(b, name)) else [None] * 4 for b in blocks]
         kinds = ("gain", "alpha", "alpha_std", "beta")
         found |= {f"{name}.{kind}": list(row) for kind, row in zip(kinds, zip(*values, strict=True), strict=True)}
     return found
 
 
-def _of_unit(unit: Any, seen: dict[nn.Module, tuple[Tensor, Tensor]], gates: dict[nn.Module, Tensor]) -> list[float]:
-    (x, z), alpha = seen[unit], gates[unit.gate]
-    gain, beta = (z - x).norm() / x.norm(), unit.gate.multiplier * unit.gate.b.square().mean().sqrt()
+def _of_branch(
+    branch: Any, seen: dict[nn.Module, tuple[Tensor, Tensor]], gates: dict[nn.Module, Tensor]
+) -> list[float]:
+    (x, z), alpha = seen[branch], gates[branch.gate]
+    gain, beta = (z - x).norm() / x.norm(), branch.gate.multiplier * branch.gate.b.square().mean().sqrt()
     return [gain.item(), alpha.mean().item(), alpha.std(unbiased=False).item(), beta.item()]
 
 
@@ -96,7 +98,7 @@ def test_profile_of_a_layout(case: Case, expected: Profile, ranks: RankPool, dat
 
 
 def test_profile_of_a_u_stack(ranks: RankPool, data: str, tmp_path: Path) -> None:
-    """Long skips have gains and gates of their own, in the blocks that end them."""
+    """Long skips have gains and gates of their own, in the blocks that consume them."""
     changes = CHANGES | U
     expected = plain_profile(run_config(tmp_path / "plain", data, **(U_CASES[0].changes() | changes)))
     assert [value is None for value in expected["skip.gain"]] == [True, True, True, False, False]
@@ -115,7 +117,9 @@ def check(config: RunConfig, case: Case, expected: Profile, ranks: RankPool) -> 
     assert max(first["sensitivity"]) == 0 < min(profile["sensitivity"])
 
 
-def test_profiles_change_nothing_and_are_cut_back_on_resume(ranks: RankPool, data: str, tmp_path: Path) -> None:
+def test_profiles_do_not_change_training_and_are_truncated_on_resume(
+    ranks: RankPool, data: str, tmp_path: Path
+) -> None:
     changes = {"train__steps": 6, "checkpoint__every": 4}
     whole = run_config(tmp_path / "whole", data, **changes, monitor__depth_every=2)
     ranks.run(2, train, whole)

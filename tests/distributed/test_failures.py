@@ -1,4 +1,4 @@
-"""Failures during training: no checkpoint is lost, nothing half-written stays."""
+"""Failures during training: no checkpoint is lost, and no incomplete one stays."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def steps_saved(config: RunConfig) -> list[int]:
     return CheckpointDirectory(Location(config.run.dir) / "checkpoints").steps()
 
 
-def test_a_run_that_diverges_stops_before_it_saves(ranks: RankPool, data: str, tmp_path: Path) -> None:
+def test_a_diverging_run_stops_before_it_saves(ranks: RankPool, data: str, tmp_path: Path) -> None:
     good = run_config(tmp_path, data, train__steps=3)
     ranks.run(2, train, good)
     bad = run_config(tmp_path, data, train__steps=9, optimizer__lr=1e30, optimizer__warmup_steps=0, checkpoint__every=1)
@@ -47,7 +47,7 @@ def train_with_small_files(config: RunConfig, limit: int) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(ranks: RankPool, data: str, tmp_path: Path) -> None:
+def test_a_failed_checkpoint_keeps_the_previous_one(ranks: RankPool, data: str, tmp_path: Path) -> None:
     ranks.run(2, train, run_config(tmp_path, data, train__steps=4))
     config = run_config(tmp_path, data, train__steps=6)
     with pytest.raises(CheckpointError, match="step_00000006"):
@@ -69,7 +69,7 @@ def test_ranks_with_different_configurations_refuse_to_start(ranks: RankPool, da
     assert not (tmp_path / "run").exists()
 
 
-def test_old_checkpoints_make_room(ranks: RankPool, data: str, tmp_path: Path) -> None:
+def test_old_checkpoints_are_removed(ranks: RankPool, data: str, tmp_path: Path) -> None:
     config = run_config(tmp_path, data, train__steps=7, checkpoint__every=2, checkpoint__keep=2)
     ranks.run(1, train, config)
     assert steps_saved(config) == [6, 7]

@@ -1,4 +1,4 @@
-"""Members of the model family under layouts that their parts make special, against plain PyTorch on one process."""
+"""Members of the model family on layouts that are special for their parts, compared with plain PyTorch."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from tests.support.small_runs import add_captions, metrics, run_config, train, w
 
 
 class Member(NamedTuple):
-    """A model, the shapes [T, H, W] of the latents that it sees in turn, and layouts."""
+    """A model, the alternating shapes [T, H, W] of its latents, and the layouts to test it on."""
 
     model: dict[str, Any]
     sizes: list[tuple[int, int, int]]
@@ -38,7 +38,7 @@ FAMILY = {
         [(1, 8, 8)],
         [
             Case(2, 2, 2, "3 kept", "v_1f1b", "none", True),
-            Case(1, 5, 1, "1", "1f1b", "none", False),  # stages have fewer kinds of parameters than the whole
+            Case(1, 5, 1, "1", "1f1b", "none", False),  # stages have fewer parameter groups than the model
             Case(4, 1, 2, "2", "1f1b", "full", False),
             Case(2, 1, 2, "3 by block", "1f1b", "selective", False),
         ],
@@ -72,7 +72,9 @@ FAMILY = {
     "factorized": Member(
         {"model__attention": "factorized", "model__depth": 4, "model__qk_norm": True} | CLIPS,
         [(4, 8, 8)],
-        [Case(2, 4, 1, "1", "1f1b", "none", True)],  # the second block, before which positions come, is a later stage's
+        [
+            Case(2, 4, 1, "1", "1f1b", "none", True)
+        ],  # the second block, which adds the temporal positions, is on a later stage
     ),
 }
 
@@ -96,7 +98,7 @@ def test_every_layout_trains_the_same_model(name: str, ranks: RankPool, tmp_path
 
 
 def test_learned_variance_is_trained_under_ddpm(ranks: RankPool, tmp_path: Path) -> None:
-    """The rows of the head that make the variance learn, and a pipeline carries them like any others."""
+    """The head's rows for the variance are trained, and losses are the same with a pipeline."""
     data = write_latents(tmp_path / "data")
     changes = {"model__learned_variance": True, "diffusion__objective": "ddpm", "train__steps": 3}
     runs = []

@@ -1,4 +1,4 @@
-"""The mains as users start them: torchrun, deepspeed, signals, and one message from many ranks."""
+"""Training as users start it: torchrun, deepspeed, signals, and one error message from many ranks."""
 
 import signal
 import sys
@@ -38,8 +38,10 @@ def test_without_a_launcher(start: Starter, config: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_the_run_goes_on(start: Starter, config: str, tmp_path: Path, stop: signal.Signals) -> None:
-    """Sent to one process alone, as a scheduler's warning or Ctrl-C in a terminal."""
+def test_a_signal_stops_the_run_after_a_checkpoint(
+    start: Starter, config: str, tmp_path: Path, stop: signal.Signals
+) -> None:
+    """The signal goes to a single process, as a scheduler's warning or Ctrl-C in a terminal."""
     process = start(sys.executable, "-m", "rdm_scale.train", config, "train.steps=100000")
     wait_for_step(tmp_path / "run", 3)
     process.send_signal(stop)
@@ -67,7 +69,7 @@ def test_torchrun_stopped_by_a_signal_leaves_a_checkpoint(start: Starter, config
         ("data.train=nowhere", "there is no manifest"),
     ],
 )
-def test_four_ranks_tell_a_mistake_once(
+def test_four_ranks_report_an_error_once(
     start: Starter, config: str, tmp_path: Path, override: str, message: str
 ) -> None:
     code, output = finish(start(*torchrun(4, config, override)), 60)

@@ -1,4 +1,4 @@
-"""Every layout trains the same model: tensor x pipeline x ZeRO on up to 8 ranks against plain PyTorch on one."""
+"""Every layout trains the same model: tensor x pipeline x ZeRO on up to 8 ranks, compared with plain PyTorch."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def reference(data: str, tmp_path_factory: pytest.TempPathFactory) -> Reference:
     reference = plain_training(run_config(tmp_path_factory.mktemp("reference"), data, **MODEL))
-    assert max(reference.norms) > 1.5 > min(reference.norms), "it must clip in some steps and not in others"
+    assert max(reference.norms) > 1.5 > min(reference.norms), "gradients must be clipped in some steps, but not in all"
     return reference
 
 
@@ -32,14 +32,14 @@ def run(case: Case, ranks: RankPool, reference: Reference, data: str, folder: Pa
 
 @pytest.mark.parametrize("case", COVERING, ids=str)
 def test_layout(case: Case, ranks: RankPool, reference: Reference, data: str, tmp_path: Path) -> None:
-    """The checkpoint is loaded as well: the layout wrote the entire model, each part of it once."""
+    """The weights are read from the checkpoint, which also proves that the layout wrote the entire model."""
     run(case, ranks, reference, data, tmp_path).check()
 
 
 @pytest.mark.full
 @pytest.mark.timeout(3600)
 def test_full_matrix(ranks: RankPool, reference: Reference, data: str, tmp_path: Path) -> None:
-    """Writes docs/parity.md."""
+    """Also writes docs/parity.md."""
     found = {case: run(case, ranks, reference, data, tmp_path / str(i)) for i, case in enumerate(full())}
     table = Path(__file__).parents[2] / "docs" / "parity.md"
     table.write_text(report(found))
@@ -80,7 +80,7 @@ def report(found: dict[Case, Deviation]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def test_the_same_layout_repeats_bit_for_bit(ranks: RankPool, data: str, tmp_path: Path) -> None:
+def test_a_resume_on_the_same_layout_is_bit_identical(ranks: RankPool, data: str, tmp_path: Path) -> None:
     case = Case(2, 2, 2, "3 kept", "v_1f1b", "none", True)
     whole = run_config(tmp_path / "whole", data, **(case.changes() | {"train__steps": 6}))
     ranks.run(case.world, train, whole)
@@ -90,7 +90,7 @@ def test_the_same_layout_repeats_bit_for_bit(ranks: RankPool, data: str, tmp_pat
     assert metrics(parts.run.dir) == metrics(whole.run.dir)
 
 
-def test_validation_and_samples_under_a_layout(ranks: RankPool, data: str, tmp_path: Path) -> None:
+def test_validation_loss_is_the_same_on_every_layout(ranks: RankPool, data: str, tmp_path: Path) -> None:
     """The validation loss is the same on every layout."""
     held_out = write_latents(tmp_path / "held_out", samples=17, seed=1)
     changes = {"data__validation": held_out, "monitor__validate_every": 2, "train__steps": 4}

@@ -1,4 +1,4 @@
-"""Memory on real ranks against the plan: states while training, and the peak while the model is built."""
+"""Memory on real ranks compared with the plan: model state in training, and the peak during start-up."""
 
 import gc
 from functools import partial
@@ -39,7 +39,7 @@ def parallel_model(config: RunConfig) -> "ParallelModel":
 
 
 def tensor_bytes() -> int:
-    """Bytes of all tensors that Python reaches, each storage once."""
+    """Bytes of all tensors that Python can reach, each storage counted once."""
     gc.collect()
     found = [o for o in gc.get_objects() if isinstance(o, torch.Tensor)]
     found += [t.grad for t in found if t.is_leaf and t.requires_grad and t.grad is not None]
@@ -47,8 +47,10 @@ def tensor_bytes() -> int:
 
 
 def state_of(config: RunConfig) -> tuple[int, int, int]:
-    """Bytes of parameters, gradients, optimizer and EMA at the end of a step's backwards: measured, planned, and
-    planned for the moment only (buffers that DeepSpeed keeps for reductions).
+    """Bytes of parameters, gradients, optimizer and EMA at the end of a step's backwards.
+
+    Returns:
+        Measured bytes, planned bytes, and planned bytes of temporary buffers, which DeepSpeed keeps for reductions.
     """
     before, objective = tensor_bytes(), build_objective(config.diffusion, False)
     model = parallel_model(config)
@@ -69,19 +71,19 @@ def state_of(config: RunConfig) -> tuple[int, int, int]:
     return measured[-1], stage.state.total, int(stage.working)
 
 
-def uses_torchs_linear(config: RunConfig) -> bool:
+def uses_torch_linear(config: RunConfig) -> bool:
     own = torch.nn.functional.linear
     parallel_model(config)
     return torch.nn.functional.linear is own
 
 
-@pytest.mark.parametrize(("keep_gathered", "torchs"), [("always", True), ("never", False)])
-def test_by_block_no_layer_keeps_an_unsharded_weight_for_its_backward(
-    ranks: RankPool, tmp_path: Path, keep_gathered: str, torchs: bool
+@pytest.mark.parametrize(("keep_gathered", "expected"), [("always", True), ("never", False)])
+def test_torch_linear_is_used_only_with_kept_gathered_parameters(
+    ranks: RankPool, tmp_path: Path, keep_gathered: str, expected: bool
 ) -> None:
-    """torch's linear layer would save the weight's transpose; faster, it is used if weights are kept gathered."""
+    """torch's linear layer is faster, but saves the transpose of an all-gathered weight for its backward."""
     config = run_config(tmp_path, "none", parallel__keep_gathered=keep_gathered)
-    assert ranks.run(2, uses_torchs_linear, config) == [torchs, torchs]
+    assert ranks.run(2, uses_torch_linear, config) == [expected, expected]
 
 
 @pytest.mark.parametrize(
@@ -102,14 +104,14 @@ def test_by_block_no_layer_keeps_an_unsharded_weight_for_its_backward(
     ],
     ids=str,
 )
-def test_states_take_what_the_table_says(ranks: RankPool, tmp_path: Path, world: int, changes: dict) -> None:
+def test_model_state_takes_the_planned_memory(ranks: RankPool, tmp_path: Path, world: int, changes: dict) -> None:
     for measured, planned, working in ranks.run(world, state_of, run_config(tmp_path, "none", **WIDE, **changes)):
         print(f"{changes} on {world}: measured {measured / 2**20:.2f} MiB of {planned / 2**20:.2f} MiB planned")
         assert 0.95 * planned < measured < 1.05 * planned + working
 
 
 def peak_of_building(config: RunConfig) -> tuple[float, float]:
-    """Peak of resident bytes while the model is built, beyond what the empty process had: measured and planned."""
+    """Peak of resident bytes while the model is built, in addition to the empty process: measured and planned."""
     import torch.distributed as dist
 
     from rdm_scale import cost
@@ -132,8 +134,8 @@ def _resident(field: str) -> float:
 
 @pytest.mark.full
 @pytest.mark.timeout(900)
-def test_half_a_billion_parameters_start_on_eight_ranks(ranks: RankPool, tmp_path: Path) -> None:
-    """No rank holds more than its share and a block at any time."""
+def test_no_rank_holds_more_than_its_share_and_a_block_during_start_up(ranks: RankPool, tmp_path: Path) -> None:
+    """Half a billion parameters on eight ranks."""
     changes = {"model__hidden_size": 1024, "model__depth": 26, "model__num_heads": 16, "parallel__tensor": 2}
     config = run_config(tmp_path, "none", **changes, parallel__pipeline=2, parallel__keep_gathered="never")
     for built, planned in ranks.run(8, peak_of_building, config):

@@ -1,4 +1,4 @@
-"""Looking at a run does not change it."""
+"""Validation and sampling do not change a run."""
 
 from pathlib import Path
 
@@ -9,8 +9,8 @@ from tests.support.small_runs import metrics, run_config, train, write_latents
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_samples_and_validation_leave_no_trace_in_the_training(ranks: RankPool, tmp_path: Path, precision: str) -> None:
-    """Averaged weights are swapped in and out of both ranks' parameters, and forwards run that have no backward."""
+def test_sampling_and_validation_do_not_change_training(ranks: RankPool, tmp_path: Path, precision: str) -> None:
+    """EMA weights are swapped into the parameters of both ranks and out again, and some forwards have no backward."""
     data = write_latents(tmp_path / "train", channels=3)
     held_out = write_latents(tmp_path / "validation", samples=7, channels=3)
     same = {"model__input__channels": 3, "train__steps": 8, "train__precision": precision, "train__deterministic": True}

@@ -1,4 +1,4 @@
-"""The contract of ParallelModel on two ranks: EMA weights, state for checkpoints, recorded gradients."""
+"""Contract of ParallelModel on two ranks: EMA weights, state for checkpoints, recorded gradients."""
 
 import math
 from functools import partial
@@ -76,7 +76,7 @@ def use_model(config: RunConfig) -> tuple[list[int], float, float]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_contract(ranks: RankPool, tmp_path: Path, layout: dict) -> None:
+def test_parallel_model_contract(ranks: RankPool, tmp_path: Path, layout: dict) -> None:
     config = run_config(tmp_path, "none", **layout, train__micro_batch_size=2, optimizer__grad_clip=0.01)
     results = ranks.run(2, use_model, config)
     pipelined = "parallel__pipeline" in layout

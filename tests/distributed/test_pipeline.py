@@ -1,4 +1,4 @@
-"""The pipeline itself, with a toy model: tensors that stay on a rank, shapes that change, early messages."""
+"""The pipeline executor with a toy model: local skips, changing shapes, early messages."""
 
 import os
 from typing import Any
@@ -22,7 +22,7 @@ def weight(chunk: int) -> Tensor:
 
 
 def samples(step: int, micro_batch: int) -> Tensor:
-    """Samples whose number differs from step to step and between micro-batches."""
+    """Samples, in a number that differs between steps and between micro-batches."""
     generator = torch.Generator().manual_seed(100 * step + micro_batch)
     return torch.randn(1 + (step + micro_batch) % 3, WIDTH, generator=generator, dtype=torch.float64)
 
@@ -34,7 +34,7 @@ def condition(chunk: int) -> Tensor:
 class ToyChunks:
     """Chunk k maps x to tanh(x W_k) + c, where the first chunk makes the condition c, which every chunk passes on.
 
-    With `skips`, the V-placement partner of a chunk adds the square of twice what that chunk has put out.
+    With `skips`, the V-placement partner of a chunk adds the square of twice that chunk's output.
     """
 
     def __init__(self, chunks: list[int], count: int, skips: bool) -> None:
@@ -109,7 +109,7 @@ def run_toy(schedule: str, ranks: int, chunks: int, micro_batches: int, skips: b
         ("interleaved_1f1b", 2, 3, 4, False),
         ("interleaved_1f1b", 4, 2, 8, False),
         ("v_1f1b", 2, 2, 5, True),
-        ("v_1f1b", 2, 2, 6, True),  # here and below some messages arrive before they are wanted
+        ("v_1f1b", 2, 2, 6, True),  # here and below some messages arrive before they are needed
         ("v_1f1b", 4, 2, 8, True),
     ],
 )
@@ -140,6 +140,6 @@ def raise_on_one_rank() -> Any:
     Pipeline(placement, build_schedule("1f1b", placement, 4), mesh.pipeline_rank, Channels(mesh)).run(toy)
 
 
-def test_the_first_error_is_the_one_that_counts(ranks: RankPool) -> None:
+def test_the_error_of_the_failing_rank_is_raised(ranks: RankPool) -> None:
     with pytest.raises(KeyError):
         ranks.run(3, raise_on_one_rank)

@@ -1,4 +1,4 @@
-"""A run that was interrupted goes on as if it had not been, on the same ranks or on others."""
+"""An interrupted run resumes as if it had not been interrupted, on the same ranks or on others."""
 
 import shutil
 from pathlib import Path
@@ -39,7 +39,7 @@ def uninterrupted(whole: Path) -> list[dict]:
 
 
 def train_in_parts(ranks: RankPool, tmp_path: Path, data: dict[str, str], parts: list[tuple[int, int]]) -> list[dict]:
-    """Train to each step on so many ranks; the metrics of all steps."""
+    """Train in parts, each (last step, number of ranks), and return the metrics of all steps."""
     for steps, world in parts:
         config = run_config(tmp_path, data["data__train"], **(VALIDATED | data | {"train__steps": steps}))
         ranks.run(world, train, config)
@@ -47,13 +47,13 @@ def train_in_parts(ranks: RankPool, tmp_path: Path, data: dict[str, str], parts:
 
 
 @pytest.mark.parametrize("stops", [[1], [5], [11], [2, 3, 8]], ids=str)
-def test_same_ranks_go_on_bit_for_bit(
+def test_resume_on_the_same_ranks_is_bit_identical(
     ranks: RankPool, uninterrupted: list[dict], data: dict[str, str], tmp_path: Path, stops: list[int]
 ) -> None:
     assert train_in_parts(ranks, tmp_path, data, [(s, 2) for s in [*stops, STEPS]]) == uninterrupted
 
 
-def test_weights_and_averages_are_those_of_the_uninterrupted_run(
+def test_weights_and_ema_equal_those_of_the_uninterrupted_run(
     ranks: RankPool, whole: Path, data: dict[str, str], tmp_path: Path
 ) -> None:
     train_in_parts(ranks, tmp_path, data, [(7, 2), (STEPS, 2)])
@@ -64,8 +64,8 @@ def test_weights_and_averages_are_those_of_the_uninterrupted_run(
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_in_bf16_too(ranks: RankPool, data: dict[str, str], tmp_path: Path, stage: int) -> None:
-    """The weights of forwards are recomputed from the fp32 master weights."""
+def test_resume_in_bf16_is_bit_identical(ranks: RankPool, data: dict[str, str], tmp_path: Path, stage: int) -> None:
+    """After a resume the bf16 weights are recomputed from the fp32 master weights."""
     same = {"train__precision": "bf16", "parallel__zero_stage": stage, "train__micro_batch_size": 2}
     for name, stops in (("whole", [6]), ("parts", [3, 6])):
         for steps in stops:
@@ -75,7 +75,7 @@ def test_in_bf16_too(ranks: RankPool, data: dict[str, str], tmp_path: Path, stag
 
 
 @pytest.mark.full
-def test_interrupted_after_any_step(
+def test_resume_after_any_step_is_bit_identical(
     ranks: RankPool, uninterrupted: list[dict], data: dict[str, str], tmp_path: Path
 ) -> None:
     for stop in range(1, STEPS):
@@ -83,7 +83,7 @@ def test_interrupted_after_any_step(
 
 
 @pytest.mark.parametrize("parts", [[(6, 2), (12, 4)], [(6, 4), (12, 1)], [(3, 1), (7, 4), (12, 2)]], ids=str)
-def test_other_ranks_go_on_within_rounding(
+def test_resume_on_other_ranks_agrees_within_rounding(
     ranks: RankPool, uninterrupted: list[dict], data: dict[str, str], tmp_path: Path, parts: list[tuple[int, int]]
 ) -> None:
     records = train_in_parts(ranks, tmp_path, data, parts)
@@ -91,13 +91,13 @@ def test_other_ranks_go_on_within_rounding(
         assert record == pytest.approx(expected, rel=1e-5)
 
 
-def test_metrics_after_the_checkpoint_are_trained_again(
+def test_steps_after_the_newest_checkpoint_are_trained_again(
     ranks: RankPool, uninterrupted: list[dict], data: dict[str, str], tmp_path: Path
 ) -> None:
     changes = VALIDATED | data | {"checkpoint__every": 5, "train__steps": 11}
     config = run_config(tmp_path, data["data__train"], **changes)
     ranks.run(2, train, config)
-    # As a killed run leaves it: the newest checkpoint is of step 10, a later line is cut in the middle.
+    # State after a kill: the newest checkpoint is of step 10, and the last line of the metrics is incomplete.
     shutil.rmtree(Path(config.run.dir) / "checkpoints" / "step_00000011")
     with (Path(config.run.dir) / "metrics.jsonl").open("a") as file:
         file.write('{"step": 12, "lo')

@@ -1,4 +1,4 @@
-"""A checkpoint belongs to the model: what one layout wrote, every other loads, bit for bit, and trains on from."""
+"""Checkpoints do not depend on the layout: every layout loads them bit for bit and resumes from them."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from tests.support.layouts import Case
 from tests.support.rank_pool import RankPool
 from tests.support.small_runs import metrics, run_config, train, write_latents
 
-# Uneven stages (9 blocks), chunks, cut qkv, ranges of 3 ranks, all ZeRO stages, on both sides.
+# Both sides cover uneven stages (9 blocks), chunks, sharded qkv, ranges of 3 ranks and all ZeRO stages.
 PAIRS = {
     Case(2, 2, 2, "3 kept", "1f1b", "none", True): [
         Case(1, 1, 3, "1", "1f1b", "none", False),
@@ -44,7 +44,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def train_after_a_copy(config: RunConfig, copy: str) -> None:
-    """A body for the pool: trains, but first saves what was loaded, as it is."""
+    """A body for the pool: save the loaded state to `copy`, then train."""
     from rdm_scale.checkpoint import Saver
     from rdm_scale.training.trainer import Trainer
 
@@ -60,7 +60,7 @@ def train_after_a_copy(config: RunConfig, copy: str) -> None:
 
 
 @pytest.mark.parametrize("source", PAIRS, ids=str)
-def test_any_layout_to_any_layout(source: Case, ranks: RankPool, data: str, tmp_path: Path) -> None:
+def test_a_checkpoint_of_one_layout_loads_in_another(source: Case, ranks: RankPool, data: str, tmp_path: Path) -> None:
     whole = run_config(tmp_path / "whole", data, **(source.changes() | {"checkpoint__every": 5}))
     ranks.run(source.world, train, whole)
     written = Path(whole.run.dir) / "checkpoints" / "step_00000005"
@@ -74,8 +74,8 @@ def test_any_layout_to_any_layout(source: Case, ranks: RankPool, data: str, tmp_
         state_again, again = CheckpointDirectory(Location(tmp_path / str(i) / "copy")).open(5)
         assert sorted(again.names()) == sorted(names) and again.entries() == list(STATE_ENTRIES)
         for entry in STATE_ENTRIES:
-            mine, theirs = again.read_many(entry, names), reader.read_many(entry, names)
-            assert all(torch.equal(mine[name], theirs[name]) for name in names), (target, entry)
+            copied, original = again.read_many(entry, names), reader.read_many(entry, names)
+            assert all(torch.equal(copied[name], original[name]) for name in names), (target, entry)
         for key in ("step", "samples", "identity", "codec", "class_names", "lost_shards"):
             assert state_again[key] == state[key]
         losses = [[r["loss"] for r in metrics(run.run.dir) if r["step"] > 5] for run in (config, whole)]

@@ -1,4 +1,4 @@
-"""Checkpoints are written while training goes on, one at a time, and failures are reported and survived."""
+"""Checkpoints are written one at a time while training continues, and failures are reported."""
 
 import errno
 import json
@@ -32,14 +32,14 @@ def steps_saved(config: RunConfig) -> list[int]:
 
 
 def train_with(write: Callable[..., Any], config: RunConfig) -> str:
-    """A body for the pool: trains with another way to write tensors; all that the first rank printed."""
-    said: list[str] = []
+    """A body for the pool: train with `write` in place of `write_tensors`, and return the reports of rank 0."""
+    reports: list[str] = []
     saving.write_tensors = lambda folder, rank, *more: write(config, folder, rank, *more)
     from rdm_scale.training.monitor import RunMonitor
 
-    RunMonitor.report = lambda self, message: said.append(message)
+    RunMonitor.report = lambda self, message: reports.append(message)
     train(config)
-    return "\n".join(said)
+    return "\n".join(reports)
 
 
 def write_three_steps_later(config: RunConfig, folder: Location, rank: int, *more: Any) -> Any:
@@ -51,13 +51,11 @@ def write_three_steps_later(config: RunConfig, folder: Location, rank: int, *mor
     return WRITE(folder, rank, *more)
 
 
-def test_training_goes_on_and_the_checkpoint_is_of_the_step_it_names(
-    ranks: RankPool, data: str, tmp_path: Path
-) -> None:
+def test_training_continues_while_a_checkpoint_is_written(ranks: RankPool, data: str, tmp_path: Path) -> None:
     config = run_config(tmp_path, data, train__steps=9, checkpoint__every=4)
-    said, _ = ranks.run(2, train_with, write_three_steps_later, config)
+    reported, _ = ranks.run(2, train_with, write_three_steps_later, config)
     assert steps_saved(config) == [4, 8, 9]
-    assert said.count("saved ") == 3 and "warning" not in said
+    assert reported.count("saved ") == 3 and "warning" not in reported
     for step in (4, 8):
         alone = run_config(tmp_path / str(step), data, train__steps=step)
         ranks.run(2, train, alone)
@@ -76,12 +74,12 @@ def write_slowly(config: RunConfig, folder: Location, rank: int, *more: Any) -> 
     return WRITE(folder, rank, *more)
 
 
-def test_a_save_that_is_late_is_reported_and_waited_for(ranks: RankPool, data: str, tmp_path: Path) -> None:
+def test_a_slow_save_is_reported_and_waited_for(ranks: RankPool, data: str, tmp_path: Path) -> None:
     config = run_config(tmp_path, data, train__steps=5, checkpoint__every=2)
-    said, _ = ranks.run(2, train_with, write_slowly, config)
+    reported, _ = ranks.run(2, train_with, write_slowly, config)
     assert steps_saved(config) == [2, 4, 5]
-    assert "warning: the checkpoint of step 2 was still being written when the next was due" in said
-    assert said.index("step_00000002 (in") < said.index("step_00000004 (in")
+    assert "warning: the checkpoint of step 2 was still being written when the next was due" in reported
+    assert reported.index("step_00000002 (in") < reported.index("step_00000004 (in")
 
 
 def write_on_a_full_disk(config: RunConfig, folder: Location, rank: int, *more: Any) -> Any:
@@ -92,18 +90,18 @@ def write_on_a_full_disk(config: RunConfig, folder: Location, rank: int, *more: 
     return WRITE(folder, rank, *more)
 
 
-def test_a_failed_save_stops_the_run_or_not_as_configured(ranks: RankPool, data: str, tmp_path: Path) -> None:
+def test_a_failed_save_stops_the_run_as_configured(ranks: RankPool, data: str, tmp_path: Path) -> None:
     changes = {"train__steps": 6, "checkpoint__every": 2}
     stops = run_config(tmp_path / "stops", data, **changes)
     with pytest.raises(CheckpointError, match="step_00000004: No space left on device"):
         ranks.run(2, train_with, write_on_a_full_disk, stops)
     assert steps_saved(stops) == [2]
     goes_on = run_config(tmp_path / "goes_on", data, **changes, checkpoint__on_failure="continue")
-    said, _ = ranks.run(2, train_with, write_on_a_full_disk, goes_on)
-    assert "warning: no checkpoint of step 4, training continues without it: cannot write" in said
+    reported, _ = ranks.run(2, train_with, write_on_a_full_disk, goes_on)
+    assert "warning: no checkpoint of step 4, training continues without it: cannot write" in reported
     assert steps_saved(goes_on) == [2, 6]
     left = {path.name for path in (tmp_path / "goes_on/run/checkpoints").iterdir()}
-    assert left == {"step_00000002", "step_00000006"}, "the half-written one is gone"
+    assert left == {"step_00000002", "step_00000006"}, "the incomplete checkpoint is removed"
     ranks.run(2, train, stops)
     assert metrics(stops.run.dir) == metrics(goes_on.run.dir)
 
@@ -122,9 +120,9 @@ def test_checkpoints_that_resume_skips_are_reported(ranks: RankPool, data: str, 
     folder = Path(config.run.dir) / "checkpoints"
     (folder / "step_00000004" / "rank_00001.safetensors").write_bytes(b"cut")
     (folder / "step_00000007").mkdir()
-    said, _ = ranks.run(2, train_with, write_slowly, config)
-    assert "warning: skipped" in said and "step_00000007 has no commit.json" in said
-    assert "step_00000004/rank_00001.safetensors has 3 bytes instead of" in said
+    reported, _ = ranks.run(2, train_with, write_slowly, config)
+    assert "warning: skipped" in reported and "step_00000007 has no commit.json" in reported
+    assert "step_00000004/rank_00001.safetensors has 3 bytes instead of" in reported
     assert metrics(config.run.dir) == whole
     assert steps_saved(config) == [2, 4]
 
@@ -137,14 +135,16 @@ def write_where_nothing_can_be_removed(config: RunConfig, folder: Location, rank
     return WRITE(folder, rank, *more)
 
 
-def test_a_checkpoint_stays_when_older_ones_cannot_be_removed(ranks: RankPool, data: str, tmp_path: Path) -> None:
+def test_a_failed_removal_of_older_checkpoints_is_only_a_warning(ranks: RankPool, data: str, tmp_path: Path) -> None:
     config = run_config(tmp_path, data, train__steps=4, checkpoint__every=2, checkpoint__keep=1)
-    said, _ = ranks.run(2, train_with, write_where_nothing_can_be_removed, config)
+    reported, _ = ranks.run(2, train_with, write_where_nothing_can_be_removed, config)
     assert steps_saved(config) == [2, 4]
-    assert "warning: checkpoints older than checkpoint.keep are not removed yet: cannot remove step_00000002" in said
+    assert (
+        "warning: checkpoints older than checkpoint.keep are not removed yet: cannot remove step_00000002" in reported
+    )
 
 
-def test_checkpoints_of_some_steps_stay(ranks: RankPool, data: str, tmp_path: Path) -> None:
+def test_checkpoints_of_keep_every_are_not_removed(ranks: RankPool, data: str, tmp_path: Path) -> None:
     changes = {"checkpoint__every": 2, "checkpoint__keep": 1, "checkpoint__keep_every": 4}
     config = run_config(tmp_path, data, train__steps=7, **changes)
     ranks.run(1, train, config)

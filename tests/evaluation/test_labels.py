@@ -25,19 +25,19 @@ def test_held_out_real_digits_are_recognized(digits: tuple[Tensor, Tensor]) -> N
     images, labels = digits
     accuracy = label_accuracy(images[:1400], labels[:1400], images[1400:], labels[1400:])
     assert 0.97 < accuracy <= 1
-    # The pictures are what counts: labels asked for at random are met by one in ten.
+    # With requested labels in random order, one image in ten agrees by chance.
     shuffled = labels[1400:][torch.randperm(397, generator=torch.Generator().manual_seed(1))]
     assert label_accuracy(images[:1400], labels[:1400], images[1400:], shuffled) == pytest.approx(0.1, abs=0.06)
 
 
-def test_it_is_a_share_of_the_generated_images(digits: tuple[Tensor, Tensor]) -> None:
+def test_accuracy_is_the_share_of_correct_generated_images(digits: tuple[Tensor, Tensor]) -> None:
     images, labels = digits
     wrong = torch.cat([labels[:30], (labels[30:40] + 1) % 10])
     assert label_accuracy(images, labels, images[:40], wrong, neighbours=1) == 0.75
 
 
-def test_large_images_are_compared_by_eighths() -> None:
-    """Fine stripes average out of every eighth, so the faint coarse picture decides, where they say the opposite."""
+def test_large_images_are_pooled_to_8_by_8_before_comparison() -> None:
+    """Fine stripes average out in pooling, so the faint coarse pattern decides against them."""
     stripes = torch.ones(2, 16, 16)
     stripes[0, :, ::2] = stripes[1, :, 1::2] = -1
     coarse = torch.zeros(2, 16, 16)
@@ -46,8 +46,8 @@ def test_large_images_are_compared_by_eighths() -> None:
     assert label_accuracy(real, torch.tensor([0, 1]), generated, torch.tensor([0, 1]), neighbours=1) == 1
 
 
-def test_clips_are_compared_by_what_moves_in_them() -> None:
-    """A bar moving left or right: any single frame in the middle says nothing, the order of the frames all."""
+def test_clips_are_compared_by_their_motion() -> None:
+    """A bar moves left or right: only the order of the frames distinguishes the classes."""
     right = torch.stack([torch.eye(16)[i].expand(16, 16) for i in range(16)])  # [T, H, W]
     real = torch.stack([right, right.flip(0)])[:, None].expand(-1, 3, -1, -1, -1)
     generated = real.roll(1, dims=-1)
@@ -56,7 +56,7 @@ def test_clips_are_compared_by_what_moves_in_them() -> None:
     assert label_accuracy(real, labels, generated.flip(2), labels, neighbours=1) == 0
 
 
-def test_what_does_not_fit_is_refused(digits: tuple[Tensor, Tensor]) -> None:
+def test_mismatched_shapes_and_labels_are_refused(digits: tuple[Tensor, Tensor]) -> None:
     images, labels = digits[0][:20], digits[1][:20]
     with pytest.raises(ValueError, match="not of one size"):
         label_accuracy(images, labels, images[..., :16], labels)

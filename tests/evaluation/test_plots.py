@@ -1,4 +1,4 @@
-"""Plots: the loss as a file, refusals of damaged metrics, and heat maps along depth."""
+"""Plots: the loss as a file, errors for damaged metrics, and heat maps along depth."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def has_color(image: np.ndarray, rgb: tuple[int, int, int]) -> bool:
 
 
 @pytest.mark.parametrize(("steps", "validation"), [(1, False), (200, False), (200, True)])
-def test_the_loss_plot_shows_training_and_if_taken_validation(tmp_path: Path, steps: int, validation: bool) -> None:
+def test_the_loss_plot_shows_training_and_validation_loss(tmp_path: Path, steps: int, validation: bool) -> None:
     plot_loss(metrics(tmp_path / "metrics.jsonl", steps, validation), tmp_path / "loss.png")
     image = Image.open(tmp_path / "loss.png")
     assert image.format == "PNG"
@@ -50,7 +50,7 @@ def test_the_loss_plot_shows_training_and_if_taken_validation(tmp_path: Path, st
         ('{"step": 1, "loss": "low"}\n', "line 1"),
     ],
 )
-def test_metrics_that_cannot_be_read_are_named(tmp_path: Path, content: str, message: str) -> None:
+def test_unreadable_metrics_are_refused_by_line(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(content)
     with pytest.raises(DataError, match=message):
@@ -60,7 +60,7 @@ def test_metrics_that_cannot_be_read_are_named(tmp_path: Path, content: str, mes
     assert not (tmp_path / "loss.png").exists()
 
 
-def test_channel_statistics_are_written_or_the_place_is_named(tmp_path: Path) -> None:
+def test_channel_statistics_are_written_or_the_path_is_reported(tmp_path: Path) -> None:
     plot_channels([0.0, 1.0], [1.0, 2.0], Location(tmp_path / "channels.png"))
     assert Image.open(tmp_path / "channels.png").size == (480, 420)
     with pytest.raises(DataError, match=r"cannot write the plot .*none/channels.png"):

@@ -1,4 +1,4 @@
-"""The options of a block, each against the plain formula."""
+"""Options of a block, each compared with the plain formula."""
 
 import math
 
@@ -16,14 +16,14 @@ GRID, B = (3, 2, 4), 2
 
 
 def clips(**changes: object) -> ModelConfig:
-    """A model of clips of 3 x 2 x 4 tokens, and heads of 8 channels."""
+    """Configuration of a model for clips of 3 x 2 x 4 tokens, with heads of 8 channels."""
     size = InputConfig(channels=2, frames=3, height=4, width=8)
     base = {"input": size, "hidden_size": 32, "num_heads": 4, "depth": 2, "condition": "none"}
     return ModelConfig(**{**base, **changes})
 
 
 def randomized(config: ModelConfig) -> DiffusionTransformer:
-    """A model none of whose parameters is zero, so that every path shows in the output."""
+    """Model without zero parameters, so that every path influences the output."""
     model = build_model(config)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -37,12 +37,12 @@ def stream(seed: int = 0) -> Tensor:
 
 
 def split_heads(qkv_SBW: Tensor) -> tuple[Tensor, ...]:
-    """q, k, v [B, head, S, channel] of rows in the order (head, q/k/v, channel)."""
+    """Split rows ordered (head, q/k/v, channel) into q, k, v [B, head, S, channel]."""
     return tuple(qkv_SBW.view(24, B, 4, 3, 8).permute(3, 1, 2, 0, 4))
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
-    """softmax(q k / sqrt(d)) v as [S, B, D], over the pairs [S, S] that are allowed."""
+    """softmax(q k^T / sqrt(d)) v as [S, B, D], restricted to the `allowed` pairs [S, S]."""
     weights = (q @ k.transpose(-1, -2) / 8**0.5).masked_fill(~allowed, -torch.inf).softmax(-1)
     return (weights @ v).permute(2, 0, 1, 3).flatten(2)
 
@@ -52,13 +52,13 @@ PLACE = torch.arange(24) % 8
 
 
 @pytest.mark.parametrize(
-    ("kind", "block", "of"), [("joint", 1, torch.zeros(24)), ("factorized", 0, FRAME), ("factorized", 1, PLACE)]
+    ("kind", "block", "group"), [("joint", 1, torch.zeros(24)), ("factorized", 0, FRAME), ("factorized", 1, PLACE)]
 )
-def test_attention_is_full_spatial_or_temporal(kind: str, block: int, of: Tensor) -> None:
-    """Equals masked attention: of the spatial block within frames, of the temporal one within positions."""
+def test_attention_is_full_spatial_or_temporal(kind: str, block: int, group: Tensor) -> None:
+    """Equal to attention masked to a frame (spatial block) or to a position (temporal block)."""
     branch = randomized(clips(attention=kind)).blocks[str(block)].attention.branch
     x = stream()
-    heads = plain_attention(*split_heads(branch.qkv(x)), of[:, None] == of[None])
+    heads = plain_attention(*split_heads(branch.qkv(x)), group[:, None] == group[None])
     found = branch(x, Conditioning(torch.zeros(B, 32), GRID))
     torch.testing.assert_close(found, heads @ branch.out.weight.T)
 
@@ -70,15 +70,15 @@ def test_latte_adds_the_frames_positions_after_the_first_spatial_block() -> None
         block.register_forward_hook(lambda module, given, out, i=i: seen.update({i: (given[0], out)}))
     latents = torch.randn(B, 2, 3, 4, 8)
     model(latents, torch.rand(B))
-    came, went = seen["1"][0], seen["0"][1]
-    torch.testing.assert_close((came - went)[:, 0], model.pos_temporal[FRAME])
+    entered, left = seen["1"][0], seen["0"][1]
+    torch.testing.assert_close((entered - left)[:, 0], model.pos_temporal[FRAME])
     z, _ = model.embed(latents, torch.rand(B), None)
     bare = z - model.pos_spatial.repeat(3, 1)[:, None]
     torch.testing.assert_close(bare[3, 1], model.patch_embed(latents[1, :, 0, :2, 6:8].reshape(-1)))
 
 
-def test_frames_of_a_still_image_are_few() -> None:
-    """T = 1 goes through factorized blocks: along time a token then sees itself only."""
+def test_images_pass_through_factorized_blocks() -> None:
+    """With T = 1 a token attends to itself only in temporal attention."""
     model = randomized(clips(attention="factorized"))
     image = torch.randn(B, 2, 1, 4, 8)
     assert model(image, torch.rand(B)).shape == image.shape
@@ -89,7 +89,7 @@ def test_frames_of_a_still_image_are_few() -> None:
 
 
 def test_long_skips_join_block_i_to_block_depth_minus_1_minus_i() -> None:
-    """Against the formula: z + alpha W [modulated norm(z); norm(skip)] + beta, then what a block without skip does."""
+    """Compared with z + alpha W [modulated norm(z); norm(skip)] + beta, followed by the block's other branches."""
     model = randomized(clips(stacking="u", depth=5))
     assert [block.skip is not None for block in model.blocks.values()] == [False, False, False, True, True]
     z, conditioning = stream(), Conditioning(torch.randn(B, 32), GRID)
@@ -131,9 +131,9 @@ def test_rope_rotates_channel_pairs_by_position() -> None:
     model = randomized(clips(positions="rotary"))
     assert dict(model.named_buffers()) == {}
     rope = model.conditioning(torch.zeros(B, 32), GRID).rope
-    turned = apply_rope(torch.tensor([1.0, 0, 0, 1, 1, 0, 1, 0]), rope[:, 2 * 8 + 1 * 4 + 3])  # at (2, 1, 3)
+    rotated = apply_rope(torch.tensor([1.0, 0, 0, 1, 1, 0, 1, 0]), rope[:, 2 * 8 + 1 * 4 + 3])  # at (2, 1, 3)
     expected = [math.cos(2), math.sin(2), -math.sin(0.02), math.cos(0.02), math.cos(1), math.sin(1), math.cos(3)]
-    assert turned.tolist() == pytest.approx([*expected, math.sin(3)], abs=1e-6)
+    assert rotated.tolist() == pytest.approx([*expected, math.sin(3)], abs=1e-6)
     branch, x = model.blocks["0"].attention.branch, stream()
     q, k, v = split_heads(branch.qkv(x))
     heads = plain_attention(apply_rope(q, rope), apply_rope(k, rope), v, torch.ones(24, 24, dtype=torch.bool))
@@ -142,7 +142,7 @@ def test_rope_rotates_channel_pairs_by_position() -> None:
 
 
 def test_with_rope_attention_depends_on_relative_positions() -> None:
-    """q(place) . k(other place) is the same when both are moved by one."""
+    """The product of a query and a key stays the same when both positions move by one."""
     rope = axial_rope(8, (1, 5, 6), clips=False).view(2, 5, 6, 4)
     q, k = torch.randn(2, 8, generator=torch.Generator().manual_seed(0)).unbind()
 
@@ -153,7 +153,7 @@ def test_with_rope_attention_depends_on_relative_positions() -> None:
     assert product((0, 1), (2, 4)) != pytest.approx(product((0, 1), (2, 3)), rel=1e-2)
 
 
-def test_rotary_models_take_other_sizes_and_distinguish_positions() -> None:
+def test_rotary_models_accept_other_sizes_and_distinguish_positions() -> None:
     model = randomized(clips(positions="rotary"))
     latents = torch.randn(B, 2, 2, 8, 4)
     out = model(latents, torch.rand(B))
@@ -173,8 +173,8 @@ def captions(model: DiffusionTransformer, lengths: tuple[int, ...]) -> TextCondi
 TEXT = {"condition": "text", "text": TextConfig(width=12, pooled_width=6)}
 
 
-def test_tokens_attend_to_those_of_the_caption() -> None:
-    """Each sample by itself, to as many tokens as its caption has."""
+def test_cross_attention_attends_to_the_caption_of_each_sample() -> None:
+    """Each sample attends to the tokens of its own caption, and not to padding."""
     model = randomized(clips(**TEXT, qk_norm=True))
     branch, x, text = model.blocks["0"].cross_attention.branch, stream(), captions(model, (5, 2))
     found = branch(x, Conditioning(torch.zeros(B, 32), GRID, text))
@@ -186,7 +186,7 @@ def test_tokens_attend_to_those_of_the_caption() -> None:
         torch.testing.assert_close(found[:, b], heads @ branch.out.weight.T)
 
 
-def test_a_caption_reaches_the_model_by_its_tokens_and_by_its_pooled_vector() -> None:
+def test_predictions_depend_on_caption_tokens_and_pooled_vector() -> None:
     model = randomized(clips(**TEXT))
     assert [type(b.branch).__name__ for b in model.blocks["0"].branches()] == ["Attention", "CrossAttention", "Mlp"]
     assert model.config.branches == 6
@@ -203,7 +203,7 @@ def test_a_caption_reaches_the_model_by_its_tokens_and_by_its_pooled_vector() ->
     assert moved.min() > 1e-3
 
 
-def test_every_branch_of_every_kind_trains_every_parameter() -> None:
+def test_every_parameter_of_every_branch_has_a_gradient() -> None:
     model = randomized(clips(**TEXT, stacking="u", qk_norm=True, positions="rotary", attention="factorized"))
     model(torch.randn(B, 2, 3, 4, 8), torch.rand(B), captions(model, (4, 3))).square().mean().backward()
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0] == []

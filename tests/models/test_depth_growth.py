@@ -13,7 +13,7 @@ LR = 1e-2
 
 
 def notation(placed: tuple[BlockOrigin, ...]) -> str:
-    """Old blocks as digits, fresh ones as dots, copies as digits in brackets."""
+    """Text form of block origins: old blocks as digits, fresh ones as dots, copies as digits in brackets."""
     signs = {o: "." if o.block is None else f"({o.block})" if o.is_new else str(o.block) for o in placed}
     return "".join(signs[o] for o in placed)
 

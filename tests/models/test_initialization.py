@@ -22,15 +22,15 @@ def test_neural_rdm_keeps_variance_and_cotangent_within_a_factor_of_two(depth: i
 
 
 @pytest.mark.parametrize(("residual", "most"), [("rezero", 1.0), ("adaln_zero", 1.0), ("layerscale", 1.15)])
-def test_structures_that_start_closed_keep_them(residual: str, most: float) -> None:
-    """Exactly, where alpha starts at 0. Layerscale's is 0.1 for twelve blocks: each of 24 branches adds 0.01 Var F."""
+def test_zero_initialized_gates_preserve_variance_and_cotangent(residual: str, most: float) -> None:
+    """Exact where alpha starts at 0. Layerscale starts at 0.1 for 12 blocks: each of 24 branches adds 0.01 Var F."""
     variance, cotangent = stack_gains(small_stack(12, residual=residual))
     assert 1 <= variance <= most
     assert 1 <= cotangent <= most
 
 
-def test_plain_residuals_do_not() -> None:
-    """The contrast that shows that the bound above can fail."""
+def test_plain_residuals_amplify_variance_and_cotangent() -> None:
+    """Counterexample: the bounds of the other structures can fail."""
     variance, cotangent = stack_gains(small_stack(48, residual="plain"))
     assert variance > 10
     assert cotangent > 4
@@ -43,7 +43,7 @@ def test_the_multiplier_is_a_fixed_power_of_the_number_of_branches() -> None:
 
 
 def test_gates_follow_the_table_of_structures() -> None:
-    """z + alpha F + beta with hand-made values, one structure after the other."""
+    """z + alpha F + beta with values computed by hand for each structure."""
     z, f, g = torch.full((1, 1, 8), 2.0), torch.full((1, 1, 8), 3.0), torch.full((1, 8), 0.25)
 
     def output(

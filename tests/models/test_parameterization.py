@@ -1,4 +1,4 @@
-"""CompleteP: which parameters it scales; a base of the model's own size is none; steps keep their size."""
+"""CompleteP: scaled parameters, a base of the model's own size, and updates of the same size at every size."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ FAMILY = [{}, TEXT, {"stacking": "u", "depth": 4}, {"qk_norm": True}, {"residual
 
 @pytest.mark.parametrize("changes", FAMILY, ids=str)
 def test_matrices_whose_inputs_grow_are_found_by_their_shapes(changes: dict) -> None:
-    """Names, which is what sharded ranks go by, agree with shapes of models of two widths."""
+    """Compare the rule by name, which also works on sharded ranks, with the shapes of models of two widths."""
 
     def shapes(width: int) -> dict[str, torch.Size]:
         config = ModelConfig(**(SMALL | changes | {"hidden_size": width}))
@@ -25,7 +25,7 @@ def test_matrices_whose_inputs_grow_are_found_by_their_shapes(changes: dict) -> 
 
     small, wide = shapes(32), shapes(64)
     for name, shape in small.items():
-        # An embedding's rows are picked, not summed: its inputs are classes, which are its first dimension.
+        # An embedding selects rows and sums nothing: its inputs are classes, which are its first dimension.
         expected = len(shape) == 2 and wide[name][1] == 2 * shape[1] and name != "class_embed.weight"
         assert inputs_grow(name) == expected, name
 
@@ -41,7 +41,7 @@ def test_rates_of_a_model_four_times_as_wide_and_eight_times_as_deep() -> None:
     assert rates("head.out.bias", *ratios) == (1, 1, 1)
 
 
-def test_a_base_of_the_own_size_is_none() -> None:
+def test_a_base_of_the_same_size_changes_nothing() -> None:
     plain, based = (ModelConfig(**(SMALL | base)) for base in ({}, {"base_width": 32, "base_depth": 2}))
     first, second = (list(build_model(config).named_parameters()) for config in (plain, based))
     for (name, one), (_, other) in zip(first, second, strict=True):
@@ -67,11 +67,11 @@ def test_initial_embeddings_do_not_depend_on_the_width() -> None:
 
 
 def change(depth: int, base: dict, steps: int = 4, width: int = 32, residual: str = "neural_rdm") -> float:
-    """Root mean square of what a few steps of Adam change in the last stream, over the stream's own."""
+    """Relative change (root mean square) of the last hidden states by a few steps of Adam."""
     size = {"hidden_size": width, "num_heads": width // 8, "depth": depth, "residual": residual}
     config = ModelConfig(**(IMAGE | size | base))
     model = build_model(config)
-    open_gates(model)
+    fill_last_layer(model)
     optimizer = build_optimizer(OptimizerConfig(lr=2e-3, eps=1e-12), config, model)
     generator = torch.Generator().manual_seed(1)
     latents, target = (torch.randn(16, 4, 1, 8, 8, generator=generator) for _ in range(2))
@@ -91,23 +91,24 @@ def change(depth: int, base: dict, steps: int = 4, width: int = 32, residual: st
 
 
 @torch.no_grad()
-def open_gates(model: nn.Module) -> None:
-    """The last layer begins at zero, so that blocks would learn nothing in the first step: given what a training of
-    some steps would have left there, as large for every width.
+def fill_last_layer(model: nn.Module) -> None:
+    """Fill the last layer as training would, with values whose effect does not depend on the width.
+
+    It is initialized to zero, so that no block would have a gradient in the first step.
     """
     generator = torch.Generator().manual_seed(2)
     weight = model.head.out.weight
     weight.copy_(torch.randn(weight.shape, generator=generator) / weight.shape[1])
 
 
-def test_steps_change_the_stream_as_much_at_every_depth() -> None:
-    """The coordinate check along depth: the same learning rate, 16 times the blocks."""
+def test_size_of_updates_does_not_depend_on_depth() -> None:
+    """Coordinate check along depth: the same learning rate with 16 times the blocks."""
     shallow, deep = (change(depth, {"base_depth": 2}) for depth in (2, 32))
     assert deep == pytest.approx(shallow, rel=0.3)
-    assert change(32, {}) > 1.7 * change(2, {}), "else there was nothing to do"
+    assert change(32, {}) > 1.7 * change(2, {}), "without a base the size of updates must differ"
 
 
-def test_steps_change_the_stream_as_much_at_every_width() -> None:
+def test_size_of_updates_does_not_depend_on_width() -> None:
     narrow, wide = (change(2, {"base_width": 32}, width=width) for width in (32, 256))
     assert wide == pytest.approx(narrow, rel=0.4)
-    assert change(2, {}, width=256) > 2 * change(2, {}, width=32), "else there was nothing to do"
+    assert change(2, {}, width=256) > 2 * change(2, {}, width=32), "without a base the size of updates must differ"

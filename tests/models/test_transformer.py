@@ -46,7 +46,7 @@ LATTE = {"s": (384, 12, 32.48), "b": (768, 12, 129.54), "l": (1024, 24, 456.81),
 
 @pytest.mark.parametrize("size", LATTE)
 def test_latte_has_the_published_parameter_count(size: str) -> None:
-    """Its blocks are DiT's, spatial and temporal ones counted together, without classes."""
+    """Blocks are as in DiT, spatial and temporal ones counted together; there are no classes."""
     config = load_config(f"configs/latte_{size}.yaml").model
     with torch.device("meta"):
         model = build_model(config)
@@ -57,7 +57,7 @@ def test_latte_has_the_published_parameter_count(size: str) -> None:
 
 
 def randomized(config: ModelConfig) -> DiffusionTransformer:
-    """A model none of whose parameters is zero, so that every path shows in the output."""
+    """Model without zero parameters, so that every path influences the output."""
     model = build_model(config)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -162,7 +162,7 @@ def test_other_sizes_than_the_configured_one() -> None:
     assert torch.equal(video.position_embedding((1, 4, 4)), video.pos_temporal[0] + video.pos_spatial)
 
 
-def test_every_residual_structure_trains_every_parameter() -> None:
+def test_every_parameter_of_every_residual_structure_has_a_gradient() -> None:
     for kind in ("plain", "rezero", "layerscale", "adaln_zero", "neural_rdm"):
         model = randomized(small(residual=kind))
         loss = model(torch.randn(2, 4, 1, 8, 8), torch.rand(2) * 1000, torch.tensor([1, 10])).square().mean()

@@ -41,12 +41,12 @@ def test_a_full_disk_is_one_line() -> None:
     assert (code, message) == (1, "\nerror: there is no room to write runs/x/metrics.jsonl: No space left on device\n")
 
 
-def test_other_ranks_of_a_node_end_silently() -> None:
+def test_other_ranks_of_a_node_exit_silently() -> None:
     assert end_of("raise ConfigError('set x')", local_rank=1) == (1, "")
 
 
 @pytest.mark.parametrize(("claimed_by", "reports"), [("", True), ("0", False)])
-def test_once_the_ranks_have_met_the_first_to_claim_reports(claimed_by: str, reports: bool) -> None:
+def test_with_a_common_store_the_first_rank_to_claim_reports(claimed_by: str, reports: bool) -> None:
     setup = "import torch.distributed as dist; reporter.store = dist.HashStore()"
     if claimed_by:
         setup += f"; reporter.store.set(FIRST_FAILURE_KEY, '{claimed_by}')"

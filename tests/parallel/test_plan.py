@@ -1,4 +1,4 @@
-"""The plan of a layout: stages in balance, memory as counted by hand, choices and words."""
+"""Plan of a layout: balance of the stages, memory, automatic choices and the printed table."""
 
 import itertools
 
@@ -27,15 +27,15 @@ def rank_costs(config: RunConfig, schedule: str, p: int, v: int) -> list[float]:
     return [sum(costs[chunk] for chunk in place.chunks_of(rank)) for rank in range(p)]
 
 
-def test_blocks_are_dealt_out_in_order_and_each_once() -> None:
+def test_each_block_is_assigned_once_and_in_order() -> None:
     for p, v, schedule in ((1, 1, "1f1b"), (4, 1, "1f1b"), (3, 2, "v_1f1b"), (2, 3, "interleaved_1f1b")):
         blocks = balance(run(13), place_chunks(schedule, p, v))
         assert list(itertools.chain(*blocks)) == list(range(13)) and min(map(len, blocks)) >= 1
 
 
 @pytest.mark.parametrize(("depth", "p"), [(5, 2), (7, 3), (9, 4), (12, 5)])
-def test_no_other_cut_has_a_cheaper_costliest_stage(depth: int, p: int) -> None:
-    """Against all cuts of so many blocks into so many stages, with a head that costs as much as some blocks."""
+def test_no_other_partition_has_a_cheaper_costliest_stage(depth: int, p: int) -> None:
+    """Compare with all partitions of the blocks into stages, with a head that costs as much as several blocks."""
     size = {"hidden_size": 32, "num_heads": 4, "patch_size": [1, 8, 8], "input": {"channels": 64}}
     config = run(model={"depth": depth, **size, "learned_variance": True}, diffusion={"objective": "ddpm"})
     assert cost.head_flops(config.model) > 2 * cost.block_flops(config.model)
@@ -50,7 +50,7 @@ def test_no_other_cut_has_a_cheaper_costliest_stage(depth: int, p: int) -> None:
     assert max(rank_costs(config, "1f1b", p, 1)) == pytest.approx(best)
 
 
-def test_under_v_it_is_ranks_that_are_balanced() -> None:
+def test_v_placement_balances_ranks() -> None:
     costs = rank_costs(run(20), "v_1f1b", 4, 2)  # 5 blocks a rank, in two chunks
     assert max(costs) - min(costs) < cost.block_flops(run().model)
 
@@ -68,13 +68,13 @@ def test_both_ends_of_a_long_skip_are_on_one_rank(depth: int, p: int) -> None:
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "interleaved_1f1b"])
-def test_other_schedules_would_send_long_skips_over_the_network(schedule: str) -> None:
+def test_long_skips_need_v_placement(schedule: str) -> None:
     with pytest.raises(ConfigError, match=r"stacking=u with parallel\.pipeline=2 needs parallel\.schedule=v_1f1b"):
         run(model={"depth": 8, "stacking": "u"}, parallel={"pipeline": 2, "schedule": schedule})
 
 
-def test_memory_by_hand() -> None:
-    """DiT-S on 4 ranks under ZeRO-1, fp32: parameters and gradients whole, 12 + 4 bytes of the rest sharded."""
+def test_planned_memory_equals_a_count_by_hand() -> None:
+    """DiT-S on 4 ranks, ZeRO-1, fp32: parameters and gradients unsharded, optimizer (12 bytes) and EMA (4) sharded."""
     config = run(parallel={"zero_stage": 1}, train={"global_batch_size": 8})
     n = cost.model_parameters(config.model).total
     layout = plan_parallelism(config, 4, None)
@@ -90,7 +90,7 @@ def test_early_stages_keep_more_activations() -> None:
     layout = plan_parallelism(config, 4, None)
     one = 3 * cost.block_activation_bytes(config, 2, "none")
     assert [stage.activations for stage in layout.stages] == [one * kept for kept in (4, 3, 2, 1)]
-    assert layout.bubble == pytest.approx(3 / (8 + 3), rel=0.02)  # embedding and head are not nothing
+    assert layout.bubble == pytest.approx(3 / (8 + 3), rel=0.02)  # the formula ignores embedding and head
 
 
 def test_recompute_and_sequence_parallelism_save_activations() -> None:
@@ -100,7 +100,7 @@ def test_recompute_and_sequence_parallelism_save_activations() -> None:
     plain = bytes_with(tensor=2)
     assert bytes_with(tensor=2, sequence=True) < 0.75 * plain
     assert bytes_with(tensor=2, recompute="full") < bytes_with(tensor=2, recompute="selective") < plain
-    assert plain < 2 * bytes_with()  # two data-parallel ranks, of which each has half the batch
+    assert plain < 2 * bytes_with()  # each of two data-parallel ranks has half the batch
 
 
 def test_auto_gathers_once_a_step_when_memory_allows() -> None:
@@ -116,7 +116,7 @@ def test_auto_gathers_once_a_step_when_memory_allows() -> None:
     assert not plan_parallelism(run(parallel={"zero_stage": 2}), 4, 1e15).keep_gathered
 
 
-def test_the_table_says_what_is_planned_and_warns() -> None:
+def test_the_table_shows_the_plan_and_warns() -> None:
     config = run(parallel={"tensor": 2, "pipeline": 2}, train={"global_batch_size": 8, "micro_batch_size": 1})
     text = plan_parallelism(config, 8, 0.001 * GIB).table(config)
     assert "8 ranks = tensor 2 x pipeline 2 x data 2; ZeRO stage 3, parameters gathered by block" in text
@@ -143,6 +143,6 @@ def test_a_hundred_billion_parameters_on_thousands_of_ranks() -> None:
     assert "..." in layout.table(config)
 
 
-def test_worlds_that_do_not_fit() -> None:
+def test_a_world_size_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"parallel.tensor x parallel.pipeline = 4 does not divide the 6 ranks"):
         plan_parallelism(run(parallel={"tensor": 2, "pipeline": 2}), 6, None)

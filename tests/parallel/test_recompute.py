@@ -1,4 +1,4 @@
-"""Recomputed activations: the same gradients, less memory, and work done again only where asked for."""
+"""Activation checkpointing: the same gradients, less memory, and only selected operations recomputed."""
 
 from collections import Counter
 from typing import Any
@@ -43,7 +43,7 @@ def forward(model: DiffusionTransformer) -> Tensor:
 
 
 @pytest.mark.parametrize("policy", ["full", "selective", "every_2", "every_5"])
-def test_gradients_are_those_without_recompute(policy: str) -> None:
+def test_gradients_equal_those_without_checkpointing(policy: str) -> None:
     plain, other = model_with("none"), model_with(policy)
     forward(plain).backward()
     forward(other).backward()
@@ -56,8 +56,8 @@ def test_gradients_are_those_without_recompute(policy: str) -> None:
     ("policy", "blocks", "products"),
     [("none", 0, False), ("full", 6, True), ("selective", 6, False), ("every_2", 3, True), ("every_5", 2, True)],
 )
-def test_only_what_was_asked_for_is_computed_again(policy: str, blocks: int, products: bool) -> None:
-    """A block has one GELU and one attention."""
+def test_only_selected_operations_are_recomputed(policy: str, blocks: int, products: bool) -> None:
+    """Counted by GELU and attention, of which a block has one each."""
     loss = forward(model_with(policy))
     with CountCalls() as counter:
         loss.backward()
@@ -66,7 +66,7 @@ def test_only_what_was_asked_for_is_computed_again(policy: str, blocks: int, pro
 
 
 def kept_bytes(policy: str) -> int:
-    """Bytes that are allocated in the forward and alive at its end."""
+    """Bytes that are allocated in the forward and still alive at its end."""
     model = model_with(policy)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         loss = forward(model)
@@ -74,7 +74,7 @@ def kept_bytes(policy: str) -> int:
     return sum(event.self_cpu_memory_usage for event in recorded.events())
 
 
-def test_memory_falls_as_the_names_promise() -> None:
+def test_policies_are_ordered_by_memory() -> None:
     kept = {policy: kept_bytes(policy) for policy in ("none", "every_2", "selective", "full")}
     stream = 64 * 4 * 64 * 4  # a block's input: tokens x batch x width in fp32, all that full keeps of it
     assert kept["full"] < kept["selective"] < kept["none"] and kept["full"] < kept["every_2"] < kept["none"]

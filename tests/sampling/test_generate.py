@@ -1,4 +1,4 @@
-"""Drawing from a model: the same samples in whatever batches, guidance and steps as configured."""
+"""Drawing from a model: samples independent of their batches, guidance and steps as configured."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ CONFIG = RunConfig(
 
 
 def straight_to_the_label(latents: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
-    """The exact velocity of data that is one point a class, label / 10, and 0 for the null class 5."""
+    """Exact velocity for data with a single point per class: label / 10, and 0 for the null class 5."""
     point = torch.where(labels == 5, 0.0, labels / 10).view(-1, 1, 1, 1, 1)
     t = (timesteps / 1000).view(-1, 1, 1, 1, 1)
     return (latents - point) / t
@@ -34,7 +34,7 @@ def test_guidance_extrapolates_from_the_null_class() -> None:
 
 
 def drifting(latents: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
-    """A field that keeps the noise it starts from, so that samples differ."""
+    """Velocity field whose samples depend on their noise."""
     return 0.1 * latents + labels.view(-1, 1, 1, 1, 1) / 100
 
 
@@ -48,14 +48,14 @@ def test_images_do_not_depend_on_the_batches_they_are_drawn_in() -> None:
     assert whole.std(0).min() > 0.01, "samples must differ from each other"
 
 
-def test_clips_are_drawn_whole() -> None:
+def test_clips_are_drawn_with_all_frames() -> None:
     model = CONFIG.model.model_copy(update={"input": InputConfig(channels=3, frames=3, height=4, width=4)})
     config, labels = CONFIG.model_copy(update={"model": model}), torch.tensor([0, 1])
     clips = draw_pixels(drifting, config, load_codec("identity"), labels, seed=7, batch_size=1)
     assert clips.shape == (2, 3, 3, 4, 4) and (clips[:, :, 0] - clips[:, :, 1]).abs().max() > 0.01
 
 
-def test_captions_are_drawn_for_in_batches_and_guided_from_the_empty_one() -> None:
+def test_captions_are_batched_and_guided_from_the_empty_caption() -> None:
     def to_the_pooled_value(latents: Tensor, timesteps: Tensor, text: TextCondition) -> Tensor:
         return (latents - text.pooled[:, 0].view(-1, 1, 1, 1, 1)) / (timesteps / 1000).view(-1, 1, 1, 1, 1)
 

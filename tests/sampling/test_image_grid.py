@@ -42,12 +42,12 @@ def test_cells_are_at_least_64_pixels(size: int, cell: int) -> None:
     assert image_grid(torch.zeros(2, 3, size, size), columns=2, padding=4).size == (2 * (cell + 4) + 4, cell + 8)
 
 
-def test_one_channel_is_gray_and_values_beyond_the_range_are_cut_off() -> None:
+def test_one_channel_is_gray_and_values_beyond_the_range_are_clamped() -> None:
     gray = torch.tensor([-3.0, 0.25, 7.0]).view(3, 1, 1, 1)
     assert pixels(image_grid(gray, columns=3, scale=1, padding=0)).tolist() == [[[0] * 3, [159] * 3, [255] * 3]]
 
 
-def test_labels_stand_above_their_columns() -> None:
+def test_labels_are_centered_above_their_columns() -> None:
     images, padding = torch.zeros(4, 3, 64, 64), 8
     plain = pixels(image_grid(images, 2))
     labelled = pixels(image_grid(images, 2, ["gjpq", "a name much too long for a column"]))
@@ -61,11 +61,11 @@ def test_labels_stand_above_their_columns() -> None:
         inside = columns[(columns >= first) & (columns < first + 64)]
         assert len(inside) > 30
         assert (inside.min() + inside.max()) / 2 == pytest.approx(first + 32, abs=4)
-    assert ink[0].max() < header  # descenders are whole
+    assert ink[0].max() < header  # descenders are not clipped
     assert (labelled[header - 1 : header + padding] == 255).all()
 
 
-def test_labels_are_as_large_as_fits() -> None:
+def test_labels_are_as_large_as_their_columns_allow() -> None:
     def ink_height(name: str) -> int:
         image = pixels(image_grid(torch.ones(1, 3, 64, 64), 1, [name]))
         return len(np.unique((image.min(axis=2) < 128).nonzero()[0]))
@@ -90,7 +90,7 @@ def test_invalid_images_are_refused(images: torch.Tensor, columns: int, labels: 
 
 
 def clips(count: int = 3, frames: int = 4) -> torch.Tensor:
-    """[N, 3, T, 8, 8]: every frame of every clip of a gray of its own."""
+    """Clips [N, 3, T, 8, 8] in which every frame of every clip has its own shade of gray."""
     values = torch.linspace(-1, 1, count * frames).view(count, 1, frames, 1, 1)
     return values.expand(count, 3, frames, 8, 8)
 
@@ -108,7 +108,7 @@ def test_an_animation_plays_all_frames_of_all_clips(kind: str) -> None:
         assert np.abs(shown - pixels(image_grid(videos[:, :, i], 3, ["a", "b", "c"]))).max() <= 8  # GIF: 256 colors
 
 
-def test_a_clip_that_stands_still_is_not_dropped() -> None:
+def test_identical_frames_keep_their_duration() -> None:
     animation = Image.open(io.BytesIO(animated_grid(torch.zeros(1, 3, 5, 8, 8), 1, fps=10)))
     durations = []
     for i in range(animation.n_frames):  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Sampling requests: conditions in the order of an image grid, names of the columns, refusals, and pixels."""
+"""Sampling requests: conditions in the order of an image grid, names of the columns, errors, and pixels."""
 
 import base64
 from pathlib import Path
@@ -46,7 +46,7 @@ def test_labels_are_repeated_row_by_row() -> None:
     assert (unconditional.samples, unconditional.columns, unconditional.names) == (8, 4, ())
 
 
-def test_a_request_is_drawn_as_its_conditions_are() -> None:
+def test_a_request_draws_the_same_pixels_as_its_conditions() -> None:
     model = trained("class")
     request, done = request_labels(model, [0, 1], rows=2), []
     pixels = draw_request(model, request, 3, batch_size=3, progress=lambda n, of: done.append((n, of)))

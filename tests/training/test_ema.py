@@ -1,4 +1,4 @@
-"""The decay of the EMA weights, against its warm-up written out."""
+"""Decay of the EMA weights, compared with its written-out warm-up."""
 
 import pytest
 

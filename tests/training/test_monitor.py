@@ -50,7 +50,7 @@ def test_a_resumed_run_appends_to_its_metrics(tmp_path: Path) -> None:
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 2
 
 
-def test_a_record_has_the_keys_that_metrics_jsonl_promises(tmp_path: Path) -> None:
+def test_keys_and_values_of_a_metrics_record(tmp_path: Path) -> None:
     config = config_in(tmp_path)
     config = config.model_copy(update={"train": config.train.model_copy(update={"global_batch_size": 8})})
     statistics = StepStatistics(loss_sum=2.0, stop_requests=0.0, data_wait_s=0.1, lost_shards=0.0, saving=0.0)

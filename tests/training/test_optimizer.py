@@ -1,4 +1,4 @@
-"""The learning rate against its closed form, and which parameters decay."""
+"""Learning rate against its closed form, weight decay and rates of parameter groups."""
 
 import importlib
 import sys
@@ -41,7 +41,7 @@ def test_only_weight_matrices_decay() -> None:
 
 
 def test_groups_have_the_rates_of_a_model_with_a_base() -> None:
-    """Four times as wide and eight times as deep as where lr 0.1, decay 0.2 and eps 1e-3 were found: CompleteP."""
+    """CompleteP: lr 0.1, decay 0.2 and eps 1e-3 were tuned at a quarter of the width and an eighth of the depth."""
     size = {"hidden_size": 128, "num_heads": 16, "depth": 16, "base_width": 32, "base_depth": 2}
     config = ModelConfig(input=InputConfig(height=8, width=8), **size)
     model = build_model(config)
@@ -60,8 +60,8 @@ def test_groups_have_the_rates_of_a_model_with_a_base() -> None:
         assert group["lr_scale"] == pytest.approx(lr / 0.1)
 
 
-def test_the_adam_of_apex_where_apex_is_nvidias(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the package, with the one of PyPI that has no optimizers, and with NVIDIA's."""
+def test_fused_adam_is_found_only_in_nvidia_apex(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a package, with PyPI's `apex`, which has no optimizers, and with NVIDIA's."""
     monkeypatch.syspath_prepend(tmp_path)
     assert apex_adam() is None
     (tmp_path / "apex").mkdir()

@@ -1,4 +1,4 @@
-"""Start of a run, and refusal to overwrite another one. (Going on from checkpoints: tests/distributed.)."""
+"""Start of a run, and refusal to overwrite another one. (Resuming from checkpoints: tests/distributed.)."""
 
 import errno
 import fcntl
@@ -20,7 +20,7 @@ def start(config: RunConfig) -> Start:
     return plan_start(config, config.identity())
 
 
-def test_a_new_directory_starts_at_step_0_and_planning_touches_nothing(tmp_path: Path) -> None:
+def test_a_new_directory_starts_at_step_0_and_planning_writes_nothing(tmp_path: Path) -> None:
     config = config_in(tmp_path)
     assert start(config) == Start(0, None)
     assert list(tmp_path.iterdir()) == []
@@ -40,7 +40,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(tmp_path
 
 
 @pytest.mark.parametrize("step", [0, 1, 3])
-def test_metrics_are_cut_back_to_the_step_that_training_goes_on_from(tmp_path: Path, step: int) -> None:
+def test_metrics_are_truncated_to_the_step_of_the_resume(tmp_path: Path, step: int) -> None:
     config = config_in(tmp_path)
     prepare(config, Start())
     metrics = tmp_path / "run" / "metrics.jsonl"
@@ -49,7 +49,7 @@ def test_metrics_are_cut_back_to_the_step_that_training_goes_on_from(tmp_path: P
     assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == list(range(1, step + 1))
 
 
-def test_another_run_in_the_directory(tmp_path: Path) -> None:
+def test_the_directory_of_another_run_is_refused(tmp_path: Path) -> None:
     prepare(config_in(tmp_path), Start())
     with pytest.raises(ConfigError, match=r"(?s)belongs to another run.*model\.depth: 12 there, 3 here"):
         start(config_in(tmp_path, model={"depth": 3}))
@@ -57,8 +57,8 @@ def test_another_run_in_the_directory(tmp_path: Path) -> None:
         start(config_in(tmp_path, checkpoint={"resume": "never"}))
 
 
-def test_a_checkpoint_of_a_version_with_fewer_keys() -> None:
-    """It behaved as the default of what it did not know of."""
+def test_keys_missing_in_an_older_checkpoint_have_their_defaults() -> None:
+    """A version without a key behaved as with the default of that key."""
     config = RunConfig.model_validate({"data": {"train": "none"}, "run": {"dir": "none"}})
     missing = {"model.base_depth", "model.qk_norm"}
     older = {name: value for name, value in config.identity().items() if name not in missing}
@@ -68,7 +68,7 @@ def test_a_checkpoint_of_a_version_with_fewer_keys() -> None:
         refuse_other_identity(based.identity(), older, "the checkpoint")
 
 
-def test_a_directory_that_is_not_a_run(tmp_path: Path) -> None:
+def test_a_directory_that_is_not_a_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text("")
     with pytest.raises(ConfigError, match=r"holds metrics\.jsonl but no config\.yaml"):
@@ -78,12 +78,12 @@ def test_a_directory_that_is_not_a_run(tmp_path: Path) -> None:
         start(config_in(tmp_path, run={"dir": str(tmp_path / "file")}))
 
 
-def test_a_checkpoint_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="there is no checkpoint"):
         start(config_in(tmp_path, checkpoint={"resume": str(tmp_path / "none")}))
 
 
-def test_places_that_cannot_be_written_are_found_before_training(tmp_path: Path) -> None:
+def test_directories_that_cannot_be_written_are_refused_before_training(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot write to run\.dir=/proc/x"):
         prepare(config_in(tmp_path, run={"dir": "/proc/x"}), Start())
     with pytest.raises(ConfigError, match="cannot write checkpoints to /proc/x"):
