@@ -23,7 +23,7 @@ class ModelInputs(NamedTuple):
 class LatentBatch:
     """One rank's samples of a step, all of one dataset and one shape, normalized to unit scale.
 
-    positions, ids and labels int64 [B] (label -1: unlabelled); latents float32 [B, C, T, H, W].
+    positions, ids and labels int64 [B] (label -1: no label); latents float32 [B, C, T, H, W].
     """
 
     step: int

@@ -23,9 +23,9 @@ class ProgressReporter:
         unit: one unit of work, in the singular; "B" for bytes.
         initial: units done earlier, which do not count towards the rate.
         scaled: print large numbers with SI prefixes.
-        shown: False on the ranks that are to stay silent.
+        shown: False on ranks that print nothing.
         stream: where to write (default: sys.stderr).
-        clock: seconds; read for the lines only.
+        clock: returns seconds; used for the plain lines only.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class ProgressReporter:
             self._write()
 
     def advance_to(self, done: int, total: int | None = None) -> None:
-        """Count `done` units as done in all, unless it were more already. `total` may be given here, too."""
+        """Set the number of units done, which never decreases; `total` replaces the total."""
         if total is not None:
             self._total = total
             if self._bar is not None:

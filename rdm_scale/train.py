@@ -36,7 +36,7 @@ def train(config: RunConfig, reporter: FailureReporter | None = None) -> None:
     """Train as `config` says, on the ranks that the launcher started.
 
     Args:
-        reporter: learns of the ranks' common store when they have met.
+        reporter: is given the store that the ranks share, by which one of them is chosen to report a failure.
     """
     config.data_parallel_size(int(os.environ.get("WORLD_SIZE", 1)))
 
@@ -47,7 +47,7 @@ def train(config: RunConfig, reporter: FailureReporter | None = None) -> None:
     set_retry(Retry.within(config.data.read_timeout_s))
 
     checked = None
-    if os.environ.get("RANK", "0") == "0":  # the others need not read what may be remote
+    if os.environ.get("RANK", "0") == "0":  # the data may be remote: the other ranks get the result by broadcast
         facts = check_data(config)
         checked = facts, plan_start(config, config.identity() | {"data": facts.identity})
 
@@ -81,13 +81,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("config", help=f"YAML file; examples are in {Path(__file__).with_name('configs')}")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="for instance train.steps=100")
-    parser.add_argument("--dry-run", action="store_true", help="print the layout and its memory, and end")
+    parser.add_argument("--dry-run", action="store_true", help="print the layout and its memory, and exit")
     parser.add_argument(
         "--world-size", type=int, default=int(os.environ.get("WORLD_SIZE", 1)), help="number of ranks, for --dry-run"
     )
-    parser.add_argument(
-        "--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS
-    )  # deepspeed's launcher gives it
+    # deepspeed's launcher passes it; the environment says the same.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     return parser
 
 

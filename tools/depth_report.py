@@ -13,7 +13,8 @@ from pathlib import Path
 from rdm_scale.errors import DataError, RdmError
 from rdm_scale.progress import track
 
-EXPLAINED = {
+# By the last part of a quantity's name.
+EXPLANATIONS = {
     "stream": "Root mean square of the residual stream after a block.",
     "sensitivity": "Norm of the gradient of the batch's mean loss with respect to the hidden states after a block.",
     "gradient": "Norm of the gradient of a block's parameters, before clipping.",
@@ -60,7 +61,7 @@ def report(run: Path) -> str:
     parts = []
     for name in track(profiles[-1], "drawing", "figure"):
         present = [(step, profile[name]) for step, profile in zip(steps, profiles, strict=True) if name in profile]
-        explanation = EXPLAINED.get(name.rpartition(".")[2], "")
+        explanation = EXPLANATIONS.get(name.rpartition(".")[2], "")
         image = png(depth_figure(name, [step for step, _ in present], as_array([values for _, values in present])))
         parts.append(section(name, explanation, image))
     if (run / "metrics.jsonl").exists():

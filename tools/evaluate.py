@@ -5,8 +5,8 @@ that it assigns to the requested class. The measure suits small images and clips
 """
 
 import argparse
+import dataclasses
 import sys
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,9 +27,9 @@ READERS = 8  # threads that decode real images and clips
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="a checkpoint's folder, or a run's directory (its newest checkpoint)")
-    parser.add_argument("real", help="real, labelled images or videos: a folder or tar, as for encode_latents.py")
+    parser.add_argument("real", help="real, labeled images or videos: a folder or tar, as for encode_latents.py")
     parser.add_argument("--fps", type=float, help="frames a second of real clips, as encoded (default: their own)")
-    parser.add_argument("--stride", type=int, default=1, help="of the frames of real clips, as encoded (default: 1)")
+    parser.add_argument("--stride", type=int, default=1, help="frame stride of real clips, as encoded (default: 1)")
     parser.add_argument("--per-class", type=int, default=25, help="images drawn of each class (default: %(default)s)")
     parser.add_argument(
         "--prompt",
@@ -73,9 +73,9 @@ def evaluate(options: argparse.Namespace) -> None:
     source = find_media(options.real)
     wanted = "video" if trained.config.model.input.frames > 1 else "image"
     if source.kind != wanted:
-        raise DataError(f"the model draws {wanted}s, but {options.real} holds {source.kind}s: give its kind")
-    names, request = request_of(options, trained, source)
-    classes = len(names)
+        raise DataError(f"the model draws {wanted}s, but {options.real} holds {source.kind}s: give real {wanted}s")
+    request = request_of(options, trained, source)
+    classes = request.columns
     labels = torch.arange(classes).repeat(options.per_class)
     with ProgressReporter("drawing", request.samples) as progress:
         pixels = draw_request(
@@ -83,7 +83,7 @@ def evaluate(options: argparse.Namespace) -> None:
         )
     if options.picture:
         shown, fps = pixels[: options.rows * classes], options.fps or 8.0
-        files = write_grid(shown, Location(options.picture), classes, names, fps=fps)
+        files = write_grid(shown, Location(options.picture), classes, request.names, fps=fps)
         print(f"samples: {' and '.join(map(str, files))}")
     frames, height, width = pixels.shape[2:]
     real = real_pixels(source, frames, height, width, options)
@@ -92,21 +92,19 @@ def evaluate(options: argparse.Namespace) -> None:
     print(f"label accuracy: {100 * accuracy:.1f} % of {len(labels)} samples of step {trained.step}")
 
 
-def request_of(
-    options: argparse.Namespace, trained: "TrainedModel", source: "MediaSet"
-) -> "tuple[Sequence[str], SamplingRequest]":
-    """Names of the classes, and `--per-class` samples of each, by label or by prompt."""
+def request_of(options: argparse.Namespace, trained: "TrainedModel", source: "MediaSet") -> "SamplingRequest":
+    """Request `--per-class` samples of each class, by label or by prompt, under the names of the classes."""
     from rdm_scale.sampling.requests import request_labels, request_prompts
 
     if trained.config.model.condition == "class":
-        names = trained.class_names
-        return names, request_labels(trained, range(len(names)), options.per_class)
+        return request_labels(trained, range(len(trained.class_names)), options.per_class)
     names = source.class_names
     if len(options.prompt) != len(names):
         raise ConfigError(
-            f"the model takes captions: give --prompt {len(names)} times, for the classes {names} in turn"
+            f"the model takes captions: give --prompt {len(names)} times, for the classes {names} in this order"
         )
-    return names, request_prompts(trained, options.prompt, options.per_class, options.text_encoder)
+    request = request_prompts(trained, options.prompt, options.per_class, options.text_encoder)
+    return dataclasses.replace(request, names=tuple(names))
 
 
 def real_pixels(source: "MediaSet", frames: int, height: int, width: int, options: argparse.Namespace) -> "Tensor":

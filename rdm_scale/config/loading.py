@@ -9,6 +9,7 @@ from typing import Any, cast, get_args
 
 import yaml
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from rdm_scale.config.schema import RunConfig
 from rdm_scale.config.section import Section
@@ -61,9 +62,9 @@ def _section(path: tuple[Any, ...]) -> type[Section]:
     return cast(type[Section], section)
 
 
-def _describe(error: Any) -> str:
-    """One line for one pydantic error: the key, what is wrong with it, and what would be valid."""
-    location = tuple(error["loc"])
+def _describe(error: ErrorDetails) -> str:
+    """One line for one error of pydantic: the key, what is wrong with it, and what would be valid."""
+    location = error["loc"]
     key = ".".join(str(part) for part in location)
     if error["type"] == "extra_forbidden":
         names = list(_section(location[:-1]).model_fields)

@@ -18,7 +18,7 @@ class GateParts(NamedTuple):
     a: int  # size of a: 0 (none), 1 or the hidden size
     a_start: float  # initial value of a
     b: int  # size of b, which starts at 0
-    conditional: bool  # whether g(c) is added
+    conditional: bool  # True if g(c) is added
 
 
 class InputConfig(Section):
@@ -44,8 +44,8 @@ class GateConfig(Section):
 class TextConfig(Section):
     """Sizes of encoded captions (keys `model.text.*`)."""
 
-    width: int = Field(768, ge=1, description="condition text: channels of the text encoder's token vectors")
-    pooled_width: int = Field(768, ge=1, description="condition text: channels of its pooled vector")
+    width: int = Field(768, ge=1, description="with condition=text: channels of the text encoder's token vectors")
+    pooled_width: int = Field(768, ge=1, description="with condition=text: channels of its pooled vector")
 
 
 class ModelConfig(Section):
@@ -139,7 +139,7 @@ class ModelConfig(Section):
 
     @property
     def tokens(self) -> int:
-        """Number of tokens N of one sample of the configured size."""
+        """Number of tokens S of one sample of the configured size."""
         return math.prod(self.grid)
 
     def tokens_of(self, size: Sequence[int]) -> int:

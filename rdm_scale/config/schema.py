@@ -183,7 +183,8 @@ class ParallelConfig(Section):
             raise ValueError(f"{given}: parallel.schedule=v_1f1b has 2 on every rank")
         if self.keep_gathered == "never" and self.zero_stage < 3:
             raise ValueError(
-                f"parallel.keep_gathered=never needs parallel.zero_stage=3: stage {self.zero_stage} does not shard them"
+                f"parallel.keep_gathered=never needs parallel.zero_stage=3: stage {self.zero_stage} does not "
+                "shard parameters"
             )
         return self
 
@@ -353,7 +354,7 @@ class RunConfig(Section):
         return dp
 
     def identity(self) -> dict[str, Any]:
-        """Values that a resumed run must not change, by dotted key; the identity of the data is added elsewhere."""
+        """Values that a resumed run must not change, by dotted key; train.py adds the identity of the data."""
         tree = self.model_dump(mode="json")
         kept = {"model": tree["model"], "diffusion": tree["diffusion"]}
         kept["train"] = {name: tree["train"][name] for name in ("seed", "global_batch_size")}

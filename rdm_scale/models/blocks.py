@@ -85,7 +85,7 @@ class BranchFunction(nn.Module):
     The last layer leaves its bias out of F (`LayerFactory.row`); the gate adds it as a part of beta.
     """
 
-    last_layer: str  # name of the attribute
+    last_layer: str  # name of the attribute that holds it
 
     @property
     def last_bias(self) -> Tensor:
@@ -100,9 +100,8 @@ class BranchFunction(nn.Module):
 class Attention(BranchFunction):
     """Multi-head self-attention: full, spatial or temporal.
 
-    That is over all tokens, over the tokens of a frame, or over the tokens at one position in all frames.
-    The rows of the qkv weight are ordered (head, q/k/v, channel), so that a contiguous slice of them holds
-    entire heads.
+    A token attends to all tokens, to those of its frame, or to those at its position in all frames. The rows of the qkv
+    weight are ordered (head, q/k/v, channel), so that a contiguous slice of them holds entire heads.
     """
 
     last_layer = "out"

@@ -87,17 +87,17 @@ class LayerFactory:
         return Linear(inputs, outputs)
 
     def split_tokens(self, z_SBD: Tensor) -> Tensor:
-        """Tokens of this rank, from those of all ranks."""
+        """Take the tokens of this rank from those of all ranks."""
         return z_SBD
 
     def join_tokens(self, z_SBD: Tensor) -> Tensor:
-        """Tokens of all ranks, from those of this rank."""
+        """Gather the tokens of all ranks from those of each."""
         return z_SBD
 
     def split_features(self, x: Tensor) -> Tensor:
-        """Input of this rank's slice of a `row` layer.
+        """Make the input of this rank's slice of a `row` layer.
 
-        A slice of the features of all tokens, from all features of the tokens of this rank.
+        That is a slice of the features of all tokens, given all features of this rank's tokens.
         """
         return x
 

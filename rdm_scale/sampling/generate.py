@@ -4,9 +4,10 @@ Shapes: B samples of a batch, N samples, C channels, T frames, H height, W width
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from rdm_scale.codecs import LatentCodec, codec_of
@@ -15,6 +16,7 @@ from rdm_scale.conditions import batch_size as batch_size_of
 from rdm_scale.config import RunConfig
 from rdm_scale.data.compatibility import DataFacts
 from rdm_scale.diffusion import sample
+from rdm_scale.diffusion.samplers import Model
 from rdm_scale.errors import ConfigError
 from rdm_scale.sampling.image_grid import image_grid, middle_frames
 
@@ -25,14 +27,13 @@ GRID_ROWS = 4
 
 
 def draw_latents(
-    model: Any,
+    model: Model,
     config: RunConfig,
     condition: Tensor | TextCondition,
     seed: int,
     *,
     empty_caption: TextCondition | None = None,
     first_index: int = 0,
-    progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Draw normalized latents [B, C, T, H, W] for labels [B] or captions, with the sampler of `config.sampling`.
 
@@ -40,9 +41,8 @@ def draw_latents(
     number of labels.
 
     Args:
-        empty_caption: the caption from which guidance extrapolates, with text.
+        empty_caption: the null condition of guidance, for a model with text.
         first_index: index of the first sample of this batch.
-        progress: called as progress(steps done, steps).
 
     Raises:
         ConfigError: labels for a model that takes captions, or captions for one that does not.
@@ -65,12 +65,11 @@ def draw_latents(
         learned_variance=config.model.learned_variance,
         first_index=first_index,
         device=condition.pooled.device if isinstance(condition, TextCondition) else condition.device,
-        progress=progress,
     )
 
 
 def draw_pixels(
-    model: Any,
+    model: Model,
     config: RunConfig,
     codec: LatentCodec,
     condition: Tensor | TextCondition,
@@ -104,13 +103,14 @@ class SampleGrid:
 
     def __init__(self, config: RunConfig, mesh: "Mesh", facts: DataFacts) -> None:
         self.config, self.mesh = config, mesh
-        conditional = config.model.condition == "class"
-        self.columns = min(config.monitor.sample_columns, config.model.num_classes if conditional else 10**9)
-        self.names = list(facts.class_names[: self.columns]) if conditional else []
+        self.columns, self.names = config.monitor.sample_columns, list[str]()
+        if config.model.condition == "class":
+            self.columns = min(self.columns, config.model.num_classes)
+            self.names = list(facts.class_names[: self.columns])
         self.codec = codec_of(facts.codec, mesh.device) if mesh.is_first else None
 
-    def draw(self, model: Any) -> Any:
-        """Draw the grid: a PIL.Image on the first rank, None on the others. Collective.
+    def draw(self, model: Model) -> Image.Image | None:
+        """Draw the grid and return it on the first rank, None on the others. Collective.
 
         Clips are shown by their middle frames.
         """
@@ -121,8 +121,9 @@ class SampleGrid:
         latents = draw_latents(
             model, self.config, labels[first : first + share].to(self.mesh.device), seed=0, first_index=first
         )
-        parts = self.mesh.all_gather_object((self.mesh.data_rank, latents.cpu()))
+        # Ranks of one model replica have drawn the same samples: one entry for each data rank is kept.
+        by_data_rank = dict(self.mesh.all_gather_object((self.mesh.data_rank, latents.cpu())))
         if self.codec is None:
             return None
-        all_latents = torch.cat([part for _, part in sorted(dict(parts).items())])[:count]
+        all_latents = torch.cat([by_data_rank[rank] for rank in range(self.mesh.data_size)])[:count]
         return image_grid(middle_frames(self.codec.decode(all_latents)).cpu(), self.columns, self.names)

@@ -16,7 +16,7 @@ from torch import Tensor
 from rdm_scale.errors import DataError
 from rdm_scale.storage.location import Location
 
-CELL = 64  # pixels a side below which a cell is enlarged
+CELL = 64  # smaller cells are enlarged to at least this many pixels a side
 SMALLEST_FONT, LARGEST_FONT = 11, 28  # pixels; legible, and not too large over large images
 
 
@@ -106,7 +106,7 @@ def animated_grid(
 
 
 def _with_one_palette(frames: list[Image.Image]) -> list[Image.Image]:
-    """Quantize all frames to a common palette of 256 colors, so that static parts do not flicker."""
+    """Quantize all frames to a common palette of 256 colors, so that static regions do not flicker."""
     width, height = frames[0].size
     strip = Image.new("RGB", (width, height * len(frames)))
     for i, frame in enumerate(frames):

@@ -1,8 +1,8 @@
 """Inference pipeline with the interface of diffusers, for models that diffusers' classes cannot express."""
 
-from typing import Any
-
 import torch
+from PIL import Image
+from torch import Tensor
 
 from rdm_scale.checkpoint.trained_model import TrainedModel, load_trained
 from rdm_scale.codecs import LatentCodec, codec_of
@@ -48,11 +48,11 @@ class RDMPipeline:
         generator: torch.Generator | None = None,
         seed: int | None = None,
         num_images: int = 1,
-    ) -> Any:
+    ) -> list[Image.Image] | Tensor:
         """Draw one sample for each label.
 
         Args:
-            class_labels: of a model with class condition; a model without condition draws `num_images`.
+            class_labels: required by a model with class condition; a model without condition draws `num_images`.
             num_inference_steps, guidance_scale: None: as in the model's `sampling` configuration.
             generator, seed: give one of them; the same seed gives the same samples.
 

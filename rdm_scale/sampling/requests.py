@@ -24,7 +24,7 @@ class SamplingRequest:
         condition: class labels int64 [N], of which a model without condition uses the number only, or N captions.
         columns: number of distinct conditions, which the N samples repeat in the same order.
         names: class name or prompt of each column; empty without condition.
-        empty_caption: the caption from which guidance extrapolates, with text.
+        empty_caption: the null condition of guidance, for a model with text.
     """
 
     condition: Tensor | TextCondition
@@ -74,8 +74,10 @@ def request_prompts(
     """
     if trained.text is None or not prompts:
         kind = trained.config.model.condition
-        raise ConfigError(f"the model has model.condition={kind} and got {len(prompts)} prompts: give prompts to a "
-                          "model with model.condition=text")  # fmt: skip
+        raise ConfigError(
+            f"the model has model.condition={kind} and got {len(prompts)} prompts: give prompts to a model with "
+            "model.condition=text"
+        )
     captions = encode_prompts(trained.text, prompts, text_encoder)
     condition = select_conditions(captions, torch.arange(len(prompts)).repeat(rows))
     return SamplingRequest(condition, len(prompts), tuple(prompts), empty_caption(trained.text))
