@@ -1,14 +1,14 @@
-"""Encoding: the share of its time that is spent inside the VAE, and what bounds it when that is small.
+"""Share of encoding time spent in the VAE, and the stage that bounds a job if that share is small.
 
-The encoding job itself (`rdm_scale.encoding.runner`) on synthetic JPEGs, with a VAE of the size of Stable Diffusion's
-and with a tiny one, both with random weights. Models are loaded and the inputs listed before the clock starts; it ends
-when the manifest is written. The first batch's JPEGs are read before there is anything to encode: that and the writing
-of the last shard are all that cannot be hidden, so the share grows with the number of images.
+Runs the encoding job (`rdm_scale.encoding.runner`) on synthetic JPEGs, with a VAE of the size of Stable Diffusion's and
+with a tiny one, both with random weights. Timing starts after models are loaded and inputs listed, and ends when the
+manifest is written. Reading the first batch and writing the last shard cannot overlap with the VAE, so its share grows
+with the number of images.
 
-Each stage is timed by the worker's trace: wall time of the main thread (VAE, statistics, waiting), CPU time
-of the threads that read and of the one that writes. A stage bounds the job when it is what fills the wall time: the VAE
-by its own wall time; reading when all cores are busy, mostly with that, and the main thread waits. Prints Markdown,
-writes benchmarks/results/encoding.json.
+The worker's trace times each stage: wall time of the main thread (VAE, statistics, waiting), CPU time of the threads
+that read and of the one that writes. The VAE bounds the job if its wall time is almost that of the job; reading bounds
+it if all cores are busy, mostly with reading, while the main thread waits. Prints Markdown, writes
+benchmarks/results/encoding.json.
 
     python benchmarks/encoding.py --images 32 --tiny-images 1024
 """
@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.report import write_results
+from benchmarks.report import print_table, write_results
 from rdm_scale.codecs import load_codec
 from rdm_scale.device import local_device
 from rdm_scale.encoding.inputs import find_media
@@ -159,19 +159,21 @@ class StageTimes:
 
 
 def report(result: dict[str, Any]) -> None:
-    print(f"\n{result['size']} px, batches of {result['batch_size']}, {result['threads']} threads\n")
-    print("| VAE | images | images/s | in the VAE | waiting | rest of the main thread | cores busy of all |")
-    print("|---|---|---|---|---|---|---|")
+    print(f"\n{result['size']} px, batches of {result['batch_size']}, {result['threads']} threads")
     vaes = ("AutoencoderKL", "AutoencoderTiny")
+    rows: list[tuple[object, ...]] = []
     for vae in vaes:
         row = result[vae]
-        shares = " | ".join(f"{row[name]:.1%}" for name in ("vae_share", "waiting_share", "rest_share"))
+        shares = [f"{row[name]:.1%}" for name in ("vae_share", "waiting_share", "rest_share")]
         busy = f"{row['cores_busy']:.2f} of {result['cores']}"
-        print(f"| {vae} | {row['images']} | {row['images_per_s']:.2f} | {shares} | {busy} |")
-    print("\n| CPU time an image (ms) | " + " | ".join(vaes) + " |\n|---|---|---|")
+        rows.append((vae, row["images"], f"{row['images_per_s']:.2f}", *shares, busy))
+    header = ("images", "images/s", "in the VAE", "waiting", "rest of the main thread", "cores busy of all")
+    print_table(("VAE", *header), rows)
+    rows = []
     for stage in result[vaes[0]]["stages"]:
         times = [1e3 * result[vae]["stages"][stage]["cpu_s"] / result[vae]["images"] for vae in vaes]
-        print(f"| {stage} | " + " | ".join(f"{time:.2f}" for time in times) + " |")
+        rows.append((stage, *(f"{time:.2f}" for time in times)))
+    print_table(("CPU time an image (ms)", *vaes), rows)
 
 
 if __name__ == "__main__":
