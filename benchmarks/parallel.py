@@ -296,7 +296,8 @@ def print_memory(layouts: dict[str, Any]) -> None:
         state = f"{(sum(found.values())) / MIB:.1f} / {sum(planned.values()) / MIB:.1f}"
         peak = f"{r['peak'] / MIB:.0f} / {r['peak_planned'] / MIB:.0f}"
         rows.append((name, *cells, f"{found['other'] / MIB:.1f}", state, peak))
-    print_table(("layout (MiB, found / planned)", *KINDS, "state", "peak of the process"), rows)
+    kinds = ("EMA" if kind == "average" else kind for kind in KINDS)
+    print_table(("layout (MiB, found / planned)", *kinds, "state", "peak of the process"), rows)
 
 
 def print_observed(layouts: dict[str, Any]) -> None:
