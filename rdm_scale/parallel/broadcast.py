@@ -1,20 +1,29 @@
-"""Batches of the rank of a model replica that reads data, broadcast to its tensor and pipeline peers."""
+"""Broadcast of batches within a model replica, from the rank that reads data to its peers."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from rdm_scale.batch import TrainingBatch
 from rdm_scale.parallel.mesh import Mesh
+from rdm_scale.parallel.pipeline.boundary import TensorSpec
+
+
+class BatchHeader(NamedTuple):
+    """Message that precedes the tensors of a batch."""
+
+    step: int
+    specs: dict[str, TensorSpec]
 
 
 def broadcast_batches(mesh: Mesh, batches: Iterator[TrainingBatch] | None) -> Iterator[TrainingBatch]:
     """Yield the reading rank's batches on every rank of its model replica, on its device. Collective over the replica.
 
     Args:
-        batches: of the rank that reads (`mesh.reads_data`), None on its peers. The iteration ends on all together.
+        batches: batches on the rank that reads (`mesh.reads_data`), None on its peers. The iteration ends on all ranks
+            at the same time.
     """
     if mesh.replica_size == 1:
         assert batches is not None
@@ -25,15 +34,17 @@ def broadcast_batches(mesh: Mesh, batches: Iterator[TrainingBatch] | None) -> It
     while True:
         own = None if batches is None else next(batches, None)
         tensors = {} if own is None else own.to(mesh.device).tensors()
-        header = None if own is None else (own.step, {n: (t.shape, t.dtype) for n, t in tensors.items()})
-        headers: list[Any] = [header]
+        headers: list[BatchHeader | None] = [None]  # None ends the iteration
+        if own is not None:
+            specs = {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+            headers = [BatchHeader(own.step, specs)]
         dist.broadcast_object_list(headers, source, group=mesh.replica_group, device=mesh.device)
-        if headers[0] is None:
+        header = headers[0]
+        if header is None:
             return
-        step, shapes = headers[0]
-        for name, (shape, dtype) in shapes.items():
+        for name, spec in header.specs.items():
             if name not in tensors:
-                tensors[name] = torch.empty(shape, dtype=dtype, device=mesh.device)
+                tensors[name] = torch.empty(spec.shape, dtype=spec.dtype, device=mesh.device)
             tensors[name] = tensors[name].contiguous()
             dist.broadcast(tensors[name], source, group=mesh.replica_group)
-        yield TrainingBatch.from_tensors(step, tensors)
+        yield TrainingBatch.from_tensors(header.step, tensors)

@@ -1,4 +1,4 @@
-"""Failures of ranks: the first one that fails prints its message, the others end at once without one."""
+"""Failures of ranks: the first rank that fails reports it, the others exit silently."""
 
 import errno
 import os
@@ -6,10 +6,13 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from rdm_scale.errors import RdmError
 from rdm_scale.parent_death import parent_death_setter
+
+if TYPE_CHECKING:
+    from torch.distributed import Store  # torch takes seconds to import
 
 FIRST_FAILURE_KEY = "rdm_scale/first_failure"
 _REPORT_GRACE_S = 3.0  # a launcher ends all ranks when one exits: let the reporting rank finish its message first
@@ -18,15 +21,16 @@ _REPORT_GRACE_S = 3.0  # a launcher ends all ranks when one exits: let the repor
 class FailureReporter:
     """Selects the rank that reports a failure.
 
-    Before the ranks share a store, all ranks of a node fail alike (on a bad configuration), and local rank 0 reports.
-    After that, the first one to claim a key in the store does: its peers see no more than a broken connection.
+    Before the ranks share a store, all ranks of a node fail for the same reason (a bad configuration), and local rank 0
+    reports. After that, the first rank to claim a key in the store does: the others mostly fail because their
+    connection to it breaks.
 
     Attributes:
-        store: torch.distributed.Store of all ranks, once they have met (`build_mesh` sets it).
+        store: store that all ranks share; None before `build_mesh` sets it.
     """
 
     def __init__(self) -> None:
-        self.store: Any = None
+        self.store: Store | None = None
 
     def claim(self) -> bool:
         """True for the one rank that is to report."""
@@ -35,7 +39,7 @@ class FailureReporter:
         rank = os.environ.get("RANK", "0")
         try:
             return bool(self.store.compare_set(FIRST_FAILURE_KEY, "", rank) == rank.encode())
-        except RuntimeError:  # the rank that hosted the store is gone, so it failed first
+        except RuntimeError:  # the rank that hosts the store is gone: it failed first
             return False
 
 
@@ -47,12 +51,12 @@ def end_with_launcher() -> None:
     if "LOCAL_RANK" in os.environ and (end_with_parent := parent_death_setter()):
         launcher = os.getppid()
         end_with_parent()
-        if os.getppid() != launcher:  # it died before the call above
+        if os.getppid() != launcher:  # the launcher died before the call above
             _exit(1)
 
 
 def run_main(body: Callable[[FailureReporter], None]) -> NoReturn:
-    """Run the main of a rank and end the process with code 0 or, after one message of all ranks together, 1.
+    """Run the main function of a rank, then exit with code 0, or with 1 after a failure, which one rank reports.
 
     An RdmError is printed without a traceback, since the user can fix it; any other error is a bug and keeps it.
     """

@@ -12,9 +12,9 @@ _BUILDING, _TRAINING = 2**20, 2**25  # bytes; glibc reaches the latter by itself
 def returning_freed_memory() -> Iterator[None]:
     """Context in which large allocations return to the operating system as soon as they are freed.
 
-    glibc keeps freed memory for reuse, and raises the size up to which it does so. In training that saves time. While a
-    model is built, block after block, it fragments: ranks with the same part of a model were seen to differ by 300 MiB.
-    Nothing is done with other C libraries.
+    glibc keeps freed memory for reuse, up to an allocation size that it raises by itself. That saves time in training.
+    While a model is built block by block it fragments the memory: ranks with the same part of a model were seen to
+    differ by 300 MiB. Does nothing with other C libraries.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:

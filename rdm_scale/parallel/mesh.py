@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib import metadata
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from rdm_scale.parallel import megatron_adapter as megatron
 from rdm_scale.parallel.failures import FailureReporter
 
 _LIBRARIES = ("torch", "deepspeed", "megatron-core")
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -71,15 +72,15 @@ class Mesh:
         dist.all_reduce(total, group=self.data_group)
         return total.cpu()
 
-    def all_gather_object(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Value) -> list[Value]:
         """Small objects of all ranks, in rank order, on every rank. They are pickled: never pass untrusted data."""
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
 
-    def broadcast(self, value: Any) -> Any:
-        """Small object of rank 0, on every rank; what other ranks pass is ignored."""
-        objects = [value]
+    def broadcast(self, value: Value | None) -> Value:
+        """Small object of rank 0, on every rank; the value of other ranks is ignored."""
+        objects: list[Any] = [value]
         dist.broadcast_object_list(objects, src=0)
         return objects[0]
 
@@ -120,17 +121,17 @@ def build_mesh(config: ParallelConfig, reporter: FailureReporter | None = None) 
 
 def check_agreement(mesh: Mesh, config: RunConfig) -> None:
     """Raise ConfigError on every rank unless all ranks hold the same configuration and library versions."""
-    mine = {"configuration": config.digest(), "rdm_scale": __version__}
-    mine |= {name: metadata.version(name) for name in _LIBRARIES}
-    everyone = mesh.all_gather_object((mine, socket.gethostname()))
-    for rank, (theirs, host) in enumerate(everyone):
-        differing = [name for name in mine if theirs[name] != everyone[0][0][name]]
-        if differing:
-            name = differing[0]
-            raise ConfigError(
-                f"rank {rank} on {host} and rank 0 on {everyone[0][1]} differ in {name}: "
-                f"{theirs[name]} against {everyone[0][0][name]}; start all ranks with the same files and versions"
-            )
+    own = {"configuration": config.digest(), "rdm_scale": __version__}
+    own |= {name: metadata.version(name) for name in _LIBRARIES}
+    all_ranks = mesh.all_gather_object((own, socket.gethostname()))
+    first, first_host = all_ranks[0]
+    for rank, (found, host) in enumerate(all_ranks):
+        for name in first:
+            if found[name] != first[name]:
+                raise ConfigError(
+                    f"rank {rank} on {host} and rank 0 on {first_host} differ in {name}: "
+                    f"{found[name]} against {first[name]}; start all ranks with the same files and versions"
+                )
 
 
 def _default_environment(use_cuda: bool) -> None:

@@ -86,7 +86,7 @@ class ParallelModel:
         if channels is not None:
             channels.wait()
         prediction = outputs.prediction
-        if prediction is None:  # of another rank
+        if prediction is None:  # another rank has computed it
             factor = 2 if self.config.model.learned_variance else 1
             prediction = latents.new_empty(len(latents), factor * latents.shape[1], *latents.shape[2:])
         return self._broadcast_from_last(prediction)

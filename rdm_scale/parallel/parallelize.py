@@ -37,11 +37,8 @@ def parallelize(
         layers = TensorParallelLayers(mesh, config.parallel.sequence)
     stage = build_stage(config, mesh, plan, layers)
     checkpoint_activations(stage.blocks.values(), config.parallel.recompute)
-    arguments = (stage, materialize(stage, config, mesh.device), config, mesh, build_optimizer, Block)
-    engine: ZeroEngine
+    engine_class: type[ZeroEngine] = Zero3 if config.parallel.zero_stage == 3 else Zero012
     with returning_freed_memory():
-        if config.parallel.zero_stage == 3:
-            engine = Zero3(*arguments, keep_gathered=plan.keep_gathered)
-        else:
-            engine = Zero012(config.parallel.zero_stage, *arguments)
+        modules = materialize(stage, config, mesh.device)
+        engine = engine_class(stage, modules, config, mesh, plan, build_optimizer, leaf_type=Block)
         return ParallelModel(config, mesh, plan, engine)

@@ -137,7 +137,7 @@ def plan_parallelism(config: RunConfig, world_size: int, memory: float | None) -
     )
 
 
-def memory_of_rank(config: RunConfig) -> float | None:
+def memory_of_rank(config: RunConfig) -> float:
     """Bytes that a rank may use: `parallel.memory_gib`, else its GPU's, else its share of this node's memory."""
     if config.parallel.memory_gib is not None:
         return config.parallel.memory_gib * _GIB
@@ -152,32 +152,31 @@ def memory_of_rank(config: RunConfig) -> float | None:
 def balance(config: RunConfig, placement: ChunkPlacement) -> tuple[range, ...]:
     """Assign blocks to chunks so that the costliest rank, and of its chunks the costliest one, costs least.
 
-    Costs are floating-point operations, embeddings and head included. Of a u stack, the two ends of a long skip are
-    in chunks that are V-placement partners.
+    Costs are floating-point operations, embeddings and head included. The two blocks that a long skip joins are put
+    into chunks that are V-placement partners.
     """
     model, last = config.model, placement.last_chunk
-    block = (
-        cost.blocks_flops(model, range(model.depth)) / model.depth
-    )  # mean: with factorized attention two kinds alternate
+    # The mean, because with factorized attention two kinds of blocks alternate.
+    block = cost.blocks_flops(model, range(model.depth)) / model.depth
     sizes = [1] * placement.chunks
     chunks: list[float] = [block] * placement.chunks
     chunks[0] += cost.embedding_flops(model)
     chunks[last] += cost.head_flops(model)
     ranks = [sum(chunks[chunk] for chunk in placement.chunks_of(rank)) for rank in range(placement.ranks)]
-    left = model.depth - placement.chunks
-    while left:
-        # Blocks are equal, so giving each to the chunk with the least is optimal; among equals to late chunks, which
-        # keep fewer activations.
+    remaining = model.depth - placement.chunks
+    while remaining:
+        # Blocks cost the same, so assigning each to the cheapest chunk is optimal. Ties go to later chunks, which keep
+        # fewer activations.
         least = min(range(placement.chunks), key=lambda chunk: (ranks[placement.rank_of(chunk)], chunks[chunk], -chunk))
         chosen = [least]
-        # Of a u stack in pairs; the middle block of an odd depth goes to the last rank.
+        # Blocks of a u stack are assigned in pairs; the middle block of an odd depth goes to the last rank.
         if model.stacking == "u" and placement.chunks > 1:
-            chosen = [placement.chunks // 2] if left % 2 else [least, placement.partner_of(least)]
+            chosen = [placement.chunks // 2] if remaining % 2 else [least, placement.partner_of(least)]
         for chunk in chosen:
             sizes[chunk] += 1
             chunks[chunk] += block
             ranks[placement.rank_of(chunk)] += block
-        left -= len(chosen)
+        remaining -= len(chosen)
     ends = list(itertools.accumulate(sizes))
     return tuple(range(end - size, end) for end, size in zip(ends, sizes, strict=True))
 

@@ -38,14 +38,14 @@ class Stage(DiffusionTransformer):
         """Run one chunk.
 
         Args:
-            model_inputs: those of the entire model, which every rank of a model replica has. The first chunk embeds
-                them, the others take the size and the caption's tokens from them.
+            model_inputs: inputs of the entire model, which every rank of a model replica has. The first chunk embeds
+                them, the others use only their size and the caption's tokens.
             inputs: outputs of other chunks. Local skips are in the order of the blocks whose output they are.
         """
         part, size = self.parts[chunk], model_inputs.latents.shape[2:]
         sources = [self.config.skip_source(block) for block in part.blocks]
-        ends = sorted(source for source in sources if source is not None and source not in part.blocks)
-        skips = dict(zip(ends, inputs.local_skips, strict=True))
+        received = sorted(source for source in sources if source is not None and source not in part.blocks)
+        skips = dict(zip(received, inputs.local_skips, strict=True))
         if inputs.boundary is None:
             z_SBD, conditioning = self.embed(*model_inputs)
         else:

@@ -1,1 +1,1 @@
-"""The training loop and what belongs to it: optimizer, averaged weights, monitoring, the run's directory."""
+"""Training: the loop and its step, optimizer, EMA, metric logging, depth profiles, and the run's directory."""

@@ -124,7 +124,7 @@ def _square(tensor: Tensor) -> Tensor:
 
 
 def _ratio(
-    sums: dict[str, list[float]], numerator: str, denominator: str, f: Callable[[float], float] = float
+    sums: dict[str, list[float]], numerator: str, denominator: str, transform: Callable[[float], float] = float
 ) -> list[float | None]:
     pairs = zip(sums[numerator], sums[denominator], strict=True)
-    return [f(above / below) if below else None for above, below in pairs]
+    return [transform(above / below) if below else None for above, below in pairs]

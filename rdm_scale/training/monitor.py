@@ -7,6 +7,7 @@ from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from rdm_scale.config import RunConfig
 from rdm_scale.evaluation.plots import heat_map
@@ -18,7 +19,7 @@ Record = dict[str, Any]  # a line of metrics.jsonl: numbers by name
 
 
 def metrics_record(config: RunConfig, result: StepResult, step_s: float) -> Record:
-    """Metrics of a step that took `step_s` seconds with all that belongs to it."""
+    """Metrics of a step; `step_s` is its duration in seconds, the wait for data included."""
     samples, waited_s = config.train.global_batch_size, result.statistics.data_wait_s
     return {
         "step": result.step,
@@ -42,8 +43,8 @@ class Monitor:
     def depth(self, step: int, profile: Profile) -> None:
         """Log the profile of one step along depth."""
 
-    def image_grid(self, step: int, image: Any) -> None:
-        """Log a grid of samples (PIL.Image)."""
+    def image_grid(self, step: int, image: Image.Image) -> None:
+        """Log a grid of samples."""
 
     def report(self, message: str) -> None:
         """Print a message that is not a metric."""
@@ -83,7 +84,7 @@ class RunMonitor(Monitor):
                 pixels = heat_map([each[name] for each in self.profiles if name in each])
                 self._log_image(step, f"depth/{name}", pixels)
 
-    def image_grid(self, step: int, image: Any) -> None:
+    def image_grid(self, step: int, image: Image.Image) -> None:
         folder = self.dir / "samples"
         folder.mkdir(exist_ok=True)
         image.save(folder / f"step_{step:08d}.png")

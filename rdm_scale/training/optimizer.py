@@ -64,7 +64,7 @@ def build_optimizer(config: OptimizerConfig, model_config: ModelConfig, model: n
 
 
 def apex_adam() -> Any:
-    """FusedAdam of NVIDIA apex; None if that is not installed. (PyPI has another `apex`, without optimizers.)."""
+    """FusedAdam of NVIDIA apex, or None if that is not installed; the `apex` on PyPI is another package."""
     if importlib.util.find_spec("apex") is None or importlib.util.find_spec("apex.optimizers") is None:
         return None
     from apex.optimizers import FusedAdam

@@ -79,7 +79,7 @@ def _start_from(state: CheckpointState, folder: str, skipped: tuple[str, ...] = 
     try:
         named = tuple((str(digest), str(shard)) for digest, shard in lost)
     except (TypeError, ValueError):
-        raise CheckpointError(f"{folder} does not say validly which shards of the data are lost: {lost!r}") from None
+        raise CheckpointError(f"the checkpoint {folder} has an invalid list of lost shards: {lost!r}") from None
     return Start(state["step"], folder, named, skipped)
 
 
@@ -99,7 +99,7 @@ def prepare(config: RunConfig, start: Start) -> IO[str]:
         Location(run_dir / CONFIG).write(to_yaml(config).encode())
         for path in (run_dir / METRICS, run_dir / DEPTH):
             if path.exists():
-                Location(path).write(_cut_back(path, start.step))
+                Location(path).write(_lines_up_to(path, start.step))
     except OSError as error:
         raise ConfigError(f"cannot write to run.dir={run_dir}: {error.strerror or error}") from None
     _check_writable(checkpoints_of(config).root)
@@ -136,8 +136,8 @@ def _check_writable(folder: Location) -> None:
         raise ConfigError(f"cannot write checkpoints to {folder}: {error.strerror or error}") from None
 
 
-def _cut_back(path: Path, step: int) -> bytes:
-    """Lines up to `step`; later and half-written lines are of steps that are about to be trained again."""
+def _lines_up_to(path: Path, step: int) -> bytes:
+    """Lines up to `step`, without later and incomplete ones, whose steps are about to be trained again."""
     kept = []
     for line in path.read_bytes().splitlines(keepends=True):
         try:
@@ -166,8 +166,8 @@ def _binding(identity: dict[str, Any], state: CheckpointState) -> dict[str, Any]
     """
     if state["step"] > 0 or not isinstance(state["identity"], dict):
         return identity
-    said = dict(flatten(state["identity"]))
-    return {name: value for name, value in flatten(identity) if name in said}
+    stated = dict(flatten(state["identity"]))
+    return {name: value for name, value in flatten(identity) if name in stated}
 
 
 def refuse_other_identity(expected: dict[str, Any], found: Any, where: str) -> None:
@@ -178,9 +178,9 @@ def refuse_other_identity(expected: dict[str, Any], found: Any, where: str) -> N
         found: identity in `where`; CheckpointError if it is no dictionary.
     """
     if not isinstance(found, dict):
-        raise CheckpointError(f"{where} does not say what run it belongs to")
+        raise CheckpointError(f"{where} holds no identity of the run that it belongs to")
     expected, found = dict(flatten(expected)), dict(flatten(found))
-    # Keys that the version that wrote it did not have are at their defaults.
+    # A version that did not have a key yet behaved as its default does now.
     defaults = flatten({"model": ModelConfig().model_dump(mode="json")})
     found = {name: value for name, value in defaults if name in expected} | found
     differing = [name for name in sorted({*expected, *found}) if expected.get(name) != found.get(name)]

@@ -198,7 +198,7 @@ class Trainer:
     def _metrics(self, result: StepResult, step_s: float) -> Record:
         record = metrics_record(self.config, result, step_s)
         stall_s = self.saver.take_stall()
-        if stall_s is not None:  # of the save after the step before
+        if stall_s is not None:  # a save began after the previous step
             record |= {"save_stall_s": stall_s, "failed_saves": self.saver.failures}
         if self.stream and self.config.data.lost_shards:
             record |= {"lost_shards": len(self.stream.lost_shards), "lost_samples": self.stream.lost_shards.samples}

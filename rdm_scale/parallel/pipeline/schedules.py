@@ -105,6 +105,7 @@ def _one_forward_one_backward(placement: ChunkPlacement, rank: int, micro_batche
     count = v * micro_batches
 
     def nth(i: int, kind: ActionKind) -> Action:
+        """The rank's i-th forward or backward."""
         round_of_chunk = i % (p * v) // p if v > 1 else 0
         chunk = (v - 1 - round_of_chunk if kind is BACKWARD else round_of_chunk) * p + rank
         return Action(kind, chunk, i // (p * v) * p + i % p if v > 1 else i)
@@ -129,7 +130,7 @@ def _list_scheduled(placement: ChunkPlacement, micro_batches: int, in_flight: in
     ]
     live, idle_from = [0] * placement.ranks, [0] * placement.ranks
     ends: dict[Action, int] = {}
-    never = 3 * 2 * placement.chunks * micro_batches
+    never = 3 * 2 * placement.chunks * micro_batches  # later than the end of any action
     now = 0
     while any(waiting):
         for rank, candidates in enumerate(waiting):

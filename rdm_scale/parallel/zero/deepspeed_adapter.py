@@ -125,7 +125,7 @@ def shard(parameters: Sequence[Any], sharded: Sequence[Any], group: Any, configu
 
 
 def count_in_norm(parameter: Any, counted: bool) -> None:
-    """Declare if a parameter's gradient counts in the gradient norm on this rank."""
+    """Declare whether a parameter's gradient counts in the gradient norm on this rank."""
     parameter.model_parallel = counted  # DeepSpeed looks for this attribute
 
 
@@ -215,6 +215,7 @@ class Stage3Optimizer(ZeroOptimizer):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
+        self._gradient_counters: dict[nn.Module, int] = {}
         self.master_parameters = list(self._zero.fp32_partitioned_groups_flat)
         self.parameters: list[Any] = [p for group in self._zero.fp16_groups for p in group]
         self.gradients: Tensor = self._zero.grad_partitions_flat_buffer
@@ -248,18 +249,18 @@ class Stage3Optimizer(ZeroOptimizer):
         if gathered:
             gathered[0].partition(gathered)
 
-    def inputs_with_gradient(self) -> dict[nn.Module, int]:
-        """Number of inputs that require a gradient, of each module whose forward has just run."""
+    def save_gradient_counters(self) -> None:
+        """Save, after a forward, for each of its modules how many of its inputs require a gradient."""
         counts = ((module, getattr(module, "ds_grads_remaining", 0)) for module in self.engine.module.modules())
-        return {module: count for module, count in counts if count > 0}
+        self._gradient_counters |= {module: count for module, count in counts if count > 0}
 
-    def expect_gradients(self, inputs: dict[nn.Module, int]) -> None:
-        """Restore the counters of `inputs_with_gradient` before a backward.
+    def restore_gradient_counters(self) -> None:
+        """Restore the saved counters before a backward.
 
         DeepSpeed counts them down to release a module's parameters, and up in forwards only: without this a second
         backward after two forwards would keep all parameters of the stage gathered.
         """
-        for module, count in inputs.items():
+        for module, count in self._gradient_counters.items():
             module.ds_grads_remaining = count  # type: ignore[assignment]
 
     def begin_step_with_hooks(self) -> None:

@@ -26,6 +26,7 @@ from rdm_scale.models.layers import Slice, parameter_slices
 from rdm_scale.parallel.megatron_adapter import ModelParallelUnit
 from rdm_scale.parallel.mesh import Mesh
 from rdm_scale.parallel.pipeline.boundary import StageInputs, StageOutputs
+from rdm_scale.parallel.plan import ParallelPlan
 from rdm_scale.parallel.zero import deepspeed_adapter as deepspeed
 
 
@@ -59,8 +60,9 @@ class ZeroEngine(ABC):
         blocks: the stage's blocks by number.
 
     Args:
-        stage: on the meta device.
-        materialized: yields the children of the stage one after the other, materialized.
+        stage: this rank's pipeline stage, on the meta device.
+        materialized: yields the children of the stage one after the other, each with its values.
+        build_optimizer: makes the optimizer of the stage's parameters.
         leaf_type: type of the modules whose parameters are all-gathered together.
     """
 
@@ -72,10 +74,11 @@ class ZeroEngine(ABC):
         materialized: Iterable[nn.Module],
         config: RunConfig,
         mesh: Mesh,
+        plan: ParallelPlan,
         build_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
         leaf_type: type[nn.Module],
     ) -> None:
-        self.mesh = mesh
+        self.mesh, self.zero_stage, self.keep_gathered = mesh, config.parallel.zero_stage, plan.keep_gathered
         self.blocks = {int(name): block for name, block in stage.get_submodule("blocks").named_children()}
         self.parameters: list[nn.Parameter] = []
         leaves = [module for module in stage.modules() if isinstance(module, leaf_type)]
@@ -89,7 +92,7 @@ class ZeroEngine(ABC):
         self.master_weights: list[Tensor] = [flat.detach() for flat in self.optimizer.master_parameters]
         self.slices = parameter_slices(stage)
         self.ranges = list(self._ranges({id(parameter): name for name, parameter in stage.named_parameters()}))
-        self.owned_ranges = [one for one in self.ranges if self._owns(one)]
+        self.owned_ranges = [held for held in self.ranges if self._owns(held)]
 
     def __call__(self, chunk: int, model_inputs: ModelInputs, inputs: StageInputs) -> StageOutputs:
         outputs: StageOutputs = self.optimizer.engine(chunk, model_inputs, inputs)
@@ -194,15 +197,15 @@ class ZeroEngine(ABC):
             deepspeed.count_in_norm(parameter, slices[name].count > 1 or self.mesh.tensor_rank == 0)
             self.parameters.append(parameter)
 
-    def _owns(self, one: ParameterRange) -> bool:
-        return one.numel > 0 and (one.part.count > 1 or self.mesh.tensor_rank == 0)
+    def _owns(self, held: ParameterRange) -> bool:
+        return held.numel > 0 and (held.part.count > 1 or self.mesh.tensor_rank == 0)
 
     def _add_squares(self, squares: dict[int, Tensor], gradient: Tensor, start: int) -> None:
-        for one in self.owned_ranges:
-            first = one.start - start
-            if 0 <= first < gradient.numel() and one.name.startswith("blocks."):
-                norm = torch.linalg.vector_norm(gradient[first : first + one.numel], dtype=torch.float32)
-                block = int(one.name.split(".")[1])
+        for owned in self.owned_ranges:
+            first = owned.start - start
+            if 0 <= first < gradient.numel() and owned.name.startswith("blocks."):
+                norm = torch.linalg.vector_norm(gradient[first : first + owned.numel], dtype=torch.float32)
+                block = int(owned.name.split(".")[1])
                 squares[block] = squares.get(block, 0) + norm.double().square()
 
     @torch.no_grad()

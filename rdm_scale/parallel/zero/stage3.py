@@ -17,29 +17,21 @@ from rdm_scale.parallel.zero.engine import ParameterRange, ZeroEngine, starts_of
 class Zero3(ZeroEngine):
     """ZeRO stage 3.
 
-    Args:
-        keep_gathered: all-gather all parameters of this rank once a step, and reduce-scatter their gradients once.
-            Else DeepSpeed's hooks all-gather a block's parameters for each of its forwards and backwards and reduce
-            its gradients after each backward.
+    With `keep_gathered` all parameters of this rank are all-gathered once a step, and their gradients reduce-scattered
+    once. Otherwise DeepSpeed's hooks all-gather a block's parameters for each of its forwards and backwards, and reduce
+    its gradients after each backward.
     """
 
     optimizer: deepspeed.Stage3Optimizer
 
-    def __init__(self, *arguments: Any, keep_gathered: bool) -> None:
-        self.keep_gathered = keep_gathered
-        self._inputs_with_gradient: dict[nn.Module, int] = {}  # number of a module's inputs that require a gradient
-        super().__init__(*arguments)
-        if keep_gathered:
-            self.optimizer.remove_hooks()
-
     def __call__(self, chunk: int, model_inputs: ModelInputs, inputs: StageInputs) -> StageOutputs:
         outputs = super().__call__(chunk, model_inputs, inputs)
         if not self.keep_gathered:
-            self._inputs_with_gradient |= self.optimizer.inputs_with_gradient()
+            self.optimizer.save_gradient_counters()
         return outputs
 
     def backward(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
-        self.optimizer.expect_gradients(self._inputs_with_gradient)
+        self.optimizer.restore_gradient_counters()
         super().backward(outputs, gradients)
 
     @contextlib.contextmanager
@@ -101,16 +93,17 @@ class Zero3(ZeroEngine):
         return {
             "stage": 3,
             "stage3_param_persistence_threshold": 0,
-            # Nothing is kept for its next use, however soon: by block means by block, and looking for that next use in
-            # every release takes time that grows with the square of the depth.
+            # Never keep a parameter for its next use: searching for that use takes DeepSpeed, at every release, time that
+            # grows with the square of the depth.
             "stage3_max_reuse_distance": 0,
             "stage3_max_live_parameters": 2 * largest,
             "stage3_prefetch_bucket_size": 0 if self.keep_gathered else largest,
-            "contiguous_gradients": False,  # or each gradient would be copied once more, into a buffer kept for that
+            "contiguous_gradients": False,  # True copies each gradient once more, into a buffer of its own
             "reduce_bucket_size": largest,
             "overlap_comm": self.mesh.device.type == "cuda",
-            # Instead of torch's own linear layers, whose backwards keep what they were given of a parameter from being
-            # released after a forward. They are the faster ones, and here nothing is released before the last backward.
+            # DeepSpeed's linear layer: torch's saves the all-gathered weight for its backward, although the weight is
+            # to be freed after the forward. With keep_gathered nothing is freed before the last backward, and torch's
+            # layer is faster.
             "memory_efficient_linear": not self.keep_gathered,
         }
 
@@ -123,7 +116,10 @@ class Zero3(ZeroEngine):
         super()._register(child, settings)
 
     def _make_optimizer(self, *arguments: Any) -> deepspeed.Stage3Optimizer:
-        return deepspeed.Stage3Optimizer(*arguments)
+        optimizer = deepspeed.Stage3Optimizer(*arguments)
+        if self.keep_gathered:
+            optimizer.remove_hooks()
+        return optimizer
 
     def _ranges(self, names: dict[int, str]) -> Iterator[ParameterRange]:
         starts = starts_of(self.master_weights)

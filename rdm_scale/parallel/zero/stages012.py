@@ -21,10 +21,6 @@ class Zero012(ZeroEngine):
 
     optimizer: deepspeed.Stage12Optimizer
 
-    def __init__(self, zero_stage: int, *arguments: Any) -> None:
-        self.zero_stage = zero_stage
-        super().__init__(*arguments)
-
     @contextlib.contextmanager
     def accumulating(self) -> Iterator[None]:
         try:
@@ -57,8 +53,8 @@ class Zero012(ZeroEngine):
     def _make_optimizer(self, *arguments: Any) -> deepspeed.Stage12Optimizer:
         return deepspeed.Stage12Optimizer(*arguments)
 
-    def _owns(self, one: ParameterRange) -> bool:
-        return super()._owns(one) and (self.zero_stage > 0 or self.mesh.data_rank == 0)
+    def _owns(self, held: ParameterRange) -> bool:
+        return super()._owns(held) and (self.zero_stage > 0 or self.mesh.data_rank == 0)
 
     def _ranges(self, names: dict[int, str]) -> Iterator[ParameterRange]:
         rank = self.mesh.data_rank if self.zero_stage else 0
