@@ -34,14 +34,14 @@ class Mesh:
     world_size: int
     tensor_rank: int
     tensor_size: int
-    tensor_group: Any
+    tensor_group: dist.ProcessGroup
     pipeline_rank: int
     pipeline_size: int
-    pipeline_group: Any
+    pipeline_group: dist.ProcessGroup
     data_rank: int
     data_size: int
-    data_group: Any
-    replica_group: Any  # ranks of one model replica
+    data_group: dist.ProcessGroup
+    replica_group: dist.ProcessGroup  # ranks of one model replica
     device: torch.device
     timeout: timedelta  # of every collective, and of a message between stages
 

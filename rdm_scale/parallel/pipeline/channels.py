@@ -6,7 +6,6 @@ NCCL has no tags, and two ranks that send to each other over one communicator ca
 
 import time
 from collections import deque
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,13 +33,16 @@ class Channels:
             [list(range(first, mesh.world_size, pipelines)) for first in range(pipelines)], timeout=mesh.timeout
         )
         self.groups = (mesh.pipeline_group, downward)  # to higher ranks, to lower ranks
-        self._sends: deque[tuple[Any, Tensor]] = deque()  # not known to be complete, with the tensors to keep alive
+        self._sends: deque[tuple[dist.Work, Tensor]] = (
+            deque()
+        )  # not known to be complete, with the tensors to keep alive
 
     def send(self, target: int, tensors: BoundaryTensors) -> None:
         """Send to a rank of the pipeline, asynchronously."""
         for tensor in tensors:
             tensor = tensor.contiguous()
             work = dist.isend(tensor, self._global_ranks[target], group=self._group(self.rank, target))
+            assert work is not None, "this rank belongs to the group"
             self._sends.append((work, tensor))
         while self._sends and self._sends[0][0].is_completed():
             self._sends.popleft()
@@ -62,5 +64,5 @@ class Channels:
         dist.recv(tensor, self._global_ranks[source], group=self._group(source, self.rank))
         return tensor
 
-    def _group(self, source: int, target: int) -> Any:
+    def _group(self, source: int, target: int) -> dist.ProcessGroup:
         return self.groups[0] if source < target else self.groups[1]

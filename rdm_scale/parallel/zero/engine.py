@@ -213,7 +213,7 @@ class ZeroEngine(ABC):
         torch._foreach_copy_(self.master_weights, weights)
         self.publish_master_weights()
 
-    def _model_parallel_unit(self) -> Any:
+    def _model_parallel_unit(self) -> type[ModelParallelUnit]:
         """Process groups as DeepSpeed asks for them (`mpu`)."""
         return ModelParallelUnit
 
@@ -227,9 +227,9 @@ class ZeroEngine(ABC):
         stage: nn.Module,
         optimizer: torch.optim.Optimizer,
         settings: dict[str, Any],
-        unit: Any,
+        unit: type[ModelParallelUnit],
         leaf_type: type[nn.Module],
-    ) -> Any:
+    ) -> deepspeed.ZeroOptimizer:
         """DeepSpeed's optimizer of this ZeRO stage."""
 
     @abstractmethod

@@ -93,8 +93,8 @@ class Zero3(ZeroEngine):
         return {
             "stage": 3,
             "stage3_param_persistence_threshold": 0,
-            # Never keep a parameter for its next use: searching for that use takes DeepSpeed, at every release, time that
-            # grows with the square of the depth.
+            # Never keep a parameter for its next use: with every release DeepSpeed would search for that use, which
+            # takes time that grows with the square of the depth.
             "stage3_max_reuse_distance": 0,
             "stage3_max_live_parameters": 2 * largest,
             "stage3_prefetch_bucket_size": 0 if self.keep_gathered else largest,

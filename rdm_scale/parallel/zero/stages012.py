@@ -35,7 +35,7 @@ class Zero012(ZeroEngine):
             parts = flat.split([gradient.numel() for gradient in gradients])
             torch._foreach_copy_(gradients, [p.view_as(g) for p, g in zip(parts, gradients, strict=True)])
 
-    def _model_parallel_unit(self) -> Any:
+    def _model_parallel_unit(self) -> type[ModelParallelUnit]:
         if self.zero_stage:
             return ModelParallelUnit
         alone = dist.new_group([self.mesh.rank], use_local_synchronization=True)
