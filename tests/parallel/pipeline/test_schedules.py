@@ -1,4 +1,4 @@
-"""Schedules: complete, free of deadlock, with the bubbles and the memory that are published for them."""
+"""Pipeline schedules: complete, free of deadlock, with the published bubbles and numbers of activations."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -35,7 +35,7 @@ ALL = [case for schedule in ("1f1b", "interleaved_1f1b", "v_1f1b") for case in c
 
 
 @pytest.mark.parametrize(("schedule", "p", "v", "m"), ALL)
-def test_every_chunk_meets_every_micro_batch_once_each_way(schedule: str, p: int, v: int, m: int) -> None:
+def test_each_chunk_runs_each_micro_batch_forward_and_backward_once(schedule: str, p: int, v: int, m: int) -> None:
     place = place_chunks(schedule, p, v)
     schedule_of_ranks = build_schedule(schedule, place, m)
     done = Counter(action for actions in schedule_of_ranks for action in actions)
@@ -53,19 +53,19 @@ def test_bubbles_are_those_of_the_papers(schedule: str, p: int, v: int, m: int) 
 
 
 @pytest.mark.parametrize(("p", "m"), [(p, m) for p, m in SIZES if m >= p])
-def test_1f1b_keeps_as_many_micro_batches_as_stages_follow(p: int, m: int) -> None:
+def test_1f1b_keeps_as_many_micro_batches_as_stages_remain(p: int, m: int) -> None:
     place = place_chunks("1f1b", p, 1)
     assert simulate(build_schedule("1f1b", place, m), place).in_flight == [p - rank for rank in range(p)]
 
 
 @pytest.mark.parametrize(("schedule", "p", "v", "m"), cases("v_1f1b"))
-def test_v_keeps_no_more_than_three_forwards_a_rank(schedule: str, p: int, v: int, m: int) -> None:
+def test_v_keeps_at_most_three_forwards_for_each_rank(schedule: str, p: int, v: int, m: int) -> None:
     place = place_chunks(schedule, p, v)
     assert max(simulate(build_schedule(schedule, place, m), place).in_flight) <= 3 * p
 
 
 @pytest.mark.parametrize(("p", "m"), [(2, 4), (4, 8), (4, 16), (8, 32)])
-def test_v_is_between_the_other_two(p: int, m: int) -> None:
+def test_the_bubble_of_v_is_between_those_of_the_other_schedules(p: int, m: int) -> None:
     bubbles = {}
     for schedule, v in (("1f1b", 1), ("v_1f1b", 2), ("interleaved_1f1b", 2)):
         place = place_chunks(schedule, p, v)
@@ -87,8 +87,8 @@ def test_a_deadlock_is_reported() -> None:
         simulate(schedule, place)
 
 
-def test_costs_weigh_the_bubble() -> None:
-    """Two ranks, one micro-batch: nothing overlaps, so one of two is always idle, whatever the costs."""
+def test_the_bubble_is_weighted_by_costs() -> None:
+    """Two ranks and one micro-batch: nothing overlaps, so one of two is idle at any time, for any costs."""
     place = place_chunks("1f1b", 2, 1)
     costs: Callable[[int], ChunkCost] = lambda chunk: ChunkCost(1.0, 2.0) if chunk else ChunkCost(3.0, 5.0)  # noqa: E731
     assert simulate(build_schedule("1f1b", place, 1), place, costs).bubble == pytest.approx(0.5)
@@ -102,6 +102,6 @@ def test_dependencies_of_actions() -> None:
     assert dependencies(Action(BACKWARD, 1, 4), place) == [Action(FORWARD, 1, 4), Action(BACKWARD, 2, 4)]
 
 
-def test_a_part_of_a_group_cannot_be_interleaved() -> None:
+def test_interleaving_refuses_an_incomplete_group_of_micro_batches() -> None:
     with pytest.raises(ValueError, match="3 micro-batches are no multiple of 2 ranks"):
         build_schedule("interleaved_1f1b", place_chunks("interleaved_1f1b", 2, 2), 3)
