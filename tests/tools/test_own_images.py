@@ -1,7 +1,8 @@
-"""The way of the README: a folder of one's own PNGs, encoded, trained on, drawn from; every command as typed."""
+"""The steps of the README with a folder of PNGs: encode, train, sample and evaluate, each by its command."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -39,8 +40,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--size",
         "8",
     ]
-    told = run(*encode, "--holdout", str(here / "validation"), "--preview", str(here / "preview.png"))
-    assert "[3, 1, 8, 8]" in told and (here / "preview.png").exists()
+    output = run(*encode, "--holdout", str(here / "validation"), "--preview", str(here / "preview.png"))
+    assert "[3, 1, 8, 8]" in output and (here / "preview.png").exists()
     config = {
         "model": {
             "input": {"channels": 3, "height": 8, "width": 8},
@@ -74,10 +75,17 @@ def test_the_run_directory_holds_what_is_promised(trained: Path) -> None:
 
 def test_samples_are_drawn_from_the_run(trained: Path) -> None:
     out = trained / "samples.png"
-    told = run("tools/sample.py", str(trained / "run"), str(out), "--rows", "3", "--labels", "1,0", "--steps", "2")
-    assert f"6 samples of step 4 are in {out}" in told
+    output = run("tools/sample.py", str(trained / "run"), str(out), "--rows", "3", "--labels", "1,0", "--steps", "2")
+    assert f"6 samples of step 4 are in {out}" in output
     columns_two_rows_three = Image.open(out)
     assert columns_two_rows_three.width < columns_two_rows_three.height
+
+
+def test_samples_of_the_run_are_evaluated(trained: Path) -> None:
+    options = ["--per-class", "2", "--neighbours", "1", "--picture", str(trained / "drawn.png"), "--rows", "1"]
+    output = run("tools/evaluate.py", str(trained / "run"), str(trained / "images"), *options)
+    assert re.search(r"label accuracy: [\d.]+ % of 4 samples of step 4", output), output
+    assert f"samples: {trained}/drawn.png" in output and Image.open(trained / "drawn.png").width > 128
 
 
 @pytest.mark.parametrize(
@@ -91,7 +99,7 @@ def test_samples_are_drawn_from_the_run(trained: Path) -> None:
         (["RUN", "x.png", "--rows", "0"], "--rows and --batch-size must be at least 1"),
     ],
 )
-def test_mistakes_are_told_in_a_line(trained: Path, arguments: list[str], message: str) -> None:
+def test_errors_are_one_line(trained: Path, arguments: list[str], message: str) -> None:
     arguments = [str(trained / "run") if a == "RUN" else a for a in arguments]
     command = [sys.executable, "tools/sample.py", *arguments]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=100)
