@@ -65,12 +65,12 @@ def report(found: dict[Case, Deviation]) -> str:
     lines = [
         "# Parity of layouts",
         "",
-        "Written by `pytest tests/distributed/test_layouts.py -k full_matrix` (part of `make test-full`): each layout "
-        "trains 10 steps in fp32 with clipping, weight decay and averaging, and is compared with a plain PyTorch AdamW "
-        "loop on one process that shares no training code. Largest relative deviation of any step (loss, gradient "
-        "norm; bound 1e-5) and of any tensor from its norm at the end (weights, averages; bound 1e-4).",
+        "Written by `pytest tests/distributed/test_layouts.py -k full_matrix` (part of `make test-full`): each layout",
+        "trains 10 steps in fp32 with clipping, weight decay and EMA, and is compared with a plain PyTorch AdamW loop on",
+        "one process that shares no training code. Largest relative deviation of any step (loss, gradient norm; bound",
+        "1e-5) and of any tensor from its norm at the end (weights, EMA weights; bound 1e-4).",
         "",
-        "| tensor | pipeline | data | ZeRO | sequence | schedule | recompute | loss | norm | weights | averages |",
+        "| tensor | pipeline | data | ZeRO | sequence | schedule | recompute | loss | norm | weights | EMA weights |",
         "|" + "---|" * 11,
     ]
     for case, worst in sorted(found.items()):
