@@ -35,8 +35,8 @@ class TextCondition(NamedTuple):
 
     def pad_to(self, length: int) -> "TextCondition":
         """Pad the captions to `length` tokens; `length` must be at least N."""
-        more = length - self.tokens.shape[1]
-        return TextCondition(F.pad(self.tokens, (0, 0, 0, more)), F.pad(self.mask, (0, more)), self.pooled)
+        padding = length - self.tokens.shape[1]
+        return TextCondition(F.pad(self.tokens, (0, 0, 0, padding)), F.pad(self.mask, (0, padding)), self.pooled)
 
 
 Condition = Tensor | TextCondition | None  # class labels int64 [B], captions, or no condition
@@ -51,7 +51,7 @@ def replace_captions(captions: TextCondition, mask_B: Tensor, replacement: TextC
     """Replace the captions where `mask_B` (bool [B]) is True by `replacement`, a TextCondition of one caption."""
     longest = max(captions.tokens.shape[1], replacement.tokens.shape[1])
     pairs = zip(captions.pad_to(longest), replacement.pad_to(longest), strict=True)
-    return TextCondition(*(torch.where(mask_B.view(-1, *[1] * (a.ndim - 1)), b, a) for a, b in pairs))
+    return TextCondition(*(torch.where(mask_B.view(-1, *[1] * (old.ndim - 1)), new, old) for old, new in pairs))
 
 
 def select_conditions(condition: Tensor | TextCondition, index: slice | Tensor) -> Tensor | TextCondition:

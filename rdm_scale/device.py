@@ -18,7 +18,7 @@ def local_device() -> torch.device:
     local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if local_rank >= gpus:
         raise ConfigError(
-            f"this node has {gpus} GPUs and was asked for more ranks: start one rank per GPU, "
-            "or set CUDA_VISIBLE_DEVICES= (empty) to run on the CPU"
+            f"this node has {gpus} GPUs, but the launcher started a process with LOCAL_RANK={local_rank}: start one "
+            "rank per GPU, or set CUDA_VISIBLE_DEVICES= (empty) to run on the CPU"
         )
     return torch.device("cuda", local_rank)

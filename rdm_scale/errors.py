@@ -10,7 +10,7 @@ class RdmError(Exception):
 
 
 class ConfigError(RdmError):
-    """The configuration is invalid, or does not fit the number of ranks it is started with."""
+    """The configuration is invalid, or does not fit the number of ranks."""
 
 
 class DataError(RdmError):

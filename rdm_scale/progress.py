@@ -12,19 +12,20 @@ Item = TypeVar("Item")
 
 
 class ProgressReporter:
-    """Report on long work: how much is done, at what rate, and how long the rest will take.
+    """Progress report of long work: the amount done, the rate, and the time left.
 
     On a terminal this is tqdm's bar. Elsewhere it is a line without carriage returns: the first after a second, then
-    one every `interval_s`, and always one at the end. Rates are averages since the reporter was made.
+    one every `interval_s`, and always one at the end. Rates are averages since the reporter was created.
 
     Args:
         title: what is being done, for instance "encoding".
-        total: units in all; None where that is not known.
-        unit: one unit of work, in the singular; "B" for bytes.
+        total: number of units; None if it is not known.
+        unit: name of one unit of work, in the singular; "B" for bytes.
         initial: units done earlier, which do not count towards the rate.
         scaled: print large numbers with SI prefixes.
         shown: False on ranks that print nothing.
         stream: where to write (default: sys.stderr).
+        interval_s: seconds between plain lines.
         clock: returns seconds; used for the plain lines only.
     """
 
@@ -82,7 +83,7 @@ class ProgressReporter:
             self.update(done - self.done)
 
     def close(self) -> None:
-        """End the report; without a terminal, with a line that gives the final state if none did."""
+        """End the report; without a terminal, write the final state unless the last line had it."""
         if self._bar is not None:
             self._bar.close()
         elif self._shown and self.done and self.done != self._reported:
@@ -121,10 +122,10 @@ class ProgressReporter:
 
 
 def track(items: Iterable[Item], title: str, unit: str, total: int | None = None) -> Iterator[Item]:
-    """Iterate over `items` and report the progress, an item a unit.
+    """Iterate over `items` and report the progress, one unit per item.
 
     Args:
-        total: number of items, where `items` has no length.
+        total: number of items; needed only if `items` has no length.
     """
     if total is None and isinstance(items, Sized):
         total = len(items)

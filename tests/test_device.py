@@ -28,5 +28,5 @@ def test_each_local_rank_has_a_gpu_or_the_cpu(
 def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     set_gpus(monkeypatch, 2)
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(ConfigError, match=r"2 GPUs .* start one rank per GPU, or set CUDA_VISIBLE_DEVICES="):
+    with pytest.raises(ConfigError, match=r"2 GPUs.* start one rank per GPU, or set CUDA_VISIBLE_DEVICES="):
         local_device()

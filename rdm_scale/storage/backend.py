@@ -19,7 +19,7 @@ class Stat(NamedTuple):
 
 
 class ReplacedError(OSError):
-    """A file is no longer the version that was asked for."""
+    """The file is no longer the requested version."""
 
 
 class StorageBackend(ABC):
@@ -34,7 +34,7 @@ class StorageBackend(ABC):
         self.fs = fs
 
     def url(self, path: str) -> str:
-        """The path as a user would write it."""
+        """The path or URL as a user would write it."""
         return str(self.fs.unstrip_protocol(path))
 
     def path_of(self, url: str) -> str:
@@ -43,7 +43,7 @@ class StorageBackend(ABC):
 
     @abstractmethod
     def _call(self, path: str, method: str, **options: Any) -> Any:
-        """The result of a method of `fs` that only reads."""
+        """Call a method of `fs` that only reads, and return its result."""
 
     # ---- folders
 

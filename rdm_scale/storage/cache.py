@@ -25,11 +25,11 @@ class MemberCache:
     process: what a killed process was about to write is counted until the next eviction.
 
     Args:
-        folder: made if missing; nothing else may be in it.
+        folder: created if missing; it must contain nothing else.
         limit_bytes: total size of all files. Larger ranges are not cached.
 
     Raises:
-        ConfigError: the folder cannot be made or written to.
+        ConfigError: the folder cannot be created or written to.
     """
 
     def __init__(self, folder: str | Path, limit_bytes: int) -> None:
@@ -40,7 +40,7 @@ class MemberCache:
             with self._total() as total:
                 self._evict(total, 0)
             probe = self.folder / f"probe{_PARTIAL}{os.getpid()}-{threading.get_ident()}"
-            probe.write_bytes(bytes(2**16))  # a full disk takes names, but no content
+            probe.write_bytes(bytes(2**16))  # on a full disk, creating an empty file still succeeds
             probe.unlink()
         except OSError as error:
             raise ConfigError(
@@ -49,7 +49,7 @@ class MemberCache:
             ) from None
 
     def get(self, key: str) -> bytes | None:
-        """The content that was put under the key, or None. It is not verified: the disk may have damaged it."""
+        """The content stored under the key, or None. It is not verified: the disk may have damaged it."""
         try:
             with self._path(key).open("rb") as file:
                 content = file.read()
@@ -59,7 +59,7 @@ class MemberCache:
             return None
 
     def put(self, key: str, content: bytes | memoryview) -> None:
-        """Store the content, replacing any under the same key. If the disk fails, log one warning and go on."""
+        """Store the content, replacing any under the same key. A failure of the disk is only logged, once."""
         path = self._path(key)
         if len(content) > self.limit_bytes:
             return
@@ -73,7 +73,7 @@ class MemberCache:
         except OSError as error:
             if not self._warned:
                 self._warned = True
-                _log.warning("the cache %s stores nothing more: %s", self.folder, error.strerror or error)
+                _log.warning("the cache %s cannot be written to: %s", self.folder, error.strerror or error)
 
     def _path(self, key: str) -> Path:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", key):
@@ -109,8 +109,8 @@ class MemberCache:
             for entry in entries:
                 with suppress(FileNotFoundError):  # another process has renamed or removed it
                     if entry.name != _TOTAL:
-                        seen = entry.stat()
-                        found.append((seen.st_mtime_ns, seen.st_size, entry.path))
+                        status = entry.stat()
+                        found.append((status.st_mtime_ns, status.st_size, entry.path))
         total.value = sum(size for _, size, _ in found)
         if total.value + room <= self.limit_bytes:
             return

@@ -1,4 +1,4 @@
-"""The storage settings of this process: the retry policy in force, and the S3 clients that its threads share.
+"""The storage settings of this process: the current retry policy, and the S3 clients that its threads share.
 
 They are process-wide. Locations are made from URLs in every room, so passing a policy along would touch every function
 that takes a URL. A `contextvars.ContextVar` would not do: reader and prefetch threads do not inherit it.
@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # importing the client takes half a second
 
 @dataclass(frozen=True, eq=False)
 class _Policy:
-    """One setting of a policy, distinct from an equal one: each override ends by itself."""
+    """One entry of the stack of policies, compared by identity: each override removes its own entry."""
 
     retry: Retry
 
@@ -28,13 +28,13 @@ class StorageContext:
     """A retry policy with temporary overrides, and a pool of S3 clients. All methods may be called from any thread."""
 
     def __init__(self) -> None:
-        self._policies: tuple[_Policy, ...] = (_Policy(Retry()),)  # replaced, never changed: reads need no lock
+        self._policies: tuple[_Policy, ...] = (_Policy(Retry()),)  # immutable: reads need no lock
         self._clients: dict[tuple[object, ...], S3Client] = {}
         self._lock = threading.Lock()
 
     @property
     def retry(self) -> Retry:
-        """The policy in force: that of the override which began last, or else the one that was set."""
+        """The current policy: that of the most recent override, or the one that was set."""
         return self._policies[-1].retry
 
     @retry.setter
@@ -60,8 +60,8 @@ class StorageContext:
     def s3_client(self, options: Mapping[str, Any]) -> "S3Client":
         """The client for these options and the AWS_* environment, shared by all threads.
 
-        fsspec's own cache would make one client for each thread, and keep it after the environment has changed. A
-        forked process makes its own: connections cannot be shared.
+        fsspec's own cache would keep one client per thread, even after the environment has changed. A forked process
+        creates a new client, because connections cannot be shared.
         """
         from rdm_scale.storage.s3_client import S3Client
 
@@ -78,7 +78,7 @@ PROCESS = StorageContext()
 
 
 def current_retry() -> Retry:
-    """The retry policy in force in this process."""
+    """The current retry policy of this process."""
     return PROCESS.retry
 
 

@@ -21,7 +21,7 @@ def read_bounded(file: Location, error: type[RdmError], max_bytes: int = MAX_JSO
     """
     content = file.read_range(0, max_bytes + 1)
     if len(content) > max_bytes:
-        raise error(f"{file} is too large: such a file has at most {max_bytes:,} bytes. Check that it is the right one")
+        raise error(f"{file} is too large: at most {max_bytes:,} bytes are read. Check that it is the right file")
     return content
 
 
@@ -29,7 +29,7 @@ def read_json(file: Location, error: type[RdmError], max_bytes: int = MAX_JSON_B
     """The value in a JSON file of at most `max_bytes`.
 
     Raises:
-        error: the file is missing, too large, no JSON, or cannot be read.
+        error: the file is missing, too large, not JSON, or cannot be read.
     """
     try:
         return json.loads(read_bounded(file, error, max_bytes))
@@ -42,7 +42,7 @@ def read_json(file: Location, error: type[RdmError], max_bytes: int = MAX_JSON_B
 
 
 def read_json_object(file: Location, error: type[RdmError], max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """The object in a JSON file. Raises `error` as `read_json` does, and for a value that is not an object."""
+    """The object in a JSON file. Raises `error` as `read_json` does, and if the value is not an object."""
     value = read_json(file, error, max_bytes)
     if not isinstance(value, dict):
         raise error(f"{file} is not a JSON object: copy the file again")

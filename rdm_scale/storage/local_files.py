@@ -10,7 +10,7 @@ from rdm_scale.storage.backend import Stat, StorageBackend
 
 
 class LocalFiles(StorageBackend):
-    """Files of this machine. Nothing is retried: what fails here does not work a moment later."""
+    """Files of this machine. Nothing is retried: errors of a local disk are not transient."""
 
     is_local: ClassVar[bool] = True
 
@@ -44,7 +44,7 @@ class LocalFiles(StorageBackend):
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             done = 0
-            while done < len(buffer):  # Linux reads less than 2 GiB at once
+            while done < len(buffer):  # Linux reads less than 2 GiB per call
                 more = os.preadv(descriptor, [buffer[done:]], offset + done)
                 if not more:
                     break

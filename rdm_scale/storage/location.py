@@ -36,12 +36,12 @@ class Location:
 
     Args:
         url: path or URL.
-        options: of the fsspec file system. S3 credentials, endpoint and region come from the AWS_* environment
-            variables where the options do not give them. Or the file system itself, and `url` is a path on it.
+        options: of the fsspec file system; S3 credentials, endpoint and region default to the AWS_* environment
+            variables. Or the file system itself, if `url` is a path on it.
 
     Raises:
-        ConfigError: the URL names a file system that is unknown, or whose library is not installed, or that does not
-            have such options.
+        ConfigError: the file system of the URL is unknown, its library is not installed, or it does not have these
+            options.
     """
 
     def __init__(self, url: str | Path, options: Options = None) -> None:
@@ -71,7 +71,7 @@ class Location:
 
     @property
     def is_local(self) -> bool:
-        """True for a file of this machine, which other libraries can open by its path."""
+        """True if the file is on this machine, so that other libraries can open it by its path."""
         return self._backend.is_local
 
     @property
@@ -94,7 +94,7 @@ class Location:
         return self._backend.is_dir(self.path)
 
     def make_dir(self) -> None:
-        """Make the folder and those above it, where the store has folders. It may exist."""
+        """Create the folder and its parents, if the store has folders. It may exist."""
         self._backend.make_dir(self.path)
 
     def names(self) -> list[str]:
@@ -128,10 +128,10 @@ class Location:
         return self._backend.read(self.path)
 
     def read_range(self, offset: int, length: int, version: str | None = None) -> bytes:
-        """`length` bytes from `offset`; fewer when the file ends before.
+        """`length` bytes from `offset`; fewer if the file ends earlier.
 
         Args:
-            version: from `stat`. Where the store can tell (S3), another version of the file is not read.
+            version: from `stat`. Stores with conditional reads (S3) refuse to read another version.
 
         Raises:
             FileNotFoundError, ReplacedError: there is no such file, or another version of it.
@@ -139,14 +139,14 @@ class Location:
         return self._backend.read_range(self.path, offset, length, version)
 
     def read_into(self, offset: int, buffer: memoryview) -> int:
-        """Fill a buffer from `offset` on, without another copy of the content.
+        """Fill a buffer with the bytes from `offset` on, without an intermediate copy.
 
         Returns the number of bytes read, fewer than the buffer has at the end of the file. Raises FileNotFoundError.
         """
         return self._backend.read_into(self.path, offset, buffer)
 
     def open(self, mode: str = "rb") -> IO[bytes]:
-        """A binary file object. When read from an object store it is seekable, and its range reads are retried."""
+        """Open as a binary file. Files of an object store are seekable when read, and their range reads are retried."""
         return self._backend.open(self.path, mode)
 
     def write(self, content: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Any fsspec file system but the local disk as a storage backend: calls are retried, errors name the object."""
+"""Any remote fsspec file system as a storage backend: calls are retried, errors name the object."""
 
 import io
 from collections.abc import Callable
@@ -49,7 +49,7 @@ class ObjectStore(StorageBackend):
     def _get(
         self, path: str, offset: int, length: int | None, version: str | None = None, into: memoryview | None = None
     ) -> bytes | memoryview:
-        """A range of an object, or all of it, into a buffer if one is given."""
+        """Read a range of an object, or all of it, into a buffer if one is given."""
         try:
             return self._retried(path, "read", partial(self._get_once, path, offset, length, version, into))
         except OSError as error:
@@ -108,38 +108,38 @@ class ObjectStore(StorageBackend):
             return sync(fs.loop, getattr(fs, f"_{method}"), *arguments, timeout=limit_s, **options)
         return getattr(fs, method)(*arguments, **options)
 
-    def _retried(self, path: str, done: str, attempt: Callable[[float], T], extra_s: float = 0.0) -> T:
+    def _retried(self, path: str, action: str, attempt: Callable[[float], T], extra_s: float = 0.0) -> T:
         try:
             return call_with_retries(self.url(path), attempt, current_retry(), extra_s)
         except Exception as error:
-            raise self._os_error(path, done, error) from error
+            raise self._os_error(path, action, error) from error
 
     # ---- errors
 
-    def _os_error(self, path: str, done: str, error: Exception) -> OSError:
-        """The error of a client as the OSError that fits, for an object that could not be `done`."""
+    def _os_error(self, path: str, action: str, error: Exception) -> OSError:
+        """The OSError for a client's error. `action` is the participle in "could not be read", "... written" etc."""
         name, failure = self.url(path), describe(error)
         if isinstance(error, GaveUpError):
             return OSError(
-                f"{name} could not be {done}{self._at_endpoint()}: {error}. The store or the network to it is failing: "
-                "try later, or allow more time with data.read_timeout_s"
+                f"{name} could not be {action}{self._at_endpoint()}: {error}. The store or its network is failing: try "
+                "later, or allow more time with data.read_timeout_s"
             )
         if failure.code == "NoSuchBucket":
             return FileNotFoundError(self._no_bucket(path))
         if failure.status == 404 or isinstance(error, FileNotFoundError):
             return FileNotFoundError(f"{name} does not exist")
         if failure.status in (401, 403) or isinstance(error, PermissionError):
-            return PermissionError(f"{name} could not be {done}: {self._refusal(path, failure)}")
+            return PermissionError(f"{name} could not be {action}: {self._refusal(path, failure)}")
         if type(error).__name__ in _NO_CREDENTIALS:
             return PermissionError(
-                f"{name} could not be {done}, there are no credentials for it ({error}): set AWS_ACCESS_KEY_ID and "
+                f"{name} could not be {action}, there are no credentials for it ({error}): set AWS_ACCESS_KEY_ID and "
                 "AWS_SECRET_ACCESS_KEY, or the option anon=true for a public bucket"
             )
         text = failure.text if failure.status or isinstance(error, OSError) else f"{type(error).__name__}: {error}"
-        return OSError(f"{name} could not be {done}: {text}")
+        return OSError(f"{name} could not be {action}: {text}")
 
     def _at_endpoint(self) -> str:
-        """The address of the store, for messages; empty where the URL has it."""
+        """The address of the store, for messages; empty if it is part of the URL."""
         return ""
 
     def _no_bucket(self, path: str) -> str:

@@ -7,7 +7,7 @@ from rdm_scale.storage.backend import StorageBackend
 
 
 class RangeFile(io.RawIOBase):
-    """An object of a store as a seekable file, all of whose reads are of the version that it had when it was opened.
+    """An object of a store as a seekable file. All reads are of the version that was current when it was opened.
 
     Raises OSError, from the constructor and from reads, as `stat` and `read_range` of the backend do.
     """

@@ -20,14 +20,14 @@ class Retry:
     """Retry policy: limits on the number and duration of the attempts of one call to an object store.
 
     Attributes:
-        attempts: of one call, at most.
+        attempts: most attempts of one call.
         budget_s: seconds that one call may take, with all its attempts and the waits between them. Progress does not
             extend it, so a server that sends a byte a second does not evade it.
-        stall_s: seconds without a byte after which an attempt is aborted. S3 clients adopt it when they are made, so
-            set it before the first `Location`.
+        stall_s: seconds without a byte after which an attempt is aborted. S3 clients take it when they are created,
+            so set it before the first `Location`.
         first_wait_s, longest_wait_s: the waits between attempts double from the first to the longest. Each is
             shortened at random by up to half, so that many ranks do not return at the same instant.
-        slowest_bytes_s: bytes per second; a write may take its size over this longer than `budget_s`.
+        slowest_bytes_s: lowest upload rate, in bytes per second; the budget of a write grows by its size over this.
     """
 
     attempts: int = 12
@@ -73,7 +73,7 @@ class ShortBodyError(Exception):
 
 
 class GaveUpError(OSError):
-    """Failure of all `attempts` of a call, in `seconds`; `last` describes the last one."""
+    """All `attempts` of a call failed, in `seconds`; `last` describes the last failure."""
 
     def __init__(self, attempts: int, seconds: float, last: Failure) -> None:
         made = f"{attempts} attempt{'' if attempts == 1 else 's'}"
@@ -82,17 +82,17 @@ class GaveUpError(OSError):
 
 
 def call_with_retries(name: str, attempt: Callable[[float], T], retry: Retry, extra_s: float = 0.0) -> T:
-    """The result of `attempt`, which is called again after transient errors.
+    """Call `attempt`, again after transient errors, and return its result.
 
     Args:
         name: of the object, for the log.
-        attempt: takes the seconds that are left, within which it must end.
+        attempt: function of the seconds that are left, within which it must return.
         retry: the policy.
         extra_s: seconds in addition to the policy's budget.
 
     Raises:
         GaveUpError: the errors were transient, but the attempts or the budget are exhausted.
-        Exception: that of `attempt`, when a retry would not help.
+        Exception: any other error of `attempt`.
     """
     began = time.monotonic()
     deadline = began + retry.budget_s + extra_s
@@ -140,9 +140,9 @@ _TRANSIENT_ERRORS = {
 
 
 def describe(error: BaseException) -> Failure:
-    """The failure that an error of any client stands for.
+    """Describe an error of any client.
 
-    Its causes count, too: fsspec's file systems raise their own errors from those of their client.
+    Its causes are examined, too: fsspec's file systems raise their own errors from those of their client.
     """
     causes: list[BaseException] = []
     cause: BaseException | None = error
@@ -178,7 +178,7 @@ def describe(error: BaseException) -> Failure:
 
 
 class _Response(NamedTuple):
-    """The parts of an error response that tell whether it is transient."""
+    """The parts of an error response that decide if it is transient."""
 
     status: int
     code: str
@@ -186,7 +186,7 @@ class _Response(NamedTuple):
 
 
 def _response(error: BaseException) -> _Response | None:
-    """The response that an error stands for, if it stands for one."""
+    """The response of the store that caused an error, if there was one."""
     if isinstance(error, StatusError):
         return _Response(error.status, error.code, error.message)
     response = getattr(error, "response", None)

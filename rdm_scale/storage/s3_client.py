@@ -1,6 +1,6 @@
-"""The S3 client: s3fs without retries of its own (`storage.retries` does them), and with cheaper GETs.
+"""The S3 client: s3fs without its own retries (`storage.retries` does them), and with cheaper GETs.
 
-botocore needs about 3 ms of CPU time for a request, which is what receiving 2 MiB takes. A presigned URL serves many
+botocore needs about 3 ms of CPU time per request, as much as receiving 2 MiB. A presigned URL serves many
 ranges of its object, so botocore signs it once, and GETs use it with the HTTP client of the standard library.
 """
 
@@ -43,7 +43,7 @@ class Body(NamedTuple):
 
 
 class Page(NamedTuple):
-    """Part of a listing: entries as fsspec describes them, and the token for the next part ("" after the last)."""
+    """One page of a listing: entries as fsspec describes them, and the token of the next page ("" after the last)."""
 
     entries: list[dict[str, Any]]
     next_token: str
@@ -97,7 +97,7 @@ class S3Client(S3FileSystem):
         return str(self._s3.meta.endpoint_url) if self._s3 is not None else self.endpoint_url or "its store"
 
     def list_page(self, path: str, deep: bool, token: str, limit_s: float) -> Page:
-        """The page of a folder's listing that `token` names ("": the first), `deep` with all that is below it."""
+        """One page of a folder's listing: the first with token "". With `deep`, sub-folders are listed as well."""
         bucket, key, _ = self.split_path(path)
         options = {"Bucket": bucket, "Prefix": f"{key}/" if key else ""}
         options |= {} if deep else {"Delimiter": "/"}
@@ -123,14 +123,14 @@ class S3Client(S3FileSystem):
         stall_s: float,
         into: memoryview | None = None,
     ) -> Body | None:
-        """One GET on a presigned URL, or None where only botocore can send the request, for instance through a proxy.
+        """Send one GET to a presigned URL; None if only botocore can send the request, for instance through a proxy.
 
         Args:
-            start, length: the range; all of the object with `length` None.
+            start, length: the range; the entire object if `length` is None.
             version: the ETag that the object must have.
             limit_s: seconds until the end of the response, however many bytes have arrived.
             stall_s: seconds without a byte after which the request is aborted.
-            into: a buffer of `length` bytes. The content is then the part of it that was filled.
+            into: a buffer of `length` bytes; the returned content is the part of it that was filled.
 
         Raises:
             StatusError, OSError, HTTPException, ShortBodyError: the request failed; nothing is retried.
@@ -148,7 +148,7 @@ class S3Client(S3FileSystem):
         connection = self._connection(url)
         keep = False
         try:
-            _limit(connection, deadline, stall_s)
+            _apply_limits(connection, deadline, stall_s)
             connection.request("GET", f"{url.path}?{url.query}" if url.query else url.path, headers=headers)
             response = connection.getresponse()
             if response.status >= 300:
@@ -218,14 +218,14 @@ def _readable(sock: socket.socket) -> bool:
 
 
 def _expected(response: HTTPResponse, start: int, length: int | None) -> int | None:
-    """Length that the body must have, in bytes; None where the server does not say."""
+    """Expected length of the body, in bytes; None if the server does not state it."""
     if length is None:
         return response.length
     if response.status != 206:
-        raise OSError("the store ignores range requests and sends whole objects: it cannot be used")
+        raise OSError("the store ignores range requests and sends entire objects: use a store with range requests")
     found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", response.getheader("Content-Range") or "")
     if found is None or int(found[1]) != start:
-        raise OSError(f"the store sent another range than was requested: {response.getheader('Content-Range')}")
+        raise OSError(f"the store sent another range than requested: {response.getheader('Content-Range')}")
     expected = length if found[3] == "*" else min(length, int(found[3]) - start)
     if response.length not in (None, expected):
         raise ShortBodyError(f"{response.length} bytes were announced instead of {expected}")
@@ -250,8 +250,8 @@ def _status_error(response: HTTPResponse, document: bytes) -> StatusError:
 # ---- time limits
 
 
-class _Limited(io.RawIOBase):
-    """Received bytes of a socket, until it stalls or the deadline passes, however many have arrived by then."""
+class _LimitedSocketFile(io.RawIOBase):
+    """Bytes received by a socket. Reading fails if it stalls, or at the deadline even while bytes arrive."""
 
     def __init__(self, sock: socket.socket, deadline: float, stall_s: float) -> None:
         self._sock, self._deadline, self._stall_s = sock, deadline, stall_s
@@ -269,28 +269,28 @@ class _Limited(io.RawIOBase):
 
 
 def _timeout(deadline: float, stall_s: float) -> float:
-    """Timeout of the next operation of a socket, in seconds. Raises TimeoutError: the deadline has passed."""
+    """Timeout of the next socket operation, in seconds. Raises TimeoutError: the deadline has passed."""
     left = deadline - time.monotonic()
     if left <= 0:
         raise TimeoutError("the response was incomplete at the deadline")
     return min(left, stall_s)
 
 
-class _Source:
+class _SocketAdapter:
     """The part of a socket's interface that HTTPResponse uses."""
 
-    def __init__(self, raw: _Limited) -> None:
+    def __init__(self, raw: _LimitedSocketFile) -> None:
         self._raw = raw
 
     def makefile(self, mode: str) -> io.BufferedReader:
         return io.BufferedReader(self._raw)
 
 
-def _limit(connection: HTTPConnection, deadline: float, stall_s: float) -> None:
+def _apply_limits(connection: HTTPConnection, deadline: float, stall_s: float) -> None:
     """Apply the limits to connecting, sending and receiving the next response."""
 
     def response(sock: socket.socket, **options: Any) -> HTTPResponse:
-        return HTTPResponse(_Source(_Limited(sock, deadline, stall_s)), **options)  # type: ignore[arg-type]
+        return HTTPResponse(_SocketAdapter(_LimitedSocketFile(sock, deadline, stall_s)), **options)  # type: ignore[arg-type]
 
     connection.timeout = _timeout(deadline, stall_s)
     if connection.sock is not None:

@@ -1,4 +1,4 @@
-"""S3, and stores with its protocol, as a storage backend."""
+"""S3 and compatible stores as a storage backend."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -31,7 +31,7 @@ class S3Store(ObjectStore):
     def __init__(self, fs: "S3Client") -> None:
         super().__init__(fs)
 
-    # ---- folders, which S3 has only as prefixes of keys
+    # ---- folders, which are only prefixes of keys on S3
 
     def is_dir(self, path: str) -> bool:
         try:  # `isdir` of s3fs would list the whole folder
@@ -40,7 +40,7 @@ class S3Store(ObjectStore):
             return False
 
     def make_dir(self, path: str) -> None:
-        """Nothing: s3fs would create a missing bucket."""
+        """Do nothing: S3 has no folders, and s3fs would create a missing bucket."""
 
     def find(self, path: str) -> dict[str, Stat]:
         found = self._listing(path, deep=True)
@@ -50,7 +50,7 @@ class S3Store(ObjectStore):
         return self._listing(path, deep=False)
 
     def _listing(self, path: str, deep: bool) -> dict[str, Mapping[str, Any]]:
-        """Entries by their path relative to the folder. Each page, of thousands perhaps, is retried on its own."""
+        """Entries by their path relative to the folder. Each page is retried separately."""
         entries: dict[str, Mapping[str, Any]] = {}
         token, more = "", True
         while more:
@@ -85,9 +85,9 @@ class S3Store(ObjectStore):
         )
 
     def _refusal(self, path: str, failure: Failure) -> str:
-        reason = _REASONS.get(failure.code, "the credentials are wrong, or have no right to it")
+        reason = _REASONS.get(failure.code, "the credentials are wrong, or lack the permission")
         return (
-            f"bucket {_bucket(path)!r} at {self.fs.endpoint} refuses it ({failure.text}): {reason}. "
+            f"bucket {_bucket(path)!r} at {self.fs.endpoint} denies access ({failure.text}): {reason}. "
             "Check the AWS_* environment variables, or data.options"
         )
 

@@ -1,7 +1,7 @@
-"""Safetensors files on any file system: one file, or several with the index that readers of Hugging Face expect.
+"""Safetensors files on any file system: one file, or several with an index in the format of Hugging Face.
 
-Reading and writing hold one tensor in memory at a time. Files that are read are not trusted: the claims of a header are
-compared with the size of its file before anything is allocated. Pickled weights, which could run code, are refused.
+Reading and writing hold one tensor in memory at a time. Files are untrusted: the sizes in a header are
+checked against the size of the file before anything is allocated. Pickled weights, which could run code, are refused.
 """
 
 import json
@@ -46,7 +46,7 @@ class SafetensorsReader:
         shapes: of all tensors, by name.
 
     Raises:
-        CheckpointError: a file is missing, cut off, or its header is impossible; says which and why.
+        CheckpointError: a file is missing or truncated, or its header is invalid; says which and why.
     """
 
     def __init__(self, files: Sequence[Location]) -> None:
@@ -64,7 +64,7 @@ class SafetensorsReader:
         return SafetensorsReader([folder / name for name in weight_files(folder, stem, CheckpointError)])
 
     def read(self, name: str) -> Tensor:
-        """The tensor of that name, in its stored type. Raises CheckpointError: it cannot be read."""
+        """Read a tensor in its stored dtype. Raises CheckpointError: it cannot be read."""
         entry = self._entries[name]
         try:
             content = bytearray(entry.file.read_range(entry.offset, entry.bytes))
@@ -84,8 +84,8 @@ def weight_files(
 
     Raises:
         OSError: the folder cannot be listed.
-        error: it has neither, perhaps only pickled weights; the index is damaged, leads out of the folder, or names
-            a file that is missing.
+        error: it has neither, perhaps only pickled weights; the index is damaged, or names a file outside the folder
+            or one that is missing.
     """
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     names = folder.names()
@@ -114,7 +114,9 @@ def _read_header(file: Location) -> dict[str, _Entry]:
         size = file.size()
         length = int.from_bytes(file.read_range(0, 8), "little")
         if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-            raise CheckpointError(f"{file} is no safetensors file, or cut off: its header would have {length:,} bytes")
+            raise CheckpointError(
+                f"{file} is not a safetensors file, or is truncated: its header would have {length:,} bytes"
+            )
         tree = json.loads(file.read_range(8, length))
         entries = {name: _entry(file, 8 + length, name, v) for name, v in tree.items() if name != "__metadata__"}
     except FileNotFoundError:
@@ -129,23 +131,24 @@ def _read_header(file: Location) -> dict[str, _Entry]:
             raise CheckpointError(f"{file} is damaged: {name} overlaps another tensor, or there is a gap before it")
         end += entry.bytes
     if end != size:
-        raise CheckpointError(f"{file} has {size:,} bytes, its header describes {end:,}: it is cut off or damaged")
+        raise CheckpointError(f"{file} has {size:,} bytes, its header describes {end:,}: it is truncated or damaged")
     return entries
 
 
 def _entry(file: Location, begin: int, name: str, value: Any) -> _Entry:
+    contradiction = ValueError(f"the shape, dtype and data_offsets of {name} contradict each other")
     try:
-        shape, (first, last) = tuple(value["shape"]), value["data_offsets"]
+        shape, (first, last), stored = tuple(value["shape"]), value["data_offsets"], str(value["dtype"])
         integers = all(type(n) is int and 0 <= n < 2**60 for n in (*shape, first, last))
-        dtype = SAFETENSORS_DTYPES[value["dtype"]].torch
     except KeyError as error:
-        raise ValueError(
-            f"{name} lacks, or has an unknown, {error}; known types are {', '.join(SAFETENSORS_DTYPES)}"
-        ) from None
+        raise ValueError(f"the entry of {name} has no {error}") from None
     except TypeError:
-        integers = False
+        raise contradiction from None
+    if stored not in SAFETENSORS_DTYPES:
+        raise ValueError(f"{name} has the dtype {stored!r}; supported are {', '.join(SAFETENSORS_DTYPES)}")
+    dtype = SAFETENSORS_DTYPES[stored].torch
     if not integers or len(shape) > 64 or math.prod(shape) * dtype.itemsize != last - first or first == last:
-        raise ValueError(f"{name} claims a shape and a place that do not fit")
+        raise contradiction
     return _Entry(file, dtype, shape, begin + first, last - first)
 
 
@@ -158,12 +161,12 @@ def write_safetensors(
     max_file_bytes: int,
     progress: Callable[[int], object] = lambda done: None,
 ) -> None:
-    """Write a stream of tensors to `stem`.safetensors or, if that would be too large, to numbered files with an index.
+    """Write tensors to `stem`.safetensors or, if that would be too large, to numbered files with an index.
 
     Args:
         shapes: of all tensors, in the order in which `tensors` yields them.
-        dtype: that all tensors are converted to.
-        max_file_bytes: limit of a file, which only a single larger tensor exceeds.
+        dtype: all tensors are converted to it.
+        max_file_bytes: size limit of a file; only a larger single tensor exceeds it.
         progress: called with the number of bytes of each tensor written.
 
     Raises:
@@ -173,16 +176,18 @@ def write_safetensors(
     total = sum(map(math.prod, shapes.values())) * dtype.itemsize
     pattern = "{stem}.safetensors" if len(plan) == 1 else "{stem}-{number:05d}-of-{count:05d}.safetensors"
     files = [pattern.format(stem=stem, number=i + 1, count=len(plan)) for i in range(len(plan))]
-    stream = iter(tensors)
+    remaining = iter(tensors)
     try:
         folder.make_dir()
         for file_name, names in zip(files, plan, strict=True):
             with (folder / file_name).open("wb") as file:
                 file.write(_header({name: shapes[name] for name in names}, dtype))
                 for expected in names:
-                    name, tensor = next(stream)
+                    name, tensor = next(remaining)
                     if name != expected or tuple(tensor.shape) != tuple(shapes[name]):
-                        raise ValueError(f"{name} {list(tensor.shape)} where {expected} was announced")
+                        raise ValueError(
+                            f"got {name} {list(tensor.shape)}, expected {expected} {list(shapes[expected])}"
+                        )
                     content = tensor.detach().to(dtype).contiguous().view(-1).view(torch.uint8)
                     file.write(content.numpy().data)
                     progress(content.numel())

@@ -163,7 +163,7 @@ def test_wrong_credentials_are_refused_at_once(
     if call == "stat":
         why = "the credentials are wrong"  # the answer to a HEAD does not say why
     with pytest.raises(
-        PermissionError, match=rf"bucket 'latents' at {proxy.endpoint} refuses it \(403 .*: {why}.*AWS_\*"
+        PermissionError, match=rf"bucket 'latents' at {proxy.endpoint} denies access \(403 .*: {why}.*AWS_\*"
     ):
         READS[call](Location(str(file)))
     assert proxy.count() == 1

@@ -146,7 +146,7 @@ def test_full_disk_is_an_error_at_the_start_and_a_warning_later(
         cache.put("a", b"1")
         cache.put("b", b"2")
     assert [record.getMessage() for record in caplog.records] == [
-        f"the cache {tmp_path} stores nothing more: No space left on device"
+        f"the cache {tmp_path} cannot be written to: No space left on device"
     ]
     assert cache.get("a") is None and cache.get("before") == b"kept"
     assert sorted(path.name for path in tmp_path.iterdir()) == [".total", "before"]

@@ -26,7 +26,7 @@ def test_content_within_the_bound(file: Location) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"a": [12]}', r"x\.json is too large: such a file has at most 10 bytes"),
+        (b'{"a": [12]}', r"x\.json is too large: at most 10 bytes are read"),
         (b"", r"x\.json is not JSON"),
         (b"{", r"x\.json is not JSON"),
         (b"\xff\xfe\xff", r"x\.json is not JSON"),
