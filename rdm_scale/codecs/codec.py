@@ -55,15 +55,15 @@ def _column(values: tuple[float, ...], dtype: torch.dtype, device: torch.device)
 
 @dataclass(frozen=True)
 class Geometry:
-    """Compression of a codec: the numbers of pixels and frames that one latent stands for."""
+    """Compression of a codec: the numbers of pixels and frames that one latent covers."""
 
     channels: int  # C
-    spatial: int = 1  # pixels along each side of the square of one latent
-    temporal: int = 1  # frames of one latent frame, except the first frame, which has a latent frame of its own
+    spatial: int = 1  # height and width of one latent, in pixels
+    temporal: int = 1  # frames per latent frame, except that the first frame has a latent frame to itself
     frame_step: int = 1  # clips have 1 + k * frame_step frames; some VAEs require a multiple of `temporal`
 
     def frames(self, latent_frames: int) -> int:
-        """The number T of frames of a clip whose latents have T' frames."""
+        """Number T of frames of a clip whose latents have T' frames."""
         return 1 + (latent_frames - 1) * self.temporal
 
 
@@ -77,7 +77,7 @@ class LatentCodec:
         record: identity and normalization, for a manifest.
         geometry: its compression.
         device: of the weights and the results.
-        has_posterior: False when latents have no variance, so that only the mode is worth storing.
+        has_posterior: False if latents have no variance; then only the mode is worth storing.
     """
 
     def __init__(
@@ -167,9 +167,9 @@ class LatentCodec:
         return pixels
 
     def _check(self, found: tuple[int, ...], expected: tuple[int, ...], what: str) -> None:
-        """Raise DataError unless a result has the expected shape: some variants of a model need other calls."""
+        """Raise DataError unless a result has the expected shape, which variants of a model may change."""
         if tuple(found) != expected:
             raise DataError(
                 f"the codec {self.record.location} makes {what} of shape {list(found)}, expected {list(expected)} for "
-                f"{self.record.name}: its configuration describes a variant that is not supported"
+                f"{self.record.name}: its configuration describes an unsupported variant; use another VAE"
             )

@@ -1,4 +1,4 @@
-"""The untrusted files of a codec: a configuration and safetensors, each of a bounded size, never a pickle."""
+"""The untrusted files of a codec: a configuration and safetensors of bounded size, never pickled weights."""
 
 import hashlib
 from dataclasses import dataclass
@@ -22,9 +22,9 @@ class CodecFiles:
     """Content of a codec's folder.
 
     Attributes:
-        kind: class of the model.
+        kind: class name of the model.
         config: its configuration.
-        weights: content of each file of weights, in the order of their names.
+        weights: content of each weight file, in the order of their names.
     """
 
     kind: str
@@ -33,7 +33,7 @@ class CodecFiles:
 
     @property
     def digest(self) -> str:
-        """sha256 of the weights; of several files, of their concatenation."""
+        """sha256 of the concatenated weight files."""
         digest = hashlib.sha256()
         for content in self.weights:
             digest.update(content)
@@ -44,7 +44,7 @@ def read_files(folder: Location) -> CodecFiles:
     """The files of the codec in a folder.
 
     Raises:
-        DataError: there is no such folder, or no or only pickled weights, or a file cannot be read or is too large.
+        DataError: the folder does not exist, has no or only pickled weights, or a file cannot be read or is too large.
     """
     try:
         if not folder.is_dir() or not (folder / CONFIG).exists():
@@ -55,7 +55,10 @@ def read_files(folder: Location) -> CodecFiles:
         files = weight_files(folder, _STEM, DataError, _MAX_INDEX_BYTES)
         total = sum((folder / name).size() for name in files)
         if total > _MAX_WEIGHTS_BYTES:
-            raise DataError(f"the weights in {folder} have {total:,} bytes: more than any VAE has")
+            raise DataError(
+                f"the weights in {folder} have {total:,} bytes, and at most {_MAX_WEIGHTS_BYTES:,} are loaded: check "
+                "that it is the folder of a VAE"
+            )
         config = read_json_object(folder / CONFIG, DataError, _MAX_CONFIG_BYTES)
         kind = str(config.get("_class_name"))
         return CodecFiles(kind, config, tuple((folder / name).read() for name in files))

@@ -1,4 +1,4 @@
-"""The record of a codec that a manifest of latents keeps: which codec made them, and their normalization."""
+"""Record of a codec in the manifest of the latents that it encoded: its identity and normalization."""
 
 from pydantic import BaseModel, ConfigDict, Field
 

@@ -1,4 +1,4 @@
-"""Loading of codecs, by name or by the record in a manifest."""
+"""Loading of codecs by name, or by the record in a manifest."""
 
 import math
 from pathlib import Path
@@ -10,7 +10,7 @@ from torch import Tensor
 from rdm_scale.codecs.codec import LatentCodec
 from rdm_scale.codecs.files import CONFIG, CodecFiles, read_files
 from rdm_scale.codecs.record import CodecRecord
-from rdm_scale.codecs.vaes import IDENTITY_GEOMETRY, VAES, Vae
+from rdm_scale.codecs.vaes import IDENTITY_GEOMETRY, VAES, Normalization, Vae
 from rdm_scale.errors import DataError
 from rdm_scale.storage.location import Location
 
@@ -18,7 +18,7 @@ DIGITS_FOLDER = Path(__file__).parent / "digits_vae"
 
 
 def load_codec(name: str, device: str | torch.device = "cpu") -> LatentCodec:
-    """The codec called `identity` or `digits`, or the one in the folder (path or URL) `name`.
+    """Load the codec `identity` or `digits`, or the one in the folder (path or URL) `name`.
 
     Raises:
         DataError: no such folder, a model of an unknown class, damaged or pickled weights.
@@ -27,9 +27,9 @@ def load_codec(name: str, device: str | torch.device = "cpu") -> LatentCodec:
 
 
 def codec_of(record: CodecRecord, device: str | torch.device = "cpu", location: str | None = None) -> LatentCodec:
-    """The codec that encoded a data set, loaded from its recorded location or from `location`, if it has moved.
+    """Load the codec that encoded a data set, from its recorded location or, if it has moved, from `location`.
 
-    The codec has the record's normalization, which the data was encoded with, not that of its configuration.
+    It normalizes as recorded, even if the configuration beside the weights has changed since.
 
     Raises:
         DataError: as `load_codec`, or the weights there are not those that the data was encoded with.
@@ -39,8 +39,8 @@ def codec_of(record: CodecRecord, device: str | torch.device = "cpu", location: 
 
 def _load(name: str, device: torch.device, recorded: CodecRecord | None) -> LatentCodec:
     if name == "identity":
-        identity = _checked(CodecRecord(name="identity", location="identity"), recorded)
-        return LatentCodec(identity, IDENTITY_GEOMETRY, _same, _same, device, has_posterior=False)
+        record = _checked(CodecRecord(name="identity", location="identity"), recorded)
+        return LatentCodec(record, IDENTITY_GEOMETRY, _identity, _identity, device, has_posterior=False)
     folder = Location(DIGITS_FOLDER if name == "digits" else name)
     files = read_files(folder)
     if files.kind not in VAES:
@@ -59,7 +59,7 @@ def _load(name: str, device: torch.device, recorded: CodecRecord | None) -> Late
     geometry = known.geometry(model)
     shift, scale = _normalization(folder, known, model, geometry.channels)
     kind, location = ("digits", "digits") if name == "digits" else (files.kind, str(folder))
-    found = CodecRecord(name=kind, location=location, digest=digest, shift=shift, scale=scale)
+    found = CodecRecord(name=kind, location=location, digest=digest, shift=tuple(shift), scale=tuple(scale))
     model.to(device).eval().requires_grad_(False)
     return LatentCodec(
         _checked(found, recorded),
@@ -72,20 +72,23 @@ def _load(name: str, device: torch.device, recorded: CodecRecord | None) -> Late
 
 
 def _checked(found: CodecRecord, recorded: CodecRecord | None) -> CodecRecord:
-    """The record for a codec to keep: `recorded`, if there is one and it describes the codec that was found."""
+    """`recorded`, after checking that it describes the codec that was found; without a record, `found`."""
     if recorded is None:
         return found
     if (found.name, found.digest) != (recorded.name, recorded.digest):
-        raise DataError(f"the data was encoded with the codec {recorded.name}, but {found.location} holds another")
+        raise DataError(
+            f"the data was encoded with the codec {recorded.name}, but {found.location} is another codec: give the "
+            "location of the one in the manifest"
+        )
     return recorded
 
 
-def _same(values: Tensor) -> Tensor:
+def _identity(values: Tensor) -> Tensor:
     return values
 
 
 def _build(folder: Location, files: CodecFiles) -> Any:
-    """The model of a configuration and its weights.
+    """Build the model of a configuration and load its weights.
 
     It is built on the meta device, so that its memory is bounded by that of the weight files; the sizes in an
     untrusted configuration are not.
@@ -98,7 +101,7 @@ def _build(folder: Location, files: CodecFiles) -> Any:
         for content in files.weights:
             tensors = load(content)
             if twice := state.keys() & tensors.keys():
-                raise ValueError(f"two files hold {min(twice)}")
+                raise ValueError(f"two files contain {min(twice)}")
             state |= {name: tensor.float() for name, tensor in tensors.items()}
         _check_depth(files.config, len(state))
         with torch.device("meta"):
@@ -110,7 +113,9 @@ def _build(folder: Location, files: CodecFiles) -> Any:
         VAES[files.kind].check(model)
     except Exception as error:  # an untrusted configuration makes the constructor fail in many ways
         first = str(error).strip().splitlines()[:2]
-        raise DataError(f"the configuration and weights in {folder} do not make a model: {' '.join(first)}") from None
+        raise DataError(
+            f"cannot build a VAE from the configuration and weights in {folder}: {' '.join(first)}"
+        ) from None
     return model
 
 
@@ -126,15 +131,13 @@ def _check_depth(config: dict[str, Any], tensors: int) -> None:
             raise ValueError(f"{key} describes a larger model than the {tensors} tensors of its weights")
 
 
-def _normalization(
-    folder: Location, known: Vae, model: Any, channels: int
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(shift, scale) of `CodecRecord`: one number for all channels, or one for each."""
+def _normalization(folder: Location, known: Vae, model: Any, channels: int) -> Normalization:
+    """Validated normalization of a model's latents."""
     try:
         shift, scale = (tuple(map(float, values)) for values in known.normalization(model))
         fits = len(shift) in (1, channels) and len(scale) in (1, channels)
         if fits and all(map(math.isfinite, shift + scale)) and min(scale) > 0:
-            return shift, scale
+            return Normalization(shift, scale)
     except (TypeError, ValueError, ArithmeticError, AttributeError):
         pass
     raise DataError(

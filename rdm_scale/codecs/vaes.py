@@ -1,12 +1,12 @@
-"""The supported VAEs of diffusers: how each is called, its compression, and its normalization.
+"""The supported VAEs of diffusers: calls, compression and normalization of each.
 
-One `Vae` record per class. Normalizations are those of the pipelines of diffusers (0.42) that a model trained on the
-latents would be used in, all in the form (raw - shift) * scale.
+One `Vae` record per class. Normalizations are those of the diffusers (0.42) pipelines that use the VAE, all in the form
+(raw - shift) * scale.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,19 +15,24 @@ from rdm_scale.codecs.codec import Geometry
 
 IDENTITY_GEOMETRY = Geometry(channels=3)
 
-Normalization = tuple[Sequence[float], Sequence[float]]  # shift, scale
+
+class Normalization(NamedTuple):
+    """Affine map (raw - shift) * scale from raw latents to unit scale: one number for all channels, or one for each."""
+
+    shift: Sequence[float]
+    scale: Sequence[float]
 
 
 @dataclass(frozen=True)
 class Vae:
-    """Calls and properties of the models of one class of diffusers.
+    """Calls and properties of the models of one diffusers class.
 
     Attributes:
         geometry: compression of a model.
-        normalization: shift and scale of a model's latents.
-        encode, decode: with a model, as the arguments of `LatentCodec`.
-        has_posterior: whether latents have a variance.
-        pixel_channels: channels that the configuration of a model of RGB pixels names.
+        normalization: normalization of a model's latents.
+        encode, decode: functions of a model and what `LatentCodec` passes to its own `encode` and `decode`.
+        has_posterior: False if latents have no variance.
+        pixel_channels: `in_channels` and `out_channels` in the configuration of a model of RGB pixels.
     """
 
     geometry: Callable[[Any], Geometry]
@@ -38,11 +43,11 @@ class Vae:
     pixel_channels: Callable[[Any], int] = lambda model: 3
 
     def check(self, model: Any) -> None:
-        """Raise ValueError if the model is not one of RGB pixels, or its geometry is impossible."""
+        """Raise ValueError unless the model encodes RGB pixels and its geometry is possible."""
         config, expected = model.config, self.pixel_channels(model)
         found = {key: getattr(config, key, expected) for key in ("in_channels", "out_channels")}
         if set(found.values()) != {expected}:
-            raise ValueError(f"it is no model of RGB pixels: {found}")
+            raise ValueError(f"it does not encode RGB pixels: {found}")
         geometry = self.geometry(model)
         if min(geometry.channels, geometry.spatial, geometry.temporal, geometry.frame_step) < 1:
             raise ValueError(f"impossible geometry {geometry}")
@@ -95,12 +100,12 @@ def _decode_ltx(vae: Any, raw: Tensor) -> Tensor:
 
 
 def _scaled(vae: Any) -> Normalization:
-    return (0.0,), (vae.config.scaling_factor,)
+    return Normalization((0.0,), (vae.config.scaling_factor,))
 
 
 def _shifted(vae: Any) -> Normalization:
-    """(raw - shift_factor) * scaling_factor, as FluxPipeline with AutoencoderTiny and Stable Diffusion 3."""
-    return (vae.config.shift_factor or 0.0,), (vae.config.scaling_factor,)
+    """(raw - shift_factor) * scaling_factor, as in Stable Diffusion 3, and FluxPipeline with AutoencoderTiny."""
+    return Normalization((vae.config.shift_factor or 0.0,), (vae.config.scaling_factor,))
 
 
 def _shifted_or_standardized(vae: Any) -> Normalization:
@@ -108,32 +113,33 @@ def _shifted_or_standardized(vae: Any) -> Normalization:
     mean, std = vae.config.latents_mean, vae.config.latents_std
     if mean is None or std is None:
         return _shifted(vae)
-    return mean, [vae.config.scaling_factor / value for value in std]
+    return Normalization(mean, [vae.config.scaling_factor / value for value in std])
 
 
 def _standardized(vae: Any) -> Normalization:
     """(raw - latents_mean) / latents_std, as WanPipeline, which has no scaling factor."""
-    return vae.config.latents_mean, [1 / value for value in vae.config.latents_std]
+    return Normalization(vae.config.latents_mean, [1 / value for value in vae.config.latents_std])
 
 
 def _standardized_by_buffers(vae: Any) -> Normalization:
     """(raw - mean) * scaling_factor / std, as LTXPipeline, with the statistics in the weights."""
-    return vae.latents_mean.tolist(), [vae.config.scaling_factor / value for value in vae.latents_std.tolist()]
+    scale = [vae.config.scaling_factor / value for value in vae.latents_std.tolist()]
+    return Normalization(vae.latents_mean.tolist(), scale)
 
 
 # Geometries ------------------------------------------------------------------------------------------------------
 
 
 def _halved(blocks: str) -> Callable[[Any], Geometry]:
-    """Geometry of an image VAE in whose list `blocks` all entries but one halve the sides."""
+    """Geometry of an image VAE: all entries but one of the configuration's list `blocks` halve height and width."""
     return lambda vae: Geometry(vae.config.latent_channels, spatial=2 ** (len(vae.config[blocks]) - 1))
 
 
 def _cogvideox(vae: Any) -> Geometry:
     config = vae.config
     temporal = int(config.temporal_compression_ratio)
-    # Latent frames are decoded in pairs, after one triple when their number is odd: only then does the first one
-    # become one frame, as it was encoded. So that number must be odd.
+    # Latent frames are decoded in pairs, starting with a triple if their number is odd. Only then is the first latent
+    # frame decoded to a single frame, as it was encoded, so their number must be odd.
     step = 2 * temporal if temporal > 1 else 1
     return Geometry(config.latent_channels, 2 ** (len(config.block_out_channels) - 1), temporal, step)
 
@@ -141,7 +147,7 @@ def _cogvideox(vae: Any) -> Geometry:
 def _wan(vae: Any) -> Geometry:
     config = vae.config
     spatial = 2 ** (len(config.dim_mult) - 1) * (config.patch_size or 1)
-    # The encoder takes one frame, then four at a time, at any compression.
+    # The encoder takes one frame and then four at a time, whatever the compression.
     return Geometry(config.z_dim, spatial, temporal=2 ** sum(map(bool, config.temperal_downsample)), frame_step=4)
 
 

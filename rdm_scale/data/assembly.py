@@ -17,7 +17,7 @@ from rdm_scale.data.loaded_samples import LoadedSample
 from rdm_scale.data.manifest import Manifest, Shape
 from rdm_scale.dtypes import STORED_DTYPES
 
-_LARGE_BYTES = 2**16  # samples from this size on: creating a tensor costs little beside copying it
+_LARGE_BYTES = 2**16  # for larger samples, creating a tensor costs little compared with copying it
 _BLOCK_BYTES = 2**20  # small samples are gathered and converted in blocks of this size
 
 
@@ -37,7 +37,7 @@ def assemble(
     Args:
         shape: [C, T, H, W] of the latents.
         manifest: manifest of the data set that all samples belong to.
-        positions: position of each sample.
+        positions: position of each sample in the run.
         buffers: memory for the latents.
     """
     dtype = STORED_DTYPES[manifest.dtype].torch
@@ -75,7 +75,7 @@ def posterior_sample(moments: Tensor, noise: Tensor) -> Tensor:
 
 
 def stack_raw(samples: Sequence[LoadedSample], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Stack samples of one stored shape as a tensor [B, *shape] with memory of its own."""
+    """Copy samples of one stored shape into a tensor [B, *shape]."""
     size = samples[0].samples.sample_bytes
     # For 8 KiB samples, assigning slices one by one, torch.stack and np.concatenate all take longer.
     content = bytearray().join([one.content[(start := one.starts[i]) : start + size] for one, i in samples])
@@ -91,8 +91,8 @@ def stack_float32(
 ) -> Tensor:
     """Stack samples of one stored shape in float32 and, given a codec, normalize them to unit scale.
 
-    Works in blocks, so that each pass finds in the processor's cache what the previous one wrote there. Large samples
-    are converted one by one, directly from the bytes that were read.
+    Works in blocks that fit in the processor's cache. Large samples are converted one by one, directly from the bytes
+    that were read.
     """
     size = samples[0].samples.sample_bytes
     target = buffers.take(len(samples) * math.prod(shape) * 4).view(torch.float32).view(len(samples), *shape)

@@ -1,4 +1,4 @@
-"""Plan of each batch: the source and bucket that a step reads, and the samples of this rank's share."""
+"""Batch plans: the source and bucket that each step reads, and the samples of this rank's share."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from rdm_scale.data.mixing import schedule_by_size, schedule_by_weight
 from rdm_scale.data.order import READ_BYTES, GlobalOrder, SegmentIndices
 from rdm_scale.errors import ConfigError
 
-_IN_USE_BYTES = 2**31  # contiguous reads in use at a time, over all ranks: large batches make reads smaller
+_IN_USE_BYTES = 2**31  # of all contiguous reads in use, over all ranks; the larger the batch, the smaller the reads
 
 
 class Bucket(NamedTuple):
@@ -40,7 +40,7 @@ class BatchPlan(NamedTuple):
 
 
 class BatchPlanner:
-    """Plans batches as a function of (seed, step): each holds samples of one bucket of one source.
+    """Planner of batches as a function of (seed, step); each batch has samples of one bucket of one source.
 
     Attributes:
         buckets: number of buckets of all sources.
@@ -77,7 +77,7 @@ class BatchPlanner:
         ]
 
     def plan(self, step: int) -> BatchPlan:
-        """The plan of a step (from 1), in time that does not grow with the step."""
+        """Plan a step (from 1), in time that does not grow with the step."""
         source = self._source_of_step.assign(step - 1)
         slot = self._bucket_of_source[source.choice].assign(source.ordinal)
         bucket = self._buckets[source.choice][slot.choice]

@@ -18,7 +18,7 @@ _SMALLEST_BYTES = 2**16  # smaller buffers are cheap to allocate
 
 
 class BufferPool:
-    """Buffers that return to the pool when no tensor refers to them any more.
+    """Pool of buffers that return to it when no tensor refers to them any more.
 
     The pool never shrinks: it holds as much memory as was in use at any one time. It may be used from several threads.
     """
@@ -28,7 +28,7 @@ class BufferPool:
 
     @property
     def free_bytes(self) -> int:
-        """Bytes of the buffers that are waiting to be used again."""
+        """Bytes of the buffers that are free for reuse."""
         return sum(capacity * len(buffers) for capacity, buffers in list(self._free.items()))
 
     def take(self, size: int) -> Tensor:
@@ -41,7 +41,9 @@ class BufferPool:
             buffer = free.pop()
         except IndexError:
             buffer = np.empty(capacity, np.uint8)
-        lent = buffer[:size]  # only the tensor's storage keeps this view alive, so its end is the end of all views
+        lent = buffer[
+            :size
+        ]  # kept alive by the tensor's storage alone, so it is freed with the last view of the tensor
         weakref.finalize(lent, free.append, buffer).atexit = False
         return torch.from_numpy(lent)
 

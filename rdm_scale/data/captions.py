@@ -53,13 +53,13 @@ def pack_text(texts: Sequence[EncodedText], ids: Tensor, dtype: torch.dtype) -> 
 def unpack_text(
     content: bytes, samples: int, width: int, pooled_width: int, dtype: torch.dtype, where: str = "the captions' member"
 ) -> CaptionMember:
-    """Unpack and check a member that `pack_text` made of K = `samples` captions.
+    """Unpack and check a member with K = `samples` captions that `pack_text` wrote.
 
     Args:
         where: description of the member for error messages.
 
     Raises:
-        DataError: the content is not such a member.
+        DataError: the content is not what `pack_text` writes.
     """
     try:
         tensors = safetensors.torch.load(content)
@@ -73,11 +73,11 @@ def unpack_text(
     }
     if tensors.keys() != expected.keys():
         raise DataError(f"{where} holds {sorted(tensors)} instead of {sorted(expected)}: {REMEDY}")
-    for name, (shape, kind) in expected.items():
+    for name, (shape, stored_as) in expected.items():
         found = tensors[name]
-        if found.dtype != kind or found.ndim != len(shape) or not _fits(found.shape, shape):
+        if found.dtype != stored_as or found.ndim != len(shape) or not _fits(found.shape, shape):
             raise DataError(
-                f"{where} holds {name} {list(found.shape)} in {found.dtype}, expected {shape} in {kind}: {REMEDY}"
+                f"{where} holds {name} {list(found.shape)} in {found.dtype}, expected {shape} in {stored_as}: {REMEDY}"
             )
     text = CaptionMember(tensors["tokens"], tensors["offsets"], tensors["text_pooled"], tensors["ids"])
     if text.offsets[0] != 0 or text.offsets[-1] != len(text.tokens) or (text.offsets.diff() < 0).any():

@@ -10,10 +10,10 @@ from rdm_scale.errors import DataError
 
 @dataclass(frozen=True)
 class DataFacts:
-    """Properties of the data that a run needs beside the samples.
+    """Properties of the data that a run needs besides the samples.
 
     Attributes:
-        identity: digests of the training data sets (with weights, if several), which a resumed run must agree on.
+        identity: digests of the training data sets (with weights, if several), which must not change on resume.
         text: encoding of the captions, for models conditioned on text.
     """
 
@@ -44,7 +44,7 @@ def check_data(config: RunConfig) -> DataFacts:
             if manifest.codec != first.codec:
                 raise DataError(
                     f"{key}={source.path} was encoded by codec {manifest.codec.name} and data.train={where} by "
-                    f"{first.codec.name}, or with other weights or scale: encode both with the same codec"
+                    f"{first.codec.name}, or with other weights or normalization: encode both with the same codec"
                 )
             if config.model.condition == "class" and manifest.class_names != first.class_names:
                 raise DataError(
@@ -52,11 +52,11 @@ def check_data(config: RunConfig) -> DataFacts:
                     f"{_few(manifest.class_names)} and {_few(first.class_names)}: encode them from inputs with the "
                     "same classes"
                 )
-    several: list[list[str | float]] = [
+    weighted: list[list[str | float]] = [
         [manifest.digest, source.weight] for manifest, source in zip(train, config.data.train, strict=True)
     ]
     text = first.text if config.model.condition == "text" else None
-    identity = {"train": first.digest if len(train) == 1 else several}
+    identity = {"train": first.digest if len(train) == 1 else weighted}
     return DataFacts(identity, first.codec, first.class_names, text)
 
 
@@ -64,12 +64,16 @@ def _read(config: RunConfig, source: DataSource) -> Manifest:
     return read_manifest(source.path, config.data.options)[0]
 
 
-def _check_shapes(config: RunConfig, manifest: Manifest, key: str, several: set[Shape]) -> None:
-    """Check that samples have the configured shape, or one of several training shapes that include it."""
+def _check_shapes(config: RunConfig, manifest: Manifest, key: str, training: set[Shape]) -> None:
+    """Check that samples have the configured shape, or one of the training shapes if these include it.
+
+    Args:
+        training: shapes of the training data, if there are several.
+    """
     size = config.model.input
     expected = (size.channels, size.frames, size.height, size.width)
     for shape in manifest.buckets:
-        if shape == expected or (expected in several and shape in several):
+        if shape == expected or (expected in training and shape in training):
             _check_bucket(config, shape, key)
             continue
         c, t, h, w = shape
@@ -114,7 +118,9 @@ def _check_text(model: ModelConfig, manifest: Manifest, first: Manifest, key: st
         return
     text = manifest.text
     if text is None:
-        raise DataError(f"{key} has no captions: encode data with captions (--text-encoder), or set model.condition")
+        raise DataError(
+            f"{key} has no captions: encode data with captions (--text-encoder), or set model.condition=none"
+        )
     if (text.width, text.pooled_width) != (model.text.width, model.text.pooled_width):
         raise DataError(
             f"{key} has captions of width {text.width} and pooled width {text.pooled_width}: set model.text.width="
@@ -122,7 +128,7 @@ def _check_text(model: ModelConfig, manifest: Manifest, first: Manifest, key: st
         )
     if first.text is None or (text.digest, text.empty) != (first.text.digest, first.text.empty):
         raise DataError(
-            f"{key} has captions of another text encoder than the first data set: encode all with the same one"
+            f"{key} has captions of another text encoder than the first data set: encode all with the same encoder"
         )
 
 

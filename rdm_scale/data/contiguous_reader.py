@@ -1,4 +1,4 @@
-"""Contiguous reads of shards, made by threads ahead of their use and kept in memory while they are in use."""
+"""Contiguous reads of shards: threads prefetch them, and they stay in memory while they are in use."""
 
 import math
 from array import array
@@ -26,7 +26,7 @@ KEPT_BYTES = 2**28  # reads kept in memory beyond those in use: a small data set
 
 
 class UnreadableError(DataError):
-    """A shard cannot be read: its indices, and the error in `reason`."""
+    """A shard that cannot be read: its indices, and the error in `reason`."""
 
     def __init__(self, read: ContiguousRead, reason: DataError) -> None:
         super().__init__(str(reason))
@@ -35,24 +35,24 @@ class UnreadableError(DataError):
 
 
 class _Content(NamedTuple):
-    """The bytes of a contiguous read, and the part of each member."""
+    """The bytes of a contiguous read, and those of each member."""
 
     buffer: memoryview
     members: list[memoryview]
 
 
 class ContiguousReader:
-    """Reads the contiguous reads of several data sets in threads.
+    """Threads that carry out contiguous reads of several data sets, and a cache of the reads in memory.
 
-    `in_use` reads are kept, and two per worker that are read ahead; more only as long as all of them take at most
-    `KEPT_BYTES`. A read that failed is tried again when it is requested again.
+    Memory holds `in_use` reads and two prefetched ones per worker, and more if they all fit in `KEPT_BYTES`. A failed
+    read is retried when it is requested again.
 
     Args:
         in_use: number of reads that are in use at a time.
         largest: bytes of the largest read.
         workers: number of threads.
-        captions: read the side-cars with the captions, too.
-        buffers: memory for what is read.
+        captions: also read the captions from the side-car shards.
+        buffers: memory to read into.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class ContiguousReader:
         return len(self._ahead) < 2 * self.workers
 
     def prefetch(self, reads: Iterable[ContiguousRead]) -> None:
-        """Start reading what is not in memory, as long as there is room."""
+        """Start the reads that are not in memory, as long as there is room."""
         for read in reads:
             if not self.has_room:
                 return
@@ -119,7 +119,7 @@ class ContiguousReader:
                 self._reads.move_to_end(read, last=False)
 
     def close(self) -> None:
-        """Stop the threads after the reads that they are at."""
+        """Stop the threads after their current reads."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _start(self, read: ContiguousRead) -> None:
@@ -150,7 +150,8 @@ class ContiguousReader:
 
     def _load(self, read: ContiguousRead) -> LoadedSamples:
         """Read and index the samples; runs in a thread."""
-        manifest, folder = self.datasets[read.dataset][:2]
+        dataset = self.datasets[read.dataset]
+        manifest = dataset.manifest
         shard, dtype = manifest.shards[read.shard], STORED_DTYPES[manifest.dtype]
         content = self._content(shard, read)
         shape = manifest.stored_shape(manifest.shape_of(shard))
@@ -161,7 +162,7 @@ class ContiguousReader:
             record = shard.members[number]
             parsed = parse_in_place(member, record.samples, shape, dtype.torch)
             if parsed is None or min(parsed.labels) < -1 or max(parsed.labels) >= len(manifest.class_names):
-                tensors = unpack_samples(bytes(member), folder, manifest, read.shard, number)
+                tensors = unpack_samples(bytes(member), dataset.folder, manifest, read.shard, number)
                 parsed = rewrite_in_place(member, tensors)
             first = record.offset - offset + parsed.start
             loaded.starts.extend(range(first, first + record.samples * size, size))
@@ -173,14 +174,14 @@ class ContiguousReader:
 
     def _load_captions(self, read: ContiguousRead, ids: list[int]) -> list[EncodedText]:
         """Captions of the samples with these ids, from the side-car."""
-        manifest, folder = self.datasets[read.dataset][:2]
-        tar, encoding = manifest.shards[read.shard].text, manifest.text
+        dataset = self.datasets[read.dataset]
+        tar, encoding = dataset.manifest.shards[read.shard].text, dataset.manifest.text
         assert tar is not None and encoding is not None
         dtype = STORED_DTYPES[encoding.dtype].torch
         captions: list[EncodedText] = []
         members = self._content(tar, read).members
         for content, record in zip(members, tar.members[read.first : read.end], strict=True):
-            where = f"{folder / tar.name}, member {record.name}"
+            where = f"{dataset.folder / tar.name}, member {record.name}"
             text = unpack_text(bytes(content), record.samples, encoding.width, encoding.pooled_width, dtype, where)
             if text.ids.tolist() != ids[len(captions) : len(captions) + record.samples]:
                 raise DataError(f"{where} has captions of other samples than its shard: encode the data again")
@@ -189,7 +190,7 @@ class ContiguousReader:
         return captions
 
     def _content(self, tar: TarIndex, read: ContiguousRead) -> _Content:
-        """The members of a read, from the disk cache or by one request."""
+        """Read the members from the disk cache, or by one request."""
         dataset, records = self.datasets[read.dataset], tar.members[read.first : read.end]
         buffer = as_memoryview(self._buffers.take(span_bytes(tar, read.first, read.end)))
         names = [f"{record.xxh3}-{record.bytes}" for record in records]
@@ -210,7 +211,7 @@ class ContiguousReader:
 
 
 def _copy_cached(cache: MemberCache, name: str, place: memoryview) -> bool:
-    """Copy a member from the cache; False if it is not there or not what its name says."""
+    """Copy a member from the cache; False if it is not there or its checksum differs."""
     content = cache.get(name)
     if content is None or len(content) != len(place) or f"{xxhash.xxh3_64_hexdigest(content)}-{len(content)}" != name:
         return False

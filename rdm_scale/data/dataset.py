@@ -1,4 +1,4 @@
-"""Opened data sets: manifests that have been read, and shards whose files have been checked for presence and size."""
+"""Opened data sets: the manifest is read, and the files of the shards are checked for presence and size."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ class OpenDataset(NamedTuple):
     Attributes:
         folder: folder of the shards.
         files: size and version of each file when the data set was opened, by name.
-        damaged: errors of the shards that are missing or do not have the size that the manifest says, by index.
+        damaged: for each shard that is missing or has the wrong size, by index, the error.
         weight: share of the steps, relative to other data sets.
     """
 

@@ -1,4 +1,4 @@
-"""The held-out samples of validation."""
+"""Held-out samples for validation."""
 
 from collections.abc import Iterator, Sequence
 from itertools import count
@@ -42,11 +42,11 @@ class _Group(NamedTuple):
 
 
 class HeldOut:
-    """The first samples of a data set, in its order, for validation: each once over all ranks.
+    """The first samples of a data set, in its order, for validation; each is read once over all ranks.
 
-    Of a data set with several shapes, and of several data sets with weights, the first samples of each in proportion.
-    Iterating yields `WeightedBatch`es. Every rank gets the same number of batches of the same size, as collectives
-    need; the last batches are filled with repetitions of weight 0. The position of a sample is its index among the
+    Every shape of a data set, and every one of several weighted data sets, contributes in proportion. Iterating yields
+    `WeightedBatch`es. Every rank gets the same number of batches of the same size, because collectives require it; the
+    last batches are filled with repeated samples of weight 0. The position of a sample is its index among the
     held-out samples. Moments are sampled with noise keyed by the position alone, not by a run's seed, so that the
     losses of different runs can be compared.
 
@@ -58,8 +58,8 @@ class HeldOut:
 
     Raises:
         ConfigError: a number below 1, or dp_rank is not below dp_size.
-        DataError: a manifest or a shard is missing or damaged; for shards also while iterating. No shard may be lost,
-            because validation losses can be compared only over the same samples.
+        DataError: a manifest or a shard is missing or damaged; for shards also while iterating. There is no budget
+            of lost shards, because validation losses can be compared only over the same samples.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class HeldOut:
     ) -> None:
         check_data_parallel_rank(dp_rank, dp_size)
         if samples < 1 or batch_size < 1:
-            raise ConfigError(f"{samples} held-out samples in batches of {batch_size}: both must be at least 1")
+            raise ConfigError(f"{samples} held-out samples in batches of {batch_size}: use at least 1 of each")
         self.datasets, config = open_sources(sources, config)
         for reason in (reason for dataset in self.datasets for reason in dataset.damaged.values()):
             raise reason

@@ -1,4 +1,4 @@
-"""Samples in memory: the bytes of a contiguous read, and where the latents, ids and labels of each sample lie."""
+"""Samples in memory: the bytes of a contiguous read, with the offsets, ids and labels of its samples."""
 
 import json
 from array import array
@@ -16,9 +16,9 @@ from rdm_scale.data.shard_writer import pack_samples
 
 
 class LoadedSamples(NamedTuple):
-    """The samples of a contiguous read, indexed so that looking one up is cheap.
+    """The samples of a contiguous read, indexed for cheap lookups.
 
-    Arrays rather than lists, which would hold a pointer and an object per number.
+    Arrays are used because lists would take a pointer and an object per number.
 
     Attributes:
         content: the bytes that were read.
@@ -66,7 +66,7 @@ def parse_in_place(
     """Parse a member without copying its latents, which would cost as much as reading them.
 
     Returns:
-        None unless the member has the size and the header that `pack_samples` gives a member of so many samples.
+        The parsed member; None if its size or header is not what `pack_samples` writes for this number of samples.
     """
     layout = _layout(samples, shape, dtype)
     if len(content) != layout.size or content[: len(layout.header)] != layout.header:
@@ -76,14 +76,14 @@ def parse_in_place(
 
 
 def rewrite_in_place(content: memoryview, tensors: dict[str, Tensor]) -> MemberContent:
-    """Move the latents of a member that another safetensors writer laid out to the beginning of its bytes."""
+    """Move the latents of a member with another safetensors layout to the beginning of its bytes."""
     latents = as_memoryview(tensors["latents"].flatten().view(torch.uint8))
     content[: len(latents)] = latents
     return MemberContent(0, tensors["ids"].tolist(), tensors["labels"].tolist())
 
 
 class _Layout(NamedTuple):
-    """Bytes that a member begins with, its size, and the offset of each of its tensors."""
+    """Header of a member, its size, and the offset of each of its tensors."""
 
     header: bytes
     size: int

@@ -1,7 +1,7 @@
 """Shards that turned out to be unreadable, up to a configured budget, and the shards that substitute for them.
 
 A lost shard keeps its place in the global order, and each contiguous read of it is replaced by a read of a substitute
-shard of the same data set and shape. The substitute is the same on every rank that knows of the loss. Each loss is
+shard of the same data set and shape. All ranks that know of the loss choose the same substitute. Each loss is
 reported once, counted in the metrics, and kept in checkpoints.
 """
 
@@ -25,8 +25,7 @@ class LostShards:
     Args:
         manifests: manifests of the data sets, in the order of their indices.
         budget: number of shards that may be lost.
-        known: shards that were lost before, as the attribute `known` lists them. Those that are in none of the
-            manifests are ignored.
+        known: shards lost earlier, in the format of the attribute `known`; shards of other manifests are ignored.
 
     Raises:
         DataError: more shards of `known` are lost than the budget allows.
@@ -70,7 +69,7 @@ class LostShards:
         self._pending_warnings.append(f"lost {self._manifests[dataset].shards[shard].name}: {reason}")
 
     def merge(self, known: Sequence[Sequence[str]]) -> None:
-        """Add the lost shards that another rank or an earlier run knows of, without a warning.
+        """Add the lost shards of another rank or an earlier run, without a warning.
 
         Raises:
             DataError: more shards are lost than the budget allows.
@@ -82,7 +81,7 @@ class LostShards:
         self._check_budget(DataError(f"unreadable: {', '.join(sorted(name for _, name in names))}"))
 
     def take_warnings(self) -> list[str]:
-        """One line per shard that this rank has lost since the last call, with the reason."""
+        """Return one line per shard that this rank has lost since the last call, with the reason."""
         warnings, self._pending_warnings = self._pending_warnings, []
         return warnings
 
@@ -109,4 +108,4 @@ class LostShards:
 
     def _check_budget(self, reason: DataError) -> None:
         if len(self._lost) > self._budget:
-            raise DataError(f"{len(self._lost)} shards are lost and data.lost_shards={self._budget}: {reason}")
+            raise DataError(f"{len(self._lost)} shards are lost, more than data.lost_shards={self._budget}: {reason}")

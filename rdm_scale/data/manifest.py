@@ -1,4 +1,4 @@
-"""Manifest of a data set of latent shards: files, offsets, counts and checksums.
+"""Manifest of a data set: files, offsets, counts and checksums of its latent shards.
 
 `manifest.json` is written last, so a folder with a manifest is complete. Offsets and sizes let a reader fetch one
 member (a safetensors file that packs many samples) by one range request; counts and checksums reveal missing or
@@ -52,7 +52,9 @@ class TarIndex(_Record):
         end = 0
         for member in self.members:
             if member.offset < end or member.offset + member.bytes > self.bytes:
-                raise ValueError(f"{self.name}: member {member.name} overlaps another or reaches beyond the shard")
+                raise ValueError(
+                    f"{self.name}: member {member.name} overlaps another member or extends beyond the shard"
+                )
             end = member.offset + member.bytes
         return self
 

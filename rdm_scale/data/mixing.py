@@ -1,7 +1,7 @@
 """Assignment of steps to sources, and to the buckets of a source: exact shares in closed form.
 
-Steps are the slots of a schedule, and each slot is assigned to one of several choices (sources, or the buckets of one
-source: its samples of one shape). Slots come in periods. A choice with share q of the slots per period gets
+Steps are the slots of a schedule, and each slot is assigned to one of several choices: a source, or one of the buckets
+of a source. Slots come in periods. A choice with share q of the slots per period gets
 floor((e + 1) q) - floor(e q) slots in period e, so after any number of periods it has had its exact share, rounded
 down, and the remainder is carried over. The order of slots within a period is a permutation keyed by (seed, period).
 
@@ -19,7 +19,7 @@ import numpy as np
 from rdm_scale import rng
 from rdm_scale.data.order import Indices, permutation
 
-_WEIGHTED_PERIOD = 64  # slots per period of weighted sources: within each, weights are exact to within one slot
+_WEIGHTED_PERIOD = 64  # slots per period of weighted sources, over which weights are exact to within one slot
 _LARGEST_DENOMINATOR = 10**6  # of the fractions that approximate the weights
 
 
@@ -38,7 +38,7 @@ class _Period(NamedTuple):
 
 
 class SlotSchedule:
-    """Assigns slots 0, 1, 2, ... to choices in given shares.
+    """Schedule that assigns slots 0, 1, 2, ... to choices in given shares.
 
     Args:
         shares: slots per period of each choice; positive.
@@ -50,7 +50,7 @@ class SlotSchedule:
         self._period = lru_cache(maxsize=2)(self._make_period)
 
     def assign(self, slot: int) -> SlotAssignment:
-        """The assignment of one slot, in time logarithmic in its number."""
+        """Assign one slot, in time logarithmic in its number."""
         if len(self._shares) == 1:
             return SlotAssignment(0, slot)
         number = self._period_of(slot)
@@ -91,12 +91,12 @@ class SlotSchedule:
 
 
 def schedule_by_weight(weights: Sequence[float], seed: int) -> SlotSchedule:
-    """Slots in proportion to weights."""
+    """Assign slots in proportion to weights."""
     fractions = [Fraction(weight).limit_denominator(_LARGEST_DENOMINATOR) for weight in weights]
     total = sum(fractions)
     return SlotSchedule([_WEIGHTED_PERIOD * fraction / total for fraction in fractions], seed)
 
 
 def schedule_by_size(samples: Sequence[int], batch_size: int, seed: int) -> SlotSchedule:
-    """Slots of buckets in proportion to their numbers of samples; a period is one epoch of all of them."""
+    """Assign slots to buckets in proportion to their numbers of samples; a period is one epoch of all of them."""
     return SlotSchedule([Fraction(count, batch_size) for count in samples], seed)

@@ -11,8 +11,8 @@ gap, so samples that do not fill a batch are carried over to the next epoch. Wit
    walks through one part. A segment is what a row takes from one contiguous read: all of the read, or what lies in
    the row's part. The samples of each segment are permuted, too.
 
-A batch thus takes its samples from C places of the data set, and a member is read by the one or two ranks whose rows
-walk through it, whatever the number of ranks. Everything is a function of (seed, P): starting at any step takes
+A batch thus takes its samples from C places of the data set, and a member is read by only the one or two ranks whose
+rows walk through it, whatever the number of ranks. The order is a function of (seed, P), so starting at any step takes
 constant time.
 """
 
@@ -31,8 +31,8 @@ from rdm_scale.data.manifest import Manifest
 
 Indices = npt.NDArray[np.int64]
 
-READ_BYTES = 2**22  # target size of a contiguous read: the latency of a request is then small beside its transfer
-_FEWEST_READS = 64  # contiguous reads per data set, given as many members: a handful could not be shuffled well
+READ_BYTES = 2**22  # target size of a contiguous read, which takes much longer to transfer than to request
+_FEWEST_READS = 64  # contiguous reads per data set (if it has that many members): fewer shuffle badly
 
 
 class ContiguousRead(NamedTuple):
@@ -61,9 +61,9 @@ class SampleLocation(NamedTuple):
 
 @dataclass(frozen=True, eq=False, slots=True)
 class RowSegment:
-    """The samples that one row of the batches takes from one contiguous read: their indices in the read, in order.
+    """Indices of the samples that one row of the batches takes from one contiguous read, in order.
 
-    Compared by identity, which is fast: a batch refers to one segment per sample.
+    Compared by identity, because a batch looks up one segment per sample.
     """
 
     read: ContiguousRead
@@ -71,7 +71,7 @@ class RowSegment:
 
 
 class SegmentIndices(NamedTuple):
-    """Segment of the sample at each of several positions, and the index of the sample in the segment."""
+    """For each of several positions, the segment of its sample and the index of the sample in the segment."""
 
     segments: list[RowSegment]
     indices: list[int]
@@ -85,14 +85,14 @@ class _EpochOrder(NamedTuple):
 
 
 class _SegmentStarts(NamedTuple):
-    """Starts of segments, counted through all epochs, and offsets of places in them."""
+    """Starts of segments, counted through all epochs, and offsets in them."""
 
     starts: Indices
     offsets: Indices
 
 
 class GlobalOrder:
-    """Maps global positions to samples of a manifest, or of some of its shards.
+    """Map from global positions to samples of a manifest, or of some of its shards.
 
     Args:
         global_batch_size: C.
@@ -181,7 +181,7 @@ class GlobalOrder:
         return _EpochOrder(reads, np.cumsum(np.append(0, self._read_samples[reads])))
 
     def _make_segment(self, start: int) -> RowSegment:
-        """The segment that starts there in the walk through all epochs; it ends with its read or its row's part."""
+        """Build the segment at `start`, counted through all epochs; it ends with its read or its row's part."""
         epoch, first = divmod(start, self.samples)
         order = self._epoch(epoch)
         nth = int(order.bounds.searchsorted(first, side="right")) - 1
@@ -201,14 +201,14 @@ class GlobalOrder:
 def permutation(key: int, size: int) -> Indices:
     """A random permutation of 0 .. size - 1 that is a function of (key, size) alone.
 
-    Made of a bit generator and a stable sort, both of which NumPy keeps fixed between releases. NumPy does not promise
-    that of `Generator.permutation`, nor PyTorch of `randperm`.
+    Uses a bit generator and a stable sort, whose results NumPy guarantees to keep between releases. There is no such
+    guarantee for NumPy's `Generator.permutation` or PyTorch's `randperm`.
     """
     return np.argsort(np.random.Philox(cast(Any, _Key(key))).random_raw(size), kind="stable")
 
 
 class _Key(ISeedSequence):
-    """Seeds a Philox like `Philox(key=...)`, which first gathers entropy from the system and then drops it."""
+    """Seed sequence with the effect of `Philox(key=...)`, which would gather entropy from the system and drop it."""
 
     def __init__(self, key: int) -> None:
         self._key = key

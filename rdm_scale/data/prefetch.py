@@ -11,7 +11,7 @@ from rdm_scale.moved import moved_names
 
 
 class Prefetcher:
-    """Runs an iterator of batches in a thread, up to `depth` batches ahead of its consumer.
+    """Iterator of batches that runs in a thread, up to `depth` batches ahead of its consumer.
 
     An exception of the iterator is raised by `next()` after the batches that precede it.
     """

@@ -1,4 +1,4 @@
-"""Loading of segments: what the rows of the batches are reading stays in memory; lost shards are substituted."""
+"""Loading of segments: those that the rows of the batches are at stay in memory; lost shards are substituted."""
 
 from collections.abc import Sequence
 
@@ -10,9 +10,9 @@ from rdm_scale.data.order import ContiguousRead, RowSegment
 
 
 class SegmentLoader:
-    """Loads the segments of planned batches.
+    """Loader of the segments of planned batches.
 
-    The segments of the last batch of each bucket are in use; the next batch of the bucket needs most of them again.
+    It keeps the segments of the last batch of each bucket: the next batch of the bucket needs most of them again.
 
     Args:
         lost_shards: shards to substitute; unreadable ones are added, within the budget.
@@ -34,10 +34,10 @@ class SegmentLoader:
         self._reader.prefetch(self._substitute(segment) for segment in segments if segment not in in_use)
 
     def load(self, bucket: Bucket, segments: Sequence[RowSegment]) -> list[LoadedSamples]:
-        """The samples of the segments of a batch, one entry per segment.
+        """Load the samples of the segments of a batch, one entry per segment.
 
         Raises:
-            DataError: a shard cannot be read and the budget of lost shards is spent.
+            DataError: a shard cannot be read, and the budget of lost shards is used up.
         """
         while True:
             if len(self._lost_shards) != self._lost_when_loaded:

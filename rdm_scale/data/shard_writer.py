@@ -32,7 +32,7 @@ def sample_id(key: str, clip: int = 0, view: int = 0) -> int:
 
 
 class ShardWriter:
-    """Writes samples of one shape, in the given order, as shards into a folder, and the manifest last.
+    """Writer of samples of one shape, in the given order, as shards into a folder, and of the manifest last.
 
     The same samples give the same bytes, however they are distributed over calls of `add`. After an error the writer
     removes its shards and cannot be used any more. As a context manager it closes itself, or cleans up after an
@@ -66,7 +66,7 @@ class ShardWriter:
         except OSError as error:
             raise self._as_data_error(error) from None
         if taken:
-            raise DataError(f"{folder} already holds {taken[0]}: choose another folder, or remove what is in this one")
+            raise DataError(f"{folder} already contains {taken[0]}: choose another folder, or remove its content")
         try:
             self._header = ManifestHeader(kind=kind, dtype=dtype, shape=shape, codec=codec, class_names=class_names)
         except ValidationError as error:
@@ -95,7 +95,9 @@ class ShardWriter:
             check_samples(self._header, self._header.shape, latents, ids, labels, self.folder)
             for number in ids.tolist():
                 if number in self._ids:
-                    raise DataError(f"two samples have the id {number}: {self.folder} takes a key, clip and view once")
+                    raise DataError(
+                        f"two samples have the id {number}: write each key, clip and view to {self.folder} only once"
+                    )
                 self._ids.add(number)
             added = {"latents": latents.detach(), "ids": ids, "labels": labels}
             # Copied, because the caller may reuse its tensors.
@@ -176,7 +178,7 @@ class ShardWriter:
 
 
 class PackedMember(NamedTuple):
-    """A member to be written: its name, its number of samples, and the content of its safetensors file."""
+    """Name, number of samples and content (a safetensors file) of a member to write."""
 
     name: str
     samples: int
@@ -184,7 +186,7 @@ class PackedMember(NamedTuple):
 
 
 def pack_samples(latents: Tensor, ids: Tensor, labels: Tensor) -> bytes:
-    """Content of a member with these samples."""
+    """Pack samples as the content of a member, in safetensors format."""
     return safetensors.torch.save({"latents": latents.contiguous(), "ids": ids.clone(), "labels": labels.clone()})
 
 
@@ -232,4 +234,4 @@ def check_samples(
             f"and there are {classes} class names: use 0 .. {classes - 1}, or -1 for unlabeled"
         )
     if (ids < 0).any():
-        raise DataError(f"the id {ids.min().item()} is negative: ids are made by sample_id")
+        raise DataError(f"the id {ids.min().item()} is negative: make ids with sample_id")

@@ -80,7 +80,7 @@ def span_bytes(tar: TarIndex, first: int, end: int) -> int:
 def _not_as_written(
     place: Location, tar: TarIndex, member: int, checksum: str | None, opened: Stat | None, found: Stat
 ) -> DataError:
-    """The error of a member whose checksum differs, or is None because the file ends before the member does."""
+    """Error for a member whose checksum differs, or is None because the file ends before the member does."""
     part = tar.members[member]
     if opened is not None and found != opened:
         return DataError(
@@ -100,10 +100,10 @@ def _not_as_written(
 
 
 def unpack_samples(content: bytes, folder: Location, manifest: Manifest, shard: int, member: int) -> dict[str, Tensor]:
-    """The tensors of a member.
+    """Unpack the tensors of a member and check them against the manifest.
 
     Raises:
-        DataError: they are not what the manifest says.
+        DataError: they do not match it.
     """
     record = manifest.shards[shard]
     where = _describe(folder / record.name, record.members[member], member)

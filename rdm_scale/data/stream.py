@@ -1,6 +1,6 @@
 """The endless stream of training batches.
 
-The way of one batch: the plan of its step (`batch_plan`, from `mixing` and `order`), the contiguous reads that contain
+The path of one batch: the plan of its step (`batch_plan`, from `mixing` and `order`), the contiguous reads that contain
 its samples (`segment_loader`, `contiguous_reader`), and the batch assembled from the samples (`assembly`).
 """
 
@@ -26,7 +26,7 @@ _AHEAD_STEPS = 64  # steps that are planned ahead, at most, to find reads to pre
 
 
 class LatentStream:
-    """The samples of one or more data sets in their global order, without end.
+    """Endless stream of the samples of one or more data sets in their global order.
 
     Iterating yields this rank's share of the batches of steps start_step + 1, + 2, ... The global batch of a step is
     the same for every dp_size and holds samples of one data set and one shape. Data sets are read in proportion to
@@ -38,7 +38,7 @@ class LatentStream:
         sources: URL or path of a manifest or its folder, on any fsspec file system; or several with weights.
         start_step: last step that is already done.
         config: how to read: workers, cache, options, budget of lost shards. `train` and `validation` are ignored.
-        lost: shards that are known to be lost (`LostShards.known` of the run that is resumed).
+        lost: shards known to be lost (`LostShards.known` of the resumed run).
         captions: read the samples' captions, too; all data sets must have them.
         buffers: memory to read into, if shared with other streams.
 
@@ -115,7 +115,7 @@ class LatentStream:
         return self._planner.plan(step)
 
     def load(self, plan: BatchPlan) -> list[LoadedSample]:
-        """Read the samples of a batch, as far as they are not in memory."""
+        """Read the samples of a batch that are not in memory yet."""
         loaded = self._loader.load(plan.bucket, plan.samples.segments)
         return list(map(LoadedSample, loaded, plan.samples.indices))
 

@@ -334,11 +334,11 @@ def twice(folder: Path) -> None:
         (lambda f: rewrite(f / INDEX, weight_map=[]), "has no weight_map"),
         (lambda f: (f / INDEX).write_text("{"), f"{INDEX} is not JSON"),
         (lambda f: (f / INDEX).write_text(" " * 2**25), "too large"),
-        (twice, "two files hold"),
-        (lambda f: rewrite(f / CONFIG, in_channels=1), "do not make a model"),
+        (twice, "two files contain"),
+        (lambda f: rewrite(f / CONFIG, in_channels=1), "cannot build a VAE"),
         (lambda f: rewrite(f / CONFIG, layers_per_block=10**9), "larger model than the .* tensors of its weights"),
         (lambda f: rewrite(f / CONFIG, block_out_channels=[4] * 10**5), "larger model than the"),
-        (lambda f: rewrite(f / CONFIG, spatial_compression_ratio=0), "do not make a model"),
+        (lambda f: rewrite(f / CONFIG, spatial_compression_ratio=0), "cannot build a VAE"),
         (lambda f: rewrite(f / CONFIG, scaling_factor=None), "impossible normalization"),
     ],
 )
@@ -350,7 +350,7 @@ def test_damaged_folders(sharded: Path, damage: Callable[[Path], object], messag
 
 def test_a_model_of_other_pixels(tmp_path: Path) -> None:
     tiny(in_channels=4, out_channels=4).save_pretrained(tmp_path)
-    with pytest.raises(DataError, match=r"it is no model of RGB pixels: \{'in_channels': 4"):
+    with pytest.raises(DataError, match=r"it does not encode RGB pixels: \{'in_channels': 4"):
         load_codec(str(tmp_path))
 
 

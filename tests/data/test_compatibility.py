@@ -53,7 +53,7 @@ def test_unlabelled_data_suits_an_unconditional_model_only(write_set: WriteSet) 
 
 def test_validation_must_come_from_the_same_codec(write_set: WriteSet) -> None:
     other = write_set(5, codec=CodecRecord(name="identity", location="identity", scale=(2.0,)))
-    with pytest.raises(DataError, match="with other weights or scale: encode both with the same codec"):
+    with pytest.raises(DataError, match="with other weights or normalization: encode both with the same codec"):
         check_data(config_for(write_set(9), other))
     with pytest.raises(DataError, match=r"data.validation holds latents of shape"):
         check_data(config_for(write_set(9), write_set(5, shape=(2, 1, 4, 4))))

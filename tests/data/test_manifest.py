@@ -55,7 +55,7 @@ def alter(tree: Any, path: str, value: Any) -> None:
         ("shards.1.name", "shard-000000.tar", "same name"),
         ("shards.0.name", "../shard-000000.tar", "name"),
         ("shards.0.name", "a/b.tar", "name"),
-        ("shards.0.bytes", 600, "reaches beyond"),
+        ("shards.0.bytes", 600, "extends beyond"),
         ("shards.0.members.1.offset", 600, "overlaps"),
         ("shards.0.members.0.offset", 0, "offset"),
         ("shards.0.members.0.bytes", 20, "too small for 4 samples"),

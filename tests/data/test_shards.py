@@ -192,7 +192,7 @@ def test_an_impossible_set_is_refused_before_anything_is_encoded(
 @pytest.mark.parametrize("name", [MANIFEST_NAME, "shard-000007.tar"])
 def test_a_folder_in_use_is_refused_and_left_alone(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"x")
-    with pytest.raises(DataError, match=f"already holds {name}: choose another folder"):
+    with pytest.raises(DataError, match=f"already contains {name}: choose another folder"):
         writer_in(Location(tmp_path))
     assert (tmp_path / name).read_bytes() == b"x"
 
