@@ -1,4 +1,4 @@
-"""The end of a job: manifests, the list of rejected inputs and statistics, from the records of all shards."""
+"""Completion of a job: manifests, list of rejected inputs and statistics, from the records of all shards."""
 
 import base64
 import json
@@ -22,7 +22,7 @@ def finalize(job: EncodingJob, plan: EncodingPlan, store: RecordStore) -> Encodi
     """Write the manifests and the list of rejected inputs, and remove the records.
 
     Raises:
-        DataError: too many inputs are rejected, a split is empty, or a shard that was written is no longer there.
+        DataError: too many inputs are rejected, a split is empty, or a shard that was written is missing.
     """
     records = {shard: store.read(shard) for shard in plan.shards}
     _check_files(job, records, store)
@@ -30,14 +30,14 @@ def finalize(job: EncodingJob, plan: EncodingPlan, store: RecordStore) -> Encodi
     _write_rejected(job, rejected)
     files = job.source.files
     if len(rejected) > job.max_rejected * len(files):
-        SharedPlan.remove(job.output.work)  # the inputs may be repaired by the next run
+        SharedPlan.remove(job.output.work)  # so that the next run looks at repaired inputs again
         raise DataError(
             f"{len(rejected)} of {len(files)} inputs cannot be encoded, more than a share of {job.max_rejected}: see "
             f"{job.output.rejected}. The first: {next(iter(rejected.values()))}. Repair or remove them, or raise "
             "--max-rejected, and run the same command again: it keeps the shards that are done"
         )
     manifests = {split: _manifest(job, records, split, len(rejected)) for split in job.output.by_split}
-    for split in reversed(SPLITS):  # that of the training split last, since it marks the job as complete
+    for split in reversed(SPLITS):  # the training split last: its manifest marks the job as complete
         if split in manifests:
             (job.output.by_split[split] / MANIFEST_NAME).write(manifests[split].to_json())
     job.output.work.remove()
@@ -59,8 +59,8 @@ def _check_files(job: EncodingJob, records: Records, store: RecordStore) -> None
             if tar is not None and found[planned.split].pop(tar.name, None) != tar.bytes:
                 store.remove(planned)
                 raise DataError(
-                    f"{job.output.by_split[planned.split] / tar.name} was written and is no longer there, or "
-                    "incomplete: run the same command again"
+                    f"{job.output.by_split[planned.split] / tar.name} was written, but is now missing or "
+                    "incomplete: run the same command again to encode it again"
                 )
     for split, unknown in found.items():
         for name in unknown:
@@ -68,7 +68,7 @@ def _check_files(job: EncodingJob, records: Records, store: RecordStore) -> None
 
 
 def _rejected_inputs(plan: EncodingPlan, records: Records) -> dict[int, str]:
-    """Inputs of which no sample, or not every sample, could be encoded, with the first reason."""
+    """Inputs with at least one sample that could not be encoded, and the first reason of each."""
     rejected = dict(plan.rejected)
     for planned, record in records.items():
         for one in record.rejected:

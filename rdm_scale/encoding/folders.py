@@ -9,12 +9,12 @@ from rdm_scale.encoding.media import MAX_CAPTION_BYTES, MediaEntry, MediaKind, d
 from rdm_scale.errors import DataError
 from rdm_scale.storage.location import Location
 
-_CAPTION_READERS = 16  # threads: each caption is a file of its own
+_CAPTION_READERS = 16  # threads: each caption is a separate file
 _FILES_PER_BATCH = 4096
 
 
 class _Listing(NamedTuple):
-    """Files below a folder, by path relative to it; hidden ones are left out."""
+    """Files below a folder, by path relative to it, without hidden ones."""
 
     media: list[tuple[str, MediaKind]]  # path and kind, sorted by path
     text_bytes: dict[str, int]  # sizes of the .txt files
@@ -54,18 +54,19 @@ def read_folder(folder: Location) -> Iterator[MediaEntry | None]:
 
 
 def _list(folder: Location) -> _Listing:
-    listing = _Listing([], {}, 0)
+    media: list[tuple[str, MediaKind]] = []
+    text_bytes: dict[str, int] = {}
     others = 0
     for path, stat in sorted(folder.find().items()):
         if any(part.startswith(".") for part in path.split("/")):
             continue
         if kind := media_kind(path):
-            listing.media.append((path, kind))
+            media.append((path, kind))
         elif path.endswith(".txt"):
-            listing.text_bytes[path] = stat.bytes
+            text_bytes[path] = stat.bytes
         else:
             others += 1
-    return listing._replace(others=others)
+    return _Listing(media, text_bytes, others)
 
 
 def _caption_path(path: str) -> str:
@@ -74,6 +75,6 @@ def _caption_path(path: str) -> str:
 
 def _read_caption(file: Location, size: int) -> str:
     if size > MAX_CAPTION_BYTES:
-        raise DataError(f"{file} has {size} bytes: too many for a caption (at most {MAX_CAPTION_BYTES})")
+        raise DataError(f"{file} has {size} bytes: too many for a caption (at most {MAX_CAPTION_BYTES}); shorten it")
     content = file.read_range(0, MAX_CAPTION_BYTES + 1)
     return decode_text(content, MAX_CAPTION_BYTES, str(file), "a caption")

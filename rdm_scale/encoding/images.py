@@ -1,6 +1,6 @@
 """Image decoding: PNG, JPEG or WebP bytes to a tensor of a given size.
 
-Files are untrusted: the number of pixels is checked before they are decoded, and no other decoders are used.
+Files are untrusted: the number of pixels is checked before decoding, and only the decoders of these formats are used.
 """
 
 import io
@@ -17,20 +17,20 @@ from rdm_scale.errors import DataError
 
 _FORMATS = ("PNG", "JPEG", "WEBP")
 _MAX_PIXELS = 89_478_485  # PIL's own threshold, above which it warns of a decompression bomb
-# Chunks of a PNG that may hold an orientation. PIL searches its end for them, too, and decodes all pixels on the way.
+# Chunks of a PNG that may hold an orientation. To find those at its end, PIL would decode all pixels.
 _PNG_ORIENTATION_CHUNKS = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
 _TRANSPOSING_ORIENTATIONS = (5, 6, 7, 8)  # of EXIF: height and width are exchanged
 
 
 class ImageSize(NamedTuple):
-    """Pixels of an image as it is shown, upright."""
+    """Height and width of an image in pixels, after it is turned upright."""
 
     height: int
     width: int
 
 
 class CropBox(NamedTuple):
-    """Part of an image in pixels, which may be fractions, as PIL's `resize` takes it."""
+    """Part of an image in (possibly fractional) pixels, in the form of the argument `box` of PIL's `resize`."""
 
     left: float
     top: float
@@ -45,7 +45,7 @@ def image_size(content: bytes, name: str) -> ImageSize:
         name: of the file, for error messages.
 
     Raises:
-        DataError: it is no PNG, JPEG or WebP, or has too many pixels.
+        DataError: it is not a PNG, JPEG or WebP, or has too many pixels.
     """
     with _opened(content, name) as image:
         oriented = image.format != "PNG" or any(chunk in content for chunk in _PNG_ORIENTATION_CHUNKS)
@@ -56,14 +56,14 @@ def image_size(content: bytes, name: str) -> ImageSize:
 def decode(content: bytes, height: int, width: int, name: str) -> Tensor:
     """Decode an image to RGB, float32 [3, height, width] in [-1, 1], upright and center-cropped.
 
-    The largest centered box with the target's aspect ratio is resized with PIL's antialiased bicubic filter. Only that
-    box is computed, so a long thin image does not grow to a huge one in between. Transparency is blended over white.
+    The largest centered box with the target's aspect ratio is resized with PIL's antialiased bicubic filter, without
+    resizing the rest of the image, which may be huge. Transparency is blended over white.
 
     Args:
         name: of the file, for error messages.
 
     Raises:
-        DataError: it is no PNG, JPEG or WebP, is damaged, or has too many pixels.
+        DataError: it is not a PNG, JPEG or WebP, is damaged, or has too many pixels.
     """
     with _opened(content, name) as image:
         rgb = _to_rgb(ImageOps.exif_transpose(image))
@@ -75,7 +75,7 @@ def decode(content: bytes, height: int, width: int, name: str) -> Tensor:
 def center_box(height: int, width: int, to_height: int, to_width: int) -> CropBox:
     """Largest box with the aspect ratio of to_height x to_width in the center of an image.
 
-    Its sides may be fractions of pixels; its top left corner lies on integer pixels, as that of a plain crop would.
+    Its size may be fractional; its top left corner is at an integer position, as for a plain crop.
     """
     if width * to_height >= height * to_width:
         box_height, box_width = float(height), height * to_width / to_height
@@ -87,16 +87,18 @@ def center_box(height: int, width: int, to_height: int, to_width: int) -> CropBo
 
 @contextmanager
 def _opened(content: bytes, name: str) -> Iterator[Image.Image]:
-    """Open an image and check its number of pixels; errors inside the `with` block are raised as DataError, too."""
+    """Open an image and check its number of pixels. Errors inside the `with` block also become DataError."""
     try:
         with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
             if image.width * image.height > _MAX_PIXELS:
-                raise DataError(f"{name} has {image.width} x {image.height} pixels; at most {_MAX_PIXELS} are decoded")
+                raise DataError(
+                    f"{name} has {image.width} x {image.height} pixels; at most {_MAX_PIXELS} are decoded: shrink it"
+                )
             yield image
     except DataError:
         raise
-    except UnidentifiedImageError:  # its message holds the address of a buffer
-        raise DataError(f"cannot decode the image {name}: it is no PNG, JPEG or WebP; repair or remove it") from None
+    except UnidentifiedImageError:  # its message only names a buffer by its address
+        raise DataError(f"cannot decode the image {name}: it is not a PNG, JPEG or WebP; repair or remove it") from None
     except Exception as error:  # for a damaged file the decoders raise exceptions of many types
         raise DataError(f"cannot decode the image {name}: {error}; repair or remove it") from None
 

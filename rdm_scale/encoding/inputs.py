@@ -1,8 +1,8 @@
-"""Input data sets of images or videos: folders, webdataset tars, or lists of paths; listed, not yet read.
+"""Inputs of encoding: listing the images or videos in folders, webdataset tars, or lists of paths.
 
 Listing reads file names and the small files beside them (classes, captions), so millions of images or videos fit in
-memory. Inputs are untrusted: sizes are bounded, and an inconsistent set (some files without a class, two files with one
-key) is refused.
+memory. Inputs are untrusted: sizes are bounded, and an inconsistent set (some files without a class, two files with the
+same key) is refused.
 """
 
 import re
@@ -25,7 +25,7 @@ from rdm_scale.storage.location import Location
 __all__ = ["Columns", "MediaFile", "MediaKind", "MediaSet", "find_images", "find_media"]
 
 _MAX_CLASSES = 1_000_000
-_BAD_IN_KEY = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # surrogates stand for bytes that are not UTF-8
+_FORBIDDEN_IN_KEY = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # surrogates stand for bytes that are not UTF-8
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ def find_media(url: str, columns: Columns | None = None, options: Mapping[str, A
 
     - A folder, searched recursively and sorted. The class is the name of the sub-folder directly below it, if there
       are any; a caption is in `name.txt` beside the file. Hidden files are ignored.
-    - A webdataset tar, or a folder or glob of them. Of `key.png` the class is in `key.cls`, a number or a name, the
-      caption in `key.txt`; or both are fields of `key.json`.
+    - A webdataset tar, or a folder or glob of them. For `key.png`, the class (a number or a name) is in `key.cls` and
+      the caption in `key.txt`, or both are fields of `key.json`.
     - A `.jsonl` or `.parquet` list (or a glob of them) of paths with optional labels, captions and keys.
 
     Args:
@@ -54,8 +54,8 @@ def find_media(url: str, columns: Columns | None = None, options: Mapping[str, A
 
     Raises:
         ConfigError: the URL names an unknown file system.
-        DataError: there is nothing, there are both images and videos, a tar or list is damaged, two files have one
-            key, or only some have a class or a caption.
+        DataError: there are no images or videos, or both; a tar or list is damaged; two files have the same key; or
+            only some files have a class or a caption.
     """
     columns = columns or Columns()
     location = Location(url, options)
@@ -78,7 +78,7 @@ def find_images(url: str) -> MediaSet:
 
 
 class _Collector:
-    """Collects the entries of a source and checks that they make a consistent set.
+    """Collector of the entries of a source, which checks that they make a consistent set.
 
     Each class name is stored once, and labels are provisional until all names are known.
     """
@@ -94,8 +94,8 @@ class _Collector:
         if entry is None:
             self.ignored += 1
             return
-        if _BAD_IN_KEY.search(entry.key):
-            raise DataError(f"the name of {entry.name!r} holds a control character or is not UTF-8: rename it")
+        if _FORBIDDEN_IN_KEY.search(entry.key):
+            raise DataError(f"the name of {entry.name!r} contains a control character or is not UTF-8: rename it")
         label = -1 if entry.class_name is None else self.classes.setdefault(entry.class_name, len(self.classes))
         if len(self.classes) > _MAX_CLASSES:
             raise DataError(f"{entry.name}: there are more than {_MAX_CLASSES} classes: is this a column of labels?")
@@ -105,7 +105,7 @@ class _Collector:
         )
 
     def result(self, where: Location, columns: Columns, *, numbers: bool) -> MediaSet:
-        """The complete set. Raises DataError: it is empty or inconsistent."""
+        """Build the complete set. Raises DataError: it is empty or inconsistent."""
         if not self.files:
             known = ", ".join(extension for extensions in EXTENSIONS.values() for extension in extensions)
             raise DataError(
@@ -155,15 +155,17 @@ class _Collector:
 
 
 def _check_columns(columns: Columns, *, label: bool, caption: bool, where: Location) -> None:
-    """Refuse a column that was named explicitly and is nowhere: a mistake rather than an unlabeled set."""
+    """Refuse a column that was named explicitly but is missing: probably a mistake, not an unlabeled set."""
     for field, given in (("label", label), ("caption", caption)):
         name, default = getattr(columns, field), next(f.default for f in fields(Columns) if f.name == field)
         if name != default and not given:
-            raise DataError(f"{where} has no {field}s in a column or field {name!r}: correct the name or leave it out")
+            raise DataError(
+                f"{where} has no {field}s in a column or field {name!r}: correct the name, or leave out the option"
+            )
 
 
 def _check_unique(files: Sequence[MediaFile]) -> None:
-    # By sorted hashes: a dictionary of ten million keys would take a gigabyte.
+    # Compares sorted hashes: a dictionary of ten million keys would take a gigabyte.
     hashes = np.fromiter((xxhash.xxh3_64_intdigest(file.key.encode()) for file in files), np.uint64, len(files))
     ordered = np.sort(hashes)
     if not (repeated := set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())):
@@ -191,7 +193,7 @@ def _open_source(location: Location, columns: Columns, options: Mapping[str, Any
         names = [name for name in location.names() if not name.startswith(".")]
         tars = [name for name in names if name.endswith(".tar")]
         if tars and any(media_kind(name) for name in names):
-            raise DataError(f"{location} holds both tars and images or videos: keep them in folders of their own")
+            raise DataError(f"{location} holds both tars and images or videos: keep them in separate folders")
         if tars:
             return _InputSource(read_tars([location / name for name in tars], columns), numbers=True)
         return _InputSource(read_folder(location), numbers=False)
@@ -201,7 +203,7 @@ def _open_source(location: Location, columns: Columns, options: Mapping[str, Any
         entries = (entry for match in matches for entry in read_list(match, columns, options))
         return _InputSource(entries, numbers=True)
     if len(tars_only) < len(matches):
-        raise DataError(f"{location} matches both tars and lists: give them one at a time")
+        raise DataError(f"{location} matches both tars and lists: encode them as two sets")
     return _InputSource(read_tars(matches, columns), numbers=True)
 
 
@@ -210,13 +212,12 @@ def _matches(location: Location) -> list[Location]:
     if location.exists():
         if not _is_container(location):
             raise DataError(
-                f"{location} is neither a folder nor a .tar, .jsonl or .parquet file "
-                "(what is compressed must be unpacked first)"
+                f"{location} is neither a folder nor a .tar, .jsonl or .parquet file (unpack compressed files first)"
             )
         return [location]
     matches = _glob(location)
     if not matches:
-        raise DataError(f"the input {location} does not exist")
+        raise DataError(f"the input {location} does not exist: check the path")
     if wrong := [match for match in matches if not _is_container(match) or match.is_dir()]:
         raise DataError(f"{location} matches {wrong[0]}, which is not a .tar, .jsonl or .parquet file")
     return matches

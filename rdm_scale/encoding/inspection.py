@@ -24,7 +24,7 @@ from rdm_scale.storage.location import Location
 
 _REPEATED_SHOWN = 10
 
-Progress = Callable[[int], object]  # called with the number of samples just looked at
+Progress = Callable[[int], object]  # called with the number of samples just inspected
 
 
 class Verification(NamedTuple):
@@ -37,8 +37,8 @@ class Verification(NamedTuple):
 def verify(url: str, progress: Progress = lambda samples: None) -> Verification:
     """Read every byte of a data set and check it against the manifest.
 
-    Checks sizes, the sha256 of each shard, the tars' own lists of members, checksums, shapes, dtypes, labels, finite
-    values, ids that occur twice, and captions that do not belong to their samples.
+    Checks sizes, the sha256 of each shard, the headers of the tars, checksums, shapes, dtypes and labels, that values
+    are finite, that ids are unique, and that captions belong to their samples.
 
     Raises:
         DataError: there is no valid manifest.
@@ -78,7 +78,7 @@ def _verify_shard(opened: OpenDataset, index: int, ids: dict[str, Tensor]) -> It
         if not samples["latents"].isfinite().all():
             yield f"{where} holds latents that are not finite: encode the data again"
         if any(not one.equal(samples["ids"]) for one in captions):
-            yield f"{where} and the captions beside it are not of the same samples: encode the data again"
+            yield f"{where} and its captions are of different samples: encode the data again"
 
 
 class _TarContent(NamedTuple):
@@ -100,16 +100,16 @@ def _read_tar(file: Location, tar: TarIndex) -> _TarContent:
         faults.append(f"{file} is not a tar: {error}")
     else:
         if listed != [(member.name, member.offset, member.bytes) for member in tar.members]:
-            faults.append(f"{file} lists other members, or lists them elsewhere, than the manifest")
+            faults.append(f"the headers in {file} name other members or offsets than the manifest")
     members: list[bytes | None] = []
     for member in tar.members:
         part = content[member.offset : member.offset + member.bytes]
         intact = xxhash.xxh3_64_hexdigest(part) == member.xxh3
         members.append(part if intact else None)
         if not intact:
-            faults.append(f"member {member.name} of {file} is not what was written: its xxh3 is another")
+            faults.append(f"member {member.name} of {file} is not what was written: its xxh3 differs")
     if not faults and hashlib.sha256(content).hexdigest() != tar.sha256:
-        faults.append(f"{file} is not what was written: its sha256 is another, though its members are intact")
+        faults.append(f"{file} is not what was written: its sha256 differs, although its members are intact")
     return _TarContent(members, faults)
 
 
@@ -130,9 +130,9 @@ def _repeated(ids: dict[str, Tensor]) -> Iterator[str]:
     repeated = ordered[1:][ordered.diff() == 0].unique()
     for number in repeated[:_REPEATED_SHOWN].tolist():
         places = " and ".join(where for where, held in ids.items() for _ in range(int((held == number).sum())))
-        yield f"the id {number} is in {places}: every sample must be there once"
+        yield f"the id {number} is in {places}: ids must be unique"
     if (more := len(repeated) - _REPEATED_SHOWN) > 0:
-        yield f"{more} other ids are there more than once"
+        yield f"{more} other ids occur more than once"
 
 
 def measure_statistics(url: str, progress: Progress = lambda samples: None) -> Manifest:
@@ -167,7 +167,7 @@ def measure_statistics(url: str, progress: Progress = lambda samples: None) -> M
 
 
 def decode_samples(url: str, codec: LatentCodec, count: int) -> dict[Shape, Tensor]:
-    """Decode samples at equal distances in a data set.
+    """Decode samples spaced evenly over a data set.
 
     Returns:
         Pixels [N, 3, T, H, W] in [-1, 1], by the shape of their latents.

@@ -1,4 +1,4 @@
-"""Encoding jobs: the description of one, and its result."""
+"""Description of an encoding job, and its result."""
 
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
@@ -17,11 +17,11 @@ class JobProgress(Protocol):
     """Receiver of the progress of a job."""
 
     def __call__(self, stage: JobStage, done: int, total: int) -> object:
-        """Take the number of inputs looked at, or of samples encoded by all ranks, as far as this one knows."""
+        """Receive the number of inputs inspected, or of samples that this rank knows to be encoded by any rank."""
 
 
 class ProcessRank(NamedTuple):
-    """Rank of a process among those that share a job."""
+    """Rank of a process, and the number of processes that share the job."""
 
     rank: int = 0
     world_size: int = 1
@@ -33,7 +33,7 @@ class EncodingJob:
 
     Args:
         text: encoder of the captions; None: captions are left out.
-        digest: hash of everything that decides what is written, see `EncodingJob.create`.
+        digest: hash of everything that determines the output, see `job_digest`.
         max_rejected: share of the inputs that may be undecodable.
     """
 
@@ -59,7 +59,7 @@ class EncodingJob:
         """Describe a job and compute its digest.
 
         Args:
-            inputs: the `inputs_digest`, if it is known already.
+            inputs: the `inputs_digest`, if it has been computed already.
         """
         digest = job_digest(inputs or inputs_digest(source, settings), codec.record, text.record if text else None)
         return cls(source, settings, codec, text, output, digest, max_rejected)

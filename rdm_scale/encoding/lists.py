@@ -52,14 +52,14 @@ def read_list(
     The key of an entry without one is its path without the extension.
 
     Args:
-        options: of the file systems of URLs in the list that are on another file system than the list.
+        options: of the file systems of listed URLs, where that is not the file system of the list.
         max_column_bytes: of a column in one row group of a Parquet file, uncompressed.
 
     Yields:
         Entries, and None for every row whose path is neither an image nor a video by its extension.
 
     Raises:
-        DataError: the file is no such list, has no column of paths, or holds an invalid value.
+        DataError: the file is not a list, has no column of paths, or contains an invalid value.
         OSError: it cannot be read.
     """
     if location.name.endswith(".jsonl"):
@@ -74,7 +74,9 @@ def read_list(
         if keyed is None:
             keyed = key is not None
         elif keyed != (key is not None):
-            raise DataError(f"{name}: some entries have a {columns.key!r} and others have none: give all one, or none")
+            raise DataError(
+                f"{name}: some entries have a {columns.key!r} and others do not: give one to all entries, or to none"
+            )
         query = "?" in path and path.startswith(("http://", "https://"))
         kind = media_kind(path.partition("?")[0] if query else path)
         if kind is None:
@@ -89,7 +91,7 @@ def read_list(
 
 
 class _PathResolver:
-    """Resolves paths and URLs of a list to locations; each file system is opened once, not once per entry."""
+    """Resolver of the paths and URLs of a list; each file system is opened once, not once per entry."""
 
     def __init__(self, location: Location, options: Mapping[str, Any] | None) -> None:
         self._folder, self._options = location.parent, dict(options or {})
@@ -150,7 +152,7 @@ def _parquet_rows(location: Location, columns: Columns, max_column_bytes: int) -
                     row += 1
                     yield _Row(dict(zip(used, values, strict=True)), f"{location}, row {row}")
     except (pa.ArrowException, ValueError, OSError) as error:  # Arrow raises OSError for damaged pages, too
-        what = "cannot be read" if isinstance(error, OSError) else "is not a Parquet file, or a damaged one"
+        what = "cannot be read" if isinstance(error, OSError) else "is not a Parquet file, or is damaged"
         raise DataError(f"{location} {what}: {str(error).strip()}") from None
 
 
@@ -159,7 +161,7 @@ def _used_columns(location: Location, schema: Any, columns: Columns) -> Sequence
     if columns.path not in names:
         embedded = [name for name in ("image", "video") if name in names]
         reason = (
-            f": it seems to hold the files themselves (column {embedded[0]!r}), which is not read; "
+            f": it seems to contain the files themselves (column {embedded[0]!r}), which is not supported; "
             "write them as files or as webdataset tars"
             if embedded
             else f", only {', '.join(map(repr, names))}"
@@ -170,7 +172,7 @@ def _used_columns(location: Location, schema: Any, columns: Columns) -> Sequence
 
 
 def _check_row_groups(location: Location, metadata: Any, used: Sequence[str], limit: int) -> None:
-    """Refuse row groups that would not fit in memory, since a column chunk is uncompressed at once."""
+    """Refuse row groups that would not fit in memory: column chunks are decompressed as a unit."""
     for group in range(metadata.num_row_groups):
         for index in range(metadata.num_columns):
             column = metadata.row_group(group).column(index)
@@ -185,29 +187,31 @@ def parse_label(value: object, column: str, name: str) -> str | None:
     """Class name of a label, a number as its digits; None for no label.
 
     Raises:
-        DataError: it is neither text nor a number from 0 on.
+        DataError: it is neither text nor a non-negative integer.
     """
     if value is None or (isinstance(value, float) and math.isnan(value)):  # NaN: pandas' missing number
         return None
-    if isinstance(value, float) and value.is_integer():  # a column of numbers, some of which are missing in pandas
+    if isinstance(value, float) and value.is_integer():  # how pandas stores a column of integers with missing values
         value = int(value)
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return str(value)
     if isinstance(value, str) and 0 < len(value.strip()) <= _MAX_TEXT:
         return value.strip()
-    raise DataError(f"{name}: {_shown(value)} in {column!r} is no label: give a number from 0 on or a name, or nothing")
+    raise DataError(
+        f"{name}: {_shown(value)} in {column!r} is not a label: give an integer from 0 on, a name, or nothing"
+    )
 
 
 def parse_caption(value: object, column: str, name: str) -> str | None:
-    """Caption without white space around it; None for no caption. Raises DataError: it is no text, or too long."""
+    """Caption without surrounding white space; None for no caption. Raises DataError: it is not text, or too long."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
     if not isinstance(value, str):
-        raise DataError(f"{name}: {_shown(value)} in {column!r} is no caption: it must be one string")
+        raise DataError(f"{name}: {_shown(value)} in {column!r} is not a caption: it must be one string")
     try:
         size = len(value) if value.isascii() else len(value.encode())
     except UnicodeEncodeError:
-        raise DataError(f"{name}: the caption in {column!r} is no valid Unicode: correct it") from None
+        raise DataError(f"{name}: the caption in {column!r} is not valid Unicode: correct it") from None
     if size > MAX_CAPTION_BYTES:
         raise DataError(f"{name}: the caption in {column!r} has {size} bytes; at most {MAX_CAPTION_BYTES} are read")
     return value.strip()
@@ -220,9 +224,7 @@ def _parse_key(value: object, column: str, name: str) -> str | None:
         return str(value)
     if isinstance(value, str) and 0 < len(value) <= _MAX_TEXT:
         return value
-    raise DataError(
-        f"{name}: {_shown(value)} in {column!r} is no key: it must be a number or a string that is not empty"
-    )
+    raise DataError(f"{name}: {_shown(value)} in {column!r} is not a key: it must be an integer or a non-empty string")
 
 
 def _required_text(row: Mapping[str, Any], column: str, name: str) -> str:
@@ -230,7 +232,7 @@ def _required_text(row: Mapping[str, Any], column: str, name: str) -> str:
     if value is None:
         raise DataError(f"{name} has no {column!r}: every entry needs the path or URL of its file")
     if not isinstance(value, str) or not 0 < len(value) <= _MAX_TEXT:
-        raise DataError(f"{name}: {_shown(value)} in {column!r} is no path or URL: correct it")
+        raise DataError(f"{name}: {_shown(value)} in {column!r} is not a path or URL: correct it")
     return value
 
 

@@ -1,6 +1,6 @@
-"""One image or video of a user's data set: where it is stored, and how its bytes are read.
+"""Images and videos of a user's data set: where each is stored, and how its bytes are read.
 
-The bytes are a file of their own or a range of a tar. A video inside a tar is read in place, without unpacking it.
+The bytes are a separate file or a range of a tar. A video inside a tar is read in place, without unpacking it.
 """
 
 import io
@@ -37,13 +37,13 @@ class MediaFile:
     location: Location
     name: str  # path or URL for error messages, with `:member` for a member of a tar
     offset: int = 0
-    length: int | None = None  # None: up to the end of the file
+    length: int | None = None  # None: to the end of the file
 
     def read(self) -> bytes:
         """Read all bytes.
 
         Raises:
-            DataError: the file cannot be read, is too large for an image, or is shorter than when it was found.
+            DataError: the file cannot be read, is too large for an image, or has become shorter since it was listed.
         """
         try:
             if self.length is None and not self.location.is_local:
@@ -77,7 +77,7 @@ class MediaFile:
 
 
 class MediaEntry(NamedTuple):
-    """An image or video as a folder, tar or list describes it, before class names are numbered."""
+    """An image or video as listed by a folder, tar or list, before class names are numbered."""
 
     kind: MediaKind
     key: str
@@ -93,9 +93,9 @@ def decode_text(content: bytes, limit: int, name: str, what: str) -> str:
     """Decode a small UTF-8 file and strip white space around the text.
 
     Args:
-        limit: in bytes.
-        name: of the file, for error messages.
-        what: the file must hold, for error messages.
+        limit: most bytes.
+        name: name of the file, for error messages.
+        what: expected content, for error messages.
 
     Raises:
         DataError: it has more than `limit` bytes, or is not UTF-8.

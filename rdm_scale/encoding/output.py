@@ -1,4 +1,4 @@
-"""Output folders of an encoding job, and what may be in them before it."""
+"""Output folders of an encoding job, and the check that the job may write to them."""
 
 import posixpath
 import re
@@ -13,7 +13,7 @@ from rdm_scale.storage.location import Location
 
 REJECTED_NAME = "rejected.jsonl"
 _WORK = ".encoding"
-# A process that is killed while it writes leaves a partial file behind.
+# A killed process may leave partial files behind.
 _SHARD = re.compile(r"(shard|text)-\d+\.tar(\.partial-\d+)?")
 _OTHERS = re.compile(rf"{re.escape(_WORK)}|({MANIFEST_NAME}|{REJECTED_NAME})(\.partial-\d+)?")
 
@@ -43,20 +43,20 @@ class OutputFolders:
         return folders
 
     def check(self, digest: str) -> bool:
-        """Check that a job may write here; True if it has been completed already.
+        """Check that a job may write here, and return True if it is complete already.
 
         Args:
-            digest: of the job, or the beginning of it.
+            digest: digest of the job, or the beginning of it.
 
         Raises:
-            DataError: one folder lies inside the other, or holds anything but this job's output.
+            DataError: one folder is inside the other, or contains anything but this job's output.
         """
         if self.holdout and (_contains(self.train, self.holdout) or _contains(self.holdout, self.train)):
-            raise DataError(f"{self.holdout} and {self.train} must be two folders, neither inside the other")
+            raise DataError(f"{self.holdout} and {self.train} must be separate folders, neither inside the other")
         try:
             complete = [self._check_folder(folder, digest) for folder in self.by_split.values()]
         except OSError as error:
-            raise DataError(f"cannot look into the output: {error}") from None
+            raise DataError(f"cannot list the output folder: {error}") from None
         return all(complete)
 
     def has_manifest(self) -> bool:
@@ -79,9 +79,9 @@ class OutputFolders:
                 )
             return True
         if strange := [name for name in names if not (_SHARD.fullmatch(name) or _OTHERS.fullmatch(name))]:
-            raise DataError(f"{folder} is not empty (it holds {strange[0]}): choose another folder")
+            raise DataError(f"{folder} is not empty (it contains {strange[0]}): choose another folder")
         if _WORK in names:
-            with suppress(FileNotFoundError):  # no plan yet, or, if other ranks have just finished, no longer
+            with suppress(FileNotFoundError):  # it is not written yet, or other ranks have just finished and removed it
                 SharedPlan.read(folder / _WORK, digest)
         return False
 

@@ -1,4 +1,4 @@
-"""Pixels of samples: images and clips loaded at the size of a bucket, and reconstructions through a codec."""
+"""Pixels of samples: images and clips loaded at the size of a bucket, and their reconstructions by a codec."""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,10 +21,10 @@ def read_metadata(file: MediaFile, kind: MediaKind, fps: float | None) -> MediaM
     """Read the size of an image or video.
 
     Args:
-        fps: frame rate at which the frames of a video are counted; None: its own.
+        fps: frame rate at which the frames of a video are counted; None: that of the video.
 
     Raises:
-        DataError: the file cannot be read, or is no image or video.
+        DataError: the file cannot be read, or is not an image or video.
     """
     if kind == "image":
         return MediaMetadata(1, *image_size(file.read(), file.name))

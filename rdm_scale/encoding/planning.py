@@ -1,7 +1,7 @@
-"""Encoding plans: which samples a job writes, in which order and into which shard, fixed before anything is encoded.
+"""Encoding plans: the samples of a job, their order and their shards, fixed before anything is encoded.
 
-A plan is a function of the inputs' keys, the settings and (with several buckets, or videos) the size of each input,
-never of which process encodes what, or when. So many processes can share a job, and an interrupted job can be resumed.
+A plan is a function of the inputs' keys, the settings and (with several buckets, or videos) the size of each input. It
+does not depend on which process encodes a sample, or when, so processes can share a job and resume an interrupted one.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ SPLITS: tuple[Split, Split] = ("train", "holdout")
 
 
 class PixelBucket(NamedTuple):
-    """A size in pixels that inputs are cropped and resized to; images have one frame."""
+    """Size that inputs are cropped and resized to, in frames and pixels; images have one frame."""
 
     frames: int
     height: int
@@ -57,7 +57,7 @@ class MediaMetadata(NamedTuple):
 
 @dataclass(frozen=True)
 class EncodingSettings:
-    """Everything that decides what a job writes, besides its inputs and models.
+    """Everything that determines the output of a job, besides its inputs and models.
 
     Digests of jobs contain the names and values of all fields: renaming one would orphan the jobs of earlier
     versions.
@@ -77,11 +77,13 @@ class EncodingSettings:
     members_per_shard: int = 64
 
     def check(self, kind: MediaKind) -> None:
-        """Raise ConfigError if these settings do not apply to images, or to videos."""
+        """Raise ConfigError if there are settings for videos and the inputs are images."""
         if kind == "image" and (
             any(b.frames > 1 for b in self.buckets) or self.fps or self.clip_step or self.stride > 1
         ):
-            raise ConfigError("the input holds images: frames, fps, stride and clip step are for videos")
+            raise ConfigError(
+                "the input consists of images: leave out frames, fps, stride and clip step, which are for videos"
+            )
 
     def clip_interval(self, bucket: PixelBucket) -> int:
         """Frames from the start of a clip to that of the next."""
@@ -104,9 +106,9 @@ class PlannedSample(NamedTuple):
     view: int  # 1: mirrored
 
 
-@dataclass(frozen=True, eq=False)  # compared by identity: hashing thousands of samples repeatedly would take seconds
+@dataclass(frozen=True, eq=False)  # compared by identity: hashing all samples would be slow
 class PlannedShard:
-    """The samples of one latent shard, in their order; all are of one bucket."""
+    """The samples of one latent shard, in their order, all of one bucket."""
 
     split: Split
     number: int  # counted within its split
@@ -135,7 +137,7 @@ class EncodingPlan:
 
 
 def inputs_digest(source: MediaSet, settings: EncodingSettings) -> str:
-    """Hash of the inputs and the settings without the models, so that it is known before these are loaded."""
+    """Hash of the inputs and the settings, without the models, which need not be loaded yet."""
     digest = hashlib.sha256(repr((asdict(settings), source.kind, source.class_names)).encode())
     for file in source.files:
         digest.update(repr((file.key, file.label, file.caption)).encode())
@@ -143,10 +145,10 @@ def inputs_digest(source: MediaSet, settings: EncodingSettings) -> str:
 
 
 def job_digest(inputs: str, codec: CodecRecord, text: TextEncoderRecord | None) -> str:
-    """Hash of everything that decides what a job writes.
+    """Hash of everything that determines the output of a job.
 
     Args:
-        inputs: the `inputs_digest`, with which the result begins.
+        inputs: the `inputs_digest`; the result begins with it.
         text: None if captions are not encoded.
     """
     described = None
@@ -168,7 +170,7 @@ def make_plan(
     """Plan the shards of a job.
 
     Args:
-        metadata: size of each input file, or the reason why it cannot be read; None if not `needs_metadata`.
+        metadata: size of each input file, or the reason why it cannot be read; None unless `needs_metadata`.
 
     Raises:
         DataError: no input can be encoded, or one split would be empty.
@@ -204,7 +206,7 @@ def make_plan(
 
 
 class _Keyed(NamedTuple):
-    """A sample with what it is sorted by."""
+    """A sample and its sort key."""
 
     order: int
     key: str
@@ -214,7 +216,7 @@ class _Keyed(NamedTuple):
 def is_held_out(key: str, seed: int, share: float) -> bool:
     """True if the sample with this key is in the holdout.
 
-    A function of key and seed alone: a sample never changes splits when data are added.
+    It depends on the key and the seed alone, so that a sample never changes splits when data is added.
     """
     return rng.key(seed, "holdout", key) < share * 2**63
 
@@ -227,7 +229,7 @@ class FileSplits(NamedTuple):
 
 
 def split_files(files: Sequence[MediaFile], seed: int, holdout_share: float) -> FileSplits:
-    """Shuffle files and split off the holdout; order and split depend on nothing but the keys and the seed."""
+    """Shuffle files and split off the holdout; order and split depend on the keys and the seed alone."""
     splits = FileSplits([], [])
     for file in sorted(files, key=lambda file: (rng.key(seed, "shuffle", file.key), file.key)):
         splits[is_held_out(file.key, seed, holdout_share)].append(file)
@@ -235,9 +237,9 @@ def split_files(files: Sequence[MediaFile], seed: int, holdout_share: float) -> 
 
 
 def _choose_bucket(size: MediaMetadata, settings: EncodingSettings) -> PixelBucket | None:
-    """PixelBucket of an input; None if it is too short for all.
+    """Bucket that an input is assigned to; None if the input is too short for all of them.
 
-    Longer clips come first, then the nearest aspect ratio, then the most pixels without enlarging the input.
+    The longest clip is preferred, then the nearest aspect ratio, then the most pixels without enlarging the input.
     """
     long_enough = [bucket for bucket in settings.buckets if settings.clip_span(bucket) <= size.frames]
     if len(long_enough) <= 1:

@@ -1,4 +1,4 @@
-"""Records of finished shards: one small JSON file each, in a folder that all ranks and later runs of a job share."""
+"""Records of finished shards: one small JSON file each, in a folder shared by all ranks and later runs of a job."""
 
 from typing import NamedTuple
 
@@ -36,7 +36,7 @@ class RecordStore:
 
     def __init__(self, folder: Location, plan: EncodingPlan, source: MediaSet) -> None:
         self._folder = folder
-        # The digest in the name keeps the record of another plan from being taken for one of this plan.
+        # The digest in the name tells the records of this plan from those of another.
         self._names = {s: f"{s.split}-{s.number:06d}-{s.digest(source)}.json" for s in plan.shards}
 
     def finished(self) -> set[PlannedShard]:
@@ -48,7 +48,7 @@ class RecordStore:
         (self._folder / self._names[shard]).write(record.model_dump_json().encode())
 
     def read(self, shard: PlannedShard) -> ShardRecord:
-        """The record of a finished shard. Raises DataError: it is damaged; it is removed then."""
+        """Read the record of a finished shard. A damaged one is removed, and DataError raised."""
         file = self._folder / self._names[shard]
         try:
             return ShardRecord.model_validate_json(file.read())

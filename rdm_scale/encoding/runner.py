@@ -1,8 +1,8 @@
-"""Run encoding jobs: in one process, or in many that share the work through the output folder alone.
+"""Encoding jobs run by one process, or by many that communicate through the output folder alone.
 
 Shards are assigned to the ranks round-robin. Each is written completely and then recorded in the folder `.encoding` of
-the output, so an interrupted job is resumed with any number of ranks and ends with the same bytes. Rank 0 waits for all
-records and writes the manifests from them, that of the training split last.
+the output, so an interrupted job can be resumed with any number of ranks and ends with the same bytes. Rank 0 waits for
+all records and writes the manifests from them, that of the training split last.
 """
 
 import time
@@ -35,15 +35,15 @@ def encode(
     """Run this rank's part of a job; rank 0 returns when the job is done.
 
     Args:
-        progress: called after each input that was looked at, and each batch.
-        trace: entered around each stage of the worker, to measure it.
+        progress: called after each inspected input and each encoded batch.
+        trace: context manager entered around each stage of the worker, to measure it.
 
     Returns:
         The result on rank 0, None on the others.
 
     Raises:
         DataError: the size does not fit the codec, a split would be empty, too many inputs cannot be decoded, a latent
-            is not finite in the dtype, or the output holds another unfinished job or cannot be written.
+            is not finite in the dtype, or the output cannot be written or contains another unfinished job.
     """
     for bucket in job.settings.buckets:
         job.codec.latent_shape(*bucket)
@@ -70,7 +70,7 @@ def encode(
 
 
 def _share_plan(job: EncodingJob, rank: ProcessRank, progress: JobProgress) -> SharedPlan | None:
-    """Write the shared plan on rank 0, wait for it on the others; None if the job is complete already."""
+    """Write the shared plan on rank 0, wait for it on the others. Returns None if the job is complete already."""
     work = job.output.work
     if rank.rank == 0 and not SharedPlan.exists(work):
         work.make_dir()
@@ -83,13 +83,13 @@ def _share_plan(job: EncodingJob, rank: ProcessRank, progress: JobProgress) -> S
         try:
             return SharedPlan.read(work, job.digest)
         except FileNotFoundError:
-            if job.output.has_manifest():  # the other ranks have finished before this one started
+            if job.output.has_manifest():  # the other ranks finished before this one started
                 return None
             time.sleep(_POLL_S)
 
 
 class _ProgressCounter:
-    """Store of records that also counts and reports the samples encoded by all ranks."""
+    """Counter and reporter of the samples encoded by all ranks, from the records of finished shards."""
 
     def __init__(self, plan: EncodingPlan, records: RecordStore, progress: JobProgress) -> None:
         self.records = records
@@ -111,7 +111,7 @@ class _ProgressCounter:
         self._report()
 
     def update(self) -> int:
-        """Look for the records of all ranks; returns the number of finished shards."""
+        """Look up the records of all ranks, and return the number of finished shards."""
         self.finished = self.records.finished()
         self._report()
         return len(self.finished)
@@ -132,7 +132,7 @@ def _compute_threads(number: int) -> Iterator[None]:
 
 
 def _remove_outdated_records(job: EncodingJob, plan: EncodingPlan) -> None:
-    """Remove the records of shards that are no longer planned, or had rejected inputs that can be decoded by now."""
+    """Remove records of shards that are no longer planned, or whose rejected inputs can be decoded now."""
     records = RecordStore(job.output.work, plan, job.source)
     records.remove_others()
 

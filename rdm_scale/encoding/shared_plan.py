@@ -1,4 +1,4 @@
-"""The shared plan of a job: facts that rank 0 collects, and on which all ranks and later runs have to agree."""
+"""The shared plan of a job: what rank 0 finds out once for all ranks and later runs."""
 
 import json
 from typing import NamedTuple
@@ -11,10 +11,10 @@ _NAME = "plan.json"
 
 
 class SharedPlan(NamedTuple):
-    """Contents of `plan.json`, which is kept in the working folder until the job is done."""
+    """Content of `plan.json`, which is kept in the working folder until the job is done."""
 
     digest: str  # of the job
-    threads: int  # that compute on a CPU: another number would change the last bits of latents
+    threads: int  # of a CPU codec; another number would change the last bits of latents
     metadata: list[MediaMetadata | str] | None  # size of each input, or why it cannot be read; None: not needed
 
     def write(self, work: Location) -> None:
@@ -36,8 +36,8 @@ class SharedPlan(NamedTuple):
         """Read the plan of the job whose digest is `digest`, or begins with it.
 
         Raises:
-            FileNotFoundError: there is none (yet).
-            DataError: it is damaged, or that of another job.
+            FileNotFoundError: there is no plan (yet).
+            DataError: the plan is damaged, or belongs to another job.
         """
         file = work / _NAME
         content = file.read()

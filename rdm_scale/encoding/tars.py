@@ -1,6 +1,7 @@
-"""Webdataset tars of images or videos: members indexed by one pass over the headers, and small tars packed.
+"""Webdataset tars of images or videos: indexing the members by one pass over the headers, and packing small tars.
 
-Of `key.png` (or another image or video) the class is in `key.cls` and the caption in `key.txt`, or both in `key.json`.
+For `key.png` (or another image or video), the class is in `key.cls` and the caption in `key.txt`, or both are in
+`key.json`.
 """
 
 import json
@@ -19,17 +20,17 @@ from rdm_scale.storage.ustar import pack_ustar
 
 _MAX_CLASS_BYTES = 1024
 _MAX_JSON_BYTES = 2**20
-_TAR_READERS = 8  # threads, a tar each: an object store answers slowly
+_TAR_READERS = 8  # threads, one tar each, which hide the latency of an object store
 
 
 def read_tars(tars: Sequence[Location], columns: Columns) -> Iterator[MediaEntry | None]:
     """Index all images and videos of the tars, in their order.
 
     Yields:
-        Entries, and None for every member that is neither an image, a video nor belongs to one.
+        Entries, and None for every member that is neither an image or video nor belongs to one.
 
     Raises:
-        DataError: a tar is damaged or cut short; a class or caption is invalid.
+        DataError: a tar is damaged or truncated, or a class or caption is invalid.
         OSError: a tar cannot be read.
     """
     with ThreadPoolExecutor(_TAR_READERS) as pool:
@@ -56,7 +57,7 @@ def pack_tar(samples: Iterable[Mapping[str, bytes]]) -> bytes:
 
 class _IndexedTar(NamedTuple):
     entries: list[MediaEntry]
-    others: int  # number of members that are neither media nor belong to any
+    others: int  # number of members that are neither images or videos nor belong to one
 
 
 class _Annotation(NamedTuple):
@@ -70,11 +71,11 @@ def _index(location: Location, columns: Columns) -> _IndexedTar:
     try:
         return _TarIndexer(location, columns).index()
     except tarfile.TarError as error:
-        raise DataError(f"{location} is not a tar file, or a damaged one ({error}): copy it again") from None
+        raise DataError(f"{location} is not a tar file, or is damaged ({error}): copy it again") from None
 
 
 class _TarIndexer:
-    """Index of one tar, built from its headers; classes and captions may come before or after their image or video."""
+    """Indexer of one tar, from its headers; classes and captions may come before or after their image or video."""
 
     def __init__(self, location: Location, columns: Columns) -> None:
         self._location, self._columns = location, columns
@@ -92,7 +93,7 @@ class _TarIndexer:
                 tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep every header it has read
             if tar.offset + tarfile.BLOCKSIZE > size:
                 raise DataError(
-                    f"{self._location} is cut short: it has no end-of-archive mark after {len(self._media)} images or "
+                    f"{self._location} is truncated: it has no end-of-archive mark after {len(self._media)} images or "
                     "videos; copy it again"
                 )
         entries = [self._annotated(entry) for entry in self._media]
@@ -112,7 +113,9 @@ class _TarIndexer:
             return
         name = f"{self._location}:{path}"
         if member.issparse():
-            raise DataError(f"{name} is stored as a sparse file, which is not read: write the tar without --sparse")
+            raise DataError(
+                f"{name} is stored as a sparse file, which is not supported: write the tar without --sparse"
+            )
         folder, base = posixpath.split(path)
         stem, _, extension = base.partition(".")  # webdataset: a key ends at the first dot of the base name
         key, extension = posixpath.join(folder, stem), extension.lower()

@@ -1,4 +1,4 @@
-"""Text encoders: captions and prompts to vectors, with models of transformers."""
+"""Text encoders of captions and prompts, with models of transformers."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,23 +35,23 @@ class TextEncoderRecord:
 class TextEncoder:
     """A text encoder of transformers (BERT and similar, CLIP, T5) from a folder, local or on any fsspec file system.
 
-    The folder is as save_pretrained writes it, with tokenizer.json, or as sentence-transformers does. The pooled
+    The folder is written by save_pretrained, with tokenizer.json, or by sentence-transformers. The pooled
     vector follows the pooling configuration of sentence-transformers; without one it is CLIP's projected output, the
     model's own pooled output, or else the mean of the tokens. No code, no pickled weights and nothing from the network
     is loaded.
 
     Args:
-        max_tokens: longer captions are truncated; None: to the length that the model was trained for.
-        dtype: of the computation; results are float32.
-        options: of the fsspec file system, beyond what it takes from the environment.
+        max_tokens: longer captions are truncated; None: the length that the model was trained for.
+        dtype: dtype of the computation; results are float32.
+        options: options of the fsspec file system, beyond what it takes from the environment.
 
     Attributes:
         record: identity of the encoder.
         truncated: number of captions truncated so far.
 
     Raises:
-        DataError: there is no such folder, the encoder is of an unknown kind, weights are damaged or missing, or
-            max_tokens does not fit the model.
+        DataError: there is no such folder, the class of the encoder is not supported, weights are damaged or missing,
+            or max_tokens does not fit the model.
     """
 
     def __init__(
@@ -78,8 +78,8 @@ class TextEncoder:
             )
         self._model.to(self._device, STORED_DTYPES[dtype].torch).eval().requires_grad_(False)
         for parameter in self._model.parameters():
-            # Copied out of the memory-mapped file, which may change. Also, the alignment of a tensor in it decides
-            # which instructions the CPU uses, and so the last bit of results.
+            # Copied out of the memory-mapped file, which may change, and where the alignment of a tensor determines
+            # which instructions the CPU uses and so the last bit of results.
             parameter.data = parameter.data.clone()
         empty = self._encode_empty()
         self.record = TextEncoderRecord(
@@ -94,7 +94,7 @@ class TextEncoder:
     def encode(self, captions: Sequence[str]) -> list[EncodedText]:
         """Encode captions, in their order; the same list gives the same bytes.
 
-        The other captions of a list change a caption's vectors by no more than rounding errors.
+        In another list, the vectors of a caption may differ by rounding errors.
 
         Raises:
             DataError: a vector is not finite.
@@ -110,16 +110,16 @@ class TextEncoder:
         for i, result in results.items():
             if not (result.tokens.isfinite().all() and result.pooled.isfinite().all()):
                 raise DataError(
-                    f"the text encoder {self._location} makes vectors of the caption {captions[i][:100]!r} that "
+                    f"the text encoder {self._location} encodes the caption {captions[i][:100]!r} to vectors that "
                     "are not finite: copy its weights again, or use another encoder"
                 )
         return [results[i] for i in range(len(ids))]
 
     def _encode_empty(self) -> EncodedText:
-        """Encode the empty caption, which replaces dropped ones; this also tries the model out.
+        """Encode the empty caption, which replaces dropped ones; this also tests the model.
 
         Raises:
-            DataError: it has no tokens, or the model fails.
+            DataError: the caption has no tokens, or the model fails.
         """
         if not self._tokenizer([""])["input_ids"][0]:
             raise DataError(
@@ -136,7 +136,7 @@ class TextEncoder:
     def _tokenize(self, captions: list[str]) -> list[list[int]]:
         ids: list[list[int]] = self._tokenizer(captions, verbose=False)["input_ids"]
         too_long = [i for i, one in enumerate(ids) if len(one) > self._max_tokens]
-        if too_long:  # by the tokenizer, which keeps the special tokens at the end
+        if too_long:  # truncated by the tokenizer, which keeps the special tokens at the end
             short = self._tokenizer([captions[i] for i in too_long], truncation=True, max_length=self._max_tokens)
             for i, one in zip(too_long, short["input_ids"], strict=True):
                 ids[i] = one
@@ -164,19 +164,20 @@ class TextEncoder:
                 yield EncodedText(tokens, F.normalize(pooled, dim=0) if self._unit_norm else pooled.clone())
 
 
-def encode_prompts(how: TextEncoding, prompts: Sequence[str], url: str | None = None) -> TextCondition:
+def encode_prompts(encoding: TextEncoding, prompts: Sequence[str], url: str | None = None) -> TextCondition:
     """Encode prompts exactly as the captions of a data set were encoded.
 
     Args:
-        url: folder of the text encoder; None: where it was when the data set was encoded.
+        encoding: text encoding of the data set.
+        url: folder of the text encoder; None: its location when the data set was encoded.
 
     Raises:
         DataError: there is no such encoder, or it is a different one.
     """
-    encoder = TextEncoder(url or how.location, max_tokens=how.max_tokens)
-    if encoder.record.digest != how.digest:
+    encoder = TextEncoder(url or encoding.location, max_tokens=encoding.max_tokens)
+    if encoder.record.digest != encoding.digest:
         raise DataError(
-            f"{url or how.location} is not the text encoder that the model was trained with ({how.encoder} of digest "
-            f"{how.digest[:12]}, this one has {encoder.record.digest[:12]}): name the folder of that one"
+            f"{url or encoding.location} is not the text encoder that the model was trained with ({encoding.encoder}, "
+            f"digest {encoding.digest[:12]}, here {encoder.record.digest[:12]}): give the folder of that encoder"
         )
     return TextCondition.from_captions(encoder.encode(prompts))

@@ -1,4 +1,4 @@
-"""Folders of text encoders, as transformers or sentence-transformers write them, copied to this machine.
+"""Folders of text encoders, as written by transformers or sentence-transformers, copied to this machine.
 
 Only known files are read: no Python code, no adapters, and no pickled weights, which could run code. They are copied
 (local ones linked) into a temporary folder, so that transformers cannot load any other file.
@@ -50,15 +50,15 @@ class TextEncoderFolder:
     path: Path  # temporary folder with config.json, the weights, tokenizer.json and the tokenizer's settings
     config: dict[str, Any]
     weights: tuple[Path, ...]
-    pooling: Pooling | None  # None: not the layout of sentence-transformers
-    unit_norm: bool  # the pooled vector is normalized to length 1
+    pooling: Pooling | None  # None: the folder is not from sentence-transformers
+    unit_norm: bool  # True: the pooled vector is normalized to length 1
     max_tokens: int | None  # maximum length of sentence-transformers
     digest: str  # sha256 of weights, tokenizer and pooling
 
 
 @contextmanager
 def text_encoder_folder(url: str, options: Mapping[str, Any] | None = None) -> Iterator[TextEncoderFolder]:
-    """Copy the known files of an encoder to a temporary folder, which exists inside the `with` block.
+    """Copy the known files of an encoder to a temporary folder, which exists until the end of the `with` block.
 
     Args:
         url: folder on any fsspec file system.
@@ -70,13 +70,13 @@ def text_encoder_folder(url: str, options: Mapping[str, Any] | None = None) -> I
     folder = Location(url, options)
     with tempfile.TemporaryDirectory(prefix="text-encoder-") as temporary:
         try:
-            staged = _stage(folder, Path(temporary))
+            copied = _copy_files(folder, Path(temporary))
         except OSError as error:
             raise DataError(f"cannot read the text encoder {folder}: {error}") from None
-        yield staged
+        yield copied
 
 
-def _stage(folder: Location, path: Path) -> TextEncoderFolder:
+def _copy_files(folder: Location, path: Path) -> TextEncoderFolder:
     names = folder.names() if folder.is_dir() else []
     modules = _EncoderModules(folder, pooling=None, unit_norm=False)
     if _MODULES in names:
@@ -85,7 +85,7 @@ def _stage(folder: Location, path: Path) -> TextEncoderFolder:
     transformer = modules.transformer
     if CONFIG not in names:
         raise DataError(
-            f"there is no text encoder {transformer}: give a folder as transformers saves it ({CONFIG}, ...)"
+            f"there is no text encoder {transformer}: give a folder that transformers saved ({CONFIG}, ...)"
         )
     if TOKENIZER not in names:
         raise DataError(
@@ -129,12 +129,12 @@ def _read_modules(folder: Location) -> _EncoderModules:
     for module in modules if isinstance(modules, list) else []:
         kind, place = (module.get("type"), module.get("path")) if isinstance(module, dict) else (None, None)
         if not isinstance(kind, str) or not isinstance(place, str) or (place and not _FOLDER_NAME.fullmatch(place)):
-            raise DataError(f"{folder / _MODULES} has an entry that is no module: save the model again")
+            raise DataError(f"{folder / _MODULES} has an entry that is not a module: save the model again")
         kinds[kind.rpartition(".")[2]] = place
     if list(kinds) not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
         raise DataError(
             f"{folder / _MODULES} lists {', '.join(kinds) or 'nothing'}: only Transformer, Pooling and, after "
-            f"them, Normalize are known; without {_MODULES} the folder is read as a plain transformers model"
+            f"them, Normalize are supported; without {_MODULES} the folder is read as a plain transformers model"
         )
     transformer = folder / kinds["Transformer"] if kinds["Transformer"] else folder
     file = folder / kinds["Pooling"] / CONFIG
@@ -149,8 +149,8 @@ def _pooling(config: dict[str, Any], file: Location) -> Pooling:
     known = [_POOLING_FLAGS.get(name, name) for name in named]
     if len(known) != 1 or known[0] not in _POOLING_FLAGS.values():
         raise DataError(
-            f"{file} asks for the pooling {', '.join(map(str, named)) or 'of no kind'}: "
-            f"one of {', '.join(_POOLING_FLAGS)} is known"
+            f"{file} has the pooling modes {', '.join(map(str, named)) or 'none'}: "
+            f"exactly one of {', '.join(_POOLING_FLAGS)} is supported"
         )
     mode: Pooling = known[0]
     return mode
@@ -169,7 +169,7 @@ def _check_config(config: dict[str, Any], folder: Location) -> None:
         for name, value in part.items():
             if "layers" in name and isinstance(value, int | float) and value > _MAX_LAYERS:
                 raise DataError(
-                    f"{folder / CONFIG}: {name} is {value}, and at most {_MAX_LAYERS} are built: correct it"
+                    f"{folder / CONFIG}: {name} is {value}, and at most {_MAX_LAYERS} are supported: correct it"
                 )
 
 
@@ -187,7 +187,9 @@ def _copy(file: Location, to: Path, limit: int) -> int:
     """Link or copy a file, and return its size."""
     size = file.size()
     if size > limit:
-        raise DataError(f"{file.parent} is too large: more than {_MAX_WEIGHT_BYTES} bytes of weights")
+        raise DataError(
+            f"{file.parent} has more than {_MAX_WEIGHT_BYTES:,} bytes of weights: use a smaller text encoder"
+        )
     if file.is_local:
         to.symlink_to(Path(file.path).resolve())
         return size

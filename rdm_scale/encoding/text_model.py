@@ -1,4 +1,4 @@
-"""Loading text encoders: model and tokenizer of a folder, through transformers, without running code from it."""
+"""Loading the model and tokenizer of a text encoder with transformers, without running code from its folder."""
 
 import inspect
 import math
@@ -41,21 +41,21 @@ class LoadedTextModel(NamedTuple):
 
     model: Any  # a PreTrainedModel, in the dtype of its weights
     tokenizer: Any
-    most_tokens: int  # that the model can take
-    default_tokens: int  # that it was trained for
+    most_tokens: int  # limit of the model
+    default_tokens: int  # length that it was trained for
 
 
 def load_text_model(folder: TextEncoderFolder) -> LoadedTextModel:
     """Load the model and tokenizer of a folder.
 
     Raises:
-        DataError: the model is of an unknown kind, weights are missing or damaged, or its configuration describes a
-            far larger model than the weights are for.
+        DataError: the class of the model is not supported, weights are missing or damaged, or its configuration
+            describes a far larger model than the weights.
     """
     kind = folder.config.get("model_type")
     if kind not in _MODEL_CLASSES:
         raise DataError(
-            f"{folder.location} holds a {kind} model: the text encoders known are {', '.join(_MODEL_CLASSES)}"
+            f"{folder.location} contains a {kind} model: supported text encoders are {', '.join(_MODEL_CLASSES)}"
         )
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the library is imported
     import transformers  # takes seconds
@@ -84,14 +84,14 @@ def load_text_model(folder: TextEncoderFolder) -> LoadedTextModel:
             if missing := sorted(info["missing_keys"]):
                 raise ValueError(f"{len(missing)} weights are missing, the first is {missing[0]}")
     except Exception as error:  # an untrusted configuration makes the constructors fail in many ways
-        raise DataError(f"the files in {folder.location} do not make a text encoder: {first_lines(error)}") from None
+        raise DataError(f"cannot load a text encoder from {folder.location}: {first_lines(error)}") from None
     limit = _position_limit(folder, model)
     return LoadedTextModel(model, tokenizer, limit, min(limit, *_trained_lengths(folder, tokenizer)))
 
 
 @contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """Silence reports of unused weights (of the rest of a model) and progress bars."""
+    """Silence warnings about unused weights (the decoder or heads of a model) and progress bars."""
     log = transformers.utils.logging
     before, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()
@@ -115,16 +115,18 @@ def _weight_shapes(folder: TextEncoderFolder) -> dict[str, list[int]]:
 
 
 def _check_parameters(model_class: Any, config: Any, chosen: dict[str, bool], shapes: dict[str, list[int]]) -> None:
-    """Refuse a configuration of a far larger model than the weights are for: memory must be bounded by the files."""
+    """Refuse a configuration of a far larger model than the weights: memory must be bounded by the files."""
     with torch.device("meta"):
         expected = sum(parameter.numel() for parameter in model_class(config, **chosen).parameters())
     stored = sum(map(math.prod, shapes.values()))
     if expected > 2 * stored + 10**6:
-        raise ValueError(f"the configuration is of {expected} parameters, and the weights hold {stored} numbers")
+        raise ValueError(
+            f"the configuration describes {expected} parameters, but the weights have only {stored} elements"
+        )
 
 
 def _position_limit(folder: TextEncoderFolder, model: Any) -> int:
-    """Number of tokens that the table of positions has entries for."""
+    """Number of usable entries of the table of positions."""
     table: int = getattr(model.config, "max_position_embeddings", None) or _NO_LIMIT
     if folder.config["model_type"] in _POSITIONS_AFTER_PADDING:
         table -= model.config.pad_token_id + 1
@@ -132,7 +134,7 @@ def _position_limit(folder: TextEncoderFolder, model: Any) -> int:
 
 
 def _trained_lengths(folder: TextEncoderFolder, tokenizer: Any) -> list[int]:
-    """Numbers of tokens that the folder or the tokenizer is limited to."""
+    """Limits on the number of tokens, from the folder and the tokenizer."""
     lengths = [
         value
         for value in (folder.max_tokens, tokenizer.model_max_length)
@@ -142,5 +144,5 @@ def _trained_lengths(folder: TextEncoderFolder, tokenizer: Any) -> list[int]:
 
 
 def first_lines(error: Exception) -> str:
-    """The beginning of an error message of a library; the name of its type if there is none."""
+    """First two lines of an exception's message, or the name of its type if it has none."""
     return " ".join(str(error).strip().splitlines()[:2]) or type(error).__name__

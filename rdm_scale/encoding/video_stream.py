@@ -1,7 +1,7 @@
-"""Video streams: files from unknown sources opened through PyAV (FFmpeg), and their frames with times.
+"""Video streams: untrusted files opened with PyAV (FFmpeg), and their frames with times.
 
-Files are untrusted: they are read through a file object, never by name, so that no playlist can make FFmpeg open
-another file or address; containers and frame sizes are bounded, and damage is an error instead of grey blocks.
+Files are read through a file object, never by name, so that no playlist can make FFmpeg open another file or address.
+Containers and frame sizes are bounded, and damage is an error instead of gray blocks.
 """
 
 import math
@@ -16,12 +16,12 @@ import numpy as np
 from rdm_scale.encoding.media import EXTENSIONS
 from rdm_scale.errors import DataError
 
-TOLERANCE = 1e-3  # seconds: Matroska rounds times to milliseconds, so an exact frame may seem to be late
+TOLERANCE = 1e-3  # seconds: Matroska rounds times to milliseconds, so a frame may appear to be late
 _MOV_ATOMS = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot", b"uuid", b"junk")
 
 
 class VideoLimits(NamedTuple):
-    """Largest videos that are decoded."""
+    """Limits on the videos that are decoded."""
 
     file_bytes: int = 2**36
     pixels: int = 2**26  # of a frame, 8192 x 8192: a decoder holds up to 17 of them
@@ -40,11 +40,11 @@ class TimedFrame(NamedTuple):
 
 
 class VideoStream:
-    """The first video stream of an open file. Made by `open_video`.
+    """The first video stream of a file, as opened by `open_video`.
 
     Attributes:
-        name: of the file, for error messages.
-        limits: that the file is checked against.
+        name: name of the file, for error messages.
+        limits: limits that the file is checked against.
     """
 
     def __init__(self, container: Any, stream: Any, name: str, limits: VideoLimits) -> None:
@@ -53,15 +53,15 @@ class VideoStream:
 
     @property
     def rate(self) -> Fraction:
-        """Frames a second, averaged over the video. Raises DataError: the file does not state it."""
+        """Average number of frames per second. Raises DataError: the file does not state it."""
         for rate in (self._stream.average_rate, self._stream.guessed_rate, self._stream.base_rate):
             if rate:
                 return Fraction(rate)
-        raise DataError(f"{self.name} does not say how many frames a second it has: convert it, or give a frame rate")
+        raise DataError(f"{self.name} does not state its frame rate: convert it, or give a frame rate")
 
     @property
     def pixel_aspect(self) -> float:
-        """Width of a pixel over its height; 1 if the file states nothing, or nonsense."""
+        """Width of a pixel over its height; 1 if the file states no plausible ratio."""
         ratio = float(self._stream.sample_aspect_ratio or 1)
         return ratio if 1 / 8 < ratio < 8 else 1.0
 
@@ -71,7 +71,7 @@ class VideoStream:
         return not (self._is_avi and self._stream.codec_context.has_b_frames)
 
     def seek(self, seconds: float) -> None:
-        """Go to the last key frame that is not later."""
+        """Seek to the last key frame at or before `seconds`."""
         self._container.seek(self._start + math.floor(seconds / self._stream.time_base), stream=self._stream)
 
     def frames(self) -> Iterator[TimedFrame]:
@@ -84,7 +84,7 @@ class VideoStream:
         packet_times: deque[int] = deque()
         for packet in self._container.demux(self._stream):
             if packet.is_corrupt:
-                raise DataError(f"cannot decode the video {self.name}: it is damaged or cut short; repair or remove it")
+                raise DataError(f"cannot decode the video {self.name}: it is damaged or truncated; repair or remove it")
             if packet.dts is not None:
                 packet_times.append(packet.dts)
             for frame in packet.decode():
@@ -100,7 +100,7 @@ class VideoStream:
                 yield TimedFrame(time, _duration(frame, rate), frame)
 
     def first_frame_and_duration(self) -> tuple[Any, float]:
-        """Decode the first frame, and find the seconds to the end of the last one.
+        """Decode the first frame, and find the duration of the video in seconds.
 
         A file without a complete index of regular frames (Matroska, WebM, a variable frame rate) is read to its end,
         but not decoded.
@@ -126,13 +126,13 @@ class VideoStream:
         """Raise DataError if the video claims to have more frames than the limit."""
         if frames > self.limits.frames:
             raise DataError(
-                f"{self.name} claims to have {frames} frames: at most {self.limits.frames} are taken; split it"
+                f"{self.name} claims to have {frames} frames: at most {self.limits.frames} are supported; split it"
             )
 
     def _indexed_duration(self, rate: Fraction) -> float | None:
-        """Seconds by the container's index; None if it does not list all frames, or they are not equally spaced.
+        """Duration by the container's index; None if it does not list all frames, or they are not equally spaced.
 
-        With a variable frame rate the index has only decoding times, which do not tell when the last frame ends. The
+        With a variable frame rate the index has only decoding times, which do not give the end of the last frame. The
         duration that a container states may be that of the sound.
         """
         stream = self._stream
@@ -157,14 +157,14 @@ class VideoStream:
 
 @contextmanager
 def open_video(file: BinaryIO, name: str, limits: VideoLimits = DEFAULT_LIMITS) -> Iterator[VideoStream]:
-    """Open a video at its beginning; errors inside the `with` block are raised as DataError, too.
+    """Open a video at its beginning. Errors inside the `with` block also become DataError.
 
     Args:
-        file: opened for reading, seekable; it stays open.
-        name: for error messages.
+        file: seekable file opened for reading; it stays open.
+        name: name of the file, for error messages.
 
     Raises:
-        DataError: it is no video of a known container, is damaged, or exceeds a limit.
+        DataError: the container is not supported, the file is damaged, or it exceeds a limit.
     """
     import av
     import av.error
@@ -176,10 +176,10 @@ def open_video(file: BinaryIO, name: str, limits: VideoLimits = DEFAULT_LIMITS) 
         with av.open(file, mode="r", format=kind, options=format_options, metadata_errors="replace") as container:
             streams = [s for s in container.streams.video if not s.disposition & s.disposition.attached_pic]
             if not streams:
-                raise DataError(f"{name} holds no video stream; remove it")
+                raise DataError(f"{name} has no video stream; remove it")
             stream = streams[0]
             if stream.codec_context is None:
-                raise DataError(f"the video {name} is compressed in a way that this FFmpeg cannot decode; convert it")
+                raise DataError(f"the video {name} has a codec that this FFmpeg cannot decode; convert it")
             if stream.width * stream.height > limits.pixels:
                 raise DataError(
                     f"{name} has frames of {stream.width} x {stream.height} pixels; at most {limits.pixels} are "
@@ -198,7 +198,7 @@ def open_video(file: BinaryIO, name: str, limits: VideoLimits = DEFAULT_LIMITS) 
 
 
 def _container_format(file: BinaryIO, name: str, limits: VideoLimits) -> str:
-    """FFmpeg's name of the container, by the first bytes; FFmpeg's own detection would try every format."""
+    """FFmpeg's name of the container, from its first bytes. FFmpeg's own detection would try every format."""
     if (size := file.seek(0, 2)) > limits.file_bytes:
         raise DataError(f"{name} has {size} bytes: too large for a video (at most {limits.file_bytes}); split it")
     file.seek(0)
@@ -211,7 +211,7 @@ def _container_format(file: BinaryIO, name: str, limits: VideoLimits) -> str:
     if head[:4] == b"\x1a\x45\xdf\xa3":
         return "matroska"
     known = ", ".join(EXTENSIONS["video"])
-    raise DataError(f"{name} is no video file of a known kind ({known}): convert or remove it")
+    raise DataError(f"{name} is not a video file of a supported format ({known}): convert or remove it")
 
 
 def _duration(item: Any, rate: Fraction) -> float:

@@ -1,7 +1,7 @@
 """Video decoding: the size and length of a video, and clips of it as tensors of a given size.
 
-Time counts from the first frame. Frame i of a video at a frame rate is the one shown at i / rate: the last one whose
-own time is not later. A clip is a function of its file and the arguments alone, not of what was decoded before.
+Times count from the first frame. At a given frame rate, frame i is the one shown at time i / rate: the last one whose
+presentation time is not later. A clip depends on its file and the arguments alone, not on what was decoded before.
 """
 
 import itertools
@@ -21,7 +21,10 @@ from rdm_scale.errors import DataError
 
 __all__ = ["VideoLimits", "VideoMetadata", "decode_clip", "read_video_metadata"]
 
-_SECONDS_BACK = (0.0, 10.0)  # before a clip, to look for a key frame, before the file is decoded from its beginning
+_SECONDS_BACK = (
+    0.0,
+    10.0,
+)  # before a clip, to seek a key frame; if both attempts fail, the file is decoded from its beginning
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +32,7 @@ class VideoMetadata:
     """Length and size of a video."""
 
     frames: int  # at the frame rate `fps`
-    height: int  # pixels as shown: upright, and square
+    height: int  # in square pixels, upright
     width: int
     fps: float
 
@@ -43,12 +46,12 @@ def read_video_metadata(
     not decoded.
 
     Args:
-        file: opened for reading, seekable; it stays open.
-        name: for error messages.
-        fps: frame rate at which frames are counted; None: the file's own (average) rate.
+        file: seekable file opened for reading; it stays open.
+        name: name of the file, for error messages.
+        fps: frame rate at which frames are counted; None: the average rate of the video.
 
     Raises:
-        DataError: it is no video of a known container, is damaged, or exceeds a limit.
+        DataError: the container is not supported, the file is damaged, or it exceeds a limit.
         ValueError: the frame rate is impossible.
     """
     if fps is not None and not 0 < fps < math.inf:
@@ -66,7 +69,7 @@ def read_video_metadata(
 
 @dataclass(frozen=True)
 class _Clip:
-    """Frames of a video that are to be decoded."""
+    """Frame numbers and size of a clip to decode."""
 
     fps: float | None
     numbers: range
@@ -95,15 +98,15 @@ def decode_clip(
 
     Frames are turned upright, resized with PIL's antialiased bicubic filter so that they just cover height x width,
     and center-cropped. Decoding starts at the last key frame before the clip. Several threads may decode clips at the
-    same time, each through a file object of its own.
+    same time, each with its own file object.
 
     Args:
-        file: opened for reading, seekable; it stays open.
-        name: for error messages.
-        fps: frame rate at which frames are counted; None: the file's own (average) rate.
+        file: seekable file opened for reading; it stays open.
+        name: name of the file, for error messages.
+        fps: frame rate at which frames are counted; None: the average rate of the video.
 
     Raises:
-        DataError: it is no video of a known container, is damaged, exceeds a limit, or ends before the clip does.
+        DataError: the container is not supported, the file is damaged, exceeds a limit, or ends before the clip does.
         ValueError: the clip is impossible.
     """
     if start < 0 or min(frames, height, width, stride) < 1 or (fps is not None and not 0 < fps < math.inf):
@@ -113,7 +116,7 @@ def decode_clip(
         try:
             with open_video(file, name, limits) as video:
                 pixels = _decode_after_seek(video, clip, back)
-        except DataError:  # a seek may land among frames that depend on others: from the beginning they may be fine
+        except DataError:  # frames after a seek may depend on earlier ones: decoding from the beginning may succeed
             continue
         if pixels is not None:
             return pixels
@@ -122,7 +125,7 @@ def decode_clip(
 
 
 def _decode_after_seek(video: VideoStream, clip: _Clip, back: float) -> Tensor | None:
-    """Decode a clip from the last key frame that is `back` seconds or more before it; None if there is none."""
+    """Decode a clip from the last key frame at least `back` seconds before it; None if there is none."""
     times = clip.times(video)
     if times[0] <= back or not video.seekable:
         return None
@@ -136,7 +139,7 @@ def _decode_after_seek(video: VideoStream, clip: _Clip, back: float) -> Tensor |
 
 
 def _collect(video: VideoStream, chosen: Iterator[Any], clip: _Clip) -> Tensor:
-    """Convert decoded frames to [3, T, height, width] in [-1, 1]."""
+    """Convert decoded frames to a clip, float32 [3, T, height, width] in [-1, 1]."""
     from av.video.reformatter import VideoReformatter
 
     reformatter = VideoReformatter()
@@ -165,7 +168,7 @@ def _resize(rgb: np.ndarray, height: int, width: int, quarter_turns: int, pixel_
 
 
 def _choose(shown: Iterator[TimedFrame], times: Sequence[float], name: str) -> Iterator[Any]:
-    """The frame that is shown at each of `times` (ascending), decoding no further than the last of them.
+    """Yield the frame that is shown at each of `times` (ascending), decoding no further than the last of them.
 
     A time before the first frame gets the first frame.
     """
@@ -188,8 +191,8 @@ def _choose(shown: Iterator[TimedFrame], times: Sequence[float], name: str) -> I
         wanted += 1
     if wanted < len(times):
         raise DataError(
-            f"the video {name} ends at {end:.3f} s, before the frame at {times[wanted]:.3f} s: it is cut short, or "
-            "says that it is longer than it is; repair or remove it"
+            f"the video {name} ends at {end:.3f} s, before the frame at {times[wanted]:.3f} s: it is truncated, or "
+            "states a longer duration than it has; repair or remove it"
         )
 
 
@@ -199,5 +202,5 @@ def _square_width(width: int, pixel_aspect: float) -> int:
 
 
 def _quarter_turns(frame: Any) -> int:
-    """Counterclockwise quarter turns, as numpy.rot90 takes them, that show the frame upright."""
+    """Number of counterclockwise quarter turns (numpy.rot90) that make the frame upright."""
     return round(frame.rotation / 90) % 4

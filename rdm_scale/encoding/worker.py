@@ -1,6 +1,6 @@
 """One rank's share of an encoding job: load pixels, encode them, pack and write shards.
 
-Loading and writing happen in threads beside the codec, which is the bottleneck of an encoding.
+Threads load and write while the codec, the bottleneck of encoding, runs.
 """
 
 from collections import deque
@@ -27,7 +27,7 @@ from rdm_scale.encoding.records import RejectedSample, ShardRecord
 from rdm_scale.errors import DataError
 
 _BATCHES_AHEAD = 2
-_SHARDS_UNWRITTEN = 2  # that may wait for the writing thread
+_SHARDS_UNWRITTEN = 2  # encoded shards that may wait for the writing thread
 
 # load: read and decode a sample (reading threads); collate: wait for the samples of a batch and stack them (a thread);
 # wait: for a batch, or for a shard to be written; encode, statistics: of a batch; write: pack and write a shard (a
@@ -37,7 +37,7 @@ StageTrace = Callable[[WorkerStage], AbstractContextManager[object]]
 
 
 def no_trace(stage: WorkerStage) -> AbstractContextManager[object]:
-    """Trace nothing."""
+    """Trace that does nothing."""
     return nullcontext()
 
 
@@ -55,7 +55,7 @@ class LoadedBatch:
 
 @dataclass
 class EncodedShard:
-    """Latents of a planned shard, as far as it is encoded."""
+    """Latents of a planned shard, batch by batch as they are encoded."""
 
     samples: list[PlannedSample] = field(default_factory=list)
     latents: list[Tensor] = field(default_factory=list)  # of each batch, in the dtype they are stored in
@@ -67,12 +67,12 @@ class Worker:
     """Encoder of the shards of a plan: it loads pixels, runs the codec, and writes shards and their captions.
 
     Args:
-        trace: entered around each stage, in the thread that runs it.
+        trace: context manager entered around each stage, in the thread that runs it.
     """
 
     def __init__(self, job: EncodingJob, trace: StageTrace = no_trace) -> None:
         self._job, self._trace = job, trace
-        # A stream of its own, since on that of the codec's kernels the copies of pixels would wait for these.
+        # On the stream of the codec's kernels, copies of pixels would wait for these.
         cuda = job.codec.device.type == "cuda"
         self._copy_stream = torch.cuda.Stream(job.codec.device) if cuda else None
 
@@ -122,7 +122,7 @@ class Worker:
     def _load_batches(
         self, shards: Sequence[PlannedShard], readers: ThreadPoolExecutor, collator: ThreadPoolExecutor
     ) -> Iterator[LoadedBatch]:
-        """Load the batches of all shards in their order, some of them ahead."""
+        """Yield the loaded batches of all shards in their order; the next ones are loaded in advance."""
         loading: deque[Future[LoadedBatch]] = deque()
         for shard in shards:
             for samples in shard.batches(self._job.settings.batch_size):
@@ -184,7 +184,7 @@ class Worker:
         return encoded
 
     def _latents(self, samples: Sequence[PlannedSample], pixels: Tensor) -> Tensor:
-        """Latents or moments [B, C or 2C, T, H, W] as they are stored."""
+        """Encode pixels to latents or moments [B, C or 2C, T, H, W], as they are stored."""
         settings, codec = self._job.settings, self._job.codec
         with self._trace("encode"):
             moments = codec.encode(pixels)
@@ -192,10 +192,10 @@ class Worker:
         latents = kept.to("cpu", STORED_DTYPES[settings.dtype].torch)
         finite = latents.flatten(1).isfinite().all(dim=1)
         if not finite.all():
-            worst = self._job.source.files[samples[int(finite.int().argmin())].file]
+            broken = self._job.source.files[samples[int(finite.int().argmin())].file]
             raise DataError(
-                f"the codec {codec.record.location} makes latents of {worst.name} that are not finite in "
-                f"{settings.dtype}: encode with --dtype float32, or another codec"
+                f"the codec {codec.record.location} encodes {broken.name} to latents that are not finite in "
+                f"{settings.dtype}: use --dtype float32, or another codec"
             )
         return latents
 
@@ -241,7 +241,7 @@ class Worker:
             if job.text is not None:
                 content = pack_text(job.text.encode(captions[part]), ids[part], dtype)
                 texts.append(PackedMember(name, len(ids[part]), content))
-        # Captions first: a shard of latents must never be there without them.
+        # Captions first: a shard of latents must never exist without them.
         side_car: TarIndex | None = write_tar(folder, f"text-{planned.number:06d}.tar", texts) if texts else None
         tar = write_tar(folder, f"shard-{planned.number:06d}.tar", members)
         shape = job.codec.latent_shape(*planned.bucket)

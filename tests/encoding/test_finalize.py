@@ -136,7 +136,7 @@ def test_a_shard_that_is_removed_or_cut_before_the_end_is_noticed(digits, tmp_pa
         with pytest.raises(KeyboardInterrupt):
             encode(job, progress=stop_after(job, 2))
         damage(tmp_path / "out/shard-000000.tar")
-        with pytest.raises(DataError, match=r"shard-000000.tar was written and is no longer there, or incomplete: run"):
+        with pytest.raises(DataError, match=r"shard-000000.tar was written, but is now missing or incomplete: run"):
             encode(job)
         assert not (tmp_path / "out/manifest.json").exists()
         encode(job)

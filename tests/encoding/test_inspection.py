@@ -91,7 +91,7 @@ def test_a_flipped_bit_outside_of_members(copy):
     content[0:4] = b"abcd"  # the first member has another name, and its header a wrong checksum
     (copy / "shard-000000.tar").write_bytes(content)
     (fault,) = verify(str(copy))[1]
-    assert f"{copy}/shard-000000.tar is not a tar" in fault or "lists other members" in fault
+    assert f"{copy}/shard-000000.tar is not a tar" in fault or "name other members" in fault
 
 
 @pytest.mark.parametrize("name", ["shard-000002.tar", "text-000002.tar"])
@@ -113,7 +113,7 @@ def test_swapped_members(copy):
     order = [1, 0, 2]
     write_tar(folder, tar.name, [PackedMember(names[i], 4, contents_of[i]) for i in order])
     faults = verify(str(copy))[1]
-    assert any(f"{copy / tar.name} lists other members" in fault for fault in faults)
+    assert any(f"the headers in {copy / tar.name} name other members" in fault for fault in faults)
     assert sum("is not what was written" in fault for fault in faults) == 2
     # the contents alone: the tar's list is as before
     write_tar(folder, tar.name, [PackedMember(names[i], 4, contents_of[order[i]]) for i in range(3)])
@@ -144,7 +144,7 @@ def test_many_repeated_ids_make_a_short_list(copy):
 
     rewrite(folder, manifest, change)
     faults = verify(str(copy))[1]
-    assert len(faults) == 11 and faults[-1] == "2 other ids are there more than once"
+    assert len(faults) == 11 and faults[-1] == "2 other ids occur more than once"
     assert [fault.count(" member ") for fault in faults[:10]] == [3] * 6 + [2] * 4
 
 
@@ -169,10 +169,7 @@ def test_captions_of_other_samples(copy):
     manifest, folder = read_manifest(str(copy))
     manifest = rewrite(folder, manifest, lambda s, m, samples, text: s == 0 and m == 1 and text.copy_(text.flip(0)))
     (fault,) = verify(str(copy))[1]
-    assert (
-        f"member {manifest.shards[0].members[1].name} of {copy}/shard-000000.tar and the captions beside it are not"
-        in fault
-    )
+    assert f"member {manifest.shards[0].members[1].name} of {copy}/shard-000000.tar and its captions are of" in fault
 
 
 def test_labels_and_shapes_that_the_manifest_does_not_know(copy):

@@ -70,13 +70,13 @@ def test_lists_that_are_refused(pictures, kind):
     good = {"path": "x/1.png", "label": 1, "caption": "a", "key": "k"}
     for row, message in (
         ({"path": None}, "(line|row) 2 has no 'path'"),
-        ({"path": ""}, "(line|row) 2: '' in 'path' is no path"),
-        ({"path": "x" * 5000}, "is no path"),
+        ({"path": ""}, "(line|row) 2: '' in 'path' is not a path"),
+        ({"path": "x" * 5000}, "is not a path"),
         ({"label": None}, "1 of 2 images have no class"),
         ({"caption": None}, "1 of 2 images have no caption"),
         ({"label": 10**7}, "class number is not below"),
-        ({"label": -2}, "(line|row) 2: -2 in 'label' is no label"),
-        ({"key": None}, "some entries have a 'key' and others have none"),
+        ({"label": -2}, "(line|row) 2: -2 in 'label' is not a label"),
+        ({"key": None}, "some entries have a 'key' and others do not"),
         ({"key": "k"}, "same key 'k'"),
         ({"key": "a\tb"}, "control character"),
         ({"caption": "x" * 70_000}, "70000 bytes"),
@@ -109,7 +109,7 @@ def test_files_that_are_no_lists(tmp_path):
 def test_parquet_files_that_hold_the_images_themselves_are_refused(tmp_path):
     table = pa.table({"image": [{"bytes": RED, "path": "a.png"}], "label": [1]})
     pq.write_table(table, tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=r"hold the files themselves \(column 'image'\).*write them as files"):
+    with pytest.raises(DataError, match=r"contain the files themselves \(column 'image'\).*write them as files"):
         find_media(str(tmp_path / "a.parquet"))
 
 

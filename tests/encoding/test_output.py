@@ -34,12 +34,12 @@ def test_folders_in_use_are_not_touched(digits, tmp_path):
 
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis/shard-of-glass.tar").write_text("ten years of work")
-    with pytest.raises(DataError, match=r"not empty \(it holds shard-of-glass.tar\)"):
+    with pytest.raises(DataError, match=r"not empty \(it contains shard-of-glass.tar\)"):
         OutputFolders(Location(tmp_path / "thesis")).check(first.digest)
     with pytest.raises(DataError, match="is a file"):
         OutputFolders(Location(tmp_path / "thesis/shard-of-glass.tar")).check(first.digest)
     for held in (tmp_path / "a", tmp_path / "a/held", tmp_path):
-        with pytest.raises(DataError, match="must be two folders"):
+        with pytest.raises(DataError, match="must be separate folders"):
             OutputFolders(Location(tmp_path / "a"), Location(held)).check(first.digest)
 
 

@@ -54,7 +54,7 @@ def test_the_pooling_of_sentence_transformers(tmp_path, mode, pool):
 
 def test_pooling_that_is_not_known_is_refused(tmp_path):
     with pytest.raises(
-        DataError, match=r"1_Pooling/config\.json asks for the pooling pooling_mode_mean_sqrt_len_tokens"
+        DataError, match=r"1_Pooling/config\.json has the pooling modes pooling_mode_mean_sqrt_len_tokens"
     ):
         TextEncoder(sentence_transformer(tmp_path / "a", "mean_sqrt_len_tokens"))
     folder = sentence_transformer(tmp_path / "b", "mean_tokens")
@@ -65,7 +65,7 @@ def test_pooling_that_is_not_known_is_refused(tmp_path):
         TextEncoder(folder)
     modules[1:] = [{"type": "sentence_transformers.models.Pooling", "path": "../../elsewhere"}]
     (tmp_path / "b/modules.json").write_text(json.dumps(modules))
-    with pytest.raises(DataError, match="no module"):
+    with pytest.raises(DataError, match="not a module"):
         TextEncoder(folder)
 
 
@@ -186,18 +186,18 @@ def damage(folder, what: str) -> None:
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("cut", "do not make a text encoder"),
-        ("garbage", "do not make a text encoder"),
+        ("cut", "cannot load a text encoder"),
+        ("garbage", "cannot load a text encoder"),
         ("missing weight", r"1 weights are missing, the first is encoder\.layer\.1\.output\.dense\.weight"),
         ("nan", "not finite"),
-        ("huge", "the configuration is of 16000"),
+        ("huge", "the configuration describes 16000"),
         ("deep", "num_hidden_layers is 1000000000, and at most 1000"),
-        ("kind", "holds a llama model: the text encoders known are albert, bert"),
-        ("code", "holds a evil model"),
+        ("kind", "contains a llama model: supported text encoders are albert, bert"),
+        ("code", "contains a evil model"),
         ("quantized", "quantized"),
         ("no tokenizer", r"has no tokenizer\.json"),
-        ("bad tokenizer", "do not make a text encoder"),
-        ("tokens beyond the table", "do not make a text encoder"),
+        ("bad tokenizer", "cannot load a text encoder"),
+        ("tokens beyond the table", "cannot load a text encoder"),
         ("no config", "there is no text encoder"),
         ("config", r"config\.json is not a JSON object"),
     ],

@@ -1,4 +1,4 @@
-"""Videos that are damaged, cut short, too large or no videos at all."""
+"""Videos that are damaged, truncated or too large, and files that are not videos."""
 
 import io
 
@@ -22,7 +22,7 @@ def test_truncated_files(bunny: bytes, share: float) -> None:
     cut = bunny[: int(share * len(bunny))]
     assert metadata_of(cut).frames == 50  # the index is at the front and knows nothing of it
     assert torch.equal(clip_of(cut, 0, 5), clip_of(bunny, 0, 5))  # what is there is good
-    with pytest.raises(DataError, match=r"cut\.mp4: it is damaged or cut short; repair or remove it"):
+    with pytest.raises(DataError, match=r"cut\.mp4: it is damaged or truncated; repair or remove it"):
         clip_of(cut, 40, 10, name="cut.mp4")
     content = index_at_the_end()
     with pytest.raises(DataError, match="cannot decode the video a video"):
@@ -75,10 +75,10 @@ def test_damaged_headers_raise_nothing_else(bunny: bytes) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "no video file of a known kind"),
-        (b"These are words, not pictures.", r"words.mp4 is no video file of a known kind \(mp4, avi"),
-        (b"#EXTM3U\n#EXTINF:1\nfile:///etc/hostname\n", "no video file of a known kind"),
-        (b"ffconcat version 1.0\nfile /etc/hostname\n", "no video file of a known kind"),
+        (b"", "not a video file of a supported format"),
+        (b"These are words, not pictures.", r"words.mp4 is not a video file of a supported format \(mp4, avi"),
+        (b"#EXTM3U\n#EXTINF:1\nfile:///etc/hostname\n", "not a video file of a supported format"),
+        (b"ffconcat version 1.0\nfile /etc/hostname\n", "not a video file of a supported format"),
         (b"\0\0\0\x18ftypisom" + b"words " * 100, "cannot decode the video words.mp4"),
         (b"RIFF\xff\xff\0\0AVI " + b"words " * 100, "words.mp4"),
         (b"\x1a\x45\xdf\xa3" + b"words " * 100, "words.mp4"),

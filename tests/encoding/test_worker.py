@@ -114,7 +114,7 @@ def test_undecodable_samples_are_left_out_and_recorded(tmp_path: Path) -> None:
         (source / name[index].rsplit("/")[-1]).write_bytes(b"no image")
     first, second = run(job)[1].values()
     ((position, reason),) = first.rejected
-    assert position == 3 and name[bad[0]] in reason and "it is no PNG, JPEG or WebP" in reason
+    assert position == 3 and name[bad[0]] in reason and "it is not a PNG, JPEG or WebP" in reason
     assert first.shard.samples == 7 and [member.samples for member in first.shard.members] == [4, 3]
     assert second.shard is None and [one.position for one in second.rejected] == [0, 1, 2, 3] and second.count == 0
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["shard-000000.tar"]
@@ -146,7 +146,7 @@ def test_recorded_moments_are_those_of_draws_from_the_posterior(
 def test_latents_beyond_the_range_of_their_dtype(digits: Path, tmp_path: Path) -> None:
     job = make_job(digits, tmp_path / "half", size=32, codec="digits", dtype="float16")
     job.codec.encode = lambda pixels: torch.full((len(pixels), 8, 1, 8, 8), 1e6)
-    with pytest.raises(DataError, match=r"\.png that are not finite in float16: encode with --dtype float32"):
+    with pytest.raises(DataError, match=r"\.png that are not finite in float16: use --dtype float32"):
         run(job)
     assert not (tmp_path / "half").exists()
     wide = make_job(digits, tmp_path / "single", size=32, codec="digits", dtype="bfloat16")
