@@ -7,9 +7,10 @@ import inspect
 import os
 import warnings
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from rdm_scale.models.layers import Slice
@@ -78,7 +79,24 @@ class ModelParallelUnit:
     get_data_parallel_world_size = staticmethod(parallel_state.get_data_parallel_world_size)
 
 
-def initialize_axes(tensor: int, pipeline: int, timeout: timedelta) -> dict[str, Any]:
+class AxisGroup(NamedTuple):
+    """Process group of this rank along one axis of the mesh, and the rank's place in it."""
+
+    group: dist.ProcessGroup
+    rank: int
+    size: int
+
+
+class MeshGroups(NamedTuple):
+    """Process groups that this rank belongs to."""
+
+    tensor: AxisGroup
+    pipeline: AxisGroup
+    data: AxisGroup
+    replica: dist.ProcessGroup  # ranks of one model replica
+
+
+def initialize_axes(tensor: int, pipeline: int, timeout: timedelta) -> MeshGroups:
     """Make the process groups of a mesh: tensor-parallel ranks adjacent, then data, then pipeline."""
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
@@ -87,11 +105,11 @@ def initialize_axes(tensor: int, pipeline: int, timeout: timedelta) -> dict[str,
             order="tp-cp-ep-dp-pp",
             distributed_timeout_minutes=timeout / timedelta(minutes=1),
         )
-    axes = {"replica_group": parallel_state.get_model_parallel_group()}
-    for axis, group in zip(("tensor", "pipeline", "data"), _GROUPS, strict=True):
-        for name, what in (("group", "group"), ("rank", "rank"), ("size", "world_size")):
-            axes[f"{axis}_{name}"] = getattr(parallel_state, f"get_{group}_{what}")()
-    return axes
+    tensor_axis, pipeline_axis, data_axis = (
+        AxisGroup(*(getattr(parallel_state, f"get_{group}_{what}")() for what in ("group", "rank", "world_size")))
+        for group in _GROUPS
+    )
+    return MeshGroups(tensor_axis, pipeline_axis, data_axis, parallel_state.get_model_parallel_group())
 
 
 def destroy_axes() -> None:

@@ -115,8 +115,23 @@ def build_mesh(config: ParallelConfig, reporter: FailureReporter | None = None) 
         world_size=world,
         timeout=timeout,
     )
-    axes = megatron.initialize_axes(config.tensor, config.pipeline, timeout)
-    return Mesh(rank=rank, world_size=world, device=device, timeout=timeout, **axes)
+    groups = megatron.initialize_axes(config.tensor, config.pipeline, timeout)
+    return Mesh(
+        rank=rank,
+        world_size=world,
+        tensor_rank=groups.tensor.rank,
+        tensor_size=groups.tensor.size,
+        tensor_group=groups.tensor.group,
+        pipeline_rank=groups.pipeline.rank,
+        pipeline_size=groups.pipeline.size,
+        pipeline_group=groups.pipeline.group,
+        data_rank=groups.data.rank,
+        data_size=groups.data.size,
+        data_group=groups.data.group,
+        replica_group=groups.replica,
+        device=device,
+        timeout=timeout,
+    )
 
 
 def check_agreement(mesh: Mesh, config: RunConfig) -> None:

@@ -17,10 +17,10 @@ Shapes: S tokens, B samples, D hidden size.
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from rdm_scale.config import RunConfig
 from rdm_scale.models.blocks import ResidualBranch
@@ -72,7 +72,7 @@ class DepthProbe:
                 found[f"{branch}.beta"] = _ratio(sums, f"{branch}.beta2", f"{branch}.beta.n", math.sqrt)
         return found
 
-    def _watch(self, block: int, module: nn.Module) -> Iterator[Any]:
+    def _watch(self, block: int, module: nn.Module) -> Iterator[RemovableHandle]:
         yield module.register_forward_hook(lambda _, inputs, z_SBD: self._record_stream(block, z_SBD))
         for name, branch in module.named_children():
             if isinstance(branch, ResidualBranch):

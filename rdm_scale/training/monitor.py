@@ -3,7 +3,7 @@
 import json
 import time
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,7 @@ from rdm_scale.training.depth_profiles import DEPTH, Profile, read_profiles
 from rdm_scale.training.step import StepResult
 from rdm_scale.training.trackers import build_trackers
 
-Record = dict[str, Any]  # a line of metrics.jsonl: numbers by name
+Record = dict[str, float]  # a line of metrics.jsonl: numbers by name
 
 
 def metrics_record(config: RunConfig, result: StepResult, step_s: float) -> Record:
@@ -68,7 +68,7 @@ class RunMonitor(Monitor):
     def step(self, record: Record) -> None:
         self.metrics.write(json.dumps(record) + "\n")
         self.metrics.flush()
-        step = record["step"]
+        step = int(record["step"])
         for tracker in self.trackers:
             tracker.log_metrics(step, {name: value for name, value in record.items() if name != "step"})
         ends = (self.first_step + 1, self.config.train.steps)
@@ -103,7 +103,7 @@ class RunMonitor(Monitor):
             tracker.log_image(step, name, pixels)
 
     def _print(self, record: Record) -> None:
-        step, steps = record["step"], self.config.train.steps
+        step, steps = int(record["step"]), self.config.train.steps
         left = (time.monotonic() - self.started) / (step - self.first_step) * (steps - step)
         parts = [
             f"step {step:>{len(str(steps))}}/{steps}",
