@@ -97,7 +97,7 @@ def test_lost_shards_are_tolerated_up_to_the_budget(ranks: RankPool, tmp_path: P
 
 
 def damage_and_train(config: RunConfig, folder: str) -> None:
-    """A body for the pool: train, and damage a shard that no rank has read yet after the first step."""
+    """Run on each rank: train, and damage a shard that no rank has read yet after the first step."""
     from rdm_scale.training.trainer import Trainer
 
     step = Trainer.train_step

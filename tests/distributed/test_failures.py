@@ -37,7 +37,7 @@ def test_a_diverging_run_stops_before_it_saves(ranks: RankPool, data: str, tmp_p
 
 
 def train_with_small_files(config: RunConfig, limit: int) -> None:
-    """A body for the pool, as on a full disk: rank 1 cannot write files beyond `limit` bytes."""
+    """Run on each rank, as on a full disk: rank 1 cannot write files beyond `limit` bytes."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     if os.environ["RANK"] == "1":
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))

@@ -29,7 +29,7 @@ def batch_of(config: RunConfig, samples: int, seed: int) -> TrainingBatch:
 
 
 def use_model(config: RunConfig) -> tuple[list[int], float, float]:
-    """A body for the pool: this rank's blocks, the norm of their gradients and that of all gradients."""
+    """Run on each rank: return its blocks, the norm of their gradients and that of all gradients."""
     from rdm_scale.parallel.mesh import build_mesh
     from rdm_scale.parallel.parallelize import parallelize
     from rdm_scale.parallel.plan import plan_parallelism

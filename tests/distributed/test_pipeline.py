@@ -82,7 +82,7 @@ def alone(count: int, skips: bool, micro_batches: int, steps: int) -> dict[str, 
 
 
 def run_toy(schedule: str, ranks: int, chunks: int, micro_batches: int, skips: bool) -> tuple[dict[str, list], bool]:
-    """A body for the pool: this rank's gradients after two steps, and if the hook saw every action in order."""
+    """Run on each rank: return its gradients after two steps, and True if the hook saw all actions in order."""
     from rdm_scale.parallel.mesh import build_mesh
 
     mesh = build_mesh(ParallelConfig(pipeline=ranks, schedule=schedule, timeout_s=30))  # type: ignore[arg-type]

@@ -44,7 +44,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def train_after_a_copy(config: RunConfig, copy: str) -> None:
-    """A body for the pool: save the loaded state to `copy`, then train."""
+    """Run on each rank: save the loaded state to `copy`, then train."""
     from rdm_scale.checkpoint import Saver
     from rdm_scale.training.trainer import Trainer
 

@@ -32,7 +32,7 @@ def steps_saved(config: RunConfig) -> list[int]:
 
 
 def train_with(write: Callable[..., Any], config: RunConfig) -> str:
-    """A body for the pool: train with `write` in place of `write_tensors`, and return the reports of rank 0."""
+    """Run on each rank: train with `write` in place of `write_tensors`, and return the reports of rank 0."""
     reports: list[str] = []
     saving.write_tensors = lambda folder, rank, *more: write(config, folder, rank, *more)
     from rdm_scale.training.monitor import RunMonitor

@@ -45,7 +45,7 @@ FAMILY = {
 
 
 def train_each(configs: list[RunConfig], ports: list[int]) -> None:
-    """A body for the pool: runs one after the other, since processes that import all take long to start."""
+    """Run on each rank: several trainings in sequence, because processes that import all take long to start."""
     for config, port in zip(configs, ports, strict=True):
         os.environ["MASTER_PORT"] = str(port)
         train(config)

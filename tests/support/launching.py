@@ -11,7 +11,7 @@ ENVIRONMENT = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
 
 class Starter:
-    """Starts commands, each in a process group of its own, which is killed at the end in any case."""
+    """Starts commands, each in a process group of its own, and kills what is left of them at the end."""
 
     def __init__(self) -> None:
         self.started: list[subprocess.Popen] = []

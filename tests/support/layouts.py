@@ -1,4 +1,4 @@
-"""Layouts of up to 8 ranks to compare with one process: all that are legal, and few that cover them."""
+"""Layouts of up to 8 ranks: all that are legal, and small sets that cover all pairs of options."""
 
 import itertools
 from collections.abc import Iterable
@@ -27,7 +27,7 @@ class Case(NamedTuple):
 
     @property
     def micro_batches(self) -> int:
-        """An odd number where the schedule and the batch allow."""
+        """Number of micro-batches, odd where the schedule and the batch allow."""
         if self.schedule == "interleaved_1f1b":
             return self.pipeline
         return 3 if BATCH // self.data % 3 == 0 else 4
@@ -88,13 +88,13 @@ def covering(first: Iterable[Case] = ()) -> list[Case]:
 
 
 def full() -> list[Case]:
-    """Every mesh with ZeRO 1 and 3, and what it takes to cover all pairs."""
+    """Every mesh with ZeRO 1 and 3, and further cases until all pairs are covered."""
     simple = [Case(*mesh, zero, "1f1b", "none", False) for mesh in MESHES for zero in ("1", "3 kept")]
     return covering(simple)
 
 
 def _pairs(case: Case) -> set[Any]:
-    """Pairs of options, where of the sizes it counts whether an axis is there, and whether it divides evenly."""
+    """Pairs of options; of a size counts only if it is above 1 and, for data, if it divides evenly."""
     data = "uneven" if case.data == 3 else case.data > 1
     options = case._asdict() | {"tensor": case.tensor > 1, "pipeline": case.pipeline > 1, "data": data}
     return {case[:3], *itertools.combinations(options.items(), 2)}

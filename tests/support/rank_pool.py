@@ -1,9 +1,9 @@
 """Real ranks for tests: processes forked from one that has imported torch, DeepSpeed and megatron-core.
 
-A body is a module-level function; it runs on every rank of a world of the size asked for, under gloo on the loopback
-interface, and its results come back in rank order. When a rank fails its error is raised; when one hangs, or others
-wait for one that failed, all are ended. Every call has processes of its own: a forked one is there in milliseconds,
-and libraries leave process groups with their threads behind.
+A body is a module-level function. It runs on every rank of a world of the given size, under gloo on the loopback
+interface, and its results are returned in rank order. The error of a failing rank is raised; ranks that hang, or wait
+for one that failed, are killed. Every call has processes of its own, because libraries leave process groups and threads
+behind, and a fork takes milliseconds.
 """
 
 import multiprocessing
@@ -17,10 +17,10 @@ from typing import Any
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
 ON_CPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-# All ranks share one GPU, which NCCL allows to none of one host: so each says that it is on another.
+# All ranks share one GPU. NCCL refuses that within one host, so each rank claims another host.
 ON_GPU = {"NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 PRELOAD = ["rdm_scale.train", "rdm_scale.training.trainer", "rdm_scale.parallel.tensor"]
-_GRACE_S = 10.0  # what the others may take to notice that a rank failed
+_GRACE_S = 10.0  # time in which the other ranks may notice that one failed
 
 
 class RankPool:
@@ -34,7 +34,7 @@ class RankPool:
             self.context.set_forkserver_preload(PRELOAD)
 
     def run(self, world: int, body: Callable[..., Any], *arguments: Any, timeout_s: float = 240) -> list[Any]:
-        """`body(*arguments)` on `world` ranks. Raises what the first failing rank raised, with its type."""
+        """Run `body(*arguments)` on `world` ranks; raises the error of the first failing rank."""
         port = free_port()
         workers = [self._start(self._names(rank, world, port), body, arguments) for rank in range(world)]
         try:

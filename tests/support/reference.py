@@ -72,8 +72,9 @@ def plain_training(config: RunConfig) -> Reference:
 
 
 def complete_p(config: RunConfig, name: str, parameter: Tensor) -> dict[str, Any]:
-    """A group of one parameter, with the rates of CompleteP's table for what it is by its name and shape; those of the
-    configuration where that has no base. Class embeddings, gates and biases do not decay.
+    """Parameter group of one parameter, with the rates of CompleteP's table for its name and shape.
+
+    Without a base the rates are those of the configuration. Class embeddings, gates and biases have no weight decay.
     """
     options, model = config.optimizer, config.model
     skips = model.stacking == "u"  # one for every two blocks

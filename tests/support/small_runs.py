@@ -27,7 +27,7 @@ def write_latents(
     channels: int = 4,
     size: tuple[int, int, int] = (1, 8, 8),
 ) -> str:
-    """Latents [channels, *size] whose mean depends on the label; the manifest's path."""
+    """Write latents [channels, *size] whose mean depends on the label, and return the manifest's path."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(samples) % classes
     latents = torch.randn(samples, channels, *size, generator=generator) * 0.5 + (labels - 1.5).view(-1, 1, 1, 1, 1)
@@ -80,7 +80,7 @@ def add_captions(manifest_path: str, width: int = 6, pooled_width: int = 5) -> N
 
 
 def run_config(tmp_path: Path, data: str | list[dict[str, str]], **changes: Any) -> RunConfig:
-    """A run of a model of 60,000 parameters; `changes` are dotted keys with __ for the dot."""
+    """Configuration of a run of a small model (60,000 parameters); `changes` are dotted keys with __ for the dot."""
     tree: dict[str, Any] = {
         "model": {
             "input": {"channels": 4, "height": 8, "width": 8},
@@ -107,7 +107,7 @@ def run_config(tmp_path: Path, data: str | list[dict[str, str]], **changes: Any)
 
 
 def train(config: RunConfig) -> None:
-    """A body for the pool: one run from start to end."""
+    """Run on each rank: train from start to end."""
     from rdm_scale.train import train
 
     train(config)
