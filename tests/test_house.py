@@ -27,7 +27,7 @@ LAYERS = (
     ("batch", "cost"),
     ("conditions",),
     ("config",),
-    ("device", "moved", "parent_death", "progress"),
+    ("device", "lazy", "moved", "parent_death", "progress"),
     ("dtypes", "errors", "rng"),
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}

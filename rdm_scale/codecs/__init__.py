@@ -5,8 +5,9 @@ or any fsspec URL) with a VAE of diffusers: `config.json` and `diffusion_pytorch
 large one with their index. Weights are safetensors only: pickled ones could run code.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from rdm_scale.lazy import lazy_names
 
 if TYPE_CHECKING:
     from rdm_scale.codecs.codec import LatentCodec, denormalize, normalize
@@ -25,17 +26,13 @@ __all__ = [
     "load_codec",
     "normalize",
 ]
-_HOMES = {
-    "codec": ("LatentCodec", "denormalize", "normalize"),
-    "files": ("CONFIG", "INDEX", "WEIGHTS"),
-    "record": ("CodecRecord",),
-    "registry": ("codec_of", "load_codec"),
-}
-
-
-def __getattr__(name: str) -> Any:
-    # On demand: a manifest needs only the record, and is checked without the seconds that importing torch takes.
-    for module, names in _HOMES.items():
-        if name in names:
-            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+# A manifest needs only the record, and is checked without the seconds that importing torch takes.
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "codec": ("LatentCodec", "denormalize", "normalize"),
+        "files": ("CONFIG", "INDEX", "WEIGHTS"),
+        "record": ("CodecRecord",),
+        "registry": ("codec_of", "load_codec"),
+    },
+)

@@ -5,8 +5,9 @@ One batch passes through `batch_plan` (which samples; from `mixing` and `order`)
 See docs/data.md.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from rdm_scale.lazy import lazy_names
 
 if TYPE_CHECKING:
     from rdm_scale.data.compatibility import check_data
@@ -18,19 +19,15 @@ if TYPE_CHECKING:
 
 __all__ = ["HeldOut", "LatentStream", "Manifest", "Prefetcher", "ShardWriter", "check_data", "read_manifest"]
 
-_MODULES = {
-    "HeldOut": "held_out",
-    "LatentStream": "stream",
-    "Manifest": "manifest",
-    "Prefetcher": "prefetch",
-    "ShardWriter": "shard_writer",
-    "check_data": "compatibility",
-    "read_manifest": "manifest",
-}
-
-
-def __getattr__(name: str) -> Any:
-    # On demand, so that reading a manifest does not take the seconds of importing PyTorch.
-    if name in _MODULES:
-        return getattr(importlib.import_module(f"rdm_scale.data.{_MODULES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+# Reading a manifest does not take the seconds of importing torch.
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "compatibility": ("check_data",),
+        "held_out": ("HeldOut",),
+        "manifest": ("Manifest", "read_manifest"),
+        "prefetch": ("Prefetcher",),
+        "shard_writer": ("ShardWriter",),
+        "stream": ("LatentStream",),
+    },
+)

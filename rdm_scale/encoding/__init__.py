@@ -1,7 +1,8 @@
 """Encoding: from images and videos to latent shards, and inspection of what was encoded."""
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from rdm_scale.lazy import lazy_names
 
 if TYPE_CHECKING:
     from rdm_scale.encoding.inputs import MediaSet, find_media
@@ -30,21 +31,17 @@ __all__ = [
     "measure_statistics",
     "verify",
 ]
-_HOMES = {
-    "inputs": ("MediaSet", "find_media"),
-    "inspection": ("decode_samples", "measure_statistics", "verify"),
-    "job": ("EncodingJob", "EncodingResult", "ProcessRank"),
-    "output": ("OutputFolders",),
-    "planning": ("PixelBucket", "EncodingSettings"),
-    "runner": ("encode",),
-    "text": ("TextEncoder", "encode_prompts"),
-    "videos": ("decode_clip",),
-}
-
-
-def __getattr__(name: str) -> Any:
-    # On demand: listing inputs needs none of the seconds that importing torch and the codecs takes.
-    for module, names in _HOMES.items():
-        if name in names:
-            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+# Listing inputs needs none of the seconds that importing torch and the codecs takes.
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "inputs": ("MediaSet", "find_media"),
+        "inspection": ("decode_samples", "measure_statistics", "verify"),
+        "job": ("EncodingJob", "EncodingResult", "ProcessRank"),
+        "output": ("OutputFolders",),
+        "planning": ("PixelBucket", "EncodingSettings"),
+        "runner": ("encode",),
+        "text": ("TextEncoder", "encode_prompts"),
+        "videos": ("decode_clip",),
+    },
+)

@@ -1,14 +1,12 @@
 """Sampling from trained models: drawing latents and pixels, image grids, and a diffusers-style pipeline."""
 
-from typing import Any
+from typing import TYPE_CHECKING
+
+from rdm_scale.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from rdm_scale.sampling.rdm_pipeline import RDMPipeline
 
 __all__ = ["RDMPipeline"]
 
-
-def __getattr__(name: str) -> Any:
-    # On demand: drawing needs none of what the pipeline imports.
-    if name == "RDMPipeline":
-        from rdm_scale.sampling.rdm_pipeline import RDMPipeline
-
-        return RDMPipeline
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy_names(__name__, {"rdm_pipeline": ("RDMPipeline",)})  # drawing needs none of its imports
