@@ -146,7 +146,7 @@ def test_recorded_moments_are_those_of_draws_from_the_posterior(
 def test_latents_beyond_the_range_of_their_dtype(digits: Path, tmp_path: Path) -> None:
     job = make_job(digits, tmp_path / "half", size=32, codec="digits", dtype="float16")
     job.codec.encode = lambda pixels: torch.full((len(pixels), 8, 1, 8, 8), 1e6)
-    with pytest.raises(DataError, match=r"\.png that are not finite in float16: use --dtype float32"):
+    with pytest.raises(DataError, match=r"\.png to latents that are not finite in float16: use --dtype float32"):
         run(job)
     assert not (tmp_path / "half").exists()
     wide = make_job(digits, tmp_path / "single", size=32, codec="digits", dtype="bfloat16")
