@@ -24,7 +24,7 @@ from rdm_scale.storage.json_files import read_bounded
 from rdm_scale.storage.location import Location
 
 COMMIT, STATE = "commit.json", "state.json"
-_MAX_JSON_BYTES = 2**28  # files from elsewhere are untrusted; a commit of 10,000 ranks takes 2 MB
+_MAX_JSON_BYTES = 2**28  # checkpoints from others are untrusted; a commit of 10,000 ranks takes 2 MB
 _VERSION: Literal[2] = 2  # version 1 had JSON indices
 _STEP = re.compile(r"step_(\d{8}|[1-9]\d{8,17})")
 
@@ -66,7 +66,7 @@ class CheckpointDirectory:
         self.root = root
 
     def folder(self, step: int) -> Location:
-        """Folder of the checkpoint of `step`, whether it exists or not."""
+        """Folder of the checkpoint of `step`, which need not exist."""
         return self.root / f"step_{step:08d}"
 
     def steps(self) -> list[int]:
@@ -81,7 +81,7 @@ class CheckpointDirectory:
         """Find the newest checkpoint that is complete and whose files have the right sizes.
 
         Raises:
-            CheckpointError: a later one cannot be read, so that it may be the newest.
+            CheckpointError: a later checkpoint cannot be read, so it is unknown if it is complete.
         """
         reasons: list[str] = []
         for step in reversed(self._all_steps()):
@@ -94,10 +94,12 @@ class CheckpointDirectory:
         return NewestCheckpoint(None, reasons)
 
     def begin(self, step: int) -> Location:
-        """Make an empty folder for the checkpoint of `step`.
+        """Create an empty folder for the checkpoint of `step`.
 
-        Files that an interrupted save, or a run that was set back to an earlier step, left there are removed. Raises
-        CheckpointError if the folder cannot be made.
+        Files left there by an interrupted save, or by a run that was resumed from an earlier step, are removed.
+
+        Raises:
+            CheckpointError: the folder cannot be created.
         """
         folder = self.folder(step)
         with _os_errors_reported(f"prepare {folder}"):
@@ -170,7 +172,7 @@ class CheckpointDirectory:
 
 
 def is_checkpoint(folder: Location) -> bool:
-    """Test if the folder holds a checkpoint that was completed; `open_checkpoint` verifies that all files are there.
+    """Test if the folder holds a committed checkpoint; only `open_checkpoint` verifies that all files exist.
 
     Raises:
         CheckpointError: the folder cannot be read.
@@ -224,7 +226,7 @@ def _read_commit(folder: Location) -> _Commit:
         commit = _Commit.model_validate_json(_read_json(where))
     except FileNotFoundError:
         if not folder.exists():
-            raise IncompleteError(f"there is no checkpoint {folder}") from None
+            raise IncompleteError(f"there is no checkpoint {folder}: check the path") from None
         raise IncompleteError(
             f"{folder} has no {COMMIT}: it is not a checkpoint, or saving it was interrupted; use another one"
         ) from None
@@ -239,7 +241,7 @@ def _read_commit(folder: Location) -> _Commit:
     if commit != _Commit.of(commit.files):
         raise IncompleteError(f"{where} is damaged: its checksum differs; use another checkpoint")
     if len({file.name for file in commit.files}) != len(commit.files):
-        raise IncompleteError(f"{where} lists a file twice: it was not written by rdm_scale")
+        raise IncompleteError(f"{where} lists a file twice: it was not written by rdm_scale; use another checkpoint")
     return commit
 
 
@@ -255,14 +257,14 @@ def _read_state(folder: Location, commit: _Commit) -> CheckpointState:
     try:
         state = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise IncompleteError(f"{where} is not JSON: {error}") from None
+        raise IncompleteError(f"{where} is not JSON: {error}; use another checkpoint") from None
     if not isinstance(state, dict) or type(state.get("step")) is not int:
-        raise IncompleteError(f"{where} does not say its step: it was not written by rdm_scale")
+        raise IncompleteError(f"{where} has no step: it was not written by rdm_scale; use another checkpoint")
     return cast(CheckpointState, state)
 
 
 def _read_json(where: Location) -> bytes:
-    """The file's bytes. Raises FileNotFoundError, or CheckpointError when it is too large or cannot be read."""
+    """Read a file. Raises FileNotFoundError, or CheckpointError if it is too large or cannot be read."""
     try:
         return read_bounded(where, IncompleteError, _MAX_JSON_BYTES)
     except FileNotFoundError:
@@ -272,7 +274,7 @@ def _read_json(where: Location) -> bytes:
 
 
 def _sync(folder: Location) -> None:
-    """Make the file names in a local folder durable; object stores do not need it."""
+    """Flush the directory entries of a local folder to disk; object stores do not need it."""
     if folder.is_local:
         descriptor = os.open(folder.path, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""Sources of a model's weights: a checkpoint of any layout, or a folder of merged weights.
+"""Sources of a model's weights: checkpoints of any layout, and folders of merged weights.
 
 A merged folder holds `model.safetensors` (or numbered files and their index) with the parameters under this project's
 names, and `config.json` with everything else that is needed to use them.
@@ -42,7 +42,7 @@ class MergedConfig(BaseModel):
     weights: Weights
     dtype: str
     step: int
-    averaged: tuple[str, ...] = ()  # the checkpoints whose mean these weights are
+    averaged: tuple[str, ...] = ()  # the checkpoints that these weights are the mean of
     config: dict[str, Any]
     codec: CodecRecord
     class_names: tuple[str, ...]
@@ -51,7 +51,7 @@ class MergedConfig(BaseModel):
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Weights of a model, not read yet, with what is needed to use them. All shapes match the configuration."""
+    """Weights of a model, read on demand, with what is needed to use them. All shapes match the configuration."""
 
     where: Location
     weights: Weights
@@ -102,7 +102,7 @@ def open_model(path: str, weights: Weights = "ema") -> ModelSource:
         CheckpointError: there is no complete checkpoint, or it is damaged or was not written by this project.
     """
     if weights not in ("ema", "weights"):
-        raise CheckpointError(f"weights={weights!r}: choose ema or weights")
+        raise CheckpointError(f"weights={weights!r} is unknown: choose ema or weights")
     here = Location(path)
     if not is_checkpoint(here) and (here / CONFIG).exists():
         return _open_merged(here)
@@ -131,7 +131,7 @@ def find_checkpoint(path: str) -> Location:
         latest = directory.latest()
         if latest is not None:
             return directory.folder(latest)
-    raise CheckpointError(f"{here} is neither a complete checkpoint nor a run or folder that holds one")
+    raise CheckpointError(f"{here} is neither a complete checkpoint nor a run or folder with one: check the path")
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
@@ -148,11 +148,11 @@ def compare_shapes(found: Mapping[str, Shape], expected: Mapping[str, Shape], wh
         for name, shape in expected.items()
         if name in found and tuple(found[name]) != tuple(shape)
     ]
-    problems = [("lacks", missing), ("has, which the model does not,", unknown), ("has other shapes:", wrong)]
+    problems = [("lacks", missing), ("has unknown tensors:", unknown), ("has other shapes:", wrong)]
     lines = [f"it {what} {_few(names)}" for what, names in problems if names]
     if lines:
         raise CheckpointError(
-            "\n  ".join([f"{where} does not hold the model that its configuration describes:", *lines])
+            "\n  ".join([f"{where} does not match the model that its configuration describes:", *lines])
         )
 
 
@@ -196,23 +196,28 @@ def _describe(state: CheckpointState, folder: Location) -> _Description:
         codec = CodecRecord.model_validate(state["codec"])
         text = None if state.get("text") is None else TextEncoding.model_validate(state["text"])
     except ValidationError as error:
-        raise CheckpointError(f"{folder} does not validly describe the encoding of its data: {error}") from None
+        raise CheckpointError(f"the state of {folder} has an invalid codec or text encoding: {error}") from None
     return _Description(parse_config(state["config"], str(folder)), codec, tuple(state["class_names"]), text)
 
 
 def _checked_shapes(found: Mapping[str, Shape], config: ModelConfig, where: Location) -> dict[str, Shape]:
-    """Shapes of the configured model, after checking that `found` are equal.
+    """Shapes of the configured model, after checking that the tensors in `found` have them.
 
     The configuration is untrusted: it is compared with the tensors before a model of its size is built.
     """
     if config.depth > len(found):
-        raise CheckpointError(f"{where} claims {config.depth:,} blocks and holds only {len(found):,} tensors")
-    if config.tokens * config.hidden_size > _MAX_POSITIONS:  # tables that are not among the tensors
-        raise CheckpointError(f"{where} claims {config.tokens:,} tokens of width {config.hidden_size:,}: impossible")
+        raise CheckpointError(
+            f"the configuration in {where} describes {config.depth:,} blocks, but there are only {len(found):,} tensors"
+        )
+    if config.tokens * config.hidden_size > _MAX_POSITIONS:  # position tables are not among the tensors
+        raise CheckpointError(
+            f"the configuration in {where} describes {config.tokens:,} tokens of width {config.hidden_size:,}: at most "
+            f"{_MAX_POSITIONS:,} elements are supported"
+        )
     try:
         expected = parameter_shapes(config)
     except RuntimeError as error:  # sizes beyond 64 bits
-        raise CheckpointError(f"{where} claims an impossible model: {error}") from None
+        raise CheckpointError(f"the configuration in {where} describes an impossible model: {error}") from None
     compare_shapes(found, expected, where)
     return expected
 

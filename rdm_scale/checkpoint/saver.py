@@ -1,8 +1,8 @@
 """Asynchronous saving: a copy of each rank's state in host memory, written by a thread while training continues.
 
-A save has two phases whose end all ranks must agree on: all ranks have written their files, and then rank 0 has written
-the commit. The threads never communicate with other ranks. Once per step, along with the all-reduced statistics, the
-training loop exchanges whether the thread of any rank is still busy (`busy`), and calls `advance` when none is.
+A save has two phases, and all ranks must agree on the end of each: all ranks write their files, then rank 0 writes the
+commit. The threads never communicate with other ranks. Once per step, along with the all-reduced statistics, the
+training loop finds out if the thread of any rank is still busy (`busy`), and calls `advance` when none is.
 """
 
 import time
@@ -33,7 +33,7 @@ Result = TypeVar("Result")
 
 @dataclass
 class _Save:
-    """A save in progress: the files are written first, then it is committed."""
+    """A save in progress: first the files are written, then it is committed."""
 
     state: CheckpointState
     began: float
@@ -43,7 +43,7 @@ class _Save:
 
     @property
     def work(self) -> Future[list[FileRecord]] | Future[str | None]:
-        """Current phase."""
+        """Future of the current phase."""
         return self.committing or self.writing
 
     @property
@@ -52,7 +52,7 @@ class _Save:
 
 
 class Saver:
-    """Saves the checkpoints of a run, one at a time. All methods are collective.
+    """Asynchronous saver of the checkpoints of a run, one at a time. All methods are collective.
 
     Args:
         directory: directory of the run's checkpoints.
@@ -89,7 +89,7 @@ class Saver:
         return self._save is not None and not self._save.work.done()
 
     def take_stall(self) -> float | None:
-        """Seconds for which the last save stopped training, once; None where no save began since the last call."""
+        """Return how long the last save stopped training, in seconds; None if no save began since the last call."""
         stall_s, self.stall_s = self.stall_s, None
         return stall_s
 
@@ -117,14 +117,14 @@ class Saver:
         self._save = _Save(state, began, self.stall_s, writing)
 
     def _wait_for_previous_save(self) -> None:
-        late = self._save
-        if late is not None:
+        previous = self._save
+        if previous is not None:
             began = time.perf_counter()
             self.finish()
             waited_s = time.perf_counter() - began
             if waited_s > _NOTABLE_S:
                 self.say(
-                    f"warning: the checkpoint of step {late.step} was still being written when the next was due: "
+                    f"warning: the checkpoint of step {previous.step} was still being written when the next was due: "
                     f"training waited {waited_s:.1f} s for it. Raise checkpoint.every, or find a faster checkpoint.dir"
                 )
 
@@ -179,7 +179,7 @@ class Saver:
             raise CheckpointError(f"the last checkpoint, of step {state['step']}, could not be saved: see above")
 
     def _copy_to_host(self) -> None:
-        """Copy all state entries to host memory, which is kept: allocating memory takes longer than filling it."""
+        """Copy all state entries to host memory, which is reused: allocating it takes longer than filling it."""
         entries = self.model.state()._asdict()
         for name, parts in entries.items():  # in the storage order of the file
             if name not in self._host:
@@ -199,7 +199,7 @@ class Saver:
                 list(pool.map(copy, entries))
 
     def _commit(self, save: _Save, files: list[FileRecord]) -> str | None:
-        """Complete the checkpoint and prune old ones. Returns a warning if these could not be removed."""
+        """Complete the checkpoint and prune old ones. Returns a warning if old ones could not be removed."""
         if self.mesh.is_first:
             self.directory.commit(save.step, save.state, files)
             try:

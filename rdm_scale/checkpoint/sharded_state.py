@@ -1,4 +1,4 @@
-"""Sharded loading: every rank of a parallel model reads its own parameter ranges; nothing is gathered."""
+"""Sharded loading: every rank of a parallel model reads its own parameter ranges."""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING

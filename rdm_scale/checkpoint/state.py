@@ -10,7 +10,7 @@ class WriterLayout(TypedDict, total=False):
     tensor: int
     pipeline: int
     data: int
-    imported_from: str  # source of imported weights
+    imported_from: str  # path of the imported weights
 
 
 class GrowthRecord(TypedDict):
@@ -22,10 +22,10 @@ class GrowthRecord(TypedDict):
 
 
 class CheckpointState(TypedDict, total=False):
-    """State of a run beside its tensors.
+    """State of a run besides its tensors.
 
-    Keys may be missing in older checkpoints, and unknown keys are kept. When a checkpoint is read, only `step` has been
-    validated; whoever uses another value validates it.
+    Keys may be missing in older checkpoints, and unknown keys are kept. Reading a checkpoint validates only `step`;
+    validate any other value where it is used.
     """
 
     step: Required[int]

@@ -1,4 +1,4 @@
-"""Verification of all checksums of a checkpoint."""
+"""Verification of a checkpoint's checksums."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor

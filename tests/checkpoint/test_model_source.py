@@ -18,11 +18,11 @@ from tests.support.saved_models import checkpoint_of
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"config": {"model": {"depth": 10**7}}}, "claims 10,000,000 blocks and holds only"),
-        ({"config": {"model": {"hidden_size": 2**40}}}, "claims 16 tokens of width 1,099,511,627,776: impossible"),
-        ({"config": {"model": {"num_classes": 2**62}}}, "claims an impossible model"),
+        ({"config": {"model": {"depth": 10**7}}}, "describes 10,000,000 blocks, but there are only"),
+        ({"config": {"model": {"hidden_size": 2**40}}}, "describes 16 tokens of width 1,099,511,627,776"),
+        ({"config": {"model": {"num_classes": 2**62}}}, "describes an impossible model"),
         ({"config": {"model": {"hidden_size": 48}}}, r"head.out.bias|other shapes"),
-        ({"config": {"model": {"depth": 1}}}, "which the model does not, blocks.1"),
+        ({"config": {"model": {"depth": 1}}}, "has unknown tensors: blocks.1"),
         ({"codec": {"name": 3}}, "codec.name"),
         ({"format": "else"}, "nor a folder that tools/merge_checkpoint.py wrote"),
     ],

@@ -73,7 +73,7 @@ def test_exported_weights_are_imported_and_trained(run: Path, tmp_path: Path, ra
     assert done.returncode == 0, done.stderr
     assert f"checkpoint.resume={checkpoints}/step_00000000" in done.stdout
     again = tool(tmp_path, "import_checkpoint", tmp_path / "dit", checkpoints, config)
-    assert again.returncode == 1 and "holds checkpoints already (step 0)" in again.stderr
+    assert again.returncode == 1 and "already holds checkpoints (step 0)" in again.stderr
     changes: dict[str, Any] = {
         "model__residual": "adaln_zero",
         "model__timestep_spacing": "diffusers",

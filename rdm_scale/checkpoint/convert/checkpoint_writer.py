@@ -1,4 +1,4 @@
-"""Writer of checkpoints from logical tensors on one process, for tools that convert something to a checkpoint."""
+"""Writer of checkpoints from logical tensors on one process, for conversion tools."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,7 +14,7 @@ from rdm_scale.checkpoint.format.writer import write_tensors
 from rdm_scale.checkpoint.state import CheckpointState
 from rdm_scale.storage.location import Location
 
-STATE_ENTRIES = ("weights", "exp_avg", "exp_avg_sq", "ema")  # entries that training continues from
+STATE_ENTRIES = ("weights", "exp_avg", "exp_avg_sq", "ema")  # what training resumes from
 FILE_ELEMENTS = 2**24  # of each state entry in one file: 64 MiB, which the writer holds in memory
 
 
@@ -53,7 +53,7 @@ def write_checkpoint(
         The checkpoint's folder.
 
     Raises:
-        CheckpointError: the checkpoint cannot be written. Nothing is left of it then, nor after an error in `tensors`.
+        CheckpointError: the checkpoint cannot be written. Its folder is removed, also after an error in `tensors`.
     """
     step = state["step"]
     folder = directory.begin(step)
@@ -98,7 +98,7 @@ def _split_into_files(tensors: Iterable[NamedEntries], capacity: int) -> Iterato
 
 
 def _ranges(elements: int, capacity: int, start: int) -> Iterator[_FlatRange]:
-    """Split a tensor where buffers are full, the first of which already holds `start` elements."""
+    """Split a tensor over buffers of `capacity` elements, the first of which already holds `start` elements."""
     first = 0
     while first < elements:
         count = min(elements - first, capacity - start)

@@ -95,7 +95,7 @@ def parse_diffusers_config(tree: dict[str, Any], where: object) -> ModelConfig:
         external = DiffusersConfig.model_validate(tree)
         out = external.out_channels or external.in_channels
         if out not in (external.in_channels, 2 * external.in_channels):
-            raise CheckpointError(f"{where}: out_channels={out} is neither once nor twice in_channels")
+            raise CheckpointError(f"{where}: out_channels={out} must be in_channels or twice that")
         return ModelConfig(
             input=InputConfig(
                 channels=external.in_channels, frames=1, height=external.sample_size, width=external.sample_size
@@ -112,4 +112,4 @@ def parse_diffusers_config(tree: dict[str, Any], where: object) -> ModelConfig:
         )
     except ValidationError as error:
         lines = [f"{'.'.join(map(str, e['loc']))}={e['input']!r}: {e['msg']}" for e in error.errors()]
-        raise CheckpointError("\n  ".join([f"{where} describes no DiT that can be imported:", *lines])) from None
+        raise CheckpointError("\n  ".join([f"{where} does not describe a DiT that can be imported:", *lines])) from None

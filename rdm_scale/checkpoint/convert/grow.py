@@ -31,7 +31,7 @@ _GATE_POWERS = {"exp_avg": -1, "exp_avg_sq": -2}  # of q, for each entry of the 
 
 @dataclass(frozen=True)
 class GrownCheckpoint:
-    """The checkpoint that was written, and the run's configuration before and after."""
+    """The checkpoint that was written, and the run's configuration before and after growth."""
 
     folder: Location
     step: int
@@ -57,10 +57,10 @@ def grow_checkpoint(
             path or any fsspec URL.
         depth: number of blocks of the deeper model.
         out: folder of checkpoints to write to; a local path or any fsspec URL.
-        placement: places of the new blocks.
+        placement: placement of the new blocks.
         restart: reset the step, the position in the data and the optimizer state to 0, so that the warm-up and the
             learning rate schedule start again.
-        progress: called as progress(parameters written, parameters in all) after every tensor.
+        progress: called as progress(parameters written, total parameters) after every tensor.
 
     Raises:
         CheckpointError: there is no complete checkpoint at `path`, it is damaged or was not written by this project, or
@@ -108,7 +108,7 @@ def initial_entry(growth: DepthGrowth, name: str, entry: str, shape: Shape, seed
 def _identity(state: CheckpointState, source: Location) -> dict[str, Any]:
     identity: object = state.get("identity")
     if not isinstance(identity, dict):
-        raise CheckpointError(f"the state of {source} has no identity of a run: it was not written by rdm_scale")
+        raise CheckpointError(f"the state of {source} does not identify its run: it was not written by rdm_scale")
     return identity
 
 
@@ -116,7 +116,8 @@ def _checked_shapes(growth: DepthGrowth, reader: TensorReader, source: Location)
     """Names and shapes of the grown model, after checking that the checkpoint holds exactly their sources."""
     shapes = parameter_shapes(growth.new)
     sources = {old: shape for name, shape in shapes.items() if (old := growth.source(name)) is not None}
-    for name in sorted(sources.keys() ^ set(reader.names())):
+    if differing := sorted(sources.keys() ^ set(reader.names())):
+        name = differing[0]
         raise CheckpointError(
             f"{source} {'lacks' if name in sources else 'has'} the tensor {name}, which does not match its "
             "configuration: it was not written by this version of rdm_scale"

@@ -37,11 +37,11 @@ NO_DATA = "none"  # data.train of a checkpoint imported without a configuration
 
 @dataclass(frozen=True)
 class PublishedWeights:
-    """External weights, not converted yet, whose names and shapes are exactly those of `model`."""
+    """External weights that are converted on demand. Their names and shapes are exactly those of `model`."""
 
     where: Location
     model: ModelConfig
-    mappings: dict[str, ParameterMapping]  # by own name
+    mappings: dict[str, ParameterMapping]  # by this project's name
     read: Callable[[str], Tensor]  # returns an external tensor by its name
 
     @property
@@ -50,7 +50,7 @@ class PublishedWeights:
         return sum(math.prod(mapping.shape) for mapping in self.mappings.values())
 
     def stream(self) -> Iterator[tuple[str, Tensor]]:
-        """Convert every parameter to fp32, one by one, with its own name.
+        """Convert every parameter to fp32, one by one, under this project's name.
 
         Raises:
             CheckpointError: a tensor cannot be read, or copies of an embedder differ.
@@ -77,10 +77,12 @@ def open_published(source: str, model: ModelConfig | None) -> PublishedWeights:
         # adaln_zero does not use model.gate, which may have any values
         found, wanted = (dict(flatten(m.model_dump(mode="json", exclude={"gate"}))) for m in (published.model, model))
         lines = [
-            f"model.{k}: {found[k]} there, {wanted[k]} in the configuration" for k in found if found[k] != wanted[k]
+            f"model.{k}: {found[k]} in the weights, {wanted[k]} in the configuration"
+            for k in found
+            if found[k] != wanted[k]
         ]
         if lines:
-            raise CheckpointError("\n  ".join([f"{here} is another model than the configuration's:", *lines]))
+            raise CheckpointError("\n  ".join([f"{here} is not the model of the configuration:", *lines]))
     _refuse_differing_copies(published)
     return published
 
@@ -108,13 +110,13 @@ def import_weights(
         The checkpoint's folder, for `checkpoint.resume`.
 
     Raises:
-        CheckpointError: `out` has checkpoints already or cannot be written, or the weights cannot be read. Nothing is
+        CheckpointError: `out` already has checkpoints or cannot be written, or the weights cannot be read. Nothing is
             written then.
     """
     directory = CheckpointDirectory(out)
     if (latest := directory.latest()) is not None:
-        raise CheckpointError(f"{out} holds checkpoints already (step {latest}): choose another folder")
-    config = config or _bare_config(published.model)
+        raise CheckpointError(f"{out} already holds checkpoints (step {latest}): choose another folder")
+    config = config or _minimal_config(published.model)
     state: CheckpointState = {
         "step": 0,
         "samples": 0,
@@ -141,7 +143,9 @@ def _open_folder(folder: Location) -> PublishedWeights:
     model = parse_diffusers_config(read_json_object(folder / CONFIG, CheckpointError), folder / CONFIG)
     reader = SafetensorsReader.of_folder(folder, "diffusion_pytorch_model")
     if model.depth > len(reader.shapes):  # before a model of that size is built
-        raise CheckpointError(f"{folder} claims {model.depth:,} blocks and holds only {len(reader.shapes):,} tensors")
+        raise CheckpointError(
+            f"{folder / CONFIG} describes {model.depth:,} blocks, but there are only {len(reader.shapes):,} tensors"
+        )
     mappings = map_parameters(diffusers_names, model)
     compare_shapes(reader.shapes, _external_shapes(mappings), folder)
     return PublishedWeights(folder, model, mappings, reader.read)
@@ -151,7 +155,9 @@ def _open_file(file: Location, model: ModelConfig | None) -> PublishedWeights:
     if model is None:
         raise CheckpointError(f"{file} does not contain the number of heads: give a configuration too, as CONFIG")
     if model.residual != "adaln_zero" or model.condition != "class":
-        raise CheckpointError(f"{file} can only be a model with model.residual=adaln_zero and model.condition=class")
+        raise CheckpointError(
+            f"{file} can only hold an original DiT: set model.residual=adaln_zero and model.condition=class"
+        )
     tensors = _open_tensors(file)
     model = model.model_copy(update={"timestep_spacing": "dit"})
     mappings = map_parameters(original_names, model)
@@ -194,7 +200,7 @@ def _unpickle(file: Location) -> dict[str, Tensor]:
     except _UNREADABLE as error:
         first = str(error).strip().splitlines()[:1]
         raise CheckpointError(
-            f"{file} is not a plain file of tensors; nothing else is loaded or executed: {' '.join(first)}"
+            f"{file} is not a plain file of tensors, and nothing else is loaded or executed: {' '.join(first)}"
         ) from None
     for key in ("ema", "model"):  # as the original training saves them
         if isinstance(found, dict) and isinstance(found.get(key), dict):
@@ -216,7 +222,7 @@ def _refuse_differing_copies(published: PublishedWeights) -> None:
             mapping.from_external(published.read)
 
 
-def _bare_config(model: ModelConfig) -> RunConfig:
+def _minimal_config(model: ModelConfig) -> RunConfig:
     tree = {
         "model": model.model_dump(mode="json"),
         "diffusion": {"objective": "ddpm"},

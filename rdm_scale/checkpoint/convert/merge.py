@@ -91,7 +91,7 @@ def refuse_occupied(out: Location) -> None:
     except OSError as error:
         raise CheckpointError(f"cannot write to {out}: {error.strerror or error}") from error
     if names:
-        raise CheckpointError(f"{out} is not empty (it holds {names[0]}): choose another folder")
+        raise CheckpointError(f"{out} is not empty (it contains {names[0]}): choose another folder")
     if is_file:
         raise CheckpointError(f"{out} is a file: choose another folder")
 
@@ -100,16 +100,16 @@ def _mean(sources: Sequence[ModelSource]) -> Iterator[tuple[str, Tensor]]:
     if len(sources) == 1:
         yield from sources[0].stream()
         return
-    for parts in zip(*(source.stream() for source in sources), strict=True):
-        total = parts[0][1].double()
-        for _, tensor in parts[1:]:
+    for (name, first), *others in zip(*(source.stream() for source in sources), strict=True):
+        total = first.double()
+        for _, tensor in others:
             total += tensor
-        yield parts[0][0], (total / len(parts)).float()
+        yield name, (total / len(sources)).float()
 
 
 @dataclass(frozen=True)
 class _OutputFolder:
-    """A folder of weights to write."""
+    """Writer of a folder with weights and `config.json`."""
 
     out: Location
     stem: str  # of the file names
@@ -118,7 +118,7 @@ class _OutputFolder:
     progress: Progress
 
     def write(self, shapes: dict[str, Shape], tensors: Iterator[tuple[str, Tensor]], config: bytes) -> None:
-        """Write weights, then `config.json`; after an error the folder is removed."""
+        """Write the weights, then `config.json`; after an error, remove the folder."""
         refuse_occupied(self.out)
         try:
             write_safetensors(

@@ -1,9 +1,9 @@
 """Mapping of a DiT's parameters to their names and shapes in diffusers and in the files of the original DiT.
 
-Both name the parameters of `residual: adaln_zero` differently, order the rows of qkv as (q/k/v, head, channel) and not
-as (head, q/k/v, channel), and store the patch embedding as a convolution. diffusers also stores q, k and v separately
-and gives every block a copy of the timestep and class embeddings, and it uses the copies of the first block for the
-last layer. It spaces the timestep frequencies with i/127, the original with i/128.
+Both use other names for the parameters of `residual: adaln_zero`, order the rows of qkv as (q/k/v, head, channel)
+instead of (head, q/k/v, channel), and store the patch embedding as a convolution. diffusers also stores q, k and v
+separately, gives every block a copy of the timestep and class embeddings, and uses the copies of the first block for
+the last layer. It spaces the timestep frequencies with i/127, the original with i/128.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ from rdm_scale.errors import CheckpointError
 from rdm_scale.storage.safetensors_folder import Shape
 
 Transform = Callable[[Tensor], Tensor]
-ExternalNames = dict[str, list[list[str]]]  # by own name: the external names of each part, see ParameterMapping
+ExternalNames = dict[str, list[list[str]]]  # by this project's name: external names of each part, see ParameterMapping
 
 
 def _identity(tensor: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ class ParameterMapping:
         names: external names of each part. The parts are concatenated along dimension 0; all tensors of one part are
             copies of each other.
         export: changes the order of elements and the shape to the external ones, before the parameter is split.
-        restore: inverse of `export` but for the shape, which `shape` gives.
+        restore: inverse of `export`, up to a reshape to `shape`.
     """
 
     shape: Shape

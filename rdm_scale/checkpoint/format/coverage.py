@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from rdm_scale.checkpoint.format.slices import Ints, SliceTable, strides_of
 
-_STEPS = 64  # tensors of a file share their bounds if these lie in the same 64ths of the flattened tensor
+_STEPS = 64  # tensors of a file share bounds if their ranges round to the same 64ths of the flattened tensor
 _Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -55,7 +55,7 @@ def coverage_bounds(table: SliceTable) -> tuple[CoverageBounds, ...]:
 
 
 class CoverageQuery:
-    """Slices prepared for queries whether a file may hold some of them."""
+    """Query for the files that may hold some of the given slices."""
 
     def __init__(self, table: SliceTable) -> None:
         reach = _tensor_reach(table)
@@ -65,13 +65,13 @@ class CoverageQuery:
         self._low, self._high = reach.low[order], reach.high[order]
 
     def may_overlap(self, bounds: Iterable[CoverageBounds]) -> bool:
-        """True unless none of the slices is within the bounds of a file."""
+        """True if a file with these bounds may hold a part of the slices."""
         return any(self._may_overlap(one) for one in bounds)
 
     def _may_overlap(self, bounds: CoverageBounds) -> bool:
         first = bisect_left(self._keys, name_order(bounds.first))
         last = bisect_right(self._keys, name_order(bounds.last))
-        # Inclusive, because fractions are rounded, and a neighbor that only touches does no harm.
+        # Inclusive, because fractions are rounded; a false positive only opens one more index.
         return bool(((self._low[first:last] <= bounds.high) & (self._high[first:last] >= bounds.low)).any())
 
 
@@ -84,7 +84,7 @@ class _TensorReach(NamedTuple):
 
 
 def _tensor_reach(table: SliceTable) -> _TensorReach:
-    """Compute the range of each tensor of which there are slices."""
+    """Compute the range of each tensor that has slices in the table."""
     slices, shapes = table.slices, np.maximum(table.shapes, 1)
     strides = strides_of(shapes)[:, slices.tensor]
     begin = (slices.offset * strides).sum(axis=0)

@@ -102,7 +102,7 @@ class IndexedFile:
         return 1 + self.entries.index(entry) * blocks_in(self.elements, self.block_bytes)
 
     def block_range(self, number: int) -> tuple[int, int]:
-        """Byte positions of the begin and the end of a block."""
+        """Byte positions of the start and the end of a block."""
         if number == 0:
             return 0, self.header_bytes
         entry, block = divmod(number - 1, blocks_in(self.elements, self.block_bytes))
@@ -111,7 +111,7 @@ class IndexedFile:
 
 
 def blocks_in(elements: int, block_bytes: int = BLOCK_BYTES) -> int:
-    """Number of blocks in a state entry of so many elements."""
+    """Number of blocks in a state entry of `elements` elements."""
     return -(-4 * elements // block_bytes)
 
 
@@ -153,7 +153,9 @@ def read_index(
     where = folder / record.name
     data = record.name.removesuffix(INDEX) + DATA
     if record.bytes > _MAX_BYTES:
-        raise CheckpointError(f"{where} is larger than an index can be ({record.bytes:,} bytes)")
+        raise CheckpointError(
+            f"{where} has {record.bytes:,} bytes, and an index has at most {_MAX_BYTES:,}: use another checkpoint"
+        )
     try:
         content = where.read_range(0, record.bytes + 1)
     except OSError as error:
@@ -175,7 +177,8 @@ def read_index(
 def _decode(content: bytes, data: Location, size: int, block_bytes: int) -> IndexedFile:
     """Decode the index of a data file of `size` bytes.
 
-    Raises SafetensorError or ValueError (of which ValidationError is one) with what is impossible about it.
+    Raises:
+        SafetensorError, ValueError, ValidationError: the index is invalid; says why.
     """
     arrays = _decode_arrays(content)
     metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__") or {}

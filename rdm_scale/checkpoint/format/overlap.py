@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from rdm_scale.checkpoint.format.slices import Ints, Slices, strides_of
 from rdm_scale.errors import CheckpointError
 
-PAIRS_AT_ONCE = 2**20  # candidate pairs compared in one array, which bounds the memory whatever a file claims
+PAIRS_AT_ONCE = 2**20  # candidate pairs compared in one array, which bounds the memory for any content of a file
 _MAX_PAIRS, _MAX_PAIRS_PER_SLICE = 10**7, 1000  # candidates beyond both limits together are refused
 
 
@@ -28,8 +28,8 @@ class SliceIndex:
     """Interval index over tensor slices for overlap queries.
 
     All tensors are laid end to end on one line. A slice's interval reaches from its first to its last element on that
-    line. Intervals sorted by their begin are searched by bisection, so that a query costs about as much as the number
-    of true neighbors.
+    line. Intervals sorted by their start are searched by bisection, so the cost of a query is about proportional to the
+    number of overlapping slices.
 
     Args:
         slices: the P slices to search.
@@ -87,7 +87,7 @@ class SliceIndex:
 
 
 class Intersections(NamedTuple):
-    """Regions that pairs of slices have in common. An extent of 0 or less means that they do not overlap."""
+    """Regions that pairs of slices have in common. Slices with an extent of 0 or less do not overlap."""
 
     offset: Ints  # [N, P]
     extent: Ints  # [N, P]

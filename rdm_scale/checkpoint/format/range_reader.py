@@ -1,4 +1,4 @@
-"""Range reads from the files of a checkpoint: few large reads of complete blocks, verified and concurrent.
+"""Range reads from the files of a checkpoint: few and large, concurrent, and verified block by block.
 
 Shapes: N dimensions, K copies.
 """
@@ -38,14 +38,14 @@ class ThreadBuffer(threading.local):
 
 
 class FilePositions(NamedTuple):
-    """Begin of the source of each copy of a plan."""
+    """Position of the source of each copy of a plan."""
 
     file: Ints  # [K], number of the file
     byte: Ints  # [K], position within the state entry
 
 
 class RangeReader:
-    """Executes copies from these files. Threads and their buffers are kept between calls.
+    """Executor of copies from the files of a checkpoint. Threads and their buffers are kept between calls.
 
     Args:
         files: the files to read; all local or all remote.
@@ -112,14 +112,14 @@ class _BlockRead:
     last: int
     copies: Ints  # [K], numbers of the copies in the plan
     skipped: Ints  # [K], elements of a contiguous copy that earlier reads cover
-    begins: Ints  # [K], bytes from the begin of the state entry
+    begins: Ints  # [K], bytes from the start of the state entry
     ends: Ints  # [K]
 
 
 def _plan_reads(plan: CopyPlan, sources: FilePositions, window_bytes: int, block_bytes: int) -> Iterator[_BlockRead]:
     """Group copies that begin in the same window of a state entry and are close to each other into one read.
 
-    Contiguous copies are split at the ends of windows. A strided copy is read at once.
+    Contiguous copies are split at the ends of windows; strided copies are not split.
     """
     owner, position = sources
     end = position + 4 * plan.span

@@ -40,16 +40,16 @@ class ReadOptions:
 
     block_bytes: int = BLOCK_BYTES  # bytes per checksum, as in the writer
     window_blocks: int | None = None  # most blocks per read, see RangeReader
-    unfiltered_indices: int = 32  # open so many indices without consulting their coverage bounds
+    unfiltered_indices: int = 32  # up to this number, all indices are opened regardless of their coverage bounds
 
 
 class TensorReader:
-    """Reads logical tensors, or any slices of them, from the files of a checkpoint.
+    """Reader of logical tensors, or any slices of them, from the files of a checkpoint.
 
     Args:
         folder: the checkpoint's folder.
         records: records of all files of the checkpoint.
-        needed: what will be read, if known: only files that may hold some of it are opened.
+        needed: slices that will be read, if known; only files that may hold some of them are opened.
         options: sizes of reads.
 
     Raises:
@@ -67,7 +67,9 @@ class TensorReader:
         sizes = {record.name: record.bytes for record in records}
         indices = [r for r in records if r.name.startswith("rank_") and r.name.endswith(INDEX)]
         if not indices:
-            raise CheckpointError(f"{folder} holds no tensors: no index rank_*{INDEX} is part of it")
+            raise CheckpointError(
+                f"{folder} has no tensors: it contains no index rank_*{INDEX}; use another checkpoint"
+            )
         if needed is not None and len(indices) > options.unfiltered_indices:
             query = CoverageQuery(needed)
             indices = [record for record in indices if query.may_overlap(record.spans)] or indices[:1]
@@ -106,7 +108,7 @@ class TensorReader:
         return self._read(SliceTable.of([TensorSlice(name, shape, region, 0)]), entry).view(region.extent)
 
     def read_many(self, entry: str, names: Sequence[str]) -> dict[str, Tensor]:
-        """Read several logical tensors in fp32, which share their memory. Raises CheckpointError as `fill` does."""
+        """Read several logical tensors in fp32 into one shared buffer. Raises CheckpointError as `fill` does."""
         table = SliceTable.of_tensors(list(names), self._shapes[:, [self._number(name) for name in names]])
         parts = self._read(table, entry).split(table.slices.numel.tolist())
         return {name: part.view(self.shape(name)) for name, part in zip(names, parts, strict=True)}
@@ -167,7 +169,10 @@ class TensorReader:
             for i, j in zip(first[first != second], second[first != second], strict=True):
                 name = self.names()[self._slices.tensor[i]]
                 files = sorted({str(self.files[k].data) for k in self._file_of(self._slices.start[[i, j]])})
-                raise CheckpointError(f"two slices of {name} overlap in {' and '.join(files)}: the index is damaged")
+                raise CheckpointError(
+                    f"two slices of {name} overlap in {' and '.join(files)}: the index is damaged; use another "
+                    "checkpoint"
+                )
 
     def _file_of(self, positions: Ints) -> Ints:
         return np.searchsorted(self._bases, positions, side="right") - 1
@@ -179,7 +184,8 @@ class TensorReader:
         source, target = self._slices.take(stored), needed.take(query)
         covered = np.zeros_like(needed.numel)
         np.add.at(covered, query, intersect(source, target).extent.prod(axis=0))
-        for i in np.flatnonzero(covered != needed.numel).tolist():
+        if len(wrong := np.flatnonzero(covered != needed.numel)):
+            i = int(wrong[0])
             tensor = table.slices.tensor[i]
             shape = shape_of(table.shapes, tensor)
             raise CheckpointError(
@@ -197,7 +203,8 @@ class TensorReader:
         dimensions = max(len(self._shapes), len(table.shapes))
         needed = pad_dimensions(table.shapes, dimensions)
         stored = pad_dimensions(self._shapes.take(numbers, 1), dimensions)
-        for i in np.flatnonzero((needed != stored).any(axis=0)).tolist():
+        if len(wrong := np.flatnonzero((needed != stored).any(axis=0))):
+            i = int(wrong[0])
             raise CheckpointError(
                 f"{table.names[i]} has shape {list(shape_of(stored, i))} in {self._folder}, but "
                 f"{list(shape_of(needed, i))} in this model"
@@ -231,19 +238,22 @@ def _join_shapes(files: Sequence[IndexedFile], members: list[Ints], tensors: int
     shapes = np.full((dimensions, tensors), -1, np.int64)
     for file, numbers in zip(files, members, strict=True):
         found, known = pad_dimensions(file.table.shapes, dimensions), shapes.take(numbers, 1)
-        for i in np.flatnonzero(((known != found) & (known >= 0)).any(axis=0)).tolist():
+        if len(wrong := np.flatnonzero(((known != found) & (known >= 0)).any(axis=0))):
+            i = int(wrong[0])
             raise CheckpointError(
                 f"{file.table.names[i]} has shape {list(shape_of(found, i))} in {file.data}, but "
-                f"{list(shape_of(known, i))} in another file: an index is damaged"
+                f"{list(shape_of(known, i))} in another file: an index is damaged; use another checkpoint"
             )
         shapes[:, numbers] = found
     if np.maximum(shapes, 1).prod(axis=0).sum(dtype=np.float64) > MAX_ELEMENTS:
-        raise CheckpointError(f"{files[0].data.parent} claims tensors of an impossible total size")
+        raise CheckpointError(
+            f"the indices in {files[0].data.parent} claim more than {MAX_ELEMENTS:,} elements: use another checkpoint"
+        )
     return shapes
 
 
 def _renumber(slices: Slices, numbers: Ints, dimensions: int) -> Slices:
-    """Replace the tensor numbers and pad or cut the arrays to `dimensions`, which all tensors fit."""
+    """Replace the tensor numbers, and pad or truncate the arrays to `dimensions`, the most that a tensor has."""
     offset, extent = slices.offset[:dimensions], slices.extent[:dimensions]
     return Slices(
         numbers[slices.tensor], pad_dimensions(offset, dimensions), pad_dimensions(extent, dimensions, 1), slices.start

@@ -1,8 +1,8 @@
 """Slices of logical tensors and their places in a flat buffer.
 
 A ZeRO-3 rank holds a contiguous range of each flattened tensor. Such a range consists of a few hyperrectangular regions
-of the logical tensor, and two regions of any two layouts intersect in a region: this is all that loading under another
-layout needs. A model has thousands of tensors and a rank plans in milliseconds, so slices are stored as arrays and not
+of the logical tensor, and the regions of any two layouts intersect in regions, so a checkpoint can be loaded under any
+layout. A model has thousands of tensors and a rank plans in milliseconds, so slices are stored as arrays and not
 as one object per tensor. The arrays have one row per dimension, so that arithmetic runs along contiguous memory, and
 `take` is much faster on them than fancy indexing.
 
@@ -114,7 +114,7 @@ def shape_of(shapes: Ints, number: int) -> tuple[int, ...]:
 
 
 def pad_rows(rows: Sequence[Sequence[int]], dimensions: int, fill: int = 0) -> Ints:
-    """[N, T] array of T rows with up to N numbers each. Shapes are padded with 0, which no dimension can be, or 1."""
+    """[N, T] array of T rows with up to N numbers each, padded with `fill`. No dimension is 0, so 0 marks padding."""
     lengths = np.fromiter(map(len, rows), np.int64, len(rows))
     table = np.full((len(rows), dimensions), fill, np.int64)
     table[np.arange(dimensions) < lengths[:, None]] = np.fromiter(itertools.chain.from_iterable(rows), np.int64)
@@ -122,7 +122,7 @@ def pad_rows(rows: Sequence[Sequence[int]], dimensions: int, fill: int = 0) -> I
 
 
 def pad_dimensions(columns: Ints, dimensions: int, fill: int = 0) -> Ints:
-    """Extend an array of fewer dimensions to [N, P]."""
+    """Pad an array of fewer dimensions to [N, P]."""
     missing = np.full((dimensions - len(columns), columns.shape[1]), fill, np.int64)
     return np.concatenate([columns, missing])
 
@@ -160,7 +160,8 @@ def slices_of_ranges(shapes: Ints, first: Ints, count: Ints, start: Ints) -> Sli
     sizes = strides * shapes  # elements that a complete dimension d spans
     begin, end = first, first + count
     outside = np.flatnonzero((first < 0) | (count < 0) | (end > sizes[0]))
-    for i in outside.tolist():
+    if len(outside):
+        i = int(outside[0])
         raise ValueError(f"elements {begin[i]} to {end[i]} are not all in a tensor of shape {shapes[:, i].tolist()}")
     dimensions = len(shapes)
     parts = []

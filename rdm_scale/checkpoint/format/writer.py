@@ -16,7 +16,7 @@ from rdm_scale.checkpoint.format.slices import SliceTable
 from rdm_scale.errors import CheckpointError
 from rdm_scale.storage.location import Location
 
-_ALIGNMENT = 64  # bytes; tensors in memory have it, and copies between different alignments take longer
+_ALIGNMENT = 64  # bytes, as of tensors in memory: copies between different alignments take longer
 
 
 def write_tensors(
@@ -96,7 +96,7 @@ def _contiguous_ranges(table: SliceTable) -> list[_BufferRange]:
 
 
 class _BlockWriter:
-    """Writes to a file and computes the checksum of every block."""
+    """Writer to a file that computes the checksum of every block."""
 
     def __init__(self, file: IO[bytes], block_bytes: int) -> None:
         self.digests: list[int] = []
@@ -113,7 +113,7 @@ class _BlockWriter:
                 self.end()
 
     def end(self) -> None:
-        """End a block that is not full yet, if there is one."""
+        """End the current block if it is only partially filled."""
         if self._room < self._block_bytes:
             self.digests.append(self._hash.intdigest())
             self._hash, self._room = xxhash.xxh3_64(), self._block_bytes

@@ -141,7 +141,7 @@ def test_every_state_entry_of_a_checkpoint_is_grown(tmp_path: Path) -> None:
         ({"residual": "plain"}, "model.residual=plain cannot grow"),
         ({"config": None}, "is not valid"),
         ({"config": {"model": {"depth": 1}}}, "run is missing"),
-        ({"identity": [1]}, "has no identity of a run"),
+        ({"identity": [1]}, "does not identify its run"),
         ({"head.out.bias": None}, "lacks the tensor head.out.bias"),
         ({"blocks.2.mlp.gate.a": dict.fromkeys(STATE_ENTRIES, torch.ones(32))}, "has the tensor blocks.2.mlp.gate.a"),
         (
