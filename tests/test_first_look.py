@@ -9,6 +9,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from tests.support.limits import HANG_S
+
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "docs" / "first_look.ipynb"
 RUN = '"../runs/quickstart"'  # as the notebook names the run
@@ -16,7 +18,7 @@ RUN = '"../runs/quickstart"'  # as the notebook names the run
 
 def python(folder: Path, *arguments: object) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    subprocess.run([sys.executable, *map(str, arguments)], cwd=folder, env=environment, check=True, timeout=300)
+    subprocess.run([sys.executable, *map(str, arguments)], cwd=folder, env=environment, check=True, timeout=HANG_S)
 
 
 @pytest.fixture
@@ -37,7 +39,7 @@ def run(tmp_path: Path) -> Path:
 
 
 @pytest.mark.full
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3000)
 def test_the_notebook_runs(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))  # inherited by the kernel
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -46,7 +48,7 @@ def test_the_notebook_runs(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(places) == 1
     places[0].source = places[0].source.replace(RUN, f'"{run}"')
     NotebookClient(
-        book, timeout=300, kernel_name="python3", resources={"metadata": {"path": NOTEBOOK.parent}}
+        book, timeout=HANG_S, kernel_name="python3", resources={"metadata": {"path": NOTEBOOK.parent}}
     ).execute()
     outputs = [output for cell in book.cells if cell.cell_type == "code" for output in cell.outputs]
     text = "".join(output.text for output in outputs if output.output_type == "stream")

@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 import rdm_scale
+from tests.support.limits import HANG_S
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -60,14 +61,14 @@ class Installation(NamedTuple):
             cwd=self.folder,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=HANG_S,
             check=False,
         )
 
 
 def python(*arguments: object, cwd: Path) -> None:
     done = subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=HANG_S, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.limits import HANG_S
+
 PARENT = """
 import subprocess, time
 from rdm_scale.parent_death import parent_death_setter
-child = subprocess.Popen(["sleep", "60"], preexec_fn=parent_death_setter())
+child = subprocess.Popen(["sleep", "3000"], preexec_fn=parent_death_setter())
 print(child.pid, flush=True)
-time.sleep(60)
+time.sleep(3000)
 """
 
 
@@ -31,7 +33,7 @@ def test_a_child_is_killed_with_its_parent() -> None:
     assert is_running(child)
     parent.kill()
     parent.communicate()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + HANG_S
     while is_running(child) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not is_running(child)

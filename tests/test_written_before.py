@@ -24,6 +24,7 @@ from rdm_scale.checkpoint import load_model, load_trained
 from rdm_scale.config import load_config
 from rdm_scale.data import LatentStream
 from rdm_scale.models import build_model
+from tests.support.limits import HANG_S
 
 ROOT = Path(__file__).resolve().parents[1]
 FIXTURES = ROOT / "tests/fixtures/written_before"
@@ -87,7 +88,7 @@ def run(name: str, folder: Path) -> str:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     words = COMMANDS[name].split(" ")
     command = [sys.executable, *(str(ROOT / word) if word.startswith("tools/") else word for word in words)]
-    ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=200)
+    ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=HANG_S)
     assert ended.returncode == 0, f"{name}:\n{ended.stdout}\n{ended.stderr}"
     return ended.stdout + ended.stderr
 

@@ -13,6 +13,7 @@ from rdm_scale.data.prefetch import Prefetcher
 from rdm_scale.data.stream import LatentStream
 from rdm_scale.errors import DataError
 from tests.support.latent_sets import WriteSet
+from tests.support.limits import HANG_S
 from tests.support.training_batches import assert_training_batches_equal, drawn_batch, latent_batch
 
 
@@ -46,7 +47,7 @@ def test_it_reads_exactly_depth_batches_ahead() -> None:
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + HANG_S
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.001)

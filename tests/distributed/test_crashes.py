@@ -6,12 +6,14 @@ import re
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from rdm_scale.config import to_yaml
 from tests.support.launching import Starter, finish, torchrun
+from tests.support.limits import HANG_S
 from tests.support.small_runs import metrics, run_config, write_latents
 
 VICTIMS = ("a rank", "all", "the launcher")
@@ -40,23 +42,51 @@ def wait(condition: bool, launcher: subprocess.Popen, deadline: float) -> bool:
     return not condition
 
 
+def stop_during_save(launcher: subprocess.Popen, run_dir: Path, deadline: float) -> list[int]:
+    """Stop the ranks while a checkpoint is incomplete, and return them.
+
+    A save takes a few milliseconds, so that it may be complete by the time that a busy machine kills the ranks. What is
+    incomplete while they stand still is so when they die.
+    """
+    while True:
+        while wait(bool(checkpoints(run_dir, complete=False)), launcher, deadline):
+            pass
+        ranks = ranks_of(launcher)
+        send(ranks, signal.SIGSTOP)
+        while wait(all(state_of(rank) in "TZ" for rank in ranks), launcher, deadline):
+            time.sleep(0.001)
+        if checkpoints(run_dir, complete=False):
+            return ranks
+        send(ranks, signal.SIGCONT)
+
+
+def send(ranks: list[int], number: signal.Signals) -> None:
+    for pid in ranks:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def state_of(pid: int) -> str:
+    """State of a process as the kernel abbreviates it: T for stopped, Z for dead."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
 def kill(launcher: subprocess.Popen, run_dir: Path, victim: str, after: int, saving: bool) -> None:
     """Kill a victim after `after` more steps, with `saving` during the next save."""
-    deadline, begin = time.monotonic() + 120, steps_done(run_dir)
+    deadline, begin = time.monotonic() + HANG_S, steps_done(run_dir)
     while wait(steps_done(run_dir) != begin, launcher, deadline):  # metrics are truncated first
         time.sleep(0.01)
     begin = steps_done(run_dir)
     while wait(steps_done(run_dir) >= begin + after, launcher, deadline):
         time.sleep(0.005)
-    while saving and wait(bool(checkpoints(run_dir, complete=False)), launcher, deadline):
-        pass
-    ranks = ranks_of(launcher)
+    ranks = stop_during_save(launcher, run_dir, deadline) if saving else ranks_of(launcher)
     assert len(ranks) == 2
     if victim == "all":
         os.killpg(launcher.pid, signal.SIGKILL)
     for pid in {"a rank": [random.choice(ranks)], "all": ranks, "the launcher": [launcher.pid]}[victim]:
         os.kill(pid, signal.SIGKILL)
-    launcher.communicate(timeout=60)
+    send(ranks, signal.SIGCONT)
+    launcher.communicate(timeout=HANG_S)
     while any(Path(f"/proc/{pid}").exists() for pid in ranks):
         assert time.monotonic() < deadline, "a rank is still alive"
         time.sleep(0.01)
@@ -74,7 +104,7 @@ def campaign(start: Starter, tmp_path: Path, kills: int, steps: int) -> int:
     path = tmp_path / "run.yaml"
     path.write_text(to_yaml(config))
     whole = start(*torchrun(2, str(path), f"run.dir={tmp_path / 'whole'}", "checkpoint.every=0"))
-    assert finish(whole, 600)[0] == 0
+    assert finish(whole)[0] == 0
 
     run_dir, cut = tmp_path / "run", 0
     for i in range(kills):
@@ -85,7 +115,7 @@ def campaign(start: Starter, tmp_path: Path, kills: int, steps: int) -> int:
         newest = max(checkpoints(run_dir, complete=True), default=0)
         assert newest >= before and newest >= steps_done(run_dir) - 2 * EVERY, "a checkpoint was lost"
     expected = max(checkpoints(run_dir, complete=True))
-    code, output = finish(start(*torchrun(2, str(path))), 600)
+    code, output = finish(start(*torchrun(2, str(path))))
     assert code == 0, output
     assert int(re.search(r"step +(\d+)/", output)[1]) == expected + 1
     assert metrics(run_dir) == metrics(tmp_path / "whole")

@@ -8,6 +8,7 @@ import pytest
 
 from rdm_scale.config import to_yaml
 from tests.support.launching import Starter, finish, torchrun, wait_for_step
+from tests.support.rank_pool import free_port
 from tests.support.small_runs import metrics, run_config, write_latents
 
 
@@ -26,7 +27,8 @@ def test_torchrun_script(start: Starter, config: str, tmp_path: Path) -> None:
 
 
 def test_deepspeed_script(start: Starter, config: str, tmp_path: Path) -> None:
-    code, output = finish(start("launch/deepspeed.sh", config, "train.steps=2", PROCESSES="2", MASTER_PORT="29617"))
+    port = str(free_port())
+    code, output = finish(start("launch/deepspeed.sh", config, "train.steps=2", PROCESSES="2", MASTER_PORT=port))
     assert code == 0, output
     assert [r["step"] for r in metrics(tmp_path / "run")] == [1, 2]
 
@@ -45,7 +47,7 @@ def test_a_signal_stops_the_run_after_a_checkpoint(
     process = start(sys.executable, "-m", "rdm_scale.train", config, "train.steps=100000")
     wait_for_step(tmp_path / "run", 3)
     process.send_signal(stop)
-    code, output = finish(process, 30)
+    code, output = finish(process)
     assert code == 0, output
     done = len(metrics(tmp_path / "run"))
     assert f"stopped on request after step {done}" in output
@@ -56,7 +58,7 @@ def test_torchrun_stopped_by_a_signal_leaves_a_checkpoint(start: Starter, config
     process = start(*torchrun(2, config, "train.steps=100000"))
     wait_for_step(tmp_path / "run", 3)
     process.send_signal(signal.SIGTERM)
-    _, output = finish(process, 60)
+    _, output = finish(process)
     assert "stopped on request" in output, output
 
 
@@ -72,7 +74,7 @@ def test_torchrun_stopped_by_a_signal_leaves_a_checkpoint(start: Starter, config
 def test_four_ranks_report_an_error_once(
     start: Starter, config: str, tmp_path: Path, override: str, message: str
 ) -> None:
-    code, output = finish(start(*torchrun(4, config, override)), 60)
+    code, output = finish(start(*torchrun(4, config, override)))
     assert code != 0
     assert output.count("error: ") == 1 and message in output, output
     assert 'File "' not in output.split("ChildFailedError")[0].split("torch/distributed/")[0]
@@ -84,6 +86,6 @@ def test_a_damaged_shard_stops_all_ranks_with_one_message(start: Starter, config
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
-    code, output = finish(start(*torchrun(2, config, "train.steps=50")), 100)
+    code, output = finish(start(*torchrun(2, config, "train.steps=50")))
     assert code != 0
     assert output.count("error: ") == 1 and "shard-000001.tar" in output, output

@@ -85,7 +85,7 @@ def run_toy(schedule: str, ranks: int, chunks: int, micro_batches: int, skips: b
     """Run on each rank: return its gradients after two steps, and True if the hook saw all actions in order."""
     from rdm_scale.parallel.mesh import build_mesh
 
-    mesh = build_mesh(ParallelConfig(pipeline=ranks, schedule=schedule, timeout_s=30))  # type: ignore[arg-type]
+    mesh = build_mesh(ParallelConfig(pipeline=ranks, schedule=schedule, timeout_s=300))  # type: ignore[arg-type]
     placement = place_chunks(schedule, ranks, chunks)
     toy = ToyChunks(placement.chunks_of(mesh.pipeline_rank), placement.chunks, skips)
     channels = Channels(mesh) if ranks > 1 else None
@@ -132,7 +132,7 @@ def raise_on_one_rank() -> Any:
     """A chunk that fails on rank 1 while the others wait for its messages."""
     from rdm_scale.parallel.mesh import build_mesh
 
-    mesh = build_mesh(ParallelConfig(pipeline=3, timeout_s=30))
+    mesh = build_mesh(ParallelConfig(pipeline=3, timeout_s=300))
     placement = place_chunks("1f1b", 3, 1)
     toy = ToyChunks(placement.chunks_of(mesh.pipeline_rank), 3, False)
     if os.environ["RANK"] == "1":

@@ -16,6 +16,7 @@ from rdm_scale.checkpoint import saver as saving
 from rdm_scale.config import RunConfig
 from rdm_scale.errors import CheckpointError
 from rdm_scale.storage.location import Location
+from tests.support.limits import HANG_S
 from tests.support.rank_pool import RankPool
 from tests.support.small_runs import metrics, run_config, train, write_latents
 
@@ -35,6 +36,14 @@ def train_with(write: Callable[..., Any], config: RunConfig) -> str:
     """Run on each rank: train with `write` in place of `write_tensors`, and return the reports of rank 0."""
     reports: list[str] = []
     saving.write_tensors = lambda folder, rank, *more: write(config, folder, rank, *more)
+    finish = saving.Saver.finish
+
+    def watched_finish(saver: saving.Saver) -> None:
+        if saver.mesh.is_first:
+            waiting_in(config).touch()
+        finish(saver)
+
+    saving.Saver.finish = watched_finish
     from rdm_scale.training.monitor import RunMonitor
 
     RunMonitor.report = lambda self, message: reports.append(message)
@@ -44,7 +53,7 @@ def train_with(write: Callable[..., Any], config: RunConfig) -> str:
 
 def write_three_steps_later(config: RunConfig, folder: Location, rank: int, *more: Any) -> Any:
     step, path = int(folder.name.removeprefix("step_")), Path(config.run.dir) / "metrics.jsonl"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + HANG_S
     while path.read_bytes().count(b"\n") < min(step + 3, config.train.steps):
         assert time.monotonic() < deadline, "training waits for the checkpoint"
         time.sleep(0.002)
@@ -55,7 +64,9 @@ def test_training_continues_while_a_checkpoint_is_written(ranks: RankPool, data:
     config = run_config(tmp_path, data, train__steps=9, checkpoint__every=4)
     reported, _ = ranks.run(2, train_with, write_three_steps_later, config)
     assert steps_saved(config) == [4, 8, 9]
-    assert reported.count("saved ") == 3 and "warning" not in reported
+    assert reported.count("saved ") == 3
+    # The rest of the write may take a slow disk longer than the steps to the next save; nothing else is warned of.
+    assert reported.count("warning") == reported.count("was still being written when the next was due")
     for step in (4, 8):
         alone = run_config(tmp_path / str(step), data, train__steps=step)
         ranks.run(2, train, alone)
@@ -68,9 +79,18 @@ def test_training_continues_while_a_checkpoint_is_written(ranks: RankPool, data:
     assert list(stalls) == [5, 9]
 
 
+def waiting_in(config: RunConfig) -> Path:
+    """A file that exists from when rank 0 first waits for a save."""
+    return Path(config.run.dir) / "waiting"
+
+
 def write_slowly(config: RunConfig, folder: Location, rank: int, *more: Any) -> Any:
     if rank == 1 and folder.name == "step_00000002":
-        time.sleep(1.0)
+        deadline = time.monotonic() + HANG_S
+        while not waiting_in(config).exists():
+            assert time.monotonic() < deadline, "training does not wait for the checkpoint"
+            time.sleep(0.01)
+        time.sleep(0.2)  # only waits of more than 0.1 s are reported
     return WRITE(folder, rank, *more)
 
 

@@ -17,6 +17,7 @@ from rdm_scale.encoding.records import ShardRecord
 from rdm_scale.encoding.worker import StageTrace, Worker, no_trace
 from rdm_scale.errors import DataError
 from tests.support.encoding_jobs import make_job, png, write_digits
+from tests.support.limits import HANG_S
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def test_no_more_than_three_batches_are_in_memory(
 
     def encode(pixels: torch.Tensor) -> torch.Tensor:
         nonlocal used, most
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + HANG_S
         while begun < min(40, used + 12) and time.monotonic() < deadline:  # the reading threads may be slow
             time.sleep(0.01)
         time.sleep(0.01)  # time to begin too many

@@ -52,7 +52,7 @@ def train_each(configs: list[RunConfig], ports: list[int]) -> None:
 
 
 def run(world: int, configs: list[RunConfig]) -> None:
-    RankPool(gpu=True).run(world, train_each, configs, [free_port() for _ in configs], timeout_s=280)
+    RankPool(gpu=True).run(world, train_each, configs, [free_port() for _ in configs])
 
 
 @pytest.fixture(scope="module")

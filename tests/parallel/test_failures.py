@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from tests.support.limits import HANG_S
+
 SCRIPT = """
 import os
 from rdm_scale.errors import ConfigError
@@ -19,7 +21,8 @@ run_main(body)
 def end_of(body: str, setup: str = "pass", local_rank: int = 0) -> tuple[int, str]:
     code = SCRIPT.format(body=body, setup=setup)
     environment = {"LOCAL_RANK": str(local_rank), "RANK": str(local_rank)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=30)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANG_S)
     return done.returncode, done.stderr
 
 

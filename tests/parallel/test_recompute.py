@@ -1,5 +1,6 @@
 """Activation checkpointing: the same gradients, less memory, and only selected operations recomputed."""
 
+import gc
 from collections import Counter
 from typing import Any
 
@@ -68,6 +69,7 @@ def test_only_selected_operations_are_recomputed(policy: str, blocks: int, produ
 def kept_bytes(policy: str) -> int:
     """Bytes that are allocated in the forward and still alive at its end."""
     model = model_with(policy)
+    gc.collect()  # of models before, whose memory would otherwise be freed at any time within the profile
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         loss = forward(model)
     del loss

@@ -80,7 +80,6 @@ def test_a_run_continues_without_a_checkpoint_that_the_store_refuses(
         "checkpoint__every": 2,
         "checkpoint__keep": 0,
         "checkpoint__on_failure": "continue",
-        "data__read_timeout_s": 5,
     }
     data = write_latents(tmp_path / "latents")
     config = run_config(tmp_path, data, **changes)

@@ -18,7 +18,7 @@ from rdm_scale.tools.s3_server import S3Server
 from tests.support.fault_proxy import Fault, FaultProxy, Request
 
 OPENED: list[LatentStream] = []
-QUICK = Retry(attempts=4, budget_s=30.0, stall_s=1.0, first_wait_s=0.02, longest_wait_s=0.1)
+QUICK = Retry(attempts=20, budget_s=300.0, stall_s=1.0, first_wait_s=0.02, longest_wait_s=0.1)
 
 
 def write(url: str, samples: int, per_member: int = 4, members_per_shard: int = 20) -> Manifest:
@@ -114,7 +114,7 @@ def test_permanent_faults_name_shard_member_and_reason(proxy: FaultProxy, prefix
         proxy.add(Fault("status", status=503, code="SlowDown"), is_shard)
         with pytest.raises(DataError, match=r"cannot read member \d{8}\.safetensors .*shard-00000\d\.tar") as raised:
             next(iter(stream))
-        assert "4 times" in str(raised.value) or "SlowDown" in str(raised.value)
+        assert "SlowDown" in str(raised.value)
 
 
 def test_every_kind_of_loss_is_found(s3_environment: S3Server, prefix: str) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from rdm_scale.errors import ConfigError
 from rdm_scale.storage.cache import MemberCache
+from tests.support.limits import HANG_S
 
 
 def content_of(number: int, size: int = 1000) -> bytes:
@@ -102,7 +103,7 @@ def test_processes_share_a_folder_within_the_limit(tmp_path: Path) -> None:
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(HANG_S)
     assert [process.exitcode for process in processes] == [0, 0, 0]
     assert 40_000 <= used(tmp_path) <= 53_000  # and it evicts no more than it has to
 

@@ -6,6 +6,7 @@ import pytest
 
 from rdm_scale.storage.context import StorageContext, current_retry, retrying, set_retry
 from rdm_scale.storage.retries import Retry
+from tests.support.limits import HANG_S
 
 QUICK, SLOW = Retry(attempts=3), Retry(attempts=30)
 
@@ -28,7 +29,7 @@ def test_running_threads_see_a_change() -> None:
     changed, seen = threading.Event(), list[Retry]()
 
     def work() -> None:
-        changed.wait(10)
+        changed.wait(HANG_S)
         seen.append(context.retry)
 
     thread = threading.Thread(target=work)

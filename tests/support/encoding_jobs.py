@@ -22,6 +22,7 @@ from rdm_scale.encoding.planning import EncodingSettings, PixelBucket
 from rdm_scale.encoding.text import TextEncoder
 from rdm_scale.storage.location import Location
 from tests.support.clip_files import digit_clip
+from tests.support.limits import HANG_S
 
 CLIP_FRAMES = 10
 
@@ -126,7 +127,7 @@ def stop_after(job: EncodingJob, shards: int) -> JobProgress:
 
     def progress(stage: str, done: int, total: int) -> None:
         if stage == "encoding" and done >= 12 * shards + 4:
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + HANG_S
             while records() < shards and time.monotonic() < deadline:  # the writing thread may be slow
                 time.sleep(0.01)
             raise KeyboardInterrupt

@@ -19,11 +19,13 @@ from types import TracebackType
 from typing import Any, Literal, Self
 from urllib.parse import unquote, urlsplit
 
+from tests.support.limits import HANG_S
+
 _CHUNK = 2**18
 _LIMIT = 2**20  # of a head
 _TICK_S = 0.05
 
-Kind = Literal["status", "reset", "drop", "truncate", "stall", "rate", "corrupt"]
+Kind = Literal["status", "reset", "drop", "truncate", "stall", "gather", "rate", "corrupt"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Fault:
     reset: the connection is reset before any response; the server does not see the request.
     drop: the connection is reset after `after` bytes of the body. truncate: it is closed instead.
     stall: no byte for `seconds` after `after` bytes of the body (or before the response, with `after` None).
+    gather: no byte until as many such requests as `after` are waiting for one; so they must overlap.
     rate: the body is sent at `bytes_per_s`, in small chunks.
     corrupt: the byte of the body at `after` has its bits flipped.
     """
@@ -83,6 +86,7 @@ class FaultProxy:
         self.upstream, self.port = port, 0
         self.connections = 0  # that were made
         self.requests: list[Request] = []
+        self._gathered: asyncio.Queue[None] = asyncio.Queue()  # an item for each waiting request
         self._plan: list[tuple[Fault, Predicate, float]] = []  # with the number of times left
         self._lock = threading.Lock()
         self._loop = asyncio.new_event_loop()
@@ -107,6 +111,7 @@ class FaultProxy:
             self._plan.clear()
             self.requests.clear()
             self.connections = 0
+            self._gathered = asyncio.Queue()
 
     def matching(self, where: Predicate = lambda request: True) -> list[Request]:
         with self._lock:
@@ -148,7 +153,7 @@ class FaultProxy:
         self._loop.close()
 
     def _run(self, what: Coroutine[Any, Any, None]) -> None:
-        asyncio.run_coroutine_threadsafe(what, self._loop).result(timeout=30)
+        asyncio.run_coroutine_threadsafe(what, self._loop).result(HANG_S)
 
     async def _listen(self) -> None:
         self._listener = await asyncio.start_server(
@@ -226,6 +231,10 @@ class FaultProxy:
         request.status = int(response.split(b" ", 2)[1])
         if fault and fault.kind == "stall" and fault.after is None:
             await asyncio.sleep(fault.seconds)
+        if fault and fault.kind == "gather":
+            self._gathered.put_nowait(None)
+            while self._gathered.qsize() < (fault.after or 0):
+                await asyncio.sleep(_TICK_S)
         writer.write(response)
         response_headers = _headers(response)
         bodiless = method == "HEAD" or request.status in (204, 304)

@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from tests.support.limits import HANG_S
+
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     [
@@ -41,7 +43,7 @@ class Running:
         self.process.start()
 
     def result(self) -> Result:
-        self.process.join(200)
+        self.process.join(HANG_S)
         assert self.process.exitcode is not None, "it does not end"
         return Result(self.process.exitcode, *((self._out / name).read_text() for name in ("stdout", "stderr")))
 

@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+from tests.support.limits import HANG_S
+
 ENVIRONMENT = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
 
@@ -36,12 +38,12 @@ class Starter:
             process.wait()
 
 
-def finish(process: subprocess.Popen, timeout_s: float = 150) -> tuple[int, str]:
+def finish(process: subprocess.Popen, timeout_s: float = HANG_S) -> tuple[int, str]:
     output, _ = process.communicate(timeout=timeout_s)
     return process.returncode, output
 
 
-def wait_for_step(run_dir: Path, step: int, timeout_s: float = 120) -> None:
+def wait_for_step(run_dir: Path, step: int, timeout_s: float = HANG_S) -> None:
     deadline = time.monotonic() + timeout_s
     path = run_dir / "metrics.jsonl"
     while time.monotonic() < deadline:

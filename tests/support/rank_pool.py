@@ -6,14 +6,18 @@ for one that failed, are killed. Every call has processes of its own, because li
 behind, and a fork takes milliseconds.
 """
 
+import contextlib
 import multiprocessing
 import os
+import random
 import socket
 import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, NamedTuple
+
+from tests.support.limits import HANG_S
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
 ON_CPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
@@ -21,6 +25,9 @@ ON_CPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 ON_GPU = {"NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 PRELOAD = ["rdm_scale.train", "rdm_scale.training.trainer", "rdm_scale.parallel.tensor"]
 _GRACE_S = 10.0  # time in which the other ranks may notice that one failed
+# Test ports: below those that the kernel gives to outgoing connections (32768 and up), any of which could take a port
+# between the look here and its use.
+_PORTS = range(20_000, 32_000)
 
 
 class RankPool:
@@ -33,7 +40,7 @@ class RankPool:
         if not gpu:
             self.context.set_forkserver_preload(PRELOAD)
 
-    def run(self, world: int, body: Callable[..., Any], *arguments: Any, timeout_s: float = 240) -> list[Any]:
+    def run(self, world: int, body: Callable[..., Any], *arguments: Any, timeout_s: float = HANG_S) -> list[Any]:
         """Run `body(*arguments)` on `world` ranks; raises the error of the first failing rank."""
         port = free_port()
         workers = [self._start(self._names(rank, world, port), body, arguments) for rank in range(world)]
@@ -61,10 +68,18 @@ class RankPool:
         return process, own
 
 
+class _Answer(NamedTuple):
+    """Result of a rank, or its error, and the time of it, by a clock that all processes share."""
+
+    result: Any
+    error: BaseException | None
+    at: float
+
+
 def _collect(connections: list[Connection], timeout_s: float) -> list[Any]:
     results: list[Any] = [None] * len(connections)
     pending, deadline = set(range(len(connections))), time.monotonic() + timeout_s
-    failure: BaseException | None = None
+    failed: list[_Answer] = []
     while pending:
         ready = wait([connections[rank] for rank in pending], max(0.0, deadline - time.monotonic()))
         if not ready:
@@ -73,22 +88,29 @@ def _collect(connections: list[Connection], timeout_s: float) -> list[Any]:
             if connections[rank] in ready:
                 pending.remove(rank)
                 try:
-                    results[rank], error = connections[rank].recv()
+                    answer: _Answer = connections[rank].recv()
                 except EOFError:
-                    error = RuntimeError(f"rank {rank} died")
-                if error is not None and failure is None:
-                    failure, deadline = error, min(deadline, time.monotonic() + _GRACE_S)
-    if failure is not None:
-        raise failure
+                    answer = _Answer(None, RuntimeError(f"rank {rank} died"), time.monotonic())
+                results[rank] = answer.result
+                if answer.error is not None:
+                    deadline = min(deadline, time.monotonic() + _GRACE_S)
+                    failed.append(answer)
+    if failed:
+        error = min(failed, key=lambda answer: answer.at).error
+        assert error is not None
+        raise error
     if pending:
         raise TimeoutError(f"ranks {sorted(pending)} of {len(connections)} did not answer within {timeout_s} s")
     return results
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port of the loopback interface that nothing uses, and that outgoing connections do not take."""
+    while True:
+        port = random.SystemRandom().choice(_PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _work(connection: Connection, names: dict[str, str], body: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
@@ -97,10 +119,11 @@ def _work(connection: Connection, names: dict[str, str], body: Callable[..., Any
     torch.set_num_threads(1)
     os.environ |= names
     try:
-        answer = (body(*arguments), None)
+        answer = _Answer(body(*arguments), None, time.monotonic())
     except Exception as error:
+        at = time.monotonic()
         error.add_note(f"on rank {names['RANK']} of {names['WORLD_SIZE']}:\n{traceback.format_exc()}")
-        answer = (None, error)
+        answer = _Answer(None, error, at)
     connection.send(answer)
     connection.close()
     os._exit(0)

@@ -94,7 +94,7 @@ def run_config(tmp_path: Path, data: str | list[dict[str, str]], **changes: Any)
         "train": {"steps": 20, "global_batch_size": 8, "seed": 3},
         "monitor": {"tensorboard": False, "log_every": 1000},
         "checkpoint": {"every": 0},
-        "parallel": {"timeout_s": 60},
+        "parallel": {"timeout_s": 300},
         "run": {"dir": str(tmp_path / "run")},
     }
     for key, value in changes.items():

@@ -12,11 +12,13 @@ import pytest
 import yaml
 from PIL import Image
 
+from tests.support.limits import HANG_S
+
 ENVIRONMENT = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
 
 def run(*command: str) -> str:
-    done = subprocess.run([sys.executable, *command], env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
+    done = subprocess.run([sys.executable, *command], env=ENVIRONMENT, capture_output=True, text=True, timeout=HANG_S)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -102,5 +104,5 @@ def test_samples_of_the_run_are_evaluated(trained: Path) -> None:
 def test_errors_are_one_line(trained: Path, arguments: list[str], message: str) -> None:
     arguments = [str(trained / "run") if a == "RUN" else a for a in arguments]
     command = [sys.executable, "tools/sample.py", *arguments]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=HANG_S)
     assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.support.limits import HANG_S
+
 
 def test_a_second_call_lists_what_exists_and_changes_nothing(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "quickstart"
@@ -12,7 +14,7 @@ def test_a_second_call_lists_what_exists_and_changes_nothing(tmp_path: Path) -> 
     (run / "samples.png").write_bytes(b"")
     before = sorted(tmp_path.rglob("*"))
     script = Path("tools/quickstart.py").resolve()
-    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=HANG_S)
     assert done.returncode == 0
     for words in (
         "exists already, trained for 2 steps",

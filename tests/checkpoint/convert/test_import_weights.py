@@ -20,6 +20,7 @@ from rdm_scale.config import ModelConfig, RunConfig, parse_config
 from rdm_scale.errors import CheckpointError
 from rdm_scale.models import build_model
 from rdm_scale.storage.location import Location
+from tests.support.rounding import assert_close_up_to_rounding, evaluate
 
 MODEL: dict[str, Any] = {
     "input": {"channels": 3, "height": 8, "width": 8},
@@ -82,11 +83,10 @@ def test_diffusers_computes_the_same(exported: tuple[torch.nn.Module, Path]) -> 
     assert len(list(folder.glob("diffusion_pytorch_model-*.safetensors"))) > 1
     theirs = DiTTransformer2DModel.from_pretrained(folder).eval()
     latents, t, labels = inputs()
-    with torch.no_grad():
-        expected = theirs(latents[:, :, 0], t, labels).sample
+    expected = evaluate(theirs, lambda model, x: model(x[:, :, 0], t.to(x), labels).sample, latents)
     found = model(latents, t, labels)[:, :, 0]
-    assert found.shape == (4, 6, 8, 8) and expected.std() > 0.1
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert found.shape == (4, 6, 8, 8) and expected.exact.std() > 0.1
+    assert_close_up_to_rounding(found, expected)
 
 
 def test_an_exported_folder_is_imported_again(exported: tuple[torch.nn.Module, Path], tmp_path: Path) -> None:
@@ -118,10 +118,8 @@ def test_a_model_saved_by_diffusers_is_imported(tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path / "pipeline" / "transformer")
     import_weights(open_published(str(tmp_path / "pipeline"), None), Location(tmp_path / "out"))
     latents, t, labels = inputs()
-    with torch.no_grad():
-        expected = theirs(latents[:, :, 0], t, labels).sample
-    found = load_model(str(tmp_path / "out"))(latents, t, labels)[:, :, 0]
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    expected = evaluate(theirs, lambda model, x: model(x[:, :, 0], t.to(x), labels).sample, latents)
+    assert_close_up_to_rounding(load_model(str(tmp_path / "out"))(latents, t, labels)[:, :, 0], expected)
 
 
 def original(model: torch.nn.Module, config: ModelConfig) -> dict[str, Tensor]:
