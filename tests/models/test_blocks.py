@@ -11,6 +11,7 @@ from rdm_scale.config import InputConfig, ModelConfig, TextConfig
 from rdm_scale.models import DiffusionTransformer, build_model
 from rdm_scale.models.blocks import Conditioning
 from rdm_scale.models.embeddings import apply_rope, axial_rope
+from tests.support.randomized_models import randomized
 
 GRID, B = (3, 2, 4), 2
 
@@ -20,16 +21,6 @@ def clips(**changes: object) -> ModelConfig:
     size = InputConfig(channels=2, frames=3, height=4, width=8)
     base = {"input": size, "hidden_size": 32, "num_heads": 4, "depth": 2, "condition": "none"}
     return ModelConfig(**{**base, **changes})
-
-
-def randomized(config: ModelConfig) -> DiffusionTransformer:
-    """Model without zero parameters, so that every path influences the output."""
-    model = build_model(config)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return model
 
 
 def stream(seed: int = 0) -> Tensor:

@@ -7,7 +7,8 @@ from rdm_scale.config import InputConfig
 from rdm_scale.errors import ConfigError
 from rdm_scale.models import build_model
 from rdm_scale.models.depth_growth import BlockOrigin, DepthGrowth, block_origins
-from tests.support.grown_models import CAN_GROW, batch, deeper, grown_weights, model_config, trained
+from tests.support.grown_models import CAN_GROW, batch, deeper, grown_weights, model_config
+from tests.support.randomized_models import randomized
 
 LR = 1e-2
 
@@ -85,7 +86,7 @@ def test_models_that_cannot_grow_are_refused() -> None:
 @pytest.mark.parametrize("placement", ["interleaved", "appended", "stacked"])
 @pytest.mark.parametrize("kind", CAN_GROW)
 def test_the_grown_network_computes_the_same_function(kind: str, placement: str) -> None:
-    model = trained(model_config(3, **CAN_GROW[kind]))
+    model = randomized(model_config(3, **CAN_GROW[kind]))
     for depth in (6, 9):
         grown = deeper(DepthGrowth(model.config, depth, placement), model)
         with torch.no_grad():
@@ -98,7 +99,7 @@ def test_the_grown_network_computes_the_same_function(kind: str, placement: str)
 def test_factorized_attention_grows_by_pairs(placement: str) -> None:
     """A spatial block in place of a temporal one would change the function."""
     clips = InputConfig(frames=3, height=8, width=8)
-    model = trained(model_config(4, input=clips, attention="factorized"))
+    model = randomized(model_config(4, input=clips, attention="factorized"))
     latents = torch.randn(4, 4, 3, 8, 8, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         expected = model(latents, *batch()[1:])
@@ -112,7 +113,7 @@ def test_factorized_attention_grows_by_pairs(placement: str) -> None:
 def test_a_u_stack_grows_by_pairs_whose_long_skips_add_nothing(
     kind: str, depths: tuple[int, int], placement: str
 ) -> None:
-    model = trained(model_config(depths[0], stacking="u", **CAN_GROW[kind]))
+    model = randomized(model_config(depths[0], stacking="u", **CAN_GROW[kind]))
     grown = deeper(DepthGrowth(model.config, depths[1], placement), model)
     with torch.no_grad():
         expected, found = model(*batch()), grown(*batch())
@@ -121,7 +122,7 @@ def test_a_u_stack_grows_by_pairs_whose_long_skips_add_nothing(
 
 @pytest.mark.parametrize("kind", CAN_GROW)
 def test_new_blocks_learn_from_the_first_step_on(kind: str) -> None:
-    model = trained(model_config(2, **CAN_GROW[kind]))
+    model = randomized(model_config(2, **CAN_GROW[kind]))
     growth = DepthGrowth(model.config, 4)
     grown = deeper(growth, model)
     optimizer = torch.optim.AdamW(grown.parameters(), lr=LR)
@@ -135,7 +136,7 @@ def test_new_blocks_learn_from_the_first_step_on(kind: str) -> None:
 
 
 def test_copies_have_the_old_branches_and_zero_gates() -> None:
-    model = trained(model_config(2))
+    model = randomized(model_config(2))
     old = dict(model.named_parameters())
     grown = grown_weights(DepthGrowth(model.config, 4, "stacked"), old)
     assert torch.equal(grown["blocks.3.mlp.branch.up.weight"], old["blocks.1.mlp.branch.up.weight"])

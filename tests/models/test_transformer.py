@@ -7,6 +7,7 @@ from diffusers import DiTTransformer2DModel
 from rdm_scale.config import InputConfig, ModelConfig, load_config
 from rdm_scale.models import DiffusionTransformer, build_model
 from rdm_scale.models.embeddings import patchify, unpatchify
+from tests.support.randomized_models import randomized
 
 # Millions as in table 1 of the DiT paper; XL/2's exact count is the one that its training code logs.
 PUBLISHED = {"s": (384, 12, 33), "b": (768, 12, 130), "l": (1024, 24, 458), "xl": (1152, 28, 675)}
@@ -56,16 +57,6 @@ def test_latte_has_the_published_parameter_count(size: str) -> None:
     assert int(parameters(model) / 1e4) / 100 == millions
 
 
-def randomized(config: ModelConfig) -> DiffusionTransformer:
-    """Model without zero parameters, so that every path influences the output."""
-    model = build_model(config)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    return model
-
-
 def as_diffusers_dit(model: DiffusionTransformer) -> DiTTransformer2DModel:
     """The same weights in diffusers' DiT, which holds one copy of the embedders per block and splits q, k, v."""
     config, heads = model.config, model.config.num_heads
@@ -107,7 +98,7 @@ def as_diffusers_dit(model: DiffusionTransformer) -> DiTTransformer2DModel:
 
 
 def test_adaln_zero_computes_what_diffusers_dit_computes() -> None:
-    model = randomized(small(residual="adaln_zero", timestep_spacing="diffusers"))
+    model = randomized(small(residual="adaln_zero", timestep_spacing="diffusers"), scale=0.05)
     latents, timesteps = torch.randn(5, 4, 1, 8, 8), torch.tensor([0, 1, 10, 500, 999])
     labels = torch.tensor([0, 3, 9, 10, 5])
     with torch.no_grad():
@@ -118,7 +109,7 @@ def test_adaln_zero_computes_what_diffusers_dit_computes() -> None:
 
 def test_timestep_spacings_differ() -> None:
     latents, timesteps, labels = torch.randn(2, 4, 1, 8, 8), torch.tensor([3.0, 700.0]), torch.tensor([0, 1])
-    dit, diffusers = (randomized(small(timestep_spacing=s)) for s in ("dit", "diffusers"))
+    dit, diffusers = (randomized(small(timestep_spacing=s), scale=0.05) for s in ("dit", "diffusers"))
     assert (dit(latents, timesteps, labels) - diffusers(latents, timesteps, labels)).abs().max() > 1e-3
 
 
@@ -164,7 +155,7 @@ def test_other_sizes_than_the_configured_one() -> None:
 
 def test_every_parameter_of_every_residual_structure_has_a_gradient() -> None:
     for kind in ("plain", "rezero", "layerscale", "adaln_zero", "neural_rdm"):
-        model = randomized(small(residual=kind))
+        model = randomized(small(residual=kind), scale=0.05)
         loss = model(torch.randn(2, 4, 1, 8, 8), torch.rand(2) * 1000, torch.tensor([1, 10])).square().mean()
         loss.backward()
         assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0] == []
@@ -177,7 +168,7 @@ def test_learned_variance_doubles_the_channels_and_none_has_no_classes() -> None
 
 
 def test_residual_stream_stays_fp32_under_bf16() -> None:
-    model = randomized(small(depth=2)).to(torch.bfloat16)
+    model = randomized(small(depth=2), scale=0.05).to(torch.bfloat16)
     latents, labels = torch.randn(2, 4, 1, 8, 8), torch.tensor([1, 2])
     z, conditioning = model.embed(latents, torch.tensor([1.0, 900.0]), labels)
     seen = []

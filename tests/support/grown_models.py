@@ -1,4 +1,4 @@
-"""Small trained models, and the same models grown in depth."""
+"""Small models, and the same models grown in depth."""
 
 from collections.abc import Callable
 
@@ -24,16 +24,6 @@ CAN_GROW = {
 def model_config(depth: int, **changes: object) -> ModelConfig:
     base = {"input": InputConfig(height=8, width=8), "hidden_size": 32, "num_heads": 4, "num_classes": 10}
     return ModelConfig(**{**base, "depth": depth, **changes})
-
-
-def trained(config: ModelConfig) -> DiffusionTransformer:
-    """A model whose parameters all differ from their initial values, gates and modulation in particular."""
-    model = build_model(config)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return model
 
 
 def map_grown(

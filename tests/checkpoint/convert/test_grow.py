@@ -14,7 +14,8 @@ from rdm_scale.errors import CheckpointError, ConfigError
 from rdm_scale.models import DiffusionTransformer, build_model
 from rdm_scale.models.depth_growth import DepthGrowth
 from rdm_scale.storage.location import Location
-from tests.support.grown_models import CAN_GROW, batch, deeper, map_grown, model_config, trained
+from tests.support.grown_models import CAN_GROW, batch, deeper, map_grown, model_config
+from tests.support.randomized_models import randomized
 from tests.support.small_runs import run_config
 
 BETAS, LR = (0.9, 0.95), 1e-2
@@ -45,7 +46,7 @@ def test_the_next_step_moves_old_parameters_as_if_nothing_had_grown(kind: str) -
     """Adam's update does not depend on the size of the gradients as long as its state matches them: an old gate moves
     by as much as without growth, and all other old parameters become what they would have been.
     """
-    model = trained(model_config(3, **CAN_GROW[kind]))
+    model = randomized(model_config(3, **CAN_GROW[kind]))
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=BETAS, eps=1e-12, weight_decay=0.0)
     steps_of_adam(model, optimizer, 3)
     growth = DepthGrowth(model.config, 12)
@@ -84,7 +85,7 @@ def test_gates_are_multiplied_by_powers_of_the_ratio_of_multipliers() -> None:
 
 
 def test_copies_start_without_optimizer_state() -> None:
-    values = dict(trained(model_config(2)).named_parameters())
+    values = dict(randomized(model_config(2)).named_parameters())
     grown = grow_entry(DepthGrowth(model_config(2), 4, "stacked"), values, "exp_avg")
     assert not grown["blocks.3.mlp.branch.up.weight"].any()
     assert torch.equal(grown["blocks.1.mlp.branch.up.weight"], values["blocks.1.mlp.branch.up.weight"])
