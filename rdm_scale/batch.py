@@ -61,7 +61,15 @@ class TrainingBatch:
         return [self.from_tensors(self.step, {name: value[i] for name, value in parts.items()}) for i in range(number)]
 
     def to(self, device: torch.device | str) -> "TrainingBatch":
-        return self.from_tensors(self.step, {name: value.to(device) for name, value in self.tensors().items()})
+        """Copy on a device; from page-locked memory (`pinned`) a GPU copies it without the host waiting."""
+        return self.from_tensors(
+            self.step,
+            {name: value.to(device, non_blocking=value.is_pinned()) for name, value in self.tensors().items()},
+        )
+
+    def pinned(self) -> "TrainingBatch":
+        """Copy in page-locked memory of the host."""
+        return self.from_tensors(self.step, {name: value.pin_memory() for name, value in self.tensors().items()})
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name; those of a TextCondition as `condition.tokens` and so on."""

@@ -9,7 +9,7 @@ caption's tokens, P width of its pooled embedding.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from rdm_scale.config import ModelConfig, RunConfig
@@ -151,9 +151,26 @@ def head_flops(model: ModelConfig) -> int:
     return 2 * model.tokens * model.hidden_size * _outputs(model) + 4 * model.hidden_size**2
 
 
-def model_flops(model: ModelConfig) -> int:
-    """Floating-point operations of the forward on one sample; a training step takes three times as many."""
+def model_flops(model: ModelConfig, size: Sequence[int] | None = None) -> int:
+    """Floating-point operations of the forward on one sample; a training step takes three times as many.
+
+    Args:
+        size: of the sample's latents, (T, H, W); None: the configured one.
+    """
+    if size is not None:
+        T, H, W = size
+        sized = model.input.model_copy(update={"frames": T, "height": H, "width": W})
+        model = model.model_copy(update={"input": sized})
     return embedding_flops(model) + blocks_flops(model, range(model.depth)) + head_flops(model)
+
+
+def recomputed_flops(config: RunConfig) -> int:
+    """Floating-point operations that activation checkpointing repeats in a step, for one sample.
+
+    A forward of each block that is recomputed; `selective` repeats element-wise operations only, which do not count.
+    """
+    recomputed = [block for block in range(config.model.depth) if _policy(config, block) == "full"]
+    return blocks_flops(config.model, recomputed)
 
 
 def block_activation_bytes(config: RunConfig, samples: int, policy: str, block: int = 0) -> float:
@@ -200,13 +217,13 @@ def _query_key_bytes(config: RunConfig, c: int) -> int:
 
 def blocks_activation_bytes(config: RunConfig, samples: int, blocks: Iterable[int]) -> float:
     """Bytes that successive blocks save under the policy of `parallel.recompute`."""
-    policy, every = config.parallel.recompute, 1
-    if policy.startswith("every_"):
-        policy, every = "full", int(policy.removeprefix("every_"))
-    return sum(
-        block_activation_bytes(config, samples, "none" if nth % every else policy, block)
-        for nth, block in enumerate(blocks)
-    )
+    return sum(block_activation_bytes(config, samples, _policy(config, nth), block) for nth, block in enumerate(blocks))
+
+
+def _policy(config: RunConfig, nth: int) -> str:
+    """Policy of `parallel.recompute` for the nth block of a chunk: none, selective or full."""
+    policy, _, every = config.parallel.recompute.partition("_")
+    return policy if policy != "every" else "none" if nth % int(every) else "full"
 
 
 @dataclass(frozen=True)

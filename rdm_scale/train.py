@@ -27,9 +27,14 @@ def main(arguments: list[str] | None = None) -> None:
 def dry_run(config: RunConfig, world_size: int) -> None:
     """Print the layout of a run on `world_size` ranks; builds nothing and opens nothing."""
     from rdm_scale.parallel.plan import plan_parallelism
+    from rdm_scale.training.throughput import best_case, stated_peak
 
     memory = config.parallel.memory_gib
-    print(plan_parallelism(config, world_size, None if memory is None else memory * 2**30).table(config))
+    plan = plan_parallelism(config, world_size, None if memory is None else memory * 2**30)
+    print(plan.table(config))
+    peak = stated_peak(config)
+    if peak is not None:
+        print(best_case(config, plan, peak, config.train.steps))
 
 
 def train(config: RunConfig, reporter: FailureReporter | None = None) -> None:

@@ -67,6 +67,19 @@ def test_dit_xl_has_its_published_size_and_cost() -> None:
     assert cost.model_flops(model) / 2 == pytest.approx(118.6e9, rel=0.01)
 
 
+def test_flops_of_a_sample_of_another_size() -> None:
+    """As many as those of a model that is configured for that size."""
+    size = InputConfig(frames=4, height=8, width=24)
+    other = small(input=size, attention="factorized", depth=2)
+    assert cost.model_flops(small(attention="factorized", depth=2), (4, 8, 24)) == cost.model_flops(other)
+
+
+@pytest.mark.parametrize(("policy", "blocks"), [("none", 0), ("selective", 0), ("full", 3), ("every_2", 2)])
+def test_recomputation_repeats_the_forwards_of_blocks(policy: str, blocks: int) -> None:
+    config = run(small(), parallel={"recompute": policy})
+    assert cost.recomputed_flops(config) == blocks * cost.block_flops(config.model)
+
+
 def test_factorized_attention_costs_as_many_keys_as_a_token_has() -> None:
     """4 frames of 16 tokens: full attention takes 4 S S D, spatial 4 S 16 D, temporal 4 S 4 D."""
     size, S, D = InputConfig(frames=4, height=8, width=8), 64, 64

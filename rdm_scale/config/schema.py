@@ -234,6 +234,12 @@ class MonitorConfig(Section):
     sample_columns: int = Field(
         10, ge=1, description="columns of a sample grid: classes, or samples of a model without classes"
     )
+    peak_tflops: float | None = Field(
+        None,
+        gt=0,
+        description="peak of a GPU in TFLOP/s, of which MFU is a share; null: that of a matrix product measured at the "
+        "start (no MFU on CPUs)",
+    )
 
 
 class CheckpointConfig(Section):

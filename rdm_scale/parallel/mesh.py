@@ -66,6 +66,11 @@ class Mesh:
         dist.all_reduce(total)
         return total.tolist()
 
+    def all_reduce_tensor(self, values: torch.Tensor) -> torch.Tensor:
+        """Element-wise sum over all ranks, in place and on the device; reads nothing."""
+        dist.all_reduce(values)
+        return values
+
     def all_reduce_sum_over_data(self, values: Sequence[float] | torch.Tensor) -> torch.Tensor:
         """Element-wise float64 sum over the data-parallel ranks, on the CPU."""
         total = torch.as_tensor(values, dtype=torch.float64).to(self.device)

@@ -108,12 +108,13 @@ class ParallelModel:
         losses = torch.cat(chunks.losses) if chunks.losses else torch.empty(samples, device=self.mesh.device)
         return self._broadcast_from_last(losses)
 
-    def step(self, lr: float) -> float:
-        """Clip the gradients, update the weights and return the global gradient norm before clipping.
+    def step(self, lr: float) -> Tensor:
+        """Clip the gradients, update the weights and return the global gradient norm [] before clipping.
 
-        If a gradient is not finite nothing is updated, and inf is returned.
+        If a gradient is not finite nothing is updated, and the norm is not finite either. It is on this rank's device,
+        and reading it would wait for the step.
         """
-        return self._engine.step(lr)
+        return torch.as_tensor(self._engine.step(lr), dtype=torch.float64, device=self.mesh.device)
 
     def clip_factor(self, grad_norm: float) -> float:
         """Factor by which `step` divides gradients of this global norm."""

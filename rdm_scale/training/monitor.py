@@ -13,14 +13,15 @@ from rdm_scale.config import RunConfig
 from rdm_scale.evaluation.plots import heat_map
 from rdm_scale.training.depth_profiles import DEPTH, Profile, read_profiles
 from rdm_scale.training.step import StepResult
+from rdm_scale.training.throughput import Throughput, clock_time
 from rdm_scale.training.trackers import build_trackers
 
 Record = dict[str, float]  # a line of metrics.jsonl: numbers by name
 
 
-def metrics_record(config: RunConfig, result: StepResult, step_s: float) -> Record:
-    """Metrics of a step; `step_s` is its duration in seconds, the wait for data included."""
-    samples, waited_s = config.train.global_batch_size, result.statistics.data_wait_s
+def metrics_record(config: RunConfig, result: StepResult, throughput: Throughput) -> Record:
+    """Metrics of a step."""
+    samples, step_s, waited_s = config.train.global_batch_size, result.seconds, result.statistics.data_wait_s
     return {
         "step": result.step,
         "loss": result.loss,
@@ -31,6 +32,7 @@ def metrics_record(config: RunConfig, result: StepResult, step_s: float) -> Reco
         "tokens_per_s": samples * config.model.tokens_of(result.size) / step_s,
         "data_wait_s": waited_s,
         "data_wait_share": waited_s / step_s,
+        **throughput.rates(result.size, step_s),
     }
 
 
@@ -110,8 +112,9 @@ class RunMonitor(Monitor):
             f"loss {record['loss']:.4f}",
             f"grad norm {record['grad_norm']:.3f}",
             f"lr {record['lr']:.2e}",
-            f"{self.config.train.global_batch_size / record['step_s']:.0f} samples/s",
-            f"left {int(left) // 3600}:{int(left) // 60 % 60:02d}:{int(left) % 60:02d}",
+            f"{record['samples_per_s']:.0f} samples/s",
+            *([f"{record['tflops_per_rank']:.0f} TFLOP/s a rank, MFU {record['mfu']:.1%}"] if "mfu" in record else []),
+            f"left {clock_time(left)}",
         ]
         if "validation_loss" in record:
             parts.insert(2, f"validation {record['validation_loss']:.4f}")

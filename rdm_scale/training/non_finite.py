@@ -6,7 +6,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from rdm_scale.batch import TrainingBatch
 from rdm_scale.config import RunConfig
 from rdm_scale.errors import NonFiniteError
 from rdm_scale.parallel.mesh import Mesh
@@ -16,7 +15,7 @@ def refuse_non_finite(
     quantity: str,
     value: float,
     step: int,
-    batch: TrainingBatch,
+    ids_B: Tensor,
     mesh: Mesh,
     config: RunConfig,
     suspect_B: Tensor | None = None,
@@ -24,6 +23,7 @@ def refuse_non_finite(
     """Check a value that all ranks share; collective where it is not finite.
 
     Args:
+        ids_B: ids of this rank's samples of the step.
         suspect_B: True for the samples of this rank that may be the cause; None: all (a gradient does not say).
 
     Raises:
@@ -31,7 +31,7 @@ def refuse_non_finite(
     """
     if math.isfinite(value):
         return
-    suspects = batch.ids if suspect_B is None else batch.ids[suspect_B]
+    suspects = ids_B if suspect_B is None else ids_B[suspect_B]
     samples = [number for ids in mesh.all_gather_object(suspects.tolist()) for number in ids]
     path = Path(config.run.dir) / f"non_finite_step_{step:08d}.json"
     if mesh.is_first:

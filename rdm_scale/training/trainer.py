@@ -4,6 +4,7 @@ import dataclasses
 import os
 import signal
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
@@ -20,6 +21,7 @@ from rdm_scale.data.compatibility import DataFacts
 from rdm_scale.data.held_out import HeldOut
 from rdm_scale.data.prefetch import Prefetcher
 from rdm_scale.data.stream import LatentStream
+from rdm_scale.device import TimeMark
 from rdm_scale.diffusion import build_objective
 from rdm_scale.diffusion.training_draws import draw
 from rdm_scale.errors import NonFiniteError
@@ -33,7 +35,8 @@ from rdm_scale.training.monitor import Monitor, Record, RunMonitor, metrics_reco
 from rdm_scale.training.optimizer import build_optimizer
 from rdm_scale.training.rank_status import RankStatus
 from rdm_scale.training.run_directory import Start, checkpoints_of
-from rdm_scale.training.step import StepResult, training_step
+from rdm_scale.training.step import StepResult, StepUnderWay, training_step
+from rdm_scale.training.throughput import Throughput, best_case, find_peak
 
 
 class Trainer:
@@ -45,6 +48,8 @@ class Trainer:
         if config.train.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to be deterministic
             torch.use_deterministic_algorithms(True)
+        peak = find_peak(config, mesh.device) if mesh.is_first else None
+        self.throughput = Throughput(config, mesh.world_size, peak)
         self.objective = build_objective(config.diffusion, config.model.learned_variance)
         self.model = parallelize(config, mesh, plan, partial(build_optimizer, config.optimizer, config.model))
         if start.checkpoint is not None:
@@ -56,10 +61,14 @@ class Trainer:
         self.grid = SampleGrid(config, mesh, facts) if config.monitor.sample_every else None
         self.monitor = RunMonitor(config, self.step) if mesh.is_first else Monitor()
         self.probe = DepthProbe(config, self.model)
+        self._under_way: deque[StepUnderWay] = deque()  # steps that are not read yet
+        self._saver_asked_at = self.step  # newest step when the saver was last given something to do
         self.saver = checkpoint.Saver(checkpoints_of(config), config.checkpoint, self.model, mesh, self.monitor.report)
         self.status = RankStatus(mesh, self.saver, self.stream.lost_shards if self.stream else None)
         for line in start.skipped:
             self.monitor.report(f"warning: {line}")
+        if peak is not None and self.step < config.train.steps:
+            self.monitor.report(best_case(config, plan, peak, config.train.steps - self.step))
 
     def run(self) -> None:
         """Train until the last step, or until asked to stop: then the step under way is finished and saved."""
@@ -71,39 +80,28 @@ class Trainer:
         with Prefetcher(self._training_batches(), self.config.data.prefetch) if self.stream else nullcontext() as read:
             batches = broadcast_batches(self.mesh, read)
             while not stopping:
-                began = time.perf_counter()
-                result = self.train_step(batches)
-                stopping = result.statistics.stop_requests > 0 or self.step == self.config.train.steps
-                self._observe(self._metrics(result, time.perf_counter() - began))
+                self._under_way.append(self.train_step(batches))
+                stopping = self._read_steps() or self.step == self.config.train.steps
+                self._draw_samples()
                 if stopping:
                     self.saver.save(self.state())
                 elif self._due(self.config.checkpoint.every):
                     self.saver.start(self.state())
+                    self._saver_asked_at = self.step
         if self.step < self.config.train.steps:
             self.monitor.report(f"stopped on request after step {self.step}; the same command goes on from there")
         self.monitor.close()
 
-    def train_step(self, batches: Iterator[TrainingBatch]) -> StepResult:
-        """Train on the next global batch, then act on its statistics. Collective."""
-        began = time.perf_counter()
+    def train_step(self, batches: Iterator[TrainingBatch]) -> StepUnderWay:
+        """Give the next step to the device, without reading anything of it. Collective."""
+        began, began_s = TimeMark(self.mesh.device), time.perf_counter()
         batch = next(batches)
-        self.status.data_wait_s = time.perf_counter() - began
+        self.status.data_wait_s = time.perf_counter() - began_s
         step = self.step + 1
-        probing = self._probe_is_due(step)
-        try:
-            with self.probe.watching() if probing else nullcontext():
-                result = training_step(self.config, self.model, self.objective, batch, step, self.status)
-        except NonFiniteError:
-            self.saver.finish()  # the checkpoint under way is of a good step
-            raise
+        with self.probe.watching() if self._probe_is_due(step) else nullcontext():
+            under_way = training_step(self.config, self.model, self.objective, batch, step, self.status, began)
         self.step = step
-        if result.statistics.lost_shards:
-            self._share_lost_shards()
-        if not result.statistics.saving:
-            self.saver.advance()
-        if probing:
-            self.monitor.depth(step, self.probe.profile(result.grad_norm))
-        return result
+        return under_way
 
     def validation_loss(self) -> float:
         """Mean loss over the held-out set, with the noise and timestep that belong to each of its samples."""
@@ -165,7 +163,8 @@ class Trainer:
     def _training_batches(self) -> Iterator[TrainingBatch]:
         assert self.stream is not None
         seed, dropout = self.config.train.seed, self.config.diffusion.condition_dropout
-        return (self._draw(latents, "train", seed, dropout) for latents in self.stream)
+        batches = (self._draw(latents, "train", seed, dropout) for latents in self.stream)
+        return (batch.pinned() for batch in batches) if self.mesh.device.type == "cuda" else batches
 
     def _held_out_batches(self) -> Iterator[TrainingBatch]:
         assert self.held_out is not None
@@ -195,8 +194,48 @@ class Trainer:
         if self.stream:
             self.stream.lost_shards.merge([shard for _, shards in everyone for shard in shards])
 
-    def _metrics(self, result: StepResult, step_s: float) -> Record:
-        record = metrics_record(self.config, result, step_s)
+    def _read_steps(self) -> bool:
+        """Read and log steps, and do what is due after them; True if a rank was asked to stop. Collective.
+
+        The newest step is left to the device, which has work while the host prepares the next one, unless something is
+        due that follows it: a save, the end of the run, validation, samples or a depth profile. All ranks read a step
+        at the same time, so that they agree on what follows from it.
+        """
+        stopping, leave = False, 0 if self._newest_is_needed() else 1
+        while len(self._under_way) > leave:
+            try:
+                result = self._under_way.popleft().read(self.mesh, self.config)
+            except NonFiniteError:
+                self.saver.finish()  # the checkpoint under way is of a good step
+                raise
+            self._observe(result)
+            if result.statistics.stop_requests > 0:
+                stopping, leave = True, 0
+        return stopping
+
+    def _newest_is_needed(self) -> bool:
+        config = self.config
+        intervals = [config.checkpoint.every, config.monitor.sample_every]
+        intervals += [config.monitor.validate_every] if config.data.validation else []
+        return self.step == config.train.steps or self._probe_is_due(self.step) or any(map(self._due, intervals))
+
+    def _observe(self, result: StepResult) -> None:
+        """Act on what the ranks said in a step, then log it, with profile and validation loss where they are due."""
+        if result.statistics.lost_shards:
+            self._share_lost_shards()
+        # Before that step the saver may have been given what it still works on, unknown to this step's statistics.
+        if not result.statistics.saving and result.step > self._saver_asked_at:
+            self.saver.advance()
+            self._saver_asked_at = self.step
+        if self._probe_is_due(result.step):
+            self.monitor.depth(result.step, self.probe.profile(result.grad_norm))
+        record = self._metrics(result)
+        if self.config.data.validation and result.step == self.step and self._due(self.config.monitor.validate_every):
+            record["validation_loss"] = self.validation_loss()
+        self.monitor.step(record)
+
+    def _metrics(self, result: StepResult) -> Record:
+        record = metrics_record(self.config, result, self.throughput)
         stall_s = self.saver.take_stall()
         if stall_s is not None:  # a save began after the previous step
             record |= {"save_stall_s": stall_s, "failed_saves": self.saver.failures}
@@ -204,11 +243,8 @@ class Trainer:
             record |= {"lost_shards": len(self.stream.lost_shards), "lost_samples": self.stream.lost_shards.samples}
         return record
 
-    def _observe(self, record: Record) -> None:
-        """Log a step's metrics; validate and draw samples, each at its own interval."""
-        if self.config.data.validation and self._due(self.config.monitor.validate_every):
-            record["validation_loss"] = self.validation_loss()
-        self.monitor.step(record)
+    def _draw_samples(self) -> None:
+        """Draw a grid of samples where it is due."""
         if self.grid is not None and self._due(self.config.monitor.sample_every):
             with self.model.evaluating(ema=True):
                 image = self.grid.draw(self.model)

@@ -22,7 +22,7 @@ train_step = Trainer.train_step
 def faulty_inputs(batch):
     {{fault}}
 def faulty_step(self, batches):
-    if self.step == 2 and self.mesh.rank == {FAULTY}:
+    if self.step == 3 and self.mesh.rank == {FAULTY}:
         self.objective.model_inputs = faulty_inputs
     return train_step(self, batches)
 Trainer.train_step = faulty_step

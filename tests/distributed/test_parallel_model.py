@@ -43,7 +43,7 @@ def use_model(config: RunConfig) -> tuple[list[int], float, float]:
 
     def train(lr: float = 1e-2) -> float:
         model.accumulate(batch.split(plan.micro_batch), objective)
-        return model.step(lr)
+        return model.step(lr).item()
 
     def predict(*, ema: bool = False) -> torch.Tensor:
         with model.evaluating(ema=ema):

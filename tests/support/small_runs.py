@@ -16,7 +16,10 @@ from rdm_scale.data.shard_writer import PackedMember, ShardWriter, write_tar
 from rdm_scale.data.shards import read_bytes
 from rdm_scale.storage.location import Location
 
-TIMINGS = ("step_s", "tokens_per_s", "data_wait_s", "data_wait_share", "save_stall_s", "failed_saves")
+TIMINGS = {"step_s", "tokens_per_s", "samples_per_s", "tflops_per_rank", "mfu", "data_wait_s", "data_wait_share"} | {
+    "save_stall_s",
+    "failed_saves",
+}
 
 
 def write_latents(
