@@ -26,8 +26,7 @@ from typing import Any
 from benchmarks.report import IMAGES, ROOT, print_table, write_results
 from experiments.validation import validation_loss
 from rdm_scale.checkpoint import load_trained
-from rdm_scale.checkpoint.trained_model import Weights
-from rdm_scale.config import RunConfig, load_config
+from rdm_scale.config import RunConfig, WeightsName, load_config
 from rdm_scale.cost import model_flops, model_parameters
 
 CONFIG = "configs/quickstart.yaml"
@@ -101,7 +100,7 @@ def run(arm: Arm, deep_steps: int, work: Path) -> dict[str, Any]:
         phase |= {"validation_loss_of_averages": loss_of(end, "ema")}
         grown = grown_for(folder) / f"step_{first:08d}"
         if grown.exists():
-            phase["validation_loss_when_grown"] = loss_of(grown, "weights")
+            phase["validation_loss_when_grown"] = loss_of(grown, "raw")
         phases.append(phase)
         if points[-1]["step"] < step:
             points.append({"step": step, "flops": spent, "validation_loss": phase["validation_loss"]})
@@ -113,7 +112,7 @@ def grown_for(folder: Path) -> Path:
     return folder.with_name(folder.name + "-grown")
 
 
-def loss_of(checkpoint: Path, weights: Weights) -> float:
+def loss_of(checkpoint: Path, weights: WeightsName) -> float:
     """Validation loss of a checkpoint, as its run computes it."""
     trained = load_trained(str(checkpoint), weights)
     return validation_loss(trained.model, trained.config, trained.config.monitor.validation_samples)

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from rdm_scale.config import RunConfig, describe_keys, load_config
+from rdm_scale.config.doubts import doubts
 from rdm_scale.parallel.failures import FailureReporter, end_with_launcher, run_main
 
 
@@ -35,6 +36,7 @@ def dry_run(config: RunConfig, world_size: int) -> None:
     peak = stated_peak(config)
     if peak is not None:
         print(best_case(config, plan, peak, config.train.steps))
+    print_warnings(doubts(config))
 
 
 def train(config: RunConfig, reporter: FailureReporter | None = None) -> None:
@@ -54,7 +56,7 @@ def train(config: RunConfig, reporter: FailureReporter | None = None) -> None:
     checked = None
     if os.environ.get("RANK", "0") == "0":  # the data may be remote: the other ranks get the result by broadcast
         facts = check_data(config)
-        checked = facts, plan_start(config, config.identity() | {"data": facts.identity})
+        checked = facts, plan_start(config, facts)
 
     from rdm_scale.parallel.mesh import build_mesh, check_agreement
 
@@ -68,6 +70,7 @@ def train(config: RunConfig, reporter: FailureReporter | None = None) -> None:
     plan = plan_parallelism(config, mesh.world_size, mesh.broadcast(memory_of_rank(config)))
     if mesh.is_first:
         print(plan.table(config), flush=True)
+        print_warnings([*doubts(config), *facts.warnings])
 
     from rdm_scale.training.trainer import Trainer
 
@@ -75,6 +78,12 @@ def train(config: RunConfig, reporter: FailureReporter | None = None) -> None:
     mesh.shutdown()
     if lock is not None:
         lock.close()
+
+
+def print_warnings(lines: list[str]) -> None:
+    """Print one line for each warning."""
+    for line in lines:
+        print(f"warning: {line}", flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:

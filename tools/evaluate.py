@@ -39,7 +39,12 @@ def main() -> None:
     )
     parser.add_argument("--text-encoder", metavar="DIR", help="its folder, if moved since the data were encoded")
     parser.add_argument("--neighbours", type=int, default=5, help="default: %(default)s")
-    parser.add_argument("--weights", choices=["ema", "weights"], default="ema", help="EMA or last weights")
+    parser.add_argument(
+        "--weights",
+        metavar="{ema,raw}",
+        help="EMA weights, or those without averaging (default: EMA where there are any)",
+    )
+    parser.add_argument("--guidance", type=float, help="guidance scale (default: as in the run)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=125, help="default: %(default)s")
     parser.add_argument("--picture", type=Path, help="write the first samples to this PNG (clips: and a GIF)")
@@ -64,7 +69,7 @@ def evaluate(options: argparse.Namespace) -> None:
     from rdm_scale.encoding.inputs import find_media
     from rdm_scale.evaluation.labels import label_accuracy
     from rdm_scale.sampling.image_grid import write_grid
-    from rdm_scale.sampling.requests import draw_request
+    from rdm_scale.sampling.requests import draw_request, override_sampling
     from rdm_scale.storage.location import Location
 
     trained = load_trained(options.checkpoint, options.weights, local_device())
@@ -74,12 +79,13 @@ def evaluate(options: argparse.Namespace) -> None:
     wanted = "video" if trained.config.model.input.frames > 1 else "image"
     if source.kind != wanted:
         raise DataError(f"the model draws {wanted}s, but {options.real} holds {source.kind}s: give real {wanted}s")
+    config = override_sampling(trained.config, "with the options given", guidance=options.guidance)
     request = request_of(options, trained, source)
     classes = request.columns
     labels = torch.arange(classes).repeat(options.per_class)
     with ProgressReporter("drawing", request.samples) as progress:
         pixels = draw_request(
-            trained, request, options.seed, batch_size=options.batch_size, progress=progress.advance_to
+            trained, request, options.seed, config=config, batch_size=options.batch_size, progress=progress.advance_to
         )
     if options.picture:
         shown, fps = pixels[: options.rows * classes], options.fps or 8.0
@@ -94,8 +100,9 @@ def evaluate(options: argparse.Namespace) -> None:
 
 def request_of(options: argparse.Namespace, trained: "TrainedModel", source: "MediaSet") -> "SamplingRequest":
     """Request `--per-class` samples of each class, by label or by prompt, under the names of the classes."""
-    from rdm_scale.sampling.requests import request_labels, request_prompts
+    from rdm_scale.sampling.requests import refuse_unused_options, request_labels, request_prompts
 
+    refuse_unused_options(trained.config, prompt=options.prompt, text_encoder=options.text_encoder)
     if trained.config.model.condition == "class":
         return request_labels(trained, range(len(trained.class_names)), options.per_class)
     names = source.class_names

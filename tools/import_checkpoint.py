@@ -1,14 +1,18 @@
 """Import published DiT weights as a checkpoint that training can start from.
 
 SOURCE is a folder of diffusers' DiTTransformer2DModel (or of a pipeline with one), or a file with the names of the
-original DiT: .safetensors, or .pt, from which only tensors are read. CONFIG is the configuration of the run that will
-start from it. It is required for a file, and always useful, because the weights are then checked against the run and
-its data.
+original DiT: .safetensors, or .pt, from which only tensors are read (also what a training loop saved). CONFIG is the
+configuration of the run that will start from it. It is required for a file, and always useful, because the weights are
+then checked against the run and its data.
+
+Training can also start from SOURCE itself, without a checkpoint in between: checkpoint.start_from=SOURCE.
 """
 
 import argparse
+import shlex
 import sys
 
+from rdm_scale.config import parse_weights
 from rdm_scale.errors import RdmError
 from rdm_scale.progress import ProgressReporter
 
@@ -19,8 +23,11 @@ def main() -> None:
     parser.add_argument("out", metavar="OUT", help="folder of checkpoints to write step_00000000 to; any fsspec URL")
     parser.add_argument("config", metavar="CONFIG", nargs="?", help="YAML of the run, with data that can be read")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="as for training")
+    parser.add_argument(
+        "--weights", default="ema", metavar="{ema,raw}", help="of a training loop's file, those to read (default: ema)"
+    )
     try:
-        import_checkpoint(parser.parse_args())
+        import_checkpoint(parser.parse_intermixed_args())
     except RdmError as error:
         sys.exit(f"import_checkpoint: error: {error}")
 
@@ -34,7 +41,7 @@ def import_checkpoint(options: argparse.Namespace) -> None:
     from rdm_scale.storage.location import Location
 
     facts = check_data(config) if config else None
-    published = open_published(options.source, config.model if config else None)
+    published = open_published(options.source, config.model if config else None, parse_weights(options.weights))
     with ProgressReporter("importing", published.elements, "parameter", scaled=True) as progress:
         folder = import_weights(
             published,
@@ -45,7 +52,8 @@ def import_checkpoint(options: argparse.Namespace) -> None:
             progress.update,
         )
     print(f"{published.elements:,} parameters are in {folder}; train from them with")
-    print(f"  python -m rdm_scale.train {options.config or 'CONFIG'} checkpoint.resume={folder}")
+    command = [options.config or "CONFIG", *options.overrides, f"checkpoint.start_from={folder}"]
+    print(f"  python -m rdm_scale.train {shlex.join(command)}")
     if config is None:
         print("where CONFIG describes this model:")
         for name, value in published.model.model_dump(mode="json", exclude={"gate"}).items():

@@ -25,7 +25,11 @@ def main() -> None:
         help="a checkpoint's folder, a run's directory (its newest checkpoint) or a merged folder, and the folder to "
         "write; any fsspec URL",
     )
-    parser.add_argument("--weights", choices=["ema", "raw"], default="ema", help="EMA (default) or last weights")
+    parser.add_argument(
+        "--weights",
+        metavar="{ema,raw}",
+        help="EMA weights, or those without averaging (default: EMA where there are any)",
+    )
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="default: %(default)s")
     parser.add_argument("--to", choices=["diffusers"], help="write a folder for diffusers' DiT")
     parser.add_argument("--max-file-gb", type=float, default=5.0, help="size of one file (default: %(default)s)")
@@ -60,7 +64,7 @@ def merge(options: argparse.Namespace) -> None:
 
     out = Location(output)
     refuse_occupied(out)
-    sources = [open_model(path, "weights" if options.weights == "raw" else "ema") for path in inputs]
+    sources = [open_model(path, options.weights) for path in inputs]
     dtype = PRECISIONS[options.dtype].torch
     limit = int(options.max_file_gb * 1e9)
     with ProgressReporter("writing", sources[0].elements, "parameter", scaled=True) as progress:
@@ -68,7 +72,7 @@ def merge(options: argparse.Namespace) -> None:
             export_diffusers(sources[0], out, dtype, limit, progress.update)
         else:
             merge(sources, out, dtype, limit, progress.update)
-    kind = {"ema": "EMA", "weights": "last"}[sources[0].weights]
+    kind = {"ema": "EMA", "raw": "raw"}[sources[0].weights]
     origin = f"the mean of {len(sources)} checkpoints" if options.average else f"step {sources[0].step}"
     print(f"the {kind} weights of {origin} are in {out}")
 
@@ -87,9 +91,10 @@ def inspect(path: str, options: argparse.Namespace) -> None:
         print(f"  {tensor.name}  {list(tensor.shape)}  {norms}")
         total += math.prod(tensor.shape)
     print(f"{total:,} parameters")
-    found = list(gates(open_model(str(folder), "weights" if options.weights == "raw" else "ema")))
+    source = open_model(str(folder), options.weights)
+    found = list(gates(source))
     if found:
-        print(f"gates ({options.weights} weights, times their fixed multiplier): mean, smallest, largest")
+        print(f"gates ({source.weights} weights, times their fixed multiplier): mean, smallest, largest")
     for gate in found:
         print(f"  {gate.name}  {gate.mean:.6g}  {gate.smallest:.6g}  {gate.largest:.6g}")
 

@@ -26,7 +26,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="sampling steps (default: as in the run)")
     parser.add_argument("--guidance", type=float, help="guidance scale (default: as in the run)")
     parser.add_argument("--sampler", help="ddpm, ddim, euler or heun (default: as in the run)")
-    parser.add_argument("--weights", choices=["ema", "weights"], default="ema", help="EMA or last weights")
+    parser.add_argument(
+        "--weights",
+        metavar="{ema,raw}",
+        help="EMA weights, or those without averaging (default: EMA where there are any)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=64, help="default: %(default)s")
     parser.add_argument("--fps", type=float, default=8.0, help="frames a second of clips (default: %(default)s)")
@@ -70,9 +74,17 @@ def draw(options: argparse.Namespace) -> None:
 
 def request_of(options: argparse.Namespace, trained: "TrainedModel") -> "SamplingRequest":
     """Conditions as the options give them: `--rows` samples of each label or prompt."""
-    from rdm_scale.sampling.requests import request_labels, request_prompts, request_unconditional
+    from rdm_scale.sampling.requests import (
+        refuse_unused_options,
+        request_labels,
+        request_prompts,
+        request_unconditional,
+    )
 
     model = trained.config.model
+    refuse_unused_options(
+        trained.config, labels=options.labels, prompt=options.prompt, text_encoder=options.text_encoder
+    )
     if model.condition == "class":
         return request_labels(trained, chosen_labels(options.labels, model.num_classes), options.rows)
     if model.condition == "none":

@@ -13,11 +13,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from rdm_scale.checkpoint.directory import CheckpointDirectory, is_checkpoint, open_checkpoint
+from rdm_scale.checkpoint.directory import is_checkpoint, open_checkpoint
 from rdm_scale.checkpoint.format.reader import TensorReader
+from rdm_scale.checkpoint.search import find_checkpoint
 from rdm_scale.checkpoint.state import CheckpointState
 from rdm_scale.codecs.record import CodecRecord
-from rdm_scale.config import ModelConfig, RunConfig, parse_config
+from rdm_scale.config import ModelConfig, RunConfig, Weights, WeightsName, parse_config, parse_weights
 from rdm_scale.data.manifest import TextEncoding
 from rdm_scale.errors import CheckpointError
 from rdm_scale.models import build_model
@@ -25,7 +26,7 @@ from rdm_scale.storage.json_files import read_json_object
 from rdm_scale.storage.location import Location
 from rdm_scale.storage.safetensors_folder import SafetensorsReader, Shape
 
-Weights = Literal["ema", "weights"]
+StateEntry = Literal["ema", "weights"]  # names of the weights in files
 MERGED = "model"  # stem of the .safetensors files
 CONFIG = "config.json"
 _MAX_POSITIONS = 2**31
@@ -39,7 +40,7 @@ class MergedConfig(BaseModel):
 
     format: Literal["rdm_scale.model"] = "rdm_scale.model"
     version: Literal[1] = 1
-    weights: Weights
+    weights: StateEntry
     dtype: str
     step: int
     averaged: tuple[str, ...] = ()  # the checkpoints that these weights are the mean of
@@ -68,6 +69,11 @@ class ModelSource:
         """Number of elements of all parameters."""
         return sum(map(math.prod, self.shapes.values()))
 
+    @property
+    def entry(self) -> StateEntry:
+        """Name of the weights in files."""
+        return "ema" if self.weights == "ema" else "weights"
+
     def stream(self) -> Iterator[tuple[str, Tensor]]:
         """Read every parameter in fp32, in the order of `shapes`; memory holds one, or a few small ones.
 
@@ -81,57 +87,43 @@ class ModelSource:
             yield from ((name, self.read(name)) for name in self.shapes)
             return
         for group in _groups(self.shapes):
-            yield from self._reader.read_many(self.weights, group).items()
+            yield from self._reader.read_many(self.entry, group).items()
 
     def read(self, name: str) -> Tensor:
         """Read one parameter in fp32. Raises CheckpointError as `stream` does."""
         if isinstance(self._reader, SafetensorsReader):
             return self._reader.read(name).float()
-        return self._reader.read(self.weights, name)
+        return self._reader.read(self.entry, name)
 
 
-def open_model(path: str, weights: Weights = "ema") -> ModelSource:
+def open_model(path: str, weights: WeightsName | None = None) -> ModelSource:
     """Open the weights at `path` without reading them.
 
     Args:
         path: a checkpoint's folder, a run's directory or a folder of checkpoints (the newest one is used), or a merged
             folder; a local path or any fsspec URL.
-        weights: the EMA weights (ema) or the last ones (weights). A merged folder has only one of them, which is used.
+        weights: the EMA weights (ema), or those without averaging (raw, also called weights). None: the EMA weights,
+            or those that a merged folder has.
 
     Raises:
-        CheckpointError: there is no complete checkpoint, or it is damaged or was not written by this project.
+        CheckpointError: there is no complete checkpoint, it is damaged or was not written by this project, or a merged
+            folder has other weights.
+        ConfigError: there are no weights of that name.
     """
-    if weights not in ("ema", "weights"):
-        raise CheckpointError(f"weights={weights!r} is unknown: choose ema or weights")
+    chosen = None if weights is None else parse_weights(weights)
     here = Location(path)
     if not is_checkpoint(here) and (here / CONFIG).exists():
-        return _open_merged(here)
+        return _open_merged(here, chosen)
     folder = find_checkpoint(path)
     state, reader = open_checkpoint(folder)
-    if weights not in reader.entries():
-        raise CheckpointError(f"{folder} has no {weights}; it has {', '.join(reader.entries())}")
-    shapes = {name: reader.shape(name) for name in reader.names()}
+    entry: StateEntry = "weights" if chosen == "raw" else "ema"
+    if entry not in reader.entries():
+        raise CheckpointError(f"{folder} has no {entry}; it has {', '.join(reader.entries())}")
     found = _describe(state, folder)
-    shapes = _checked_shapes(shapes, found.config.model, folder)
+    shapes = _checked_shapes({name: reader.shape(name) for name in reader.names()}, found.config.model, folder)
     return ModelSource(
-        folder, weights, state["step"], found.config, found.codec, found.class_names, found.text, shapes, reader
-    )
-
-
-def find_checkpoint(path: str) -> Location:
-    """Find the checkpoint at `path`, or the newest one of the run or folder of checkpoints at `path`.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    here = Location(path)
-    if is_checkpoint(here):
-        return here
-    for directory in (CheckpointDirectory(here / "checkpoints"), CheckpointDirectory(here)):
-        latest = directory.latest()
-        if latest is not None:
-            return directory.folder(latest)
-    raise CheckpointError(f"{here} is neither a complete checkpoint nor a run or folder with one: check the path")
+        folder, chosen or "ema", state["step"], found.config, found.codec, found.class_names, found.text, shapes, reader
+    )  # fmt: skip
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
@@ -160,7 +152,7 @@ def _few(names: list[str], count: int = 5) -> str:
     return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
 
 
-def _open_merged(folder: Location) -> ModelSource:
+def _open_merged(folder: Location, chosen: Weights | None) -> ModelSource:
     tree = read_json_object(folder / CONFIG, CheckpointError)
     if tree.get("format") != "rdm_scale.model":
         raise CheckpointError(
@@ -172,11 +164,14 @@ def _open_merged(folder: Location) -> ModelSource:
     except ValidationError as error:
         first = error.errors()[0]
         raise CheckpointError(f"{folder / CONFIG}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    held: Weights = "ema" if merged.weights == "ema" else "raw"
+    if chosen not in (None, held):
+        raise CheckpointError(f"{folder} holds the {held} weights only, not the {chosen} ones: merge those, too")
     config = parse_config(merged.config, str(folder / CONFIG))
     reader = SafetensorsReader.of_folder(folder, MERGED)
     shapes = _checked_shapes(reader.shapes, config.model, folder)
     return ModelSource(
-        folder, merged.weights, merged.step, config, merged.codec, merged.class_names, merged.text, shapes, reader
+        folder, held, merged.step, config, merged.codec, merged.class_names, merged.text, shapes, reader
     )  # fmt: skip
 
 

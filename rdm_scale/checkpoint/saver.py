@@ -19,7 +19,7 @@ from rdm_scale.checkpoint.format.index import FileRecord
 from rdm_scale.checkpoint.format.writer import write_tensors
 from rdm_scale.checkpoint.sharded_state import slice_table
 from rdm_scale.checkpoint.state import CheckpointState
-from rdm_scale.config.schema import CheckpointConfig
+from rdm_scale.config import CheckpointConfig
 from rdm_scale.errors import CheckpointError
 
 if TYPE_CHECKING:

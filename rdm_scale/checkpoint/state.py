@@ -21,6 +21,15 @@ class GrowthRecord(TypedDict):
     placement: str
 
 
+class StartRecord(TypedDict):
+    """Checkpoint or weights that a run began with."""
+
+    given: str  # path in the configuration
+    path: str  # what was found there
+    step: int  # its step; 0 for published weights
+    loaded: str  # `all`: the run goes on from there; `ema` or `raw`: only these weights were taken
+
+
 class CheckpointState(TypedDict, total=False):
     """State of a run besides its tensors.
 
@@ -38,3 +47,4 @@ class CheckpointState(TypedDict, total=False):
     lost_shards: Sequence[Sequence[str]]  # (digest of the manifest, name of the shard)
     layout: WriterLayout
     grown_from: GrowthRecord
+    started_from: StartRecord | None  # None: from initial weights

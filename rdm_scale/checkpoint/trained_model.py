@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
-from rdm_scale.checkpoint.model_source import Weights, open_model
+from rdm_scale.checkpoint.model_source import open_model
 from rdm_scale.codecs.record import CodecRecord
-from rdm_scale.config import RunConfig
+from rdm_scale.config import RunConfig, Weights, WeightsName
 from rdm_scale.data.manifest import TextEncoding
 from rdm_scale.models import DiffusionTransformer, build_model
 
@@ -21,24 +21,27 @@ class TrainedModel:
     codec: CodecRecord
     class_names: tuple[str, ...]
     text: TextEncoding | None  # encoding of the captions that it was trained on
+    weights: Weights = "ema"
 
 
-def load_model(path: str, weights: Weights = "ema") -> DiffusionTransformer:
+def load_model(path: str, weights: WeightsName | None = None) -> DiffusionTransformer:
     """Load the model of a checkpoint or merged folder in fp32, ready for sampling; see `load_trained`."""
     return load_trained(path, weights).model
 
 
-def load_trained(path: str, weights: Weights = "ema", device: str | torch.device = "cpu") -> TrainedModel:
+def load_trained(path: str, weights: WeightsName | None = None, device: str | torch.device = "cpu") -> TrainedModel:
     """Load the model of a checkpoint or merged folder in fp32, with its configuration, codec and class names.
 
     Args:
         path: a checkpoint's folder, a run's directory or a folder of checkpoints (the newest one is used), or a folder
             that tools/merge_checkpoint.py wrote; a local path or any fsspec URL.
-        weights: the EMA weights (ema) or the last ones (weights). A merged folder has only one of them, which is used.
+        weights: the EMA weights (ema), or those without averaging (raw, also called weights). None: the EMA weights,
+            or those that a merged folder has.
         device: device of the model.
 
     Raises:
-        CheckpointError: there is no complete checkpoint, or it is damaged or was not written by this project.
+        CheckpointError: there is no complete checkpoint, it is damaged or was not written by this project, or a merged
+            folder has other weights.
     """
     source = open_model(path, weights)
     with torch.device("meta"):
@@ -50,4 +53,6 @@ def load_trained(path: str, weights: Weights = "ema", device: str | torch.device
         for name, tensor in source.stream():
             parameters[name].copy_(tensor)
     model.eval().requires_grad_(False)
-    return TrainedModel(model, source.config, source.step, source.codec, source.class_names, source.text)
+    return TrainedModel(
+        model, source.config, source.step, source.codec, source.class_names, source.text, source.weights
+    )

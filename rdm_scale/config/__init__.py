@@ -4,10 +4,10 @@ This package imports neither PyTorch nor anything else that is slow to import, s
 second. `load_config` opens nothing but the YAML file: it needs neither data nor a world size.
 """
 
-from rdm_scale.config.loading import describe_keys, load_config, parse_config, to_yaml
+from rdm_scale.config.checkpoints import CheckpointConfig, Weights, WeightsName, parse_weights
+from rdm_scale.config.loading import describe_keys, load_config, parse_config, recorded_checkpoint_dir, to_yaml
 from rdm_scale.config.model import AttentionScope, GateConfig, InputConfig, ModelConfig, TextConfig
 from rdm_scale.config.schema import (
-    CheckpointConfig,
     DataConfig,
     DataSource,
     DiffusionConfig,
@@ -39,10 +39,14 @@ __all__ = [
     "SamplingConfig",
     "TextConfig",
     "TrainConfig",
+    "Weights",
+    "WeightsName",
     "describe_keys",
     "flatten",
     "load_config",
     "parse_config",
+    "parse_weights",
+    "recorded_checkpoint_dir",
     "to_yaml",
 ]
 

@@ -114,6 +114,20 @@ def parse_config(tree: dict[str, Any], where: str) -> RunConfig:
         raise ConfigError("\n  ".join([f"the configuration {where} is not valid:", *lines])) from None
 
 
+def recorded_checkpoint_dir(content: bytes) -> str | None:
+    """`checkpoint.dir` in the `config.yaml` of a run; None where it is not set, or the file is not a configuration.
+
+    The rest of the file is not checked: a run's checkpoints can be found although another version wrote it.
+    """
+    try:
+        tree = yaml.safe_load(content)
+    except yaml.YAMLError:
+        return None
+    section = tree.get("checkpoint") if isinstance(tree, dict) else None
+    found = section.get("dir") if isinstance(section, dict) else None
+    return found if isinstance(found, str) and found else None
+
+
 def describe_keys() -> str:
     """List every key with its default, description and choices, for `--help`."""
 

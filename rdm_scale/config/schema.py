@@ -6,6 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from rdm_scale.config.checkpoints import CheckpointConfig
 from rdm_scale.config.model import ModelConfig
 from rdm_scale.config.section import Section
 from rdm_scale.errors import ConfigError
@@ -242,30 +243,6 @@ class MonitorConfig(Section):
     )
 
 
-class CheckpointConfig(Section):
-    """Checkpoints: place, interval, retention, resume (keys `checkpoint.*`)."""
-
-    dir: str | None = Field(None, description="directory or fsspec URL of the checkpoints; null: run.dir/checkpoints")
-    every: int = Field(1000, ge=0, description="steps between checkpoints; 0: only at the end")
-    keep: int = Field(3, ge=0, description="number of newest checkpoints to keep; 0: all")
-    keep_every: int = Field(0, ge=0, description="keep checkpoints of multiples of this step permanently; 0: none")
-    on_failure: Literal["stop", "continue"] = Field(
-        "stop", description="if a checkpoint cannot be saved: stop the run, or continue until the next checkpoint"
-    )
-    resume: str = Field(
-        "auto", description="auto (newest complete checkpoint of this run), never, or the path of a checkpoint"
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.keep_every and (not self.every or self.keep_every % self.every):
-            raise ValueError(
-                f"checkpoint.keep_every={self.keep_every} must be a multiple of checkpoint.every={self.every}: "
-                "there are no checkpoints of other steps"
-            )
-        return self
-
-
 class RunSection(Section):
     """Directory of the run (keys `run.*`)."""
 
@@ -327,6 +304,12 @@ class RunConfig(Section):
                 f"model.depth={model.depth} is less than the {chunks} chunks of parallel.pipeline="
                 f"{parallel.pipeline} x parallel.chunks={parallel.chunks_per_rank}: each needs a block"
             )
+
+    @property
+    def trains_null_condition(self) -> bool:
+        """True if samples are trained without their condition, or the weights to start with may have been."""
+        started = self.checkpoint.start_from is not None
+        return self.model.condition == "none" or self.diffusion.condition_dropout > 0 or started
 
     def data_parallel_size(self, world_size: int) -> int:
         """Data-parallel size of a world of `world_size` ranks: the ranks divided by tensor and pipeline sizes.

@@ -1,5 +1,6 @@
 """Check that the data sets of a configuration fit its model, before anything is built."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rdm_scale.codecs.record import CodecRecord
@@ -15,12 +16,14 @@ class DataFacts:
     Attributes:
         identity: digests of the training data sets (with weights, if several), which must not change on resume.
         text: encoding of the captions, for models conditioned on text.
+        warnings: one line for each reason to doubt what is measured on the data.
     """
 
     identity: dict[str, str | list[list[str | float]]]
     codec: CodecRecord
     class_names: tuple[str, ...]
     text: TextEncoding | None = None
+    warnings: tuple[str, ...] = ()
 
 
 def check_data(config: RunConfig) -> DataFacts:
@@ -57,7 +60,19 @@ def check_data(config: RunConfig) -> DataFacts:
     ]
     text = first.text if config.model.condition == "text" else None
     identity = {"train": first.digest if len(train) == 1 else weighted}
-    return DataFacts(identity, first.codec, first.class_names, text)
+    return DataFacts(identity, first.codec, first.class_names, text, tuple(_overlaps(config, train, validation)))
+
+
+def _overlaps(config: RunConfig, train: list[Manifest], validation: list[Manifest]) -> Iterator[str]:
+    """Warn of validation sets with shards that are trained on, by the checksums of the shards."""
+    trained = {shard.sha256 for manifest in train for shard in manifest.shards}
+    for source, manifest in zip(config.data.validation, validation, strict=True):
+        shared = sum(shard.samples for shard in manifest.shards if shard.sha256 in trained)
+        if shared:
+            yield (
+                f"data.validation={source.path} shares {shared:,} of its {sum(s.samples for s in manifest.shards):,} "
+                "samples with data.train: the validation loss does not show how the model does on other data"
+            )
 
 
 def _read(config: RunConfig, source: DataSource) -> Manifest:

@@ -6,10 +6,17 @@ from torch import Tensor
 
 from rdm_scale.checkpoint.trained_model import TrainedModel, load_trained
 from rdm_scale.codecs import LatentCodec, codec_of
+from rdm_scale.config import WeightsName
 from rdm_scale.errors import ConfigError
 from rdm_scale.sampling.generate import draw_latents
 from rdm_scale.sampling.image_grid import to_images
-from rdm_scale.sampling.requests import SamplingRequest, override_sampling, request_labels, request_unconditional
+from rdm_scale.sampling.requests import (
+    SamplingRequest,
+    override_sampling,
+    refuse_untrained_guidance,
+    request_labels,
+    request_unconditional,
+)
 
 
 class RDMPipeline:
@@ -27,17 +34,23 @@ class RDMPipeline:
         self.trained, self.codec = trained, codec
 
     @staticmethod
-    def from_pretrained(folder: str, codec: str | None = None, device: str | torch.device = "cpu") -> "RDMPipeline":
+    def from_pretrained(
+        folder: str,
+        codec: str | None = None,
+        device: str | torch.device = "cpu",
+        weights: WeightsName | None = None,
+    ) -> "RDMPipeline":
         """Load a folder that tools/merge_checkpoint.py wrote, a checkpoint or a run.
 
         Args:
             folder: a path or any fsspec URL.
             codec: folder of the VAE that the latents were encoded with, `digits` or `identity`; None: no images.
+            weights: ema or raw; None: the EMA weights where there are any.
 
         Raises:
             CheckpointError, DataError: the folder holds no model, or the codec is not that of the data.
         """
-        trained = load_trained(folder, device=device)
+        trained = load_trained(folder, weights, device)
         return RDMPipeline(trained, None if codec is None else codec_of(trained.codec, device, codec))
 
     def __call__(
@@ -61,13 +74,15 @@ class RDMPipeline:
             a codec, pixels [B, 3, T, H, W] in [-1, 1].
 
         Raises:
-            ConfigError: the model has no such labels, takes prompts, or a number of steps or scale is invalid.
+            ConfigError: the model has no such labels, takes prompts, or a number of steps or scale is invalid; guidance
+                by a null condition that was never trained.
         """
         if generator is not None and seed is not None:
             raise ConfigError("give a generator or a seed, not both")
         if generator is not None:
             seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
         config = override_sampling(self.trained.config, "as called", steps=num_inference_steps, guidance=guidance_scale)
+        refuse_untrained_guidance(config)
         condition = self._request(class_labels, num_images).condition
         device = next(self.trained.model.parameters()).device
         latents = draw_latents(self.trained.model, config, condition.to(device), seed or 0)

@@ -83,6 +83,40 @@ def request_prompts(
     return SamplingRequest(condition, len(prompts), tuple(prompts), empty_caption(trained.text))
 
 
+_CONDITION_OF_OPTION = {"labels": "class", "prompt": "text", "text_encoder": "text"}
+
+
+def refuse_unused_options(config: RunConfig, **given: object) -> None:
+    """Refuse options of a tool that a model of this condition would ignore.
+
+    Args:
+        given: values of `labels`, `prompt` and `text_encoder`, as far as the tool has them.
+
+    Raises:
+        ConfigError: one of them is given, and the model takes another condition.
+    """
+    kind = config.model.condition
+    for name, value in given.items():
+        if value and kind != _CONDITION_OF_OPTION[name]:
+            taken = {"class": "it takes class labels", "text": "it takes prompts", "none": "it takes no condition"}[
+                kind
+            ]
+            raise ConfigError(f"the model has model.condition={kind}, {taken}: leave out --{name.replace('_', '-')}")
+
+
+def refuse_untrained_guidance(config: RunConfig) -> None:
+    """Refuse guidance by a null condition that no sample was trained with; its embedding is as it was initialized.
+
+    Raises:
+        ConfigError: `sampling.guidance` is not 1 and the null condition was never trained.
+    """
+    if config.sampling.guidance != 1 and not config.trains_null_condition:
+        raise ConfigError(
+            f"guidance {config.sampling.guidance:g} needs the null condition, which this model was never trained with "
+            "(diffusion.condition_dropout=0): draw with guidance 1, or train with diffusion.condition_dropout above 0"
+        )
+
+
 def override_sampling(config: RunConfig, source: str, **values: object) -> RunConfig:
     """Replace values of the section `sampling`; None keeps the configured value.
 
@@ -111,11 +145,17 @@ def draw_request(
     Args:
         config: default: the model's own.
         progress: called after each batch as progress(samples done, samples).
+
+    Raises:
+        ConfigError: as `refuse_untrained_guidance`.
+        NonFiniteError: a sample is not finite.
     """
+    config = config or trained.config
+    refuse_untrained_guidance(config)
     device = next(trained.model.parameters()).device
     return draw_pixels(
         trained.model,
-        config or trained.config,
+        config,
         codec_of(trained.codec, device),
         request.condition.to(device),
         seed,

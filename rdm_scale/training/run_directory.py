@@ -5,45 +5,48 @@ import fcntl
 import json
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
 from rdm_scale.checkpoint.directory import CheckpointDirectory, read_state
-from rdm_scale.checkpoint.state import CheckpointState
+from rdm_scale.checkpoint.search import RUN_CONFIG, find_checkpoint
+from rdm_scale.checkpoint.start_weights import StartWeights, find_start_weights
+from rdm_scale.checkpoint.state import CheckpointState, StartRecord
 from rdm_scale.config import ModelConfig, RunConfig, flatten, load_config, to_yaml
+from rdm_scale.data.compatibility import DataFacts
 from rdm_scale.errors import CheckpointError, ConfigError
 from rdm_scale.storage.location import Location
 from rdm_scale.training.depth_profiles import DEPTH
 
 _CANNOT_LOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # file systems without locks, as Lustre may be
-CONFIG, METRICS, LOCK = "config.yaml", "metrics.jsonl", ".lock"
+CONFIG, METRICS, LOCK = RUN_CONFIG, "metrics.jsonl", ".lock"
 
 
 @dataclass(frozen=True)
 class Start:
-    """Start of a run: step 0, or the step of a checkpoint."""
+    """Start of a run: step 0, from initial or given weights, or the step of a checkpoint."""
 
     step: int = 0
     checkpoint: str | None = None
     lost_shards: tuple[tuple[str, str], ...] = ()  # (digest of the manifest, name) of each, from the checkpoint
-    skipped: tuple[str, ...] = ()  # a reason for each later checkpoint that was not used
+    weights: StartWeights | None = None  # given weights of step 0
+    origin: StartRecord | None = None  # where the run began, for its checkpoints
+    warnings: tuple[str, ...] = ()
 
 
 def checkpoints_of(config: RunConfig) -> CheckpointDirectory:
     return CheckpointDirectory(Location(config.checkpoint.dir or str(Path(config.run.dir) / "checkpoints")))
 
 
-def plan_start(config: RunConfig, identity: dict[str, Any]) -> Start:
+def plan_start(config: RunConfig, facts: DataFacts) -> Start:
     """Decide where the run begins, without writing anything.
-
-    Args:
-        identity: the configuration's identity and the data's, which must agree with those of the directory.
 
     Raises:
         ConfigError: the directory holds another run, or any run where `checkpoint.resume` is never.
-        CheckpointError: the checkpoint asked for is not there or not complete.
+        CheckpointError: the checkpoint or weights asked for are not there, not complete or of another model.
     """
+    identity = config.identity() | {"data": facts.identity}
     resume, directory, run_dir = config.checkpoint.resume, checkpoints_of(config), Path(config.run.dir)
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"run.dir={run_dir} is not a directory")
@@ -54,33 +57,68 @@ def plan_start(config: RunConfig, identity: dict[str, Any]) -> Start:
                 f"{run_dir} holds a run already and checkpoint.resume=never: set run.dir to a new directory, "
                 "or checkpoint.resume=auto to go on with that run"
             )
-        return Start()
+        return _new_start(config, facts)
     _refuse_other_run(run_dir, config)
-    if resume != "auto":
-        state = read_state(Location(resume))
-        refuse_other_identity(_binding(identity, state), state["identity"], f"the checkpoint {resume}")
-        if latest is not None and latest > state["step"]:
-            raise ConfigError(
-                f"{directory.root} holds a later checkpoint (step {latest}) than the one to resume from (step "
-                f"{state['step']}): set run.dir to a new directory to branch off, or remove the later ones to go back"
-            )
-        return _start_from(state, resume)
+    own = None if latest is None else read_state(directory.folder(latest))
+    if resume != "auto" and (own is None or _given(own) != resume):
+        return _go_on_with(resume, identity, directory, own)
     skipped = tuple(f"skipped {reason}" for reason in reasons)
-    if latest is None:
-        return Start(skipped=skipped)
-    folder = directory.folder(latest)
+    if own is None:
+        return _new_start(config, facts, skipped)
+    return _resume(own, directory.folder(own["step"]), identity, skipped)
+
+
+def _new_start(config: RunConfig, facts: DataFacts, warnings: tuple[str, ...] = ()) -> Start:
+    """Start of step 0, with the weights of `checkpoint.start_from` if it is set."""
+    given = config.checkpoint.start_from
+    if given is None:
+        return Start(warnings=warnings)
+    weights, differences = find_start_weights(config, facts)
+    origin: StartRecord = {"given": given, "path": weights.path, "step": weights.step, "loaded": weights.weights}
+    return Start(weights=weights, origin=origin, warnings=(*warnings, *differences))
+
+
+def _go_on_with(
+    given: str, identity: dict[str, Any], directory: CheckpointDirectory, own: CheckpointState | None
+) -> Start:
+    """Start from the checkpoint at `checkpoint.resume`, which is not where this directory's run began."""
+    folder = Location(given)
+    if not folder.name.startswith("step_"):  # for a checkpoint's folder, say what it lacks
+        try:
+            folder = find_checkpoint(given)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"checkpoint.resume={given}: {error}. To begin a new run with weights alone, use checkpoint.start_from"
+            ) from None
     state = read_state(folder)
+    start = _resume(state, folder, identity)
+    if own is not None and own["step"] > state["step"]:
+        raise ConfigError(
+            f"{directory.root} holds a later checkpoint (step {own['step']}) than the one to resume from (step "
+            f"{state['step']}): set run.dir to a new directory to branch off, or remove the later ones to go back"
+        )
+    if str(folder) == str(directory.folder(state["step"])):  # this run's own newest one
+        return start
+    origin: StartRecord = {"given": given, "path": str(folder), "step": state["step"], "loaded": "all"}
+    return replace(start, origin=origin)
+
+
+def _given(state: CheckpointState) -> str | None:
+    """Path of the checkpoint that the run of a checkpoint went on with."""
+    origin = state.get("started_from")
+    return origin.get("given") if isinstance(origin, dict) and origin.get("loaded") == "all" else None
+
+
+def _resume(
+    state: CheckpointState, folder: Location, identity: dict[str, Any], warnings: tuple[str, ...] = ()
+) -> Start:
     refuse_other_identity(_binding(identity, state), state["identity"], f"the checkpoint {folder}")
-    return _start_from(state, str(folder), skipped)
-
-
-def _start_from(state: CheckpointState, folder: str, skipped: tuple[str, ...] = ()) -> Start:
     lost = state.get("lost_shards", [])
     try:
         named = tuple((str(digest), str(shard)) for digest, shard in lost)
     except (TypeError, ValueError):
         raise CheckpointError(f"the checkpoint {folder} has an invalid list of lost shards: {lost!r}") from None
-    return Start(state["step"], folder, named, skipped)
+    return Start(state["step"], str(folder), named, origin=state.get("started_from"), warnings=warnings)
 
 
 def prepare(config: RunConfig, start: Start) -> IO[str]:

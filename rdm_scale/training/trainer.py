@@ -13,6 +13,7 @@ import torch
 
 from rdm_scale import checkpoint
 from rdm_scale.batch import LatentBatch, TrainingBatch
+from rdm_scale.checkpoint.start_weights import load_start_weights
 from rdm_scale.checkpoint.state import CheckpointState
 from rdm_scale.config import RunConfig
 from rdm_scale.data.buffer_pool import BufferPool
@@ -44,7 +45,7 @@ class Trainer:
 
     def __init__(self, config: RunConfig, mesh: Mesh, plan: ParallelPlan, facts: DataFacts, start: Start) -> None:
         self.config, self.mesh, self.facts = config, mesh, facts
-        self.step = start.step
+        self.step, self.origin = start.step, start.origin
         if config.train.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to be deterministic
             torch.use_deterministic_algorithms(True)
@@ -54,6 +55,8 @@ class Trainer:
         self.model = parallelize(config, mesh, plan, partial(build_optimizer, config.optimizer, config.model))
         if start.checkpoint is not None:
             checkpoint.load(start.checkpoint, self.model)
+        elif start.weights is not None:
+            load_start_weights(start.weights, self.model)
         self.empty_caption = None if facts.text is None else empty_caption(facts.text)
         self._buffers = BufferPool()  # shared, because training and validation never read at the same time
         self.stream = self._open_stream(start) if mesh.reads_data else None
@@ -65,7 +68,7 @@ class Trainer:
         self._saver_asked_at = self.step  # newest step when the saver was last given something to do
         self.saver = checkpoint.Saver(checkpoints_of(config), config.checkpoint, self.model, mesh, self.monitor.report)
         self.status = RankStatus(mesh, self.saver, self.stream.lost_shards if self.stream else None)
-        for line in start.skipped:
+        for line in start.warnings:
             self.monitor.report(f"warning: {line}")
         if peak is not None and self.step < config.train.steps:
             self.monitor.report(best_case(config, plan, peak, config.train.steps - self.step))
@@ -126,6 +129,7 @@ class Trainer:
             "class_names": list(self.facts.class_names),
             "text": None if self.facts.text is None else self.facts.text.model_dump(mode="json"),
             "lost_shards": self.stream.lost_shards.known if self.stream else [],
+            "started_from": self.origin,
             "layout": {
                 "tensor": self.mesh.tensor_size,
                 "pipeline": self.mesh.pipeline_size,

@@ -29,6 +29,13 @@ def test_fitting_data_is_known_by_the_digest_of_its_manifest(write_set: WriteSet
     assert write_set(8).manifest.digest != data.manifest.digest
 
 
+def test_validation_shards_that_are_trained_on_are_a_warning(write_set: WriteSet) -> None:
+    data, held_out = write_set(9), write_set(5)
+    assert check_data(config_for(data, held_out)).warnings == ()
+    (warning,) = check_data(config_for(data, data)).warnings
+    assert "shares 9 of its 9 samples with data.train" in warning
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [

@@ -111,12 +111,14 @@ def test_resume_takes_a_named_checkpoint_into_a_new_run(
     train_in_parts(ranks, tmp_path, data, [(5, 2)])
     source = str(tmp_path / "run" / "checkpoints" / "step_00000005")
     changes = VALIDATED | data | {"checkpoint__resume": source, "run__dir": str(tmp_path / "second")}
-    ranks.run(2, train, run_config(tmp_path, data["data__train"], **changes))
+    ranks.run(2, train, run_config(tmp_path, data["data__train"], **(changes | {"train__steps": 9})))
+    ranks.run(2, train, run_config(tmp_path, data["data__train"], **changes))  # the same command again goes on
     assert metrics(tmp_path / "second") == uninterrupted[5:]
+    elsewhere = changes | {"checkpoint__resume": shutil.copytree(source, tmp_path / "copy" / "step_00000005")}
     with pytest.raises(
         ConfigError, match=r"holds a later checkpoint \(step 12\) than the one to resume from \(step 5\)"
     ):
-        ranks.run(1, train, run_config(tmp_path, data["data__train"], **changes))
+        ranks.run(1, train, run_config(tmp_path, data["data__train"], **elsewhere))
 
 
 def test_another_run_is_refused_with_the_differing_keys(ranks: RankPool, data: dict[str, str], tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Sampling requests: conditions in the order of an image grid, names of the columns, errors, and pixels."""
 
 import base64
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,11 @@ from rdm_scale.encoding.text import TextEncoder
 from rdm_scale.errors import ConfigError
 from rdm_scale.models import build_model
 from rdm_scale.sampling.generate import draw_pixels
+from rdm_scale.sampling import RDMPipeline
 from rdm_scale.sampling.requests import (
     draw_request,
     override_sampling,
+    refuse_unused_options,
     request_labels,
     request_prompts,
     request_unconditional,
@@ -86,3 +89,32 @@ def test_conditions_of_another_kind_and_unknown_classes_are_refused() -> None:
         request_prompts(trained("class"), ["ab"])
     with pytest.raises(ConfigError, match="with the options given"):
         override_sampling(trained("class").config, "with the options given", steps=0)
+
+
+@pytest.mark.parametrize(
+    ("condition", "given", "message"),
+    [
+        ("class", {"prompt": ["a cat"]}, r"condition=class, it takes class labels: leave out --prompt"),
+        ("class", {"text_encoder": "bert"}, r"leave out --text-encoder"),
+        ("text", {"labels": "0-3"}, r"condition=text, it takes prompts: leave out --labels"),
+        ("none", {"labels": "0-3"}, r"condition=none, it takes no condition: leave out --labels"),
+    ],
+)
+def test_options_that_a_model_would_ignore_are_refused(condition: str, given: dict[str, str], message: str) -> None:
+    config = trained(condition).config
+    with pytest.raises(ConfigError, match=message):
+        refuse_unused_options(config, **given)
+    refuse_unused_options(config, labels=None, prompt=[], text_encoder=None)
+
+
+def test_guidance_by_a_null_class_that_was_never_trained_is_refused() -> None:
+    model = trained("class")
+    diffusion = model.config.diffusion.model_copy(update={"condition_dropout": 0.0})
+    never = replace(model, config=model.config.model_copy(update={"diffusion": diffusion}))
+    guided = override_sampling(never.config, "the test", guidance=3.0)
+    with pytest.raises(ConfigError, match="guidance 3 needs the null condition, which this model was never trained"):
+        draw_request(never, request_labels(never, [0]), 0, config=guided)
+    with pytest.raises(ConfigError, match="draw with guidance 1"):
+        RDMPipeline(never)(class_labels=[0], guidance_scale=3.0)
+    assert draw_request(never, request_labels(never, [0]), 0).shape[0] == 1
+    assert len(RDMPipeline(never)(class_labels=[0], guidance_scale=1.0)) == 1

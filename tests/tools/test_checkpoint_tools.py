@@ -50,7 +50,7 @@ def tool(tmp_path: Path, name: str, *arguments: object) -> Result:
 def test_merge_average_and_inspect(run: Path, tmp_path: Path) -> None:
     out, step = tmp_path / "out", run / "run" / "checkpoints" / "step_00000001"
     done = tool(tmp_path, "merge_checkpoint", run / "run", out, "--weights", "raw", "--dtype", "bf16")
-    assert done.returncode == 0 and f"the last weights of step 3 are in {out}" in done.stdout
+    assert done.returncode == 0 and f"the raw weights of step 3 are in {out}" in done.stdout
     stored = load_file(out / "model.safetensors")["head.out.bias"]
     assert stored.dtype == torch.bfloat16 and (stored == 3).all()
     assert json.loads((out / "config.json").read_text())["step"] == 3
@@ -69,9 +69,10 @@ def test_exported_weights_are_imported_and_trained(run: Path, tmp_path: Path, ra
     checkpoints = tmp_path / "imported"
     config = run / "run" / "config.yaml"
     assert tool(tmp_path, "merge_checkpoint", run / "run", tmp_path / "dit", "--to", "diffusers").returncode == 0
-    done = tool(tmp_path, "import_checkpoint", tmp_path / "dit", checkpoints, config)
+    done = tool(tmp_path, "import_checkpoint", tmp_path / "dit", checkpoints, config, "train.steps=2", "train.seed=11")
     assert done.returncode == 0, done.stderr
-    assert f"checkpoint.resume={checkpoints}/step_00000000" in done.stdout
+    fits = f"{config} train.steps=2 train.seed=11 checkpoint.start_from={checkpoints}/step_00000000\n"
+    assert f"python -m rdm_scale.train {fits}" in done.stdout
     again = tool(tmp_path, "import_checkpoint", tmp_path / "dit", checkpoints, config)
     assert again.returncode == 1 and "already holds checkpoints (step 0)" in again.stderr
     changes: dict[str, Any] = {
@@ -79,13 +80,13 @@ def test_exported_weights_are_imported_and_trained(run: Path, tmp_path: Path, ra
         "model__timestep_spacing": "diffusers",
         "train__steps": 2,
         "train__seed": 11,  # imported weights bind a run to their model only
-        "checkpoint__resume": f"{checkpoints}/step_00000000",
+        "checkpoint__start_from": f"{checkpoints}/step_00000000",
     }
     trained = run_config(tmp_path, str(run / "latents" / "manifest.json"), **changes)
     ranks.run(1, train, trained)
     first = metrics(tmp_path / "run")[0]
     from_scratch = run_config(tmp_path / "scratch", str(run / "latents" / "manifest.json"), **changes | {
-        "checkpoint__resume": "auto", "train__steps": 1,
+        "checkpoint__start_from": None, "train__steps": 1,
     })  # fmt: skip
     ranks.run(1, train, from_scratch)
     other = metrics(tmp_path / "scratch" / "run")[0]

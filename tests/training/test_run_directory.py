@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from rdm_scale.codecs.record import CodecRecord
 from rdm_scale.config import RunConfig, to_yaml
+from rdm_scale.data.compatibility import DataFacts
 from rdm_scale.errors import CheckpointError, ConfigError
 from rdm_scale.training.run_directory import Start, plan_start, prepare, refuse_other_identity
 
@@ -17,7 +19,7 @@ def config_in(path: Path, **sections: dict) -> RunConfig:
 
 
 def start(config: RunConfig) -> Start:
-    return plan_start(config, config.identity())
+    return plan_start(config, DataFacts({}, CodecRecord(name="identity", location="identity"), ()))
 
 
 def test_a_new_directory_starts_at_step_0_and_planning_writes_nothing(tmp_path: Path) -> None:
@@ -79,7 +81,7 @@ def test_a_directory_that_is_not_a_run_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_missing_checkpoint_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="there is no checkpoint"):
+    with pytest.raises(CheckpointError, match="neither a complete checkpoint nor a run.*use checkpoint.start_from"):
         start(config_in(tmp_path, checkpoint={"resume": str(tmp_path / "none")}))
 
 

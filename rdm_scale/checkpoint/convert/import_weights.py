@@ -1,11 +1,8 @@
 """Import of published DiT weights: write a checkpoint that training can start from."""
 
 import math
-import pickle
-import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,20 +15,18 @@ from rdm_scale.checkpoint.convert.parameter_mapping import (
     map_parameters,
     original_names,
 )
+from rdm_scale.checkpoint.convert.state_dicts import open_tensors
 from rdm_scale.checkpoint.directory import CheckpointDirectory
 from rdm_scale.checkpoint.model_source import CONFIG, compare_shapes
 from rdm_scale.checkpoint.state import CheckpointState
 from rdm_scale.codecs.record import CodecRecord
-from rdm_scale.config import ModelConfig, RunConfig, flatten, parse_config
+from rdm_scale.config import ModelConfig, RunConfig, Weights, flatten, parse_config
 from rdm_scale.errors import CheckpointError
 from rdm_scale.storage.json_files import read_json_object
 from rdm_scale.storage.location import Location
 from rdm_scale.storage.safetensors_folder import SafetensorsReader, Shape
 
 POSITIONS = "pos_embed"  # a fixed table that the original DiT stores among its weights
-_UNREADABLE = (
-    zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError, TypeError, OSError,
-)  # fmt: skip
 NO_DATA = "none"  # data.train of a checkpoint imported without a configuration
 
 
@@ -49,30 +44,35 @@ class PublishedWeights:
         """Number of elements of all parameters."""
         return sum(math.prod(mapping.shape) for mapping in self.mappings.values())
 
+    def convert(self, name: str) -> Tensor:
+        """Parameter of this name, in fp32. Raises CheckpointError as `stream` does."""
+        return self.mappings[name].from_external(self.read)
+
     def stream(self) -> Iterator[tuple[str, Tensor]]:
         """Convert every parameter to fp32, one by one, under this project's name.
 
         Raises:
             CheckpointError: a tensor cannot be read, or copies of an embedder differ.
         """
-        for name, mapping in self.mappings.items():
-            yield name, mapping.from_external(self.read)
+        for name in self.mappings:
+            yield name, self.convert(name)
 
 
-def open_published(source: str, model: ModelConfig | None) -> PublishedWeights:
+def open_published(source: str, model: ModelConfig | None, weights: Weights = "ema") -> PublishedWeights:
     """Open external weights without converting them.
 
     Args:
         source: a folder of diffusers' DiT (or of a pipeline, with a folder `transformer`), or a .safetensors or .pt
             file with the names of the original DiT.
         model: expected configuration; required for a file, which does not contain the number of heads.
+        weights: of a file of a training loop that holds both, the ones to read.
 
     Raises:
         CheckpointError: a file is missing, damaged or contains pickled objects; tensors are missing, unknown or have
             other shapes; embedders of blocks differ; or the model is not `model`, with the keys that differ.
     """
     here = Location(source)
-    published = _open_folder(here) if here.is_dir() else _open_file(here, model)
+    published = _open_folder(here) if here.is_dir() else _open_file(here, model, weights)
     if model is not None:
         # adaln_zero does not use model.gate, which may have any values
         found, wanted = (dict(flatten(m.model_dump(mode="json", exclude={"gate"}))) for m in (published.model, model))
@@ -107,7 +107,7 @@ def import_weights(
         progress: called with the number of elements of each tensor written.
 
     Returns:
-        The checkpoint's folder, for `checkpoint.resume`.
+        The checkpoint's folder, for `checkpoint.start_from`.
 
     Raises:
         CheckpointError: `out` already has checkpoints or cannot be written, or the weights cannot be read. Nothing is
@@ -151,14 +151,14 @@ def _open_folder(folder: Location) -> PublishedWeights:
     return PublishedWeights(folder, model, mappings, reader.read)
 
 
-def _open_file(file: Location, model: ModelConfig | None) -> PublishedWeights:
+def _open_file(file: Location, model: ModelConfig | None, weights: Weights) -> PublishedWeights:
     if model is None:
         raise CheckpointError(f"{file} does not contain the number of heads: give a configuration too, as CONFIG")
     if model.residual != "adaln_zero" or model.condition != "class":
         raise CheckpointError(
             f"{file} can only hold an original DiT: set model.residual=adaln_zero and model.condition=class"
         )
-    tensors = _open_tensors(file)
+    tensors = open_tensors(file, weights)
     model = model.model_copy(update={"timestep_spacing": "dit"})
     mappings = map_parameters(original_names, model)
     expected = _external_shapes(mappings)
@@ -166,50 +166,6 @@ def _open_file(file: Location, model: ModelConfig | None) -> PublishedWeights:
         expected[POSITIONS] = (1, model.tokens, model.hidden_size)
     compare_shapes(tensors.shapes, expected, file)
     return PublishedWeights(file, model, mappings, tensors.read)
-
-
-class _NamedTensors(NamedTuple):
-    shapes: dict[str, Shape]
-    read: Callable[[str], Tensor]
-
-
-def _open_tensors(file: Location) -> _NamedTensors:
-    if file.name.endswith(".safetensors"):
-        reader = SafetensorsReader([file])
-        return _NamedTensors(reader.shapes, reader.read)
-    if not file.name.endswith((".pt", ".pth")):
-        raise CheckpointError(f"{file} is neither a folder of diffusers nor a .safetensors or .pt file")
-    tensors = _unpickle(file)
-    return _NamedTensors({name: tuple(tensor.shape) for name, tensor in tensors.items()}, tensors.__getitem__)
-
-
-def _unpickle(file: Location) -> dict[str, Tensor]:
-    """Read a state dict in torch's format with the restricted unpickler, which creates only tensors and containers.
-
-    The format before torch 1.6 is refused because it allocates whatever size it claims, and so are compressed files,
-    which may expand to any size.
-    """
-    try:
-        with file.open("rb") as content:
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in zipfile.ZipFile(content).infolist()):
-                raise ValueError("it is compressed")
-            content.seek(0)
-            found: Any = torch.load(content, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"there is no file {file}") from None
-    except _UNREADABLE as error:
-        first = str(error).strip().splitlines()[:1]
-        raise CheckpointError(
-            f"{file} is not a plain file of tensors, and nothing else is loaded or executed: {' '.join(first)}"
-        ) from None
-    for key in ("ema", "model"):  # as the original training saves them
-        if isinstance(found, dict) and isinstance(found.get(key), dict):
-            found = found[key]
-    if not isinstance(found, dict) or not all(
-        isinstance(k, str) and isinstance(v, Tensor) and v.layout == torch.strided for k, v in found.items()
-    ):
-        raise CheckpointError(f"{file} does not hold a dictionary of names and dense tensors")
-    return found
 
 
 def _external_shapes(mappings: dict[str, ParameterMapping]) -> dict[str, Shape]:

@@ -44,13 +44,18 @@ def merge(
     """
     first = sources[0]
     for other in sources[1:]:
+        if other.weights != first.weights:
+            raise CheckpointError(
+                f"{first.where} holds {first.weights} weights and {other.where} {other.weights} ones: average weights "
+                "of one kind"
+            )
         a, b = (dict(flatten(s.config.model.model_dump(mode="json"))) for s in (first, other))
         if differing := [key for key in a if a[key] != b[key]]:
             raise CheckpointError(
                 f"{first.where} and {other.where} cannot be averaged: they differ in model.{', model.'.join(differing)}"
             )
     config = MergedConfig(
-        weights=first.weights,
+        weights=first.entry,
         dtype=str(dtype).removeprefix("torch."),
         step=max(source.step for source in sources),
         averaged=tuple(str(source.where) for source in sources) if len(sources) > 1 else (),

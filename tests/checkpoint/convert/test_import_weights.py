@@ -1,5 +1,6 @@
 """Weights exported to diffusers and imported again, compared with diffusers' own model; and refused imports."""
 
+import argparse
 import json
 import zipfile
 from pathlib import Path
@@ -163,6 +164,40 @@ def test_files_of_the_original_dit_are_imported(tmp_path: Path, kind: str) -> No
     import_weights(open_published(str(tmp_path / kind), config.model), Location(tmp_path / "out"), config)
     latents, t, labels = inputs()
     assert torch.equal(load_model(str(tmp_path / "out"))(latents, t, labels), model(latents, t, labels))
+
+
+def test_what_training_loops_save_is_imported(tmp_path: Path) -> None:
+    """DiT's own loop, DistributedDataParallel, torch.compile of the model or of each block, and a mix of them."""
+    config = run_config(timestep_spacing="dit").model
+    model = random_model(config)
+    state = original(model, config)
+    other = {name: tensor + 1 for name, tensor in state.items()}
+    options = argparse.Namespace(model="DiT-S/2", lr=1e-4, nested=argparse.Namespace(x=[1]))
+    for name, content in {
+        "train.pt": {"model": other, "ema": state, "opt": {"state": {0: {"step": 3}}}, "args": options},
+        "ddp.pt": {f"module.{name}": tensor for name, tensor in state.items()},
+        "compiled.pt": {"model": {f"_orig_mod.module.{name}": tensor for name, tensor in state.items()}},
+        "blocks.pt": {
+            name.replace("blocks.0.", "blocks.0._orig_mod.").replace("mlp.", "mlp._fsdp_wrapped_module."): tensor
+            for name, tensor in state.items()
+        },
+    }.items():
+        torch.save(content, tmp_path / name)
+    save_file({f"module.{name}": t.clone() for name, t in state.items()}, tmp_path / "ddp.safetensors")
+    for name in ("train.pt", "ddp.pt", "compiled.pt", "blocks.pt", "ddp.safetensors"):
+        found = dict(open_published(str(tmp_path / name), config).stream())
+        assert all(torch.equal(found[key], parameter) for key, parameter in model.named_parameters()), name
+    raw = open_published(str(tmp_path / "train.pt"), config, "raw")
+    assert torch.equal(raw.convert("head.out.bias"), model.get_parameter("head.out.bias") + 1)
+
+    torch.save(state | {"module.x_embedder.proj.bias": torch.zeros(24)}, tmp_path / "twice.pt")
+    with pytest.raises(CheckpointError, match=r"holds x_embedder.proj.bias twice, as x_embedder.proj.bias and module"):
+        open_published(str(tmp_path / "twice.pt"), config)
+    torch.save({"model": state, "args": options, "where": Path("here")}, tmp_path / "path.pt")
+    with pytest.raises(CheckpointError) as refused:
+        open_published(str(tmp_path / "path.pt"), config)
+    assert "it contains an object of the class pathlib.PosixPath. Save the weights alone" in str(refused.value)
+    assert "\x1b" not in str(refused.value) and "\n" not in str(refused.value)
 
 
 def test_a_file_needs_a_configuration_that_fits(tmp_path: Path) -> None:
