@@ -27,3 +27,7 @@ class IncompleteError(CheckpointError):
 
 class NonFiniteError(RdmError):
     """A loss or gradient is infinite or NaN."""
+
+
+class OwnershipError(RdmError):
+    """A directory belongs to another run, or was taken over by another process."""

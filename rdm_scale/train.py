@@ -9,6 +9,7 @@ Megatron are imported, so that a mistake costs a second.
 import argparse
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from rdm_scale.config import RunConfig, describe_keys, load_config
@@ -63,7 +64,7 @@ def train(config: RunConfig, reporter: FailureReporter | None = None) -> None:
     mesh = build_mesh(config.parallel, reporter)
     check_agreement(mesh, config)
     facts, start = mesh.broadcast(checked)
-    lock = prepare(config, start) if mesh.is_first else None
+    held = prepare(config, start) if mesh.is_first else None
 
     from rdm_scale.parallel.plan import memory_of_rank, plan_parallelism
 
@@ -74,10 +75,9 @@ def train(config: RunConfig, reporter: FailureReporter | None = None) -> None:
 
     from rdm_scale.training.trainer import Trainer
 
-    Trainer(config, mesh, plan, facts, start).run()
+    with held or nullcontext():
+        Trainer(config, mesh, plan, facts, start, held.owner if held else None).run()
     mesh.shutdown()
-    if lock is not None:
-        lock.close()
 
 
 def print_warnings(lines: list[str]) -> None:

@@ -102,7 +102,7 @@ class CheckpointDirectory:
             CheckpointError: the folder cannot be created.
         """
         folder = self.folder(step)
-        with _os_errors_reported(f"prepare {folder}"):
+        with os_errors_reported(f"prepare {folder}"):
             self._remove(step)
             folder.make_dir()
         return folder
@@ -123,7 +123,7 @@ class CheckpointDirectory:
             raise ValueError(f"the state is of step {state['step']}, not {step}")
         content = json.dumps(state, indent=1, allow_nan=False).encode()
         record = FileRecord(name=STATE, bytes=len(content), xxh3=digest(content))
-        with _os_errors_reported(f"complete {folder}"):
+        with os_errors_reported(f"complete {folder}"):
             (folder / STATE).write(content)
             _sync(folder)  # file names first, so that a power failure cannot leave a commit without them
             (folder / COMMIT).write(_Commit.of([*files, record]).model_dump_json().encode())
@@ -136,7 +136,7 @@ class CheckpointDirectory:
 
     def abandon(self, step: int) -> None:
         """Remove a checkpoint, complete or not."""
-        with _os_errors_reported(f"remove {self.folder(step)}"):
+        with os_errors_reported(f"remove {self.folder(step)}"):
             self._remove(step)
 
     def prune(self, keep: int, every: int = 0) -> None:
@@ -156,7 +156,7 @@ class CheckpointDirectory:
                 self.abandon(step)
 
     def _all_steps(self) -> list[int]:
-        with _os_errors_reported(f"list {self.root}"):
+        with os_errors_reported(f"list {self.root}"):
             matches = [_STEP.fullmatch(name) for name in self.root.names()]
             steps = sorted(int(match[1]) for match in matches if match)
             return [step for step in steps if self.folder(step).is_dir()]
@@ -207,7 +207,7 @@ def open_checkpoint(folder: Location, needed: SliceTable | None = None) -> Opene
 def _verified_commit(folder: Location) -> _Commit:
     """Read the commit and verify that all files exist and have the recorded sizes."""
     commit = _read_commit(folder)
-    with _os_errors_reported(f"list {folder}"):
+    with os_errors_reported(f"list {folder}"):
         found = folder.stats()  # one listing: a request for each of thousands of files is slow on S3
     for file in commit.files:
         if file.name not in found:
@@ -284,7 +284,7 @@ def _sync(folder: Location) -> None:
 
 
 @contextlib.contextmanager
-def _os_errors_reported(action: str) -> Iterator[None]:
+def os_errors_reported(action: str) -> Iterator[None]:
     """Turn OSErrors into CheckpointErrors that name the action."""
     try:
         yield

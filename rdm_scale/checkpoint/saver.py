@@ -17,6 +17,7 @@ from torch import Tensor
 from rdm_scale.checkpoint.directory import CheckpointDirectory
 from rdm_scale.checkpoint.format.index import FileRecord
 from rdm_scale.checkpoint.format.writer import write_tensors
+from rdm_scale.checkpoint.ownership import Ownership
 from rdm_scale.checkpoint.sharded_state import slice_table
 from rdm_scale.checkpoint.state import CheckpointState
 from rdm_scale.config import CheckpointConfig
@@ -60,6 +61,8 @@ class Saver:
         model: the model to save.
         mesh: the ranks.
         say: logs a message; only that of rank 0 is printed.
+        owner: lease of the directory, on rank 0. Once another process has taken it, rank 0 raises OwnershipError and
+            the run ends: nothing is written, removed or abandoned any more.
 
     Attributes:
         failures: number of failed saves.
@@ -73,8 +76,10 @@ class Saver:
         model: "ParallelModel",
         mesh: "Mesh",
         say: Callable[[str], None],
+        owner: Ownership | None = None,
     ) -> None:
         self.directory, self.config, self.model, self.mesh, self.say = directory, config, model, mesh, say
+        self.owner = owner
         self.failures = 0
         self.stall_s: float | None = None
         self._table = slice_table(model.owned_ranges)
@@ -105,7 +110,7 @@ class Saver:
         self._wait_for_previous_save()
         step = state["step"]
         try:
-            self._on_all_ranks(lambda: self.directory.begin(step) if self.mesh.is_first else None)
+            self._on_all_ranks(lambda: self._begin(step) if self.mesh.is_first else None)
         except CheckpointError as error:
             self._failed(step, error)
             return
@@ -135,6 +140,8 @@ class Saver:
             CheckpointError: on every rank, if a rank could not write and `checkpoint.on_failure` is stop. The files of
                 this checkpoint are removed, and earlier checkpoints are untouched.
         """
+        if self.owner is not None:
+            self.owner.check()
         save = self._save
         if save is None:
             return
@@ -198,9 +205,16 @@ class Saver:
             with ThreadPoolExecutor(len(entries)) as pool:
                 list(pool.map(copy, entries))
 
+    def _begin(self, step: int) -> None:
+        if self.owner is not None:
+            self.owner.confirm()
+        self.directory.begin(step)
+
     def _commit(self, save: _Save, files: list[FileRecord]) -> str | None:
         """Complete the checkpoint and prune old ones. Returns a warning if old ones could not be removed."""
         if self.mesh.is_first:
+            if self.owner is not None:
+                self.owner.confirm()
             self.directory.commit(save.step, save.state, files)
             try:
                 self.directory.prune(self.config.keep, self.config.keep_every)

@@ -47,6 +47,12 @@ class CheckpointConfig(Section):
         "ema", description="with start_from: the EMA weights where there are any, or the weights without averaging"
     )
 
+    take_over: bool = Field(
+        False,
+        description="go on with the checkpoints in checkpoint.dir although another run owns them, once that run has "
+        "ended or has not been alive for 60 s",
+    )
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.keep_every and (not self.every or self.keep_every % self.every):

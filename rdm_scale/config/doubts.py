@@ -18,8 +18,8 @@ def _condition_doubts(config: RunConfig) -> Iterator[str]:
     dropout, guidance = config.diffusion.condition_dropout, config.sampling.guidance
     if guidance != 1 and not config.trains_null_condition:
         yield (
-            f"sampling.guidance={guidance:g} needs the null condition, which diffusion.condition_dropout=0 never trains: "
-            "sample grids will be meaningless, and the drawing tools will refuse this guidance"
+            f"sampling.guidance={guidance:g} needs the null condition, which diffusion.condition_dropout=0 never "
+            "trains: sample grids will be meaningless, and the drawing tools will refuse this guidance"
         )
     if dropout == 1 and config.model.condition != "none":
         yield (

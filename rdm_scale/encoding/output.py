@@ -14,8 +14,8 @@ from rdm_scale.storage.location import Location
 REJECTED_NAME = "rejected.jsonl"
 _WORK = ".encoding"
 # A killed process may leave partial files behind.
-_SHARD = re.compile(r"(shard|text)-\d+\.tar(\.partial-\d+)?")
-_OTHERS = re.compile(rf"{re.escape(_WORK)}|({MANIFEST_NAME}|{REJECTED_NAME})(\.partial-\d+)?")
+_SHARD = re.compile(r"(shard|text)-\d+\.tar(\.partial-[\d-]+)?")
+_OTHERS = re.compile(rf"{re.escape(_WORK)}|({MANIFEST_NAME}|{REJECTED_NAME})(\.partial-[\d-]+)?")
 
 
 @dataclass(frozen=True)

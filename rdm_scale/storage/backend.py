@@ -9,6 +9,7 @@ from typing import IO, Any, ClassVar, NamedTuple
 from fsspec import AbstractFileSystem
 
 _VERSIONS = ("ETag", "etag", "generation", "content_md5", "md5", "LastModified", "last_modified", "created", "mtime")
+_TIMES = ("LastModified", "last_modified", "mtime", "updated", "created")
 
 
 class Stat(NamedTuple):
@@ -101,6 +102,23 @@ class StorageBackend(ABC):
 
     @abstractmethod
     def write(self, path: str, content: bytes) -> None: ...
+
+    def write_if(self, path: str, content: bytes, version: str | None) -> None:
+        """Write if the file has this version; checked before the write, where the store has no conditional writes."""
+        try:
+            found = self.stat(path).version
+        except FileNotFoundError:
+            found = None
+        if found != version:
+            raise ReplacedError(f"{self.url(path)} is no longer version {version}: it was replaced")
+        self.write(path, content)
+
+    def modified(self, path: str) -> float:
+        info = self._call(path, "info")
+        found = next((info[name] for name in _TIMES if info.get(name)), None)
+        if found is None:
+            raise OSError(f"the store of {self.url(path)} does not say when it was written")
+        return found.timestamp() if isinstance(found, datetime) else float(found)
 
     @abstractmethod
     def remove(self, path: str) -> None: ...

@@ -4,9 +4,10 @@ import os
 from contextlib import suppress
 from pathlib import Path
 from stat import S_ISDIR
+from threading import get_ident
 from typing import IO, Any, ClassVar, cast
 
-from rdm_scale.storage.backend import Stat, StorageBackend
+from rdm_scale.storage.backend import ReplacedError, Stat, StorageBackend
 
 
 class LocalFiles(StorageBackend):
@@ -56,8 +57,21 @@ class LocalFiles(StorageBackend):
     def open(self, path: str, mode: str) -> IO[bytes]:
         return cast(IO[bytes], self._call(path, "open", mode=mode))
 
+    def write_if(self, path: str, content: bytes, version: str | None) -> None:
+        if version is not None:
+            super().write_if(path, content, version)
+            return
+        complete = Path(f"{path}.complete-{os.getpid()}-{get_ident()}")
+        self.write(str(complete), content)
+        try:
+            os.link(complete, path)  # fails if the file exists, also if another process is about to create it
+        except FileExistsError:
+            raise ReplacedError(f"{path} exists already") from None
+        finally:
+            complete.unlink()
+
     def write(self, path: str, content: bytes) -> None:
-        unfinished = Path(f"{path}.partial-{os.getpid()}")
+        unfinished = Path(f"{path}.partial-{os.getpid()}-{get_ident()}")
         try:
             with unfinished.open("wb") as file:
                 file.write(content)

@@ -153,6 +153,21 @@ class Location:
         """Write the file atomically: a reader sees the old content or the new, never a part."""
         self._backend.write(self.path, content)
 
+    def write_if(self, content: bytes, version: str | None) -> None:
+        """Write the file if it still has this version, from `stat`; None: if it does not exist.
+
+        On S3 and for new local files this is one operation. Elsewhere another writer may come between the comparison
+        and the write: read the file again to find out.
+
+        Raises:
+            ReplacedError: it has another version.
+        """
+        self._backend.write_if(self.path, content, version)
+
+    def modified(self) -> float:
+        """Time of the last write by the clock of the store, in seconds since 1970. Raises FileNotFoundError."""
+        return self._backend.modified(self.path)
+
     def remove(self) -> None:
         """Remove a file, or a folder with all its content."""
         self._backend.remove(self.path)

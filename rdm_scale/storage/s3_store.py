@@ -6,15 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 from fsspec import AbstractFileSystem
 
-from rdm_scale.storage.backend import Stat, stat_of
+from rdm_scale.storage.backend import ReplacedError, Stat, stat_of
 from rdm_scale.storage.context import current_retry
 from rdm_scale.storage.object_store import ObjectStore
-from rdm_scale.storage.retries import Failure
+from rdm_scale.storage.retries import Failure, describe
 
 if TYPE_CHECKING:  # importing the client takes half a second
     from rdm_scale.storage.s3_client import S3Client
 
 _MULTIPART_BYTES = 100 * 2**20  # from this size on, s3fs uploads in parts
+_CONDITION_FAILED = (404, 409, 412)  # gone, being written by another, or of another version
+_NOT_IMPLEMENTED = 501
 _REASONS = {  # by the code of the store's error document
     "InvalidAccessKeyId": "it does not know this AWS_ACCESS_KEY_ID",
     "SignatureDoesNotMatch": "AWS_SECRET_ACCESS_KEY does not belong to AWS_ACCESS_KEY_ID",
@@ -72,6 +74,21 @@ class S3Store(ObjectStore):
 
     def _upload_client(self, size: int) -> AbstractFileSystem:
         return self.fs.retrying_client if size >= _MULTIPART_BYTES else self.fs
+
+    def write_if(self, path: str, content: bytes, version: str | None) -> None:
+        """Write by a conditional PUT; S3 compares the ETag and writes in one operation."""
+        condition = {"IfNoneMatch": "*"} if version is None else {"IfMatch": f'"{version}"'}
+        try:
+            self._retried(
+                path, "written", lambda left_s: self._run(self.fs, "pipe_file", left_s, path, content, **condition)
+            )
+        except OSError as error:
+            status = describe(error).status
+            if status in _CONDITION_FAILED:
+                raise ReplacedError(f"{self.url(path)} is no longer version {version}: it was replaced") from None
+            if status != _NOT_IMPLEMENTED:
+                raise
+            super().write_if(path, content, version)
 
     # ---- errors
 

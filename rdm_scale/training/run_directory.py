@@ -7,9 +7,11 @@ import os
 import socket
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from types import TracebackType
+from typing import IO, Any, Self
 
-from rdm_scale.checkpoint.directory import CheckpointDirectory, read_state
+from rdm_scale.checkpoint.directory import CheckpointDirectory, os_errors_reported, read_state
+from rdm_scale.checkpoint.ownership import Ownership, new_id, refuse_other_owner
 from rdm_scale.checkpoint.search import RUN_CONFIG, find_checkpoint
 from rdm_scale.checkpoint.start_weights import StartWeights, find_start_weights
 from rdm_scale.checkpoint.state import CheckpointState, StartRecord
@@ -21,6 +23,7 @@ from rdm_scale.training.depth_profiles import DEPTH
 
 _CANNOT_LOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # file systems without locks, as Lustre may be
 CONFIG, METRICS, LOCK = RUN_CONFIG, "metrics.jsonl", ".lock"
+RUN_ID = "run.json"
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ def plan_start(config: RunConfig, facts: DataFacts) -> Start:
     resume, directory, run_dir = config.checkpoint.resume, checkpoints_of(config), Path(config.run.dir)
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"run.dir={run_dir} is not a directory")
+    with os_errors_reported(f"read {directory.root}"):
+        refuse_other_owner(directory.root, read_run_id(run_dir), config.checkpoint.take_over)
     latest, reasons = directory.newest()
     if resume == "never":
         if latest is not None or (run_dir / CONFIG).exists() or (run_dir / METRICS).exists():
@@ -121,27 +126,77 @@ def _resume(
     return Start(state["step"], str(folder), named, origin=state.get("started_from"), warnings=warnings)
 
 
-def prepare(config: RunConfig, start: Start) -> IO[str]:
+class HeldDirectories:
+    """A run's hold on its directory and its checkpoints; `close` ends it.
+
+    Attributes:
+        owner: lease of the directory of checkpoints.
+    """
+
+    def __init__(self, lock: IO[str], owner: Ownership) -> None:
+        self.owner, self._lock = owner, lock
+
+    def close(self) -> None:
+        """Let other processes use the directories."""
+        self.owner.close()
+        self._lock.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+def prepare(config: RunConfig, start: Start) -> HeldDirectories:
     """Prepare the directory: write the resolved configuration, truncate metrics to the step where the run begins.
 
     Returns:
-        The directory's lock: while it is open, and as long as this process lives, no other run may use the directory.
+        The hold on the directories: while it is open, and as long as this process lives, no other run may use them.
 
     Raises:
         ConfigError: another run uses the directory, or it cannot be written.
+        OwnershipError: another run owns the checkpoints.
     """
     run_dir = Path(config.run.dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = _locked(run_dir)
+        run_id = read_run_id(run_dir) or _write_run_id(run_dir)
+        owner = _claim(config, run_id)
         Location(run_dir / CONFIG).write(to_yaml(config).encode())
         for path in (run_dir / METRICS, run_dir / DEPTH):
             if path.exists():
                 Location(path).write(_lines_up_to(path, start.step))
     except OSError as error:
         raise ConfigError(f"cannot write to run.dir={run_dir}: {error.strerror or error}") from None
-    _check_writable(checkpoints_of(config).root)
-    return lock
+    return HeldDirectories(lock, owner)
+
+
+def _claim(config: RunConfig, run_id: str) -> Ownership:
+    """Become the owner of the directory of checkpoints, which also shows now that they can be written."""
+    root = checkpoints_of(config).root
+    try:
+        root.make_dir()
+        return Ownership.claim(root, run_id, str(Path(config.run.dir).resolve()), take_over=config.checkpoint.take_over)
+    except OSError as error:
+        raise ConfigError(f"cannot write checkpoints to {root}: {error.strerror or error}") from None
+
+
+def read_run_id(run_dir: Path) -> str | None:
+    """Id of the run in a directory; None where there is no run, or one of an earlier version."""
+    try:
+        found = json.loads((run_dir / RUN_ID).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    run_id = found.get("id") if isinstance(found, dict) else None
+    return run_id if isinstance(run_id, str) else None
+
+
+def _write_run_id(run_dir: Path) -> str:
+    run_id = new_id()
+    Location(run_dir / RUN_ID).write(json.dumps({"format": "rdm_scale.run", "version": 1, "id": run_id}).encode())
+    return run_id
 
 
 def _locked(run_dir: Path) -> IO[str]:
@@ -161,17 +216,6 @@ def _locked(run_dir: Path) -> IO[str]:
     lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     lock.flush()
     return lock
-
-
-def _check_writable(folder: Location) -> None:
-    """Raise ConfigError now, and not after hours of training, if checkpoints cannot be written."""
-    probe = folder / f".writable-{os.getpid()}"
-    try:
-        folder.make_dir()
-        probe.write(b"x")
-        probe.remove()
-    except OSError as error:
-        raise ConfigError(f"cannot write checkpoints to {folder}: {error.strerror or error}") from None
 
 
 def _lines_up_to(path: Path, step: int) -> bytes:

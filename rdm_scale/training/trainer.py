@@ -13,6 +13,7 @@ import torch
 
 from rdm_scale import checkpoint
 from rdm_scale.batch import LatentBatch, TrainingBatch
+from rdm_scale.checkpoint.ownership import Ownership
 from rdm_scale.checkpoint.start_weights import load_start_weights
 from rdm_scale.checkpoint.state import CheckpointState
 from rdm_scale.config import RunConfig
@@ -43,7 +44,15 @@ from rdm_scale.training.throughput import Throughput, best_case, find_peak
 class Trainer:
     """Trains one model on one mesh, from `start` to `train.steps`."""
 
-    def __init__(self, config: RunConfig, mesh: Mesh, plan: ParallelPlan, facts: DataFacts, start: Start) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        mesh: Mesh,
+        plan: ParallelPlan,
+        facts: DataFacts,
+        start: Start,
+        owner: Ownership | None = None,
+    ) -> None:
         self.config, self.mesh, self.facts = config, mesh, facts
         self.step, self.origin = start.step, start.origin
         if config.train.deterministic:
@@ -66,7 +75,9 @@ class Trainer:
         self.probe = DepthProbe(config, self.model)
         self._under_way: deque[StepUnderWay] = deque()  # steps that are not read yet
         self._saver_asked_at = self.step  # newest step when the saver was last given something to do
-        self.saver = checkpoint.Saver(checkpoints_of(config), config.checkpoint, self.model, mesh, self.monitor.report)
+        self.saver = checkpoint.Saver(
+            checkpoints_of(config), config.checkpoint, self.model, mesh, self.monitor.report, owner
+        )
         self.status = RankStatus(mesh, self.saver, self.stream.lost_shards if self.stream else None)
         for line in start.warnings:
             self.monitor.report(f"warning: {line}")

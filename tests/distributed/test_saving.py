@@ -13,9 +13,11 @@ import torch
 
 from rdm_scale.checkpoint import CheckpointDirectory, load_model
 from rdm_scale.checkpoint import saver as saving
+from rdm_scale.checkpoint.ownership import Ownership
 from rdm_scale.config import RunConfig
-from rdm_scale.errors import CheckpointError
+from rdm_scale.errors import CheckpointError, OwnershipError
 from rdm_scale.storage.location import Location
+from rdm_scale.training.run_directory import read_run_id
 from tests.support.limits import HANG_S
 from tests.support.rank_pool import RankPool
 from tests.support.small_runs import metrics, run_config, train, write_latents
@@ -169,3 +171,22 @@ def test_checkpoints_of_keep_every_are_not_removed(ranks: RankPool, data: str, t
     config = run_config(tmp_path, data, train__steps=7, **changes)
     ranks.run(1, train, config)
     assert steps_saved(config) == [4, 7]
+
+
+def write_after_another_process_has_taken_over(config: RunConfig, folder: Location, rank: int, *more: Any) -> Any:
+    records = WRITE(folder, rank, *more)
+    if rank == 0:
+        Ownership.claim(folder.parent, str(read_run_id(Path(config.run.dir))), "elsewhere").close()
+    return records
+
+
+def test_a_process_that_was_replaced_writes_nothing_more(ranks: RankPool, data: str, tmp_path: Path) -> None:
+    """Neither commit nor removal: the folders are the successor's. `checkpoint.on_failure` does not matter."""
+    config = run_config(tmp_path, data, train__steps=40, checkpoint__every=2, checkpoint__on_failure="continue")
+    with pytest.raises(OwnershipError, match="was taken over by the run in elsewhere"):
+        ranks.run(2, train_with, write_after_another_process_has_taken_over, config)
+    assert steps_saved(config) == []
+    step_2 = Path(config.run.dir) / "checkpoints/step_00000002"
+    assert {file.name for file in step_2.glob("*.index.safetensors")} == {
+        "rank_00000.index.safetensors", "rank_00001.index.safetensors"
+    }  # fmt: skip

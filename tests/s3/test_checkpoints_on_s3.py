@@ -1,6 +1,7 @@
 """Checkpoints on an S3 server that fails while they are saved."""
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ import torch
 from rdm_scale.checkpoint.directory import CheckpointDirectory
 from rdm_scale.checkpoint.format.slices import Region, SliceTable, TensorSlice
 from rdm_scale.checkpoint.format.writer import write_tensors
+from rdm_scale.checkpoint.ownership import OWNER, Ownership, refuse_other_owner
 from rdm_scale.config import RunConfig
-from rdm_scale.errors import CheckpointError
-from rdm_scale.storage.location import Location, Retry, retrying
+from rdm_scale.errors import CheckpointError, OwnershipError
+from rdm_scale.storage.location import Location, ReplacedError, Retry, retrying
 from rdm_scale.tools.s3_server import S3Server
 from tests.support.fault_proxy import Fault, FaultProxy, Request
+from tests.support.limits import HANG_S
 from tests.support.rank_pool import RankPool
 from tests.support.small_runs import metrics, run_config, train, write_latents
 
@@ -64,6 +67,31 @@ def test_permanent_faults_are_reported_and_leave_earlier_checkpoints(proxy: Faul
     assert step == 1 and all("no commit.json" in reason for reason in reasons)
     save(directory, 2, 1000)
     assert directory.steps() == [1, 2]
+
+
+def test_one_run_owns_a_prefix_by_conditional_writes(proxy: FaultProxy, prefix: str) -> None:
+    root = Location(f"s3://latents/{prefix}")
+    refuse_other_owner(root, None, take_over=False)
+    with Ownership.claim(root, "a", "runs/a", lease_s=0.6) as owner:
+        stale = (root / OWNER).stat().version
+        with pytest.raises(OwnershipError, match="belong to the run in runs/a"):
+            refuse_other_owner(root, "b", take_over=False)
+        with pytest.raises(OwnershipError, match=r"was alive \d s ago"):
+            Ownership.claim(root, "b", "runs/b", take_over=True)
+        with pytest.raises(ReplacedError):
+            (root / OWNER).write_if(b"x", None)
+        proxy.add(TRANSIENT[0], writes, times=1)  # a renewal is retried
+        deadline = time.monotonic() + HANG_S
+        while not any(request.fault for request in proxy.requests):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        owner.confirm()
+        Ownership.claim(root, "a", "runs/a").close()  # the same run, at once
+        with pytest.raises(OwnershipError, match="taken over"):
+            owner.confirm()
+        with pytest.raises(ReplacedError):
+            (root / OWNER).write_if(b"x", stale)
+    assert root.names() == [OWNER]
 
 
 def train_on_s3(config: RunConfig, environment: dict[str, str]) -> None:

@@ -16,8 +16,8 @@ from rdm_scale.data.manifest import TextEncoding
 from rdm_scale.encoding.text import TextEncoder
 from rdm_scale.errors import ConfigError
 from rdm_scale.models import build_model
-from rdm_scale.sampling.generate import draw_pixels
 from rdm_scale.sampling import RDMPipeline
+from rdm_scale.sampling.generate import draw_pixels
 from rdm_scale.sampling.requests import (
     draw_request,
     override_sampling,

@@ -10,7 +10,7 @@ import pytest
 from rdm_scale.codecs.record import CodecRecord
 from rdm_scale.config import RunConfig, to_yaml
 from rdm_scale.data.compatibility import DataFacts
-from rdm_scale.errors import CheckpointError, ConfigError
+from rdm_scale.errors import CheckpointError, ConfigError, OwnershipError
 from rdm_scale.training.run_directory import Start, plan_start, prepare, refuse_other_identity
 
 
@@ -28,7 +28,7 @@ def test_a_new_directory_starts_at_step_0_and_planning_writes_nothing(tmp_path: 
     assert list(tmp_path.iterdir()) == []
     prepare(config, Start())
     assert (tmp_path / "run" / "config.yaml").read_text() == to_yaml(config)
-    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["owner.json"]
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_a_directory_that_is_not_a_run_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_missing_checkpoint_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="neither a complete checkpoint nor a run.*use checkpoint.start_from"):
+    with pytest.raises(CheckpointError, match=r"neither a complete checkpoint nor a run.*use checkpoint\.start_from"):
         start(config_in(tmp_path, checkpoint={"resume": str(tmp_path / "none")}))
 
 
@@ -109,3 +109,39 @@ def test_two_runs_do_not_share_a_directory(tmp_path: Path) -> None:
     ):
         prepare(config, Start())
     prepare(config, Start()).close()
+
+
+def run_id(run_dir: Path) -> str:
+    return json.loads((run_dir / "run.json").read_text())["id"]
+
+
+def test_two_runs_do_not_share_their_checkpoints(tmp_path: Path) -> None:
+    """The same run takes its place at once; another is refused, before and after the first has ended."""
+    shared = {"dir": str(tmp_path / "checkpoints")}
+    first = config_in(tmp_path / "a", checkpoint=shared)
+    second = config_in(tmp_path / "b", checkpoint=shared)
+    with prepare(first, start(first)):
+        with pytest.raises(OwnershipError, match=r"belong to the run in \S+/a/run .*may be alive"):
+            start(second)
+        with pytest.raises(OwnershipError, match="belong to the run in"):
+            prepare(second, Start())
+    with pytest.raises(OwnershipError, match="that run has ended"):
+        start(second)
+    prepare(first, start(first)).close()
+    asked = config_in(tmp_path / "b", checkpoint=shared | {"take_over": True})
+    prepare(asked, start(asked)).close()
+    prepare(second, start(second)).close()
+    with pytest.raises(OwnershipError, match=r"belong to the run in \S+/b/run"):
+        start(first)
+    assert run_id(tmp_path / "a" / "run") != run_id(tmp_path / "b" / "run")
+
+
+def test_a_run_without_an_id_gets_one_and_keeps_it(tmp_path: Path) -> None:
+    config = config_in(tmp_path)
+    prepare(config, start(config)).close()
+    for left in ("run.json", "checkpoints/owner.json"):  # as before ids were written
+        (tmp_path / "run" / left).unlink()
+    prepare(config, start(config)).close()
+    given = run_id(tmp_path / "run")
+    prepare(config, start(config)).close()
+    assert run_id(tmp_path / "run") == given

@@ -7,10 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rdm_scale.checkpoint.directory import CheckpointDirectory
+from rdm_scale.checkpoint.directory import CheckpointDirectory, os_errors_reported
 from rdm_scale.checkpoint.format.index import FileRecord
 from rdm_scale.checkpoint.format.slices import SliceTable, TensorSlice, regions_of_range
 from rdm_scale.checkpoint.format.writer import write_tensors
+from rdm_scale.checkpoint.ownership import refuse_other_owner
 from rdm_scale.checkpoint.state import CheckpointState
 from rdm_scale.storage.location import Location
 
@@ -54,8 +55,11 @@ def write_checkpoint(
 
     Raises:
         CheckpointError: the checkpoint cannot be written. Its folder is removed, also after an error in `tensors`.
+        OwnershipError: the directory belongs to a run.
     """
     step = state["step"]
+    with os_errors_reported(f"read {directory.root}"):
+        refuse_other_owner(directory.root, run=None, take_over=False)
     folder = directory.begin(step)
     try:
         files: list[FileRecord] = []
