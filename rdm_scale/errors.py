@@ -17,6 +17,10 @@ class DataError(RdmError):
     """A manifest, a shard or an input is missing, damaged or not what the run expects."""
 
 
+class StorageError(DataError):
+    """An input cannot be read from where it is stored: not a fault of its content, and a later attempt may succeed."""
+
+
 class CheckpointError(RdmError):
     """A checkpoint cannot be written or read, or belongs to another run."""
 

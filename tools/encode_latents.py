@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 HOLDOUT_SHARE = 0.1
 MAX_REJECTED = 0.01
+MAX_LEFT_OUT = 0.01
 BATCH_SIZE: dict["MediaKind", int] = {"image": 64, "video": 8}  # also the samples of a member
 PREVIEW_COLUMNS = 10
 UNIT_STD = (0.5, 2.0)  # beyond these the noise levels of training do not fit the latents
@@ -101,6 +102,13 @@ def _parser() -> argparse.ArgumentParser:
         type=_share,
         default=MAX_REJECTED,
         help="share of the inputs that may prove undecodable; they are listed in rejected.jsonl (default: %(default)s)",
+    )
+    how.add_argument(
+        "--max-left-out",
+        type=_share,
+        default=MAX_LEFT_OUT,
+        help="share of what INPUT holds that may be left out although it may be an image or video, because of its "
+        "format or name, or because it is a broken link (default: %(default)s)",
     )
     how.add_argument("--preview", metavar="FILE.png", help="picture of some originals above their reconstructions")
 
@@ -228,6 +236,7 @@ def _job(options: argparse.Namespace, described: bool) -> "EncodingJob":
     source = find_media(options.paths[0], columns)
     if described:
         _describe(options, source)
+    source.check_left_out(options.max_left_out)
     settings = _settings(options, source.kind)
     output = OutputFolders(Location(options.paths[1]), Location(options.holdout) if options.holdout else None)
     inputs = inputs_digest(source, settings)
@@ -269,8 +278,8 @@ def _describe(options: argparse.Namespace, source: "MediaSet") -> None:
     print(f"{options.paths[0]}: {len(source.files)} {source.kind}s, {classes}{captions}", flush=True)
     if source.captioned and not options.text_encoder:
         print("note: captions are encoded only with --text-encoder")
-    if source.ignored:
-        print(f"note: {source.ignored} files that are neither images nor videos were ignored")
+    for kind in source.left_out:
+        print(f"note: not encoded: {kind}")
 
 
 def _text_encoder(options: argparse.Namespace, captioned: bool, device: "torch.device") -> "TextEncoder | None":

@@ -5,72 +5,90 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
+from rdm_scale.encoding.left_out import HIDDEN, LeftOutEntry, left_out_file, left_out_others
 from rdm_scale.encoding.media import MAX_CAPTION_BYTES, MediaEntry, MediaKind, decode_text, media_kind
 from rdm_scale.errors import DataError
-from rdm_scale.storage.location import Location
+from rdm_scale.storage.location import Location, Stat, Walk
 
 _CAPTION_READERS = 16  # threads: each caption is a separate file
 _FILES_PER_BATCH = 4096
 
 
+class _Found(NamedTuple):
+    """An image or video, by its path relative to the folder."""
+
+    path: str
+    kind: MediaKind
+    stat: Stat
+
+
 class _Listing(NamedTuple):
-    """Files below a folder, by path relative to it, without hidden ones."""
+    """Files below a folder, without hidden ones."""
 
-    media: list[tuple[str, MediaKind]]  # path and kind, sorted by path
-    text_bytes: dict[str, int]  # sizes of the .txt files
-    others: int
+    media: list[_Found]  # sorted by path
+    texts: dict[str, tuple[str, int]]  # path and size of each .txt file, by its path without the suffix
+    left_out: list[LeftOutEntry]
 
 
-def read_folder(folder: Location) -> Iterator[MediaEntry | None]:
+def read_folder(folder: Location, walk: Walk) -> Iterator[MediaEntry | LeftOutEntry]:
     """Find all images and videos below a folder, sorted by path.
 
     The class of a file is the name of the sub-folder directly below `folder`, its caption is in `name.txt` beside it.
 
+    Args:
+        walk: all entries below the folder.
+
     Yields:
-        Entries, and None for every file that is neither an image, a video nor the caption of one.
+        Entries, and what is neither an image, a video nor the caption of one.
 
     Raises:
         DataError: a caption is too long or not UTF-8.
-        OSError: the folder cannot be read.
+        OSError: a file cannot be read.
     """
-    media, text_bytes, others = _list(folder)
-    captions = {_caption_path(path) for path, _ in media} & text_bytes.keys() if text_bytes else set()
-    yield from [None] * (others + len(text_bytes) - len(captions))
+    media, texts, left_out = _list(folder, walk)
+    yield from left_out
+    stems = {posixpath.splitext(one.path)[0] for one in media} if texts else set()
+    for stem in sorted(texts.keys() - stems):
+        yield LeftOutEntry(".txt files that are no captions", str(folder / texts[stem][0]))
+    captioned = texts.keys() & stems
 
-    def caption_of(path: str) -> str | None:
-        beside = _caption_path(path)
-        return _read_caption(folder / beside, text_bytes[beside]) if beside in captions else None
+    def caption_of(stem: str) -> str | None:
+        return _read_caption(folder / texts[stem][0], texts[stem][1]) if stem in captioned else None
 
     with ThreadPoolExecutor(_CAPTION_READERS) as pool:
         for start in range(0, len(media), _FILES_PER_BATCH):
             batch = media[start : start + _FILES_PER_BATCH]
-            texts: Iterable[str | None] = [None] * len(batch)
-            if captions:
-                texts = pool.map(caption_of, [path for path, _ in batch])
-            for (path, kind), caption in zip(batch, texts, strict=True):
-                file = folder / path
-                class_name = path.split("/")[0] if "/" in path else None
-                yield MediaEntry(kind, posixpath.splitext(path)[0], class_name, caption, file, str(file))
+            keys = [posixpath.splitext(one.path)[0] for one in batch]
+            captions: Iterable[str | None] = pool.map(caption_of, keys) if captioned else [None] * len(batch)
+            for one, key, caption in zip(batch, keys, captions, strict=True):
+                file = folder / one.path
+                class_name = key.split("/")[0] if "/" in key else None
+                yield MediaEntry(
+                    one.kind,
+                    key,
+                    class_name,
+                    caption,
+                    file,
+                    str(file),
+                    length=one.stat.bytes,
+                    version=one.stat.version,
+                    origin=one.path,
+                )
 
 
-def _list(folder: Location) -> _Listing:
-    media: list[tuple[str, MediaKind]] = []
-    text_bytes: dict[str, int] = {}
-    others = 0
-    for path, stat in sorted(folder.find().items()):
+def _list(folder: Location, walk: Walk) -> _Listing:
+    listing = _Listing([], {}, list(left_out_others(walk, str(folder))))
+    for path, stat in walk.files.items():
+        stem, suffix = posixpath.splitext(path)
         if any(part.startswith(".") for part in path.split("/")):
-            continue
-        if kind := media_kind(path):
-            media.append((path, kind))
-        elif path.endswith(".txt"):
-            text_bytes[path] = stat.bytes
+            listing.left_out.append(LeftOutEntry(HIDDEN, str(folder / path)))
+        elif kind := media_kind(path):
+            listing.media.append(_Found(path, kind, stat))
+        elif suffix.lower() == ".txt" and stem not in listing.texts:
+            listing.texts[stem] = path, stat.bytes
         else:
-            others += 1
-    return _Listing(media, text_bytes, others)
-
-
-def _caption_path(path: str) -> str:
-    return f"{posixpath.splitext(path)[0]}.txt"
+            listing.left_out.append(left_out_file(path, str(folder / path)))
+    return listing
 
 
 def _read_caption(file: Location, size: int) -> str:

@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,11 +17,19 @@ import xxhash
 
 from rdm_scale.encoding import lists
 from rdm_scale.encoding.folders import read_folder
+from rdm_scale.encoding.left_out import (
+    LeftOutEntry,
+    LeftOutKind,
+    LeftOutTally,
+    left_out_file,
+    left_out_others,
+    listed,
+)
 from rdm_scale.encoding.lists import Columns, read_list
 from rdm_scale.encoding.media import EXTENSIONS, MediaEntry, MediaFile, MediaKind, media_kind
 from rdm_scale.encoding.tars import read_tars
 from rdm_scale.errors import DataError
-from rdm_scale.storage.location import Location
+from rdm_scale.storage.location import Location, Walk
 
 __all__ = ["Columns", "MediaFile", "MediaKind", "MediaSet", "find_images", "find_media"]
 
@@ -36,14 +45,37 @@ class MediaSet:
     kind: MediaKind
     class_names: tuple[str, ...]  # empty: no classes, all labels are -1
     captioned: bool  # True: every file has a caption, which may be empty; False: none has
-    ignored: int  # number of files or entries that are neither an image nor a video, nor belong to one
+    left_out: tuple[LeftOutKind, ...] = ()  # what the input holds besides, and what does not belong to any of the files
+
+    @property
+    def ignored(self) -> int:
+        """Number of entries of the input that are not encoded."""
+        return sum(one.number for one in self.left_out)
+
+    def check_left_out(self, share: float) -> None:
+        """Check that few entries are left out that may be images or videos.
+
+        Args:
+            share: of all images, videos and such entries, that may be left out.
+
+        Raises:
+            DataError: more are left out.
+        """
+        missed = [one for one in self.left_out if one.missed]
+        number = sum(one.number for one in missed)
+        total = number + len(self.files)
+        if number > share * total:
+            raise DataError(
+                f"{number} of {total} entries of the input would be left out, more than a share of {share}: "
+                f"{listed(missed)}. Convert or remove them, or raise --max-left-out"
+            )
 
 
 def find_media(url: str, columns: Columns | None = None, options: Mapping[str, Any] | None = None) -> MediaSet:
     """List the images, or the videos, of an input on any fsspec file system.
 
     - A folder, searched recursively and sorted. The class is the name of the sub-folder directly below it, if there
-      are any; a caption is in `name.txt` beside the file. Hidden files are ignored.
+      are any; a caption is in `name.txt` beside the file. Links are followed, hidden files are left out.
     - A webdataset tar, or a folder or glob of them. For `key.png`, the class (a number or a name) is in `key.cls` and
       the caption in `key.txt`, or both are fields of `key.json`.
     - A `.jsonl` or `.parquet` list (or a glob of them) of paths with optional labels, captions and keys.
@@ -63,7 +95,10 @@ def find_media(url: str, columns: Columns | None = None, options: Mapping[str, A
     try:
         source = _open_source(location, columns, options)
         for entry in source.entries:
-            collector.add(entry)
+            if isinstance(entry, LeftOutEntry):
+                collector.left_out.add(entry)
+            else:
+                collector.add(entry)
     except OSError as error:
         raise DataError(f"cannot read the input {location}: {error}") from None
     return collector.result(location, columns, numbers=source.numbers)
@@ -87,13 +122,10 @@ class _Collector:
         self.files: list[MediaFile] = []
         self.kinds: Counter[MediaKind] = Counter()
         self.classes: dict[str, int] = {}  # class name to provisional label
-        self.ignored = 0
+        self.left_out = LeftOutTally()
 
-    def add(self, entry: MediaEntry | None) -> None:
-        """Add an entry; None counts a file that is neither an image nor a video."""
-        if entry is None:
-            self.ignored += 1
-            return
+    def add(self, entry: MediaEntry) -> None:
+        """Add an image or video."""
         if _FORBIDDEN_IN_KEY.search(entry.key):
             raise DataError(f"the name of {entry.name!r} contains a control character or is not UTF-8: rename it")
         label = -1 if entry.class_name is None else self.classes.setdefault(entry.class_name, len(self.classes))
@@ -101,15 +133,26 @@ class _Collector:
             raise DataError(f"{entry.name}: there are more than {_MAX_CLASSES} classes: is this a column of labels?")
         self.kinds[entry.kind] += 1
         self.files.append(
-            MediaFile(entry.key, label, entry.caption, entry.location, entry.name, entry.offset, entry.length)
+            MediaFile(
+                entry.key,
+                label,
+                entry.caption,
+                entry.location,
+                entry.name,
+                entry.offset,
+                entry.length,
+                entry.version,
+                entry.origin,
+            )
         )
 
     def result(self, where: Location, columns: Columns, *, numbers: bool) -> MediaSet:
         """Build the complete set. Raises DataError: it is empty or inconsistent."""
         if not self.files:
             known = ", ".join(extension for extensions in EXTENSIONS.values() for extension in extensions)
+            held = listed(self.left_out.kinds()) or "it is empty"
             raise DataError(
-                f"there are no images or videos in {where} ({self.ignored} other files): it must be a folder of "
+                f"there are no images or videos in {where} ({held}): it must be a folder of "
                 f"{known} files, a webdataset tar, a folder or glob of tars, or a .jsonl or .parquet list"
             )
         if len(self.kinds) > 1:
@@ -124,7 +167,7 @@ class _Collector:
         self._check_all_or_none(sum(file.label >= 0 for file in self.files), "class", f"{kind}s", where)
         _check_columns(columns, label=bool(self.classes), caption=bool(captions), where=where)
         class_names = self._number_classes(where, numbers)
-        return MediaSet(tuple(self.files), kind, class_names, bool(captions), self.ignored)
+        return MediaSet(tuple(self.files), kind, class_names, bool(captions), self.left_out.kinds())
 
     def _check_all_or_none(self, given: int, what: str, kind: str, where: Location) -> None:
         if given and (missing := len(self.files) - given):
@@ -182,29 +225,42 @@ def _check_unique(files: Sequence[MediaFile]) -> None:
 
 
 class _InputSource(NamedTuple):
-    """Entries of an input, None for each file that is neither an image nor a video."""
+    """Entries of an input."""
 
-    entries: Iterator[MediaEntry | None]
+    entries: Iterator[MediaEntry | LeftOutEntry]
     numbers: bool  # classes may be given as numbers
 
 
 def _open_source(location: Location, columns: Columns, options: Mapping[str, Any] | None) -> _InputSource:
     if location.is_dir():
-        names = [name for name in location.names() if not name.startswith(".")]
+        walk = location.walk()
+        names = [name for name in walk.files if "/" not in name and not name.startswith(".")]
         tars = [name for name in names if name.endswith(".tar")]
         if tars and any(media_kind(name) for name in names):
             raise DataError(f"{location} holds both tars and images or videos: keep them in separate folders")
         if tars:
-            return _InputSource(read_tars([location / name for name in tars], columns), numbers=True)
-        return _InputSource(read_folder(location), numbers=False)
+            entries = chain(_beside_tars(location, walk), read_tars([location / name for name in tars], columns))
+            return _InputSource(entries, numbers=True)
+        return _InputSource(read_folder(location, walk), numbers=False)
     matches = _matches(location)
     tars_only = [match for match in matches if match.name.endswith(".tar")]
     if not tars_only:
-        entries = (entry for match in matches for entry in read_list(match, columns, options))
-        return _InputSource(entries, numbers=True)
+        rows = (entry for match in matches for entry in read_list(match, columns, options))
+        return _InputSource(rows, numbers=True)
     if len(tars_only) < len(matches):
         raise DataError(f"{location} matches both tars and lists: encode them as two sets")
     return _InputSource(read_tars(matches, columns), numbers=True)
+
+
+def _beside_tars(folder: Location, walk: Walk) -> Iterator[LeftOutEntry]:
+    """Yield what is left out of a folder of tars, of which only the tars directly in it are read."""
+    yield from left_out_others(walk, str(folder))
+    for path in walk.files:
+        name = str(folder / path)
+        if "/" in path and (media_kind(path) or path.endswith(".tar")):
+            yield LeftOutEntry("images, videos or tars in sub-folders of a folder of tars", name, missed=True)
+        elif not path.endswith(".tar") or path.startswith("."):
+            yield left_out_file(path, name)
 
 
 def _matches(location: Location) -> list[Location]:

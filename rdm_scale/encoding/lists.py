@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from rdm_scale.encoding.left_out import LeftOutEntry, left_out_file
 from rdm_scale.encoding.media import MAX_CAPTION_BYTES, MediaEntry, media_kind
 from rdm_scale.errors import ConfigError, DataError
 from rdm_scale.storage.location import Location
@@ -46,7 +47,7 @@ def read_list(
     options: Mapping[str, Any] | None = None,
     *,
     max_column_bytes: int = MAX_COLUMN_BYTES,
-) -> Iterator[MediaEntry | None]:
+) -> Iterator[MediaEntry | LeftOutEntry]:
     """Read all images and videos of a list, in its order.
 
     The key of an entry without one is its path without the extension.
@@ -56,7 +57,7 @@ def read_list(
         max_column_bytes: of a column in one row group of a Parquet file, uncompressed.
 
     Yields:
-        Entries, and None for every row whose path is neither an image nor a video by its extension.
+        Entries, and every row whose path is neither an image nor a video by its extension.
 
     Raises:
         DataError: the file is not a list, has no column of paths, or contains an invalid value.
@@ -78,16 +79,17 @@ def read_list(
                 f"{name}: some entries have a {columns.key!r} and others do not: give one to all entries, or to none"
             )
         query = "?" in path and path.startswith(("http://", "https://"))
-        kind = media_kind(path.partition("?")[0] if query else path)
-        if kind is None:
-            yield None
+        plain = path.partition("?")[0] if query else path
+        kind = media_kind(plain)
+        if kind is None:  # whatever it is, someone has put it into the list
+            yield left_out_file(plain, f"{name}: {_shown(path)}")._replace(missed=True)
             continue
         class_name = parse_label(row.get(columns.label), columns.label, name)
         caption = parse_caption(row.get(columns.caption), columns.caption, name)
         file = resolver.resolve(path, name)
         if key is None:
             key = path if query else posixpath.splitext(path if "://" in path else posixpath.normpath(path))[0]
-        yield MediaEntry(kind, key, class_name, caption, file, str(file))
+        yield MediaEntry(kind, key, class_name, caption, file, str(file), origin=path)
 
 
 class _PathResolver:
@@ -151,6 +153,8 @@ def _parquet_rows(location: Location, columns: Columns, max_column_bytes: int) -
                 for values in zip(*(batch.column(name).to_pylist() for name in used), strict=True):
                     row += 1
                     yield _Row(dict(zip(used, values, strict=True)), f"{location}, row {row}")
+            if row != parquet.metadata.num_rows:
+                raise DataError(f"{location} is damaged: {row} of {parquet.metadata.num_rows} rows could be read")
     except (pa.ArrowException, ValueError, OSError) as error:  # Arrow raises OSError for damaged pages, too
         what = "cannot be read" if isinstance(error, OSError) else "is not a Parquet file, or is damaged"
         raise DataError(f"{location} {what}: {str(error).strip()}") from None

@@ -8,13 +8,14 @@ import posixpath
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
-from rdm_scale.errors import DataError
-from rdm_scale.storage.location import Location
+from rdm_scale.errors import DataError, StorageError
+from rdm_scale.storage.backend import Stat, check_version
+from rdm_scale.storage.location import Location, ReplacedError
 
 MediaKind = Literal["image", "video"]
 EXTENSIONS: dict[MediaKind, tuple[str, ...]] = {
-    "image": ("png", "jpg", "jpeg", "webp"),
-    "video": ("mp4", "avi", "webm", "mkv", "mov"),
+    "image": ("png", "jpg", "jpeg", "webp", "jpe", "jfif"),
+    "video": ("mp4", "avi", "webm", "mkv", "mov", "m4v"),
 }
 KIND_BY_EXTENSION = {extension: kind for kind, extensions in EXTENSIONS.items() for extension in extensions}
 MAX_CAPTION_BYTES = 2**16
@@ -38,12 +39,15 @@ class MediaFile:
     name: str  # path or URL for error messages, with `:member` for a member of a tar
     offset: int = 0
     length: int | None = None  # None: to the end of the file
+    version: str = ""  # of the file that holds it, when it was listed; empty: not known
+    origin: str = ""  # its place in the input: path below the folder, name in the tar, or path in the list
 
     def read(self) -> bytes:
         """Read all bytes.
 
         Raises:
-            DataError: the file cannot be read, is too large for an image, or has become shorter since it was listed.
+            StorageError: the file cannot be read, or has changed since it was listed.
+            DataError: it is too large for an image.
         """
         try:
             if self.length is None and not self.location.is_local:
@@ -51,28 +55,32 @@ class MediaFile:
                 length = len(content)
             else:
                 length = self.location.size() if self.length is None else self.length
-                content = self.location.read_range(self.offset, length) if length <= _MAX_IMAGE_BYTES else b""
+                version = self.version or None
+                content = self.location.read_range(self.offset, length, version) if length <= _MAX_IMAGE_BYTES else b""
         except OSError as error:
-            raise DataError(f"cannot read {self.name}: {error}") from None
+            raise _unreadable(self.name, error) from error
         if length > _MAX_IMAGE_BYTES:
             raise DataError(
                 f"{self.name} has more than {_MAX_IMAGE_BYTES} bytes: too large for an image file; shrink or remove it"
             )
         if len(content) != length:
-            raise DataError(_ends_early(self.name, len(content), length))
+            raise _ends_early(self.name, len(content), length)
         return content
 
     def open(self) -> BinaryIO:
         """Open as a seekable, read-only file of exactly these bytes; any size is allowed.
 
         Raises:
-            DataError: the file cannot be read, or ends early; raised here and by every read.
+            StorageError: the file cannot be read, or has changed since it was listed; raised here and by every read.
         """
         try:
-            length = self.location.size() if self.length is None else self.length
+            found = self.location.stat() if self.length is None or self.version else None
+            if found is not None:
+                check_version(str(self.location), found, self.version)
+            length = self.length if self.length is not None else cast(Stat, found).bytes
             file = self.location.open()
         except Exception as error:  # clients of object stores have exceptions of their own
-            raise DataError(f"cannot read {self.name}: {error}") from None
+            raise _unreadable(self.name, error) from error
         return cast(BinaryIO, io.BufferedReader(_ByteWindow(file, self.offset, length, self.name), _BUFFER_BYTES))
 
 
@@ -87,6 +95,9 @@ class MediaEntry(NamedTuple):
     name: str
     offset: int = 0
     length: int | None = None
+    version: str = ""
+    origin: str = ""
+    group: str | None = None  # what it is split by; None: its key
 
 
 def decode_text(content: bytes, limit: int, name: str, what: str) -> str:
@@ -139,9 +150,9 @@ class _ByteWindow(io.RawIOBase):
             self._file.seek(self._offset + self._position)
             content = self._file.read(wanted)
         except Exception as error:  # clients of object stores have exceptions of their own
-            raise DataError(f"cannot read {self._name}: {error}") from None
+            raise _unreadable(self._name, error) from error
         if not content:
-            raise DataError(_ends_early(self._name, self._position, self._length))
+            raise _ends_early(self._name, self._position, self._length)
         buffer[: len(content)] = content
         self._position += len(content)
         return len(content)
@@ -152,5 +163,13 @@ class _ByteWindow(io.RawIOBase):
         super().close()
 
 
-def _ends_early(name: str, found: int, expected: int) -> str:
-    return f"{name} ends after {found} of {expected} bytes: it was changed while it was in use; run the command again"
+def _unreadable(name: str, error: Exception) -> StorageError:
+    if isinstance(error, ReplacedError):
+        return StorageError(f"{name} was changed while it was in use: run the command again")
+    return StorageError(f"cannot read {name}: {error}")
+
+
+def _ends_early(name: str, found: int, expected: int) -> StorageError:
+    return StorageError(
+        f"{name} ends after {found} of {expected} bytes: it was changed while it was in use; run the command again"
+    )

@@ -1,33 +1,36 @@
 """Webdataset tars of images or videos: indexing the members by one pass over the headers, and packing small tars.
 
 For `key.png` (or another image or video), the class is in `key.cls` and the caption in `key.txt`, or both are in
-`key.json`.
+`key.json`. The key ends at the first dot that is followed by such a suffix: `photo_v1.1.png` is the image `photo_v1.1`.
 """
 
 import json
 import posixpath
-import tarfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
+from rdm_scale.encoding.left_out import HIDDEN, LeftOutEntry, left_out_file
 from rdm_scale.encoding.lists import Columns, parse_caption, parse_label
 from rdm_scale.encoding.media import KIND_BY_EXTENSION, MAX_CAPTION_BYTES, MediaEntry, decode_text
+from rdm_scale.encoding.tar_members import read_members
 from rdm_scale.errors import DataError
-from rdm_scale.storage.location import Location
+from rdm_scale.storage.location import Location, Stat
 from rdm_scale.storage.ustar import pack_ustar
 
 _MAX_CLASS_BYTES = 1024
 _MAX_JSON_BYTES = 2**20
+_ANNOTATIONS = ("cls", "txt", "json")
+_MOST_LINKS = 40  # that lead from one to the next
 _TAR_READERS = 8  # threads, one tar each, which hide the latency of an object store
 
 
-def read_tars(tars: Sequence[Location], columns: Columns) -> Iterator[MediaEntry | None]:
+def read_tars(tars: Sequence[Location], columns: Columns) -> Iterator[MediaEntry | LeftOutEntry]:
     """Index all images and videos of the tars, in their order.
 
     Yields:
-        Entries, and None for every member that is neither an image or video nor belongs to one.
+        Entries, and every member that is neither an image or video nor belongs to one.
 
     Raises:
         DataError: a tar is damaged or truncated, or a class or caption is invalid.
@@ -36,7 +39,7 @@ def read_tars(tars: Sequence[Location], columns: Columns) -> Iterator[MediaEntry
     with ThreadPoolExecutor(_TAR_READERS) as pool:
         for index in pool.map(partial(_index, columns=columns), tars):
             yield from index.entries
-            yield from [None] * index.others
+            yield from index.left_out
 
 
 def pack_tar(samples: Iterable[Mapping[str, bytes]]) -> bytes:
@@ -57,7 +60,7 @@ def pack_tar(samples: Iterable[Mapping[str, bytes]]) -> bytes:
 
 class _IndexedTar(NamedTuple):
     entries: list[MediaEntry]
-    others: int  # number of members that are neither images or videos nor belong to one
+    left_out: list[LeftOutEntry]
 
 
 class _Annotation(NamedTuple):
@@ -67,39 +70,92 @@ class _Annotation(NamedTuple):
     caption: str | None = None
 
 
+class _MemberRange(NamedTuple):
+    """Range of a tar that holds the content of a member."""
+
+    offset: int
+    length: int
+
+
+class _MemberName(NamedTuple):
+    """Path of a member, divided into the key of a sample and a suffix."""
+
+    key: str
+    suffix: str  # in lower case; empty if no part of the name is a known suffix
+
+
 def _index(location: Location, columns: Columns) -> _IndexedTar:
-    try:
-        return _TarIndexer(location, columns).index()
-    except tarfile.TarError as error:
-        raise DataError(f"{location} is not a tar file, or is damaged ({error}): copy it again") from None
+    with location.open() as file:
+        return _TarIndexer(location, columns, location.stat(), file).index()
 
 
 class _TarIndexer:
     """Indexer of one tar, from its headers; classes and captions may come before or after their image or video."""
 
-    def __init__(self, location: Location, columns: Columns) -> None:
-        self._location, self._columns = location, columns
+    def __init__(self, location: Location, columns: Columns, stat: Stat, file: IO[bytes]) -> None:
+        self._location, self._columns, self._stat, self._file = location, columns, stat, file
+        self._contents: dict[str, _MemberRange] = {}  # of all regular files, by path
+        self._links: dict[str, str] = {}  # target of each link, by path
         self._media: list[MediaEntry] = []  # without class and caption
         self._classes: dict[str, str] = {}  # by key
         self._captions: dict[str, str] = {}
         self._annotations: dict[str, _Annotation] = {}
-        self._others = 0
+        self._others: list[str] = []  # paths of files that are no media or annotations
+        self._left_out: list[LeftOutEntry] = []
 
     def index(self) -> _IndexedTar:
-        size = self._location.size()
-        with self._location.open() as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                self._add(tar, member)
-                tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep every header it has read
-            if tar.offset + tarfile.BLOCKSIZE > size:
+        for member in read_members(self._file, self._location, self._stat.bytes):
+            path = posixpath.normpath(member.name)
+            if any(part.startswith(".") and part != ".." for part in path.split("/")) and path != ".":
+                self._leave_out(HIDDEN, path)
+            elif member.issparse():
                 raise DataError(
-                    f"{self._location} is truncated: it has no end-of-archive mark after {len(self._media)} images or "
-                    "videos; copy it again"
+                    f"{self._location}:{path} is stored as a sparse file, which is not supported: write the tar "
+                    "without --sparse"
                 )
-        entries = [self._annotated(entry) for entry in self._media]
-        keys = {entry.key for entry in entries}
-        annotated = (self._classes, self._captions, self._annotations)
-        return _IndexedTar(entries, self._others + sum(key not in keys for by_key in annotated for key in by_key))
+            elif member.isfile():
+                self._contents[path] = _MemberRange(member.offset_data, member.size)
+                self._add(path, self._contents[path])
+            elif member.islnk():
+                self._links[path] = posixpath.normpath(member.linkname)
+            elif member.issym():
+                self._links[path] = posixpath.normpath(posixpath.join(posixpath.dirname(path), member.linkname))
+            elif not member.isdir():
+                self._leave_out("special files (pipes, devices)", path)
+        self._follow_links()
+        return self._result()
+
+    def _follow_links(self) -> None:
+        for path in self._links:
+            target = path
+            for _ in range(_MOST_LINKS):
+                target = self._links.get(target, target)
+            if target in self._contents:
+                self._add(path, self._contents[target])
+            else:
+                self._leave_out("links to what is not in the tar", path, missed=True)
+
+    def _result(self) -> _IndexedTar:
+        keys = {entry.key for entry in self._media}
+        fields = [entry for entry in self._media if _is_field(entry.key, keys)]
+        for entry in fields:
+            self._left_out.append(LeftOutEntry("fields of samples, such as KEY.seg.png", entry.name))
+        for path in self._others:
+            stem = posixpath.splitext(path)[0]
+            known = stem in keys or _is_field(stem, keys)
+            if known:
+                self._leave_out(f"{posixpath.splitext(path)[1] or 'other'} files of samples", path)
+            else:
+                self._left_out.append(left_out_file(path, f"{self._location}:{path}"))
+        for by_key, suffix in ((self._classes, "cls"), (self._captions, "txt"), (self._annotations, "json")):
+            for key in by_key:
+                if key not in keys:
+                    self._leave_out(f".{suffix} files of no image or video", f"{key}.{suffix}")
+        dropped = {entry.name for entry in fields}
+        return _IndexedTar([self._annotated(one) for one in self._media if one.name not in dropped], self._left_out)
+
+    def _leave_out(self, kind: str, path: str, missed: bool = False) -> None:
+        self._left_out.append(LeftOutEntry(kind, f"{self._location}:{path}", missed))
 
     def _annotated(self, entry: MediaEntry) -> MediaEntry:
         class_name, caption = self._annotations.get(entry.key, _Annotation())
@@ -107,33 +163,37 @@ class _TarIndexer:
             class_name=self._classes.get(entry.key, class_name), caption=self._captions.get(entry.key, caption)
         )
 
-    def _add(self, tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
-        path = posixpath.normpath(member.name)
-        if not member.isfile() or any(part.startswith(".") for part in path.split("/")):
-            return
+    def _add(self, path: str, content: _MemberRange) -> None:
         name = f"{self._location}:{path}"
-        if member.issparse():
-            raise DataError(
-                f"{name} is stored as a sparse file, which is not supported: write the tar without --sparse"
+        key, suffix = _divide(path)
+        if kind := KIND_BY_EXTENSION.get(suffix):
+            self._media.append(
+                MediaEntry(
+                    kind,
+                    key,
+                    None,
+                    None,
+                    self._location,
+                    name,
+                    content.offset,
+                    content.length,
+                    version=self._stat.version,
+                    origin=path,
+                )
             )
-        folder, base = posixpath.split(path)
-        stem, _, extension = base.partition(".")  # webdataset: a key ends at the first dot of the base name
-        key, extension = posixpath.join(folder, stem), extension.lower()
-        if kind := KIND_BY_EXTENSION.get(extension):
-            self._media.append(MediaEntry(kind, key, None, None, self._location, name, member.offset_data, member.size))
-        elif extension == "cls":
-            text = _text(tar, member, name, _MAX_CLASS_BYTES, "the number or name of a class")
+        elif suffix == "cls":
+            text = self._text(content, name, _MAX_CLASS_BYTES, "the number or name of a class")
             if not text:
                 raise DataError(f"{name} is empty: it must hold the number or name of a class")
             self._classes[key] = text
-        elif extension == "txt":
-            self._captions[key] = _text(tar, member, name, MAX_CAPTION_BYTES, "a caption")
-        elif extension == "json":
+        elif suffix == "txt":
+            self._captions[key] = self._text(content, name, MAX_CAPTION_BYTES, "a caption")
+        elif suffix == "json":
             self._annotations[key] = self._annotation(
-                _content(tar, member, name, _MAX_JSON_BYTES, "a label and caption"), name
+                self._read(content, name, _MAX_JSON_BYTES, "a label and caption"), name
             )
         else:
-            self._others += 1
+            self._others.append(path)
 
     def _annotation(self, content: bytes, name: str) -> _Annotation:
         try:
@@ -147,13 +207,26 @@ class _TarIndexer:
             parse_label(values.get(label), label, name), parse_caption(values.get(caption), caption, name)
         )
 
+    def _text(self, content: _MemberRange, name: str, limit: int, what: str) -> str:
+        return decode_text(self._read(content, name, limit, what), limit, name, what)
 
-def _text(tar: tarfile.TarFile, member: tarfile.TarInfo, name: str, limit: int, what: str) -> str:
-    return decode_text(_content(tar, member, name, limit, what), limit, name, what)
+    def _read(self, content: _MemberRange, name: str, limit: int, what: str) -> bytes:
+        if content.length > limit:
+            raise DataError(f"{name} has {content.length} bytes: too many for {what} (at most {limit})")
+        self._file.seek(content.offset)
+        return self._file.read(content.length)
 
 
-def _content(tar: tarfile.TarFile, member: tarfile.TarInfo, name: str, limit: int, what: str) -> bytes:
-    content = tar.extractfile(member) if member.size <= limit else None
-    if content is None:
-        raise DataError(f"{name} has {member.size} bytes: too many for {what} (at most {limit})")
-    return content.read()
+def _divide(path: str) -> _MemberName:
+    """Divide a path into key and suffix, at the first dot of the base name that only a known suffix follows."""
+    stem, _, suffix = path.rpartition(".")
+    suffix = suffix.lower()
+    if stem and not stem.endswith("/") and (suffix in KIND_BY_EXTENSION or suffix in _ANNOTATIONS):
+        return _MemberName(stem, suffix)
+    return _MemberName(path, "")
+
+
+def _is_field(key: str, keys: Collection[str]) -> bool:
+    """True if a key is that of another sample and a word behind a dot, as in `key.seg.png`."""
+    stem, _, word = key.rpartition(".")
+    return word.isalpha() and (stem in keys or _is_field(stem, keys))

@@ -19,8 +19,27 @@ class Stat(NamedTuple):
     version: str
 
 
+class Walk(NamedTuple):
+    """All entries below a folder, at any depth, by their paths relative to it."""
+
+    files: dict[str, Stat]
+    others: dict[str, str]  # what is neither a file nor a folder that was entered, and what it is instead
+
+
+HIDDEN_FOLDER = "hidden folders"
+BROKEN_LINK = "links that lead to nothing"
+CYCLIC_LINK = "links to a folder that they lie in"
+SPECIAL_FILE = "special files (pipes, sockets, devices)"
+
+
 class ReplacedError(OSError):
     """The file is no longer the requested version."""
+
+
+def check_version(name: str, found: Stat, version: str | None) -> None:
+    """Raise ReplacedError if a file is not of the version that was requested, if one was."""
+    if version and found.version != version:
+        raise ReplacedError(f"{name} is no longer version {version}: it was replaced")
 
 
 class StorageBackend(ABC):
@@ -63,22 +82,40 @@ class StorageBackend(ABC):
     def stats(self, path: str) -> dict[str, Stat]:
         return {name: stat_of(info) for name, info in self._entries(path).items() if info["type"] == "file"}
 
-    def find(self, path: str) -> dict[str, Stat]:
-        try:
-            found = self._call(path, "find", detail=True)
-        except FileNotFoundError:
-            return {}
-        below = {each[len(path) :].lstrip("/"): info for each, info in found.items() if each != path}
-        return {name: stat_of(info) for name, info in sorted(below.items())}
+    def walk(self, path: str) -> Walk:
+        """Folder by folder: fsspec's own `find` leaves out, without a word, folders that cannot be listed."""
+        files: dict[str, Stat] = {}
+        others: dict[str, str] = {}
+        waiting = [""]
+        while waiting:
+            folder = waiting.pop()
+            entries = self._entries(posixpath.join(path, folder).rstrip("/") or "/", missing=bool(folder))
+            for name, info in entries.items():
+                below = f"{folder}/{name}".lstrip("/")
+                if info["type"] == "file":
+                    files[below] = stat_of(info)
+                elif info["type"] != "directory":
+                    others[below] = SPECIAL_FILE
+                elif name.startswith("."):
+                    others[below] = HIDDEN_FOLDER
+                else:
+                    waiting.append(below)
+        return Walk(dict(sorted(files.items())), dict(sorted(others.items())))
 
     def glob(self, pattern: str) -> list[str]:
         return sorted(self._call(pattern, "glob"))
 
-    def _entries(self, path: str) -> dict[str, Mapping[str, Any]]:
-        """Fsspec's description of each entry of a folder, by name."""
+    def _entries(self, path: str, *, missing: bool = False) -> dict[str, Mapping[str, Any]]:
+        """Fsspec's description of each entry of a folder, by name.
+
+        Args:
+            missing: raise FileNotFoundError if there is no such folder; otherwise it is as an empty one.
+        """
         try:
             found = self._call(path, "ls", detail=True)
         except FileNotFoundError:
+            if missing:
+                raise
             return {}
         # fsspec lists a file as its own only entry
         return {posixpath.basename(e["name"].rstrip("/")): e for e in found if e["name"].rstrip("/") != path}

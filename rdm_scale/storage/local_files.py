@@ -5,9 +5,19 @@ from contextlib import suppress
 from pathlib import Path
 from stat import S_ISDIR
 from threading import get_ident
-from typing import IO, Any, ClassVar, cast
+from typing import IO, Any, ClassVar, NamedTuple, cast
 
-from rdm_scale.storage.backend import ReplacedError, Stat, StorageBackend
+from rdm_scale.storage.backend import (
+    BROKEN_LINK,
+    CYCLIC_LINK,
+    HIDDEN_FOLDER,
+    SPECIAL_FILE,
+    ReplacedError,
+    Stat,
+    StorageBackend,
+    Walk,
+    check_version,
+)
 
 
 class LocalFiles(StorageBackend):
@@ -33,12 +43,37 @@ class LocalFiles(StorageBackend):
                         found[entry.name] = _stat_of(entry.stat())
         return found
 
+    def walk(self, path: str) -> Walk:
+        files: dict[str, Stat] = {}
+        others: dict[str, str] = {}
+        if not Path(path).is_dir():
+            return Walk(files, others)
+        waiting = [_Folder("", (_identity(path),))]
+        while waiting:
+            folder = waiting.pop()
+            with os.scandir(f"{path}/{folder.path}") as entries:
+                for entry in entries:
+                    below = f"{folder.path}/{entry.name}".lstrip("/")
+                    if entry.is_file():
+                        files[below] = _stat_of(entry.stat())
+                    elif not entry.is_dir():
+                        others[below] = BROKEN_LINK if entry.is_symlink() else SPECIAL_FILE
+                    elif entry.name.startswith("."):
+                        others[below] = HIDDEN_FOLDER
+                    elif (identity := _identity(entry.path)) in folder.around:
+                        others[below] = CYCLIC_LINK
+                    else:
+                        waiting.append(_Folder(below, (*folder.around, identity)))
+        return Walk(dict(sorted(files.items())), dict(sorted(others.items())))
+
     def read(self, path: str) -> bytes:
         with open(path, "rb") as file:  # noqa: PTH123
             return file.read()
 
     def read_range(self, path: str, offset: int, length: int, version: str | None) -> bytes:
-        content = bytearray(min(length, max(0, self.stat(path).bytes - offset)))  # `length` may be far too large
+        found = self.stat(path)
+        check_version(path, found, version)
+        content = bytearray(min(length, max(0, found.bytes - offset)))  # `length` may be far too large
         return bytes(memoryview(content)[: self.read_into(path, offset, memoryview(content))])
 
     def read_into(self, path: str, offset: int, buffer: memoryview) -> int:
@@ -92,6 +127,18 @@ class LocalFiles(StorageBackend):
             raise
         except Exception as error:  # fsspec's own
             raise OSError(f"{method} of {path} failed: {type(error).__name__}: {error}") from error
+
+
+class _Folder(NamedTuple):
+    """A folder to be listed."""
+
+    path: str  # relative to the folder that is walked
+    around: tuple[tuple[int, int], ...]  # device and inode of it and of the folders that it lies in
+
+
+def _identity(folder: str) -> tuple[int, int]:
+    found = os.stat(folder)  # noqa: PTH116
+    return found.st_dev, found.st_ino
 
 
 def _stat_of(found: os.stat_result) -> Stat:

@@ -14,14 +14,14 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from rdm_scale.errors import ConfigError
-from rdm_scale.storage.backend import ReplacedError, Stat, StorageBackend
+from rdm_scale.storage.backend import ReplacedError, Stat, StorageBackend, Walk
 from rdm_scale.storage.context import PROCESS, current_retry, retrying, set_retry
 from rdm_scale.storage.local_files import LocalFiles
 from rdm_scale.storage.object_store import ObjectStore
 from rdm_scale.storage.retries import Retry
 from rdm_scale.storage.s3_store import S3Store
 
-__all__ = ["Location", "ReplacedError", "Retry", "Stat", "current_retry", "retrying", "set_retry"]
+__all__ = ["Location", "ReplacedError", "Retry", "Stat", "Walk", "current_retry", "retrying", "set_retry"]
 
 _S3_SCHEMES = ("s3", "s3a")
 Options: TypeAlias = Mapping[str, Any] | AbstractFileSystem | StorageBackend | None
@@ -106,8 +106,16 @@ class Location:
         return self._backend.stats(self.path)
 
     def find(self) -> dict[str, Stat]:
-        """The files below this folder at any depth, by relative path; empty when there is no such folder."""
-        return self._backend.find(self.path)
+        """The files below this folder at any depth, see `walk`; empty when there is no such folder."""
+        return self.walk().files
+
+    def walk(self) -> Walk:
+        """All entries below this folder at any depth, by relative path; empty when there is no such folder.
+
+        Links are followed, and those to a folder that they lie in are noticed. Hidden folders, whose names begin with a
+        dot, are not entered. Raises OSError: a folder below cannot be listed.
+        """
+        return self._backend.walk(self.path)
 
     def glob(self) -> list["Location"]:
         """The files and folders that match this location, whose path is a pattern with *, ? and [...]; sorted."""
@@ -131,7 +139,7 @@ class Location:
         """`length` bytes from `offset`; fewer if the file ends earlier.
 
         Args:
-            version: from `stat`. Stores with conditional reads (S3) refuse to read another version.
+            version: from `stat`. Local files and stores with conditional reads (S3) refuse to read another version.
 
         Raises:
             FileNotFoundError, ReplacedError: there is no such file, or another version of it.

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from fsspec import AbstractFileSystem
 
-from rdm_scale.storage.backend import ReplacedError, Stat, stat_of
+from rdm_scale.storage.backend import HIDDEN_FOLDER, ReplacedError, Stat, Walk, stat_of
 from rdm_scale.storage.context import current_retry
 from rdm_scale.storage.object_store import ObjectStore
 from rdm_scale.storage.retries import Failure, describe
@@ -44,11 +44,19 @@ class S3Store(ObjectStore):
     def make_dir(self, path: str) -> None:
         """Do nothing: S3 has no folders, and s3fs would create a missing bucket."""
 
-    def find(self, path: str) -> dict[str, Stat]:
-        found = self._listing(path, deep=True)
-        return {name: stat_of(info) for name, info in found.items() if info["type"] == "file"}
+    def walk(self, path: str) -> Walk:
+        files: dict[str, Stat] = {}
+        others: dict[str, str] = {}
+        for name, info in self._listing(path, deep=True).items():
+            parts = name.split("/")
+            hidden = next((i for i, part in enumerate(parts[:-1], 1) if part.startswith(".")), 0)
+            if hidden:
+                others["/".join(parts[:hidden])] = HIDDEN_FOLDER
+            elif info["type"] == "file":
+                files[name] = stat_of(info)
+        return Walk(files, others)
 
-    def _entries(self, path: str) -> dict[str, Mapping[str, Any]]:
+    def _entries(self, path: str, *, missing: bool = False) -> dict[str, Mapping[str, Any]]:
         return self._listing(path, deep=False)
 
     def _listing(self, path: str, deep: bool) -> dict[str, Mapping[str, Any]]:

@@ -7,6 +7,7 @@ import pytest
 
 from rdm_scale import rng
 from rdm_scale.data.shard_writer import sample_id
+from rdm_scale.encoding.job import EncodingJob
 from rdm_scale.encoding.runner import encode
 from rdm_scale.errors import DataError
 from tests.support.encoding_jobs import (
@@ -76,6 +77,7 @@ def test_a_repaired_input_is_encoded_by_the_same_command(digits, tmp_path, monke
         encode(job)
     for path in broken:
         shutil.copy(digits / path.relative_to(source), path)
+    job = make_job(source, tmp_path / "out")  # as the next process lists it
     again = []
     real = job.codec.encode
     monkeypatch.setattr(job.codec, "encode", lambda pixels: again.append(len(pixels)) or real(pixels))
@@ -91,16 +93,22 @@ def test_videos_that_cannot_be_decoded(clips, tmp_path):
     worst = min("01234", key=lambda key: min(rng.key(0, "shuffle", key, clip, 0) for clip in (0, 1))) + ".mp4"
     (source / worst).write_bytes((source / worst).read_bytes()[:700])
     (source / "another.mp4").write_bytes((clips / "1.mp4").read_bytes())
-    job = make_job(source, tmp_path / "out", 16, frames=5, max_rejected=0.1, samples_per_member=1, members_per_shard=2)
+
+    def listed() -> EncodingJob:
+        """The job as the next process lists its inputs."""
+        return make_job(
+            source, tmp_path / "out", 16, frames=5, max_rejected=0.1, samples_per_member=1, members_per_shard=2
+        )
+
     with pytest.raises(DataError, match="1 of 6 inputs"):
-        encode(job)
+        encode(listed())
     assert reasons(tmp_path / "out").keys() == {worst}
     # Once repaired, it adds clips that shift all others: no old shard may stand for a new one.
     first = contents(tmp_path / "out")
     shutil.copy(clips / worst, source / worst)
     with pytest.raises(KeyboardInterrupt):
         encode(
-            job,
+            listed(),
             progress=lambda stage, done, total: (
                 (_ for _ in ()).throw(KeyboardInterrupt) if done >= 8 and stage == "encoding" else None
             ),
@@ -108,11 +116,11 @@ def test_videos_that_cannot_be_decoded(clips, tmp_path):
     (source / worst).write_bytes(b"")
     (tmp_path / "out/.encoding/plan.json").unlink()
     with pytest.raises(DataError, match="1 of 6 inputs"):
-        encode(job)
+        encode(listed())
     shards = {name: content for name, content in first.items() if name.endswith(".tar")}
     assert {name: content for name, content in contents(tmp_path / "out").items() if name.endswith(".tar")} == shards
     shutil.copy(clips / worst, source / worst)
-    encode(job)
+    encode(listed())
     encode(make_job(source, tmp_path / "whole", 16, frames=5, samples_per_member=1, members_per_shard=2))
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 

@@ -213,7 +213,7 @@ def test_digests_and_plans_of_earlier_versions() -> None:
     files = tuple(
         MediaFile(f"{i % 2}/{i:02d}", i % 2, "a caption" if i else "", Location("/nowhere"), "x") for i in range(6)
     )
-    source = MediaSet(files, "video", ("cat", "dog"), captioned=True, ignored=3)
+    source = MediaSet(files, "video", ("cat", "dog"), captioned=True)
     settings = EncodingSettings(
         (PixelBucket(1, 8, 8), PixelBucket(4, 8, 16)),
         kind="moments",

@@ -113,7 +113,7 @@ def test_undecodable_samples_are_left_out_and_recorded(tmp_path: Path) -> None:
     bad = [plan.shards[0].samples[3].file, *(sample.file for sample in plan.shards[1].samples)]
     for index in bad:
         (source / name[index].rsplit("/")[-1]).write_bytes(b"no image")
-    first, second = run(job)[1].values()
+    first, second = run(make_job(source, tmp_path / "out", members_per_shard=2))[1].values()
     ((position, reason),) = first.rejected
     assert position == 3 and name[bad[0]] in reason and "it is not a PNG, JPEG or WebP" in reason
     assert first.shard.samples == 7 and [member.samples for member in first.shard.members] == [4, 3]

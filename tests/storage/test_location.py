@@ -12,7 +12,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from rdm_scale.errors import ConfigError
-from rdm_scale.storage.location import Location, Retry, retrying
+from rdm_scale.storage.location import Location, ReplacedError, Retry, retrying
 from rdm_scale.storage.retries import describe
 
 
@@ -239,3 +239,32 @@ def test_large_local_ranges_are_read_completely(monkeypatch: pytest.MonkeyPatch,
         and Location(tmp_path / "a").read_range(5, 9) == b"56789"
     )
     assert reads == [1, 4, 7, 5, 8]
+
+
+def test_a_folder_below_that_cannot_be_listed_is_an_error(memory: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The walk of fsspec itself leaves it out without a word."""
+    for path in ("a/1", "b/2", "b/deep/3", ".git/4"):
+        (memory / path).parent.make_dir()
+        (memory / path).write(b"x")
+    walk = memory.walk()
+    assert list(walk.files) == ["a/1", "b/2", "b/deep/3"] and walk.others == {".git": "hidden folders"}
+    list_folder = MemoryFileSystem.ls
+
+    def refuse(self: MemoryFileSystem, path: str, *arguments: Any, **options: Any) -> Any:
+        if path.endswith("/deep"):
+            raise PermissionError(f"{path}: no access")
+        return list_folder(self, path, *arguments, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "ls", refuse)
+    with pytest.raises(PermissionError, match="b/deep"):
+        memory.walk()
+
+
+def test_a_range_of_another_version_is_refused(tmp_path: Path) -> None:
+    file = Location(tmp_path / "a")
+    file.write(b"0123")
+    version = file.stat().version
+    assert file.read_range(1, 2, version) == b"12"
+    os.utime(tmp_path / "a", ns=(0, 0))
+    with pytest.raises(ReplacedError, match=f"{tmp_path}/a is no longer version {version}"):
+        file.read_range(1, 2, version)

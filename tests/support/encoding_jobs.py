@@ -54,7 +54,7 @@ def media(keys: list[str], labels: list[int] | None = None, kind: Any = "image")
     """A set that is planned with but never read."""
     place = Location("/nowhere")
     files = tuple(MediaFile(key, labels[i] if labels else -1, None, place, key) for i, key in enumerate(keys))
-    return MediaSet(files, kind, tuple("0123456789") if labels else (), False, 0)
+    return MediaSet(files, kind, tuple("0123456789") if labels else (), False)
 
 
 def make_job(
