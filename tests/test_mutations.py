@@ -30,6 +30,13 @@ MUTATIONS = [
         f"{LAYOUTS}[tp4 pp1 dp2, ZeRO 2, 1f1b, recompute full]",
     ),
     Mutation(
+        "replicated parameters in flat buffers count on every tensor-parallel rank in the norm",
+        "parallel/zero/stage3_gathered.py",
+        "if self.mesh.tensor_rank == 0 or not layout.replicated",
+        "if True",
+        f"{LAYOUTS}[tp2 pp1 dp3, ZeRO 3 kept, sequence, 1f1b, recompute every_2]",
+    ),
+    Mutation(
         "the norm leaves out the other pipeline stages",
         "parallel/megatron_adapter.py",
         "get_model_parallel_group = staticmethod(parallel_state.get_model_parallel_group)",
@@ -51,10 +58,10 @@ MUTATIONS = [
         f"{LAYOUTS}[tp1 pp2 dp4, ZeRO 3 by block, interleaved_1f1b, recompute every_2]",
     ),
     Mutation(
-        "one data-parallel rank adds to the last step's gradients",
-        "parallel/zero/stage3.py",
-        "gradients = self.optimizer.gradients.zero_()",
-        "gradients = self.optimizer.gradients",
+        "a step adds to the last step's gradients",
+        "parallel/zero/stage3_gathered.py",
+        "self._moved: set[int] = set()",
+        "self._moved: set[int] = getattr(self, '_moved', set())",
         f"{LAYOUTS}[tp2 pp4 dp1, ZeRO 3 kept, v_1f1b, recompute full]",
     ),
     Mutation(
@@ -73,9 +80,9 @@ MUTATIONS = [
     ),
     Mutation(
         "gradients are summed and not averaged over the data-parallel ranks",
-        "parallel/zero/stage3.py",
-        "gradients.div_(size)",
-        "pass",
+        "parallel/zero/stage3_gathered.py",
+        "square.sqrt() / self.mesh.data_size",
+        "square.sqrt()",
         f"{LAYOUTS}[tp1 pp1 dp8, ZeRO 3 kept, 1f1b, recompute selective]",
     ),
     Mutation(

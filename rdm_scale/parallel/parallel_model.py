@@ -114,7 +114,7 @@ class ParallelModel:
         If a gradient is not finite nothing is updated, and the norm is not finite either. It is on this rank's device,
         and reading it would wait for the step.
         """
-        return torch.as_tensor(self._engine.step(lr), dtype=torch.float64, device=self.mesh.device)
+        return self._engine.step(lr)
 
     def clip_factor(self, grad_norm: float) -> float:
         """Factor by which `step` divides gradients of this global norm."""

@@ -16,6 +16,7 @@ from rdm_scale.parallel.recompute import checkpoint_activations
 from rdm_scale.parallel.stage import build_stage, materialize
 from rdm_scale.parallel.zero.engine import ZeroEngine
 from rdm_scale.parallel.zero.stage3 import Zero3
+from rdm_scale.parallel.zero.stage3_gathered import Zero3Gathered
 from rdm_scale.parallel.zero.stages012 import Zero012
 
 
@@ -37,7 +38,9 @@ def parallelize(
         layers = TensorParallelLayers(mesh, config.parallel.sequence)
     stage = build_stage(config, mesh, plan, layers)
     checkpoint_activations(stage.blocks.values(), config.parallel.recompute)
-    engine_class: type[ZeroEngine] = Zero3 if config.parallel.zero_stage == 3 else Zero012
+    engine_class: type[ZeroEngine] = Zero012
+    if config.parallel.zero_stage == 3:
+        engine_class = Zero3Gathered if plan.keep_gathered else Zero3
     with returning_freed_memory():
         modules = materialize(stage, config, mesh.device)
         engine = engine_class(stage, modules, config, mesh, plan, build_optimizer, leaf_type=Block)

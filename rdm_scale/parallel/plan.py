@@ -113,7 +113,7 @@ def plan_parallelism(config: RunConfig, world_size: int, memory: float | None) -
             parameters=parameters,
             state=cost.state_bytes(config, parameters, data, keep),
             activations=simulation.in_flight[rank] * sum(kept) / len(kept),
-            working=_working_bytes(config, micro_batch, parameters, data, keep),
+            working=_working_bytes(config, micro_batch, parameters, keep),
         )
 
     def stages(keep: bool) -> tuple[StageCost, ...]:
@@ -195,7 +195,7 @@ def _chunk_parameters(config: RunConfig, blocks: tuple[range, ...], chunk: int) 
     return parameters + (cost.head_parameters(model) if chunk == len(blocks) - 1 else cost.NO_PARAMETERS)
 
 
-def _working_bytes(config: RunConfig, samples: int, parameters: int, data: int, keep: bool) -> float:
+def _working_bytes(config: RunConfig, samples: int, parameters: int, keep: bool) -> float:
     largest = cost.block_parameters(config.model, config.model.depth - 1)  # has a long skip in a u stack
     block = largest.on_rank(config.parallel.tensor)
     working = 0.0
@@ -203,10 +203,9 @@ def _working_bytes(config: RunConfig, samples: int, parameters: int, data: int, 
         working += cost.block_activation_bytes(config, samples, "none", config.model.depth - 1)
     if config.parallel.zero_stage == 3:
         # By block: two blocks all-gathered, and one block's gradients before and during their reduction. Kept
-        # gathered: all gradients during their reduction, where there is one.
+        # gathered: the gradients of one backward, before they are added to those of the step.
         compute = PRECISIONS[config.train.precision].bytes
-        all_gradients = 4 * parameters if data > 1 else 0
-        working += all_gradients if keep else 2 * compute * block + 8 * block
+        working += compute * parameters if keep else 2 * compute * block + 8 * block
     else:
         working += 4 * block
     return working

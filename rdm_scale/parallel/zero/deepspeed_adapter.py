@@ -15,7 +15,6 @@ import torch.distributed as dist
 from deepspeed.runtime.utils import combine_grad_norm_groups
 from deepspeed.runtime.zero import partitioned_param_coordinator
 from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION
-from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import logger as deepspeed_logger
@@ -30,7 +29,6 @@ _METHODS: dict[type, tuple[str, ...]] = {
     DeepSpeedZeroOptimizer_Stage3: (
         "clear_backward_seen_flag",
         "get_param_id",
-        "independent_gradient_partition_epilogue",
         "_partition_all_parameters",
         "_get_norm_groups",
         "_model_parallel_all_reduce",
@@ -44,16 +42,16 @@ _METHODS: dict[type, tuple[str, ...]] = {
         "update_lp_params",
         "_model_parallel_all_reduce",
     ),
-    DeepSpeedZeRoOffload: ("_remove_module_hooks",),
 }
 _ATTRIBUTES: dict[type, tuple[str, ...]] = {
     DeepSpeedZeroOptimizer_Stage3: (
         "fp32_partitioned_groups_flat",
+        "fp16_partitioned_groups_flat",
         "fp16_groups",
+        "sub_group_to_group_id",
         "grad_position",
         "grad_partitions_flat_buffer",
         "micro_step_id",
-        "parameter_offload",
         "_grad_acc_hooks",
         "_leaf_module_hooks",
     ),
@@ -139,7 +137,7 @@ class ZeroOptimizer:
 
     Args:
         unit: process groups (DeepSpeed's `mpu`).
-        leaf_type: type of the modules whose parameters are all-gathered together.
+        leaf_type: type of the modules whose parameters are all-gathered together; None: DeepSpeed gathers nothing.
     """
 
     def __init__(
@@ -148,9 +146,10 @@ class ZeroOptimizer:
         optimizer: torch.optim.Optimizer,
         configuration: dict[str, Any],
         unit: Any,
-        leaf_type: type[nn.Module],
+        leaf_type: type[nn.Module] | None,
     ) -> None:
-        set_z3_leaf_modules(module, [leaf_type])
+        if leaf_type is not None:
+            set_z3_leaf_modules(module, [leaf_type])
         self.engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=configuration, mpu=unit, dist_init_required=False
         )
@@ -231,24 +230,6 @@ class Stage3Optimizer(ZeroOptimizer):
             self._norm_over_model_parallel_group(lambda: combine_grad_norm_groups(norms()))
         ]
 
-    def remove_hooks(self) -> None:
-        """Remove the hooks by which modules gather and release parameters and backwards reduce gradients."""
-        self._zero.parameter_offload._remove_module_hooks()
-        for hook in (*self._zero._grad_acc_hooks, *self._zero._leaf_module_hooks):
-            hook.remove()
-
-    def all_gather(self) -> None:
-        """All-gather all parameters at once."""
-        missing = [p for p in self.parameters if p.ds_status.name == "NOT_AVAILABLE"]
-        if missing:
-            missing[0].all_gather_coalesced(missing).wait()
-
-    def release(self) -> None:
-        """Free the all-gathered parameters; the shares stay."""
-        gathered = [p for p in self.parameters if p.ds_status.name == "AVAILABLE"]
-        if gathered:
-            gathered[0].partition(gathered)
-
     def save_gradient_counters(self) -> None:
         """Save, after a forward, for each of its modules how many of its inputs require a gradient."""
         counts = ((module, getattr(module, "ds_grads_remaining", 0)) for module in self.engine.module.modules())
@@ -272,10 +253,6 @@ class Stage3Optimizer(ZeroOptimizer):
         self.gradients.zero_()
         self._zero.micro_step_id = 1
 
-    def end_step_without_hooks(self) -> None:
-        """Declare that `gradients` holds the mean gradients of this step."""
-        self._zero.independent_gradient_partition_epilogue()
-
     def share_of(self, parameter: Any) -> ParameterShare:
         """Share that each rank holds of a parameter."""
         group, offset, numel = self._zero.grad_position[self._zero.get_param_id(parameter)]
@@ -285,6 +262,72 @@ class Stage3Optimizer(ZeroOptimizer):
         self._zero._partition_all_parameters()  # what a forward left gathered, or prefetched, is out of date
         for group in range(len(self.master_parameters)):
             self._zero._reassign_or_swap_out_partitioned_parameters(group)
+
+
+class FlatOptimizer(ZeroOptimizer):
+    """DeepSpeed's optimizer of stage 3 over a few flat parameters, for steps that run none of its hooks.
+
+    DeepSpeed shards the flat parameters and makes the master parameters. It never sees the modules whose parameters
+    they hold, so that it hooks none of them and replaces none of their parameter dictionaries.
+
+    Attributes:
+        flats: the flat parameters, in the order in which the buffers hold their shards.
+        weights: this rank's shard of each of them.
+        gradients: this rank's shard of the gradient of each of them, from which the optimizer steps.
+
+    Args:
+        flats_of_groups: unsharded flat parameters of each parameter group of `optimizer`, which lists them from now on.
+        group: ranks to shard them over.
+    """
+
+    def __init__(
+        self,
+        flats_of_groups: Sequence[Sequence[nn.Parameter]],
+        group: Any,
+        optimizer: torch.optim.Optimizer,
+        configuration: dict[str, Any],
+        unit: Any,
+    ) -> None:
+        holder = nn.ParameterList(flat for flats in flats_of_groups for flat in flats)
+        shard(list(holder), (), group, configuration)
+        for settings_of_group, flats in zip(optimizer.param_groups, flats_of_groups, strict=True):
+            settings_of_group["params"] = list(flats)
+        super().__init__(holder, optimizer, configuration, unit, leaf_type=None)
+        for hook in (*self._zero._grad_acc_hooks, *self._zero._leaf_module_hooks):
+            hook.remove()
+        self.flats: list[Any] = [flat for flats in self._zero.fp16_groups for flat in flats]
+        self.weights: list[Tensor] = [flat.ds_tensor.data for flat in self.flats]
+        buffer: Tensor = self._zero.grad_partitions_flat_buffer
+        self.gradients: list[Tensor] = list(buffer.split([weights.numel() for weights in self.weights]))
+        self._use_master_parameters(buffer)
+        if hasattr(self.torch_optimizer, "grad_scale"):
+            raise ImportError(f"torch {torch.__version__}: an optimizer has an attribute grad_scale before a step")
+
+    def _use_master_parameters(self, gradients: Tensor) -> None:
+        """Give the torch optimizer its parameters and gradients for good; DeepSpeed does for one step at a time."""
+        self.master_parameters = list(self._zero.fp32_partitioned_groups_flat)
+        self._weights_of_masters: list[Tensor] = list(self._zero.fp16_partitioned_groups_flat)
+        parts = gradients.split([master.numel() for master in self.master_parameters])
+        for number, (master, part) in enumerate(zip(self.master_parameters, parts, strict=True)):
+            master.grad = part
+            self.torch_optimizer.param_groups[self._zero.sub_group_to_group_id[number]]["params"].append(master)
+
+    def step_divided(self, divisor: Tensor, finite: Tensor) -> None:
+        """Step with the gradients divided by `divisor`; do nothing where `finite` is not 1.
+
+        torch's fused optimizers take both as tensors, in the way of torch.amp.GradScaler: without another pass over
+        the gradients, and without waiting for the device.
+        """
+        optimizer: Any = self.torch_optimizer
+        if getattr(optimizer, "_step_supports_amp_scaling", False):
+            optimizer.grad_scale, optimizer.found_inf = divisor.float(), 1 - finite.float()
+            optimizer.step()
+        elif finite.item():
+            torch._foreach_div_(self.gradients, divisor.float())
+            optimizer.step()
+
+    def publish_master_weights(self) -> None:
+        torch._foreach_copy_(self._weights_of_masters, [master.detach() for master in self.master_parameters])
 
 
 class Stage12Optimizer(ZeroOptimizer):

@@ -4,7 +4,8 @@ Every rank keeps, of its part of the model, flat fp32 buffers: master weights, o
 `ZeroEngine.ranges` lists which ranges of which parameters they hold, so that nothing above this package needs to know
 how DeepSpeed arranges its buffers.
 
-    stage 3  parameters, gradients and optimizer state sharded (zero/stage3.py)
+    stage 3  parameters, gradients and optimizer state sharded; parameters all-gathered once a step
+             (zero/stage3_gathered.py) or block by block (zero/stage3.py)
     stage 2  gradients and optimizer state sharded; gradients are reduced after every backward (zero/stages012.py)
     stage 1  optimizer state sharded; gradients are reduced once a step
     stage 0  nothing sharded
@@ -78,7 +79,7 @@ class ZeroEngine(ABC):
         build_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
         leaf_type: type[nn.Module],
     ) -> None:
-        self.mesh, self.zero_stage, self.keep_gathered = mesh, config.parallel.zero_stage, plan.keep_gathered
+        self.config, self.mesh, self.stage, self.zero_stage = config, mesh, stage, config.parallel.zero_stage
         self.blocks = {int(name): block for name, block in stage.get_submodule("blocks").named_children()}
         self.parameters: list[nn.Parameter] = []
         leaves = [module for module in stage.modules() if isinstance(module, leaf_type)]
@@ -87,10 +88,10 @@ class ZeroEngine(ABC):
         for child in materialized:
             child.to(PRECISIONS[config.train.precision].torch)
             self._register(child, settings)
+        self.slices = parameter_slices(stage)
         optimizer = build_optimizer(stage)
         self.optimizer = self._make_optimizer(stage, optimizer, settings, self._model_parallel_unit(), leaf_type)
         self.master_weights: list[Tensor] = [flat.detach() for flat in self.optimizer.master_parameters]
-        self.slices = parameter_slices(stage)
         self.ranges = list(self._ranges({id(parameter): name for name, parameter in stage.named_parameters()}))
         self.owned_ranges = [held for held in self.ranges if self._owns(held)]
 
@@ -107,15 +108,14 @@ class ZeroEngine(ABC):
         self.optimizer.begin_backward()
         torch.autograd.backward(outputs, gradients)
 
-    def step(self, lr: float) -> float:
-        """Clip the gradients, update the weights and return the global gradient norm before clipping.
+    def step(self, lr: float) -> Tensor:
+        """Clip the gradients, update the weights and return the global gradient norm [] before clipping, in float64.
 
         Each parameter group has learning rate `lr` times its own factor. If a gradient is not finite nothing is
-        updated, and inf is returned.
+        updated, and the norm is not finite either.
         """
-        for group in self.optimizer.torch_optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
-        return self.optimizer.step()
+        self._set_learning_rate(lr)
+        return torch.tensor(self.optimizer.step(), dtype=torch.float64, device=self.mesh.device)
 
     def optimizer_state(self) -> OptimizerState:
         """State of AdamW as flat buffers, laid out as the master weights; exists after the first step."""
@@ -188,6 +188,10 @@ class ZeroEngine(ABC):
     def gradient_tensors(self) -> list[Tensor]:
         """Gradients and the buffers that they are reduced to; for measurements."""
         return self.optimizer.gradient_tensors(self.parameters)
+
+    def _set_learning_rate(self, lr: float) -> None:
+        for group in self.optimizer.torch_optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
 
     def _register(self, child: nn.Module, settings: dict[str, Any]) -> None:
         """Register the parameters of a child of the stage after materialization."""

@@ -4,8 +4,6 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from rdm_scale.batch import ModelInputs
@@ -15,19 +13,17 @@ from rdm_scale.parallel.zero.engine import ParameterRange, ZeroEngine, starts_of
 
 
 class Zero3(ZeroEngine):
-    """ZeRO stage 3.
+    """ZeRO stage 3 by block.
 
-    With `keep_gathered` all parameters of this rank are all-gathered once a step, and their gradients reduce-scattered
-    once. Otherwise DeepSpeed's hooks all-gather a block's parameters for each of its forwards and backwards, and reduce
-    its gradients after each backward.
+    DeepSpeed's hooks all-gather a block's parameters for each of its forwards and backwards, and reduce its gradients
+    after each backward.
     """
 
     optimizer: deepspeed.Stage3Optimizer
 
     def __call__(self, chunk: int, model_inputs: ModelInputs, inputs: StageInputs) -> StageOutputs:
         outputs = super().__call__(chunk, model_inputs, inputs)
-        if not self.keep_gathered:
-            self.optimizer.save_gradient_counters()
+        self.optimizer.save_gradient_counters()
         return outputs
 
     def backward(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
@@ -36,58 +32,8 @@ class Zero3(ZeroEngine):
 
     @contextlib.contextmanager
     def accumulating(self) -> Iterator[None]:
-        if not self.keep_gathered:
-            self.optimizer.begin_step_with_hooks()
-            yield
-            return
-        self.optimizer.all_gather()
-        try:
-            if self.mesh.data_size == 1:
-                self._accumulate_in_place()
-            yield
-            if self.mesh.data_size > 1:
-                self._reduce_scatter_gradients()
-        finally:
-            for parameter in self.parameters:
-                parameter.grad = None
-        self.optimizer.release()
-        self.optimizer.end_step_without_hooks()
-
-    @contextlib.contextmanager
-    def evaluating(self) -> Iterator[None]:
-        with super().evaluating():
-            if self.keep_gathered:
-                self.optimizer.all_gather()
-            yield
-            if self.keep_gathered:
-                self.optimizer.release()
-
-    def _accumulate_in_place(self) -> None:
-        """Let backwards add to the buffer from which DeepSpeed steps: a single rank has nothing to reduce."""
-        gradients = self.optimizer.gradients.zero_()
-        sizes = [parameter.numel() for parameter in self.optimizer.parameters]
-        for parameter, gradient in zip(self.optimizer.parameters, gradients.split(sizes), strict=True):
-            parameter.grad = gradient.view_as(parameter)
-
-    @torch.no_grad()
-    def _reduce_scatter_gradients(self) -> None:
-        """Reduce-scatter all gradients at once, into the buffer from which DeepSpeed steps."""
-        size, gradients = self.mesh.data_size, self.optimizer.gradients
-        unsharded = gradients.new_zeros(size, gradients.numel())  # a row for each rank
-        start = 0
-        for parameter in self.optimizer.parameters:
-            count = self.optimizer.share_of(parameter).numel
-            if parameter.grad is not None:
-                gradient = parameter.grad.flatten()
-                if gradient.numel() == size * count:
-                    unsharded[:, start : start + count] = gradient.view(size, count)
-                else:
-                    for rank, part in enumerate(gradient.split(count)):
-                        unsharded[rank, start : start + part.numel()] = part
-                parameter.grad = None
-            start += count
-        dist.reduce_scatter_tensor(gradients, unsharded.flatten(), group=self.mesh.data_group)
-        gradients.div_(size)
+        self.optimizer.begin_step_with_hooks()
+        yield
 
     def _zero_settings(self, largest: int) -> dict[str, Any]:
         return {
@@ -97,29 +43,21 @@ class Zero3(ZeroEngine):
             # takes time that grows with the square of the depth.
             "stage3_max_reuse_distance": 0,
             "stage3_max_live_parameters": 2 * largest,
-            "stage3_prefetch_bucket_size": 0 if self.keep_gathered else largest,
+            "stage3_prefetch_bucket_size": largest,
             "contiguous_gradients": False,  # True copies each gradient once more, into a buffer of its own
             "reduce_bucket_size": largest,
             "overlap_comm": self.mesh.device.type == "cuda",
             # DeepSpeed's linear layer: torch's saves the all-gathered weight for its backward, although the weight is
-            # to be freed after the forward. With keep_gathered nothing is freed before the last backward, and torch's
-            # layer is faster.
-            "memory_efficient_linear": not self.keep_gathered,
+            # to be freed after the forward.
+            "memory_efficient_linear": True,
         }
 
     def _register(self, child: nn.Module, settings: dict[str, Any]) -> None:
-        parameters = list(child.parameters())
-        deepspeed.shard(parameters, self.parameters, self.mesh.data_group, settings)
-        if self.keep_gathered:
-            for parameter in parameters:  # a sum over a step's micro-batches in bf16 would lose small terms
-                parameter.grad_dtype = torch.float32
+        deepspeed.shard(list(child.parameters()), self.parameters, self.mesh.data_group, settings)
         super()._register(child, settings)
 
     def _make_optimizer(self, *arguments: Any) -> deepspeed.Stage3Optimizer:
-        optimizer = deepspeed.Stage3Optimizer(*arguments)
-        if self.keep_gathered:
-            optimizer.remove_hooks()
-        return optimizer
+        return deepspeed.Stage3Optimizer(*arguments)
 
     def _ranges(self, names: dict[int, str]) -> Iterator[ParameterRange]:
         starts = starts_of(self.master_weights)

@@ -1,0 +1,1 @@
+"""Tests of rdm_scale.parallel.zero."""
