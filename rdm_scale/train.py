@@ -59,8 +59,10 @@ def train(config: RunConfig, reporter: FailureReporter | None = None) -> None:
         facts = check_data(config)
         checked = facts, plan_start(config, facts)
 
+    from rdm_scale.parallel.hang_reports import record_collectives
     from rdm_scale.parallel.mesh import build_mesh, check_agreement
 
+    record_collectives(Path(config.run.dir))
     mesh = build_mesh(config.parallel, reporter)
     check_agreement(mesh, config)
     facts, start = mesh.broadcast(checked)

@@ -208,11 +208,19 @@ class TrainConfig(Section):
     deterministic: bool = Field(
         False, description="refuse nondeterministic GPU kernels (CPU runs are always deterministic)"
     )
+    profile: tuple[int, int] | None = Field(
+        None, description="[first, last]: steps of which torch's profiler writes a trace to run.dir/profile; null: none"
+    )
+    profile_ranks: tuple[int, ...] = Field((0,), description="ranks that write a trace of the steps of train.profile")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.precision == "fp32" and self.residual_dtype == "bf16":
             raise ValueError("train.residual_dtype=bf16 needs train.precision=bf16")
+        if self.profile is not None and not 1 <= self.profile[0] <= self.profile[1]:
+            raise ValueError(f"train.profile={list(self.profile)} is not [first, last] with 1 <= first <= last")
+        if not self.profile_ranks or min(self.profile_ranks) < 0:
+            raise ValueError(f"train.profile_ranks={list(self.profile_ranks)} must name ranks, which count from 0")
         if self.micro_batch_size is not None and self.global_batch_size % self.micro_batch_size:
             raise ValueError(
                 f"train.global_batch_size={self.global_batch_size} is not divisible by "

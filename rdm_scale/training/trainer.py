@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -28,6 +29,7 @@ from rdm_scale.diffusion import build_objective
 from rdm_scale.diffusion.training_draws import draw
 from rdm_scale.errors import NonFiniteError
 from rdm_scale.parallel.broadcast import broadcast_batches
+from rdm_scale.parallel.hang_reports import HangWatch
 from rdm_scale.parallel.mesh import Mesh
 from rdm_scale.parallel.parallelize import parallelize
 from rdm_scale.parallel.plan import ParallelPlan
@@ -38,6 +40,7 @@ from rdm_scale.training.optimizer import build_optimizer
 from rdm_scale.training.rank_status import RankStatus
 from rdm_scale.training.run_directory import Start, checkpoints_of
 from rdm_scale.training.step import StepResult, StepUnderWay, training_step
+from rdm_scale.training.step_profiler import StepProfiler
 from rdm_scale.training.throughput import Throughput, best_case, find_peak
 
 
@@ -58,6 +61,7 @@ class Trainer:
         if config.train.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to be deterministic
             torch.use_deterministic_algorithms(True)
+        self.profiler = StepProfiler(config, mesh)
         peak = find_peak(config, mesh.device) if mesh.is_first else None
         self.throughput = Throughput(config, mesh.world_size, peak)
         self.objective = build_objective(config.diffusion, config.model.learned_variance)
@@ -91,11 +95,14 @@ class Trainer:
         stopping = self.step >= self.config.train.steps
         if stopping:
             self.monitor.report(f"nothing to do: the run is at step {self.step}; raise train.steps to go on")
-        with Prefetcher(self._training_batches(), self.config.data.prefetch) if self.stream else nullcontext() as read:
+        prefetcher = Prefetcher(self._training_batches(), self.config.data.prefetch) if self.stream else nullcontext()
+        with self._hang_watch() as watch, prefetcher as read:
             batches = broadcast_batches(self.mesh, read)
             while not stopping:
-                self._under_way.append(self.train_step(batches))
-                stopping = self._read_steps() or self.step == self.config.train.steps
+                watch.progress()
+                with self.profiler.step(self.step + 1):
+                    self._under_way.append(self.train_step(batches))
+                    stopping = self._read_steps() or self.step == self.config.train.steps
                 self._draw_samples()
                 if stopping:
                     self.saver.save(self.state())
@@ -104,6 +111,7 @@ class Trainer:
                     self._saver_asked_at = self.step
         if self.step < self.config.train.steps:
             self.monitor.report(f"stopped on request after step {self.step}; the same command goes on from there")
+        self.profiler.write()
         self.monitor.close()
 
     def train_step(self, batches: Iterator[TrainingBatch]) -> StepUnderWay:
@@ -174,6 +182,9 @@ class Trainer:
             captions=self.facts.text is not None,
             buffers=self._buffers,
         )
+
+    def _hang_watch(self) -> HangWatch:
+        return HangWatch(Path(self.config.run.dir), self.mesh.rank, self.mesh.timeout.total_seconds())
 
     def _training_batches(self) -> Iterator[TrainingBatch]:
         assert self.stream is not None

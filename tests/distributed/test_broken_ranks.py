@@ -78,6 +78,12 @@ def test_all_ranks_exit_and_one_reports(tmp_path: Path, fault: str, words: str) 
             errors.append(processes[FAULTY].communicate(timeout=HANG_S)[1])
         reports = [text for text in errors if "failed:" in text or "error:" in text]
         assert len(reports) == 1 and words in reports[0], errors
+        stacks = sorted((Path(config.run.dir) / "hangs").glob("stacks_rank_*.txt"))
+        if "sleep" in fault:  # in the stacks stands what each rank was at
+            assert len(stacks) == RANKS
+            assert ["faulty_inputs" in path.read_text() for path in stacks] == [rank == FAULTY for rank in range(RANKS)]
+        else:
+            assert not any(path.stat().st_size for path in stacks)  # a killed rank leaves its empty file
     finally:
         for process in processes:
             if process.poll() is None:

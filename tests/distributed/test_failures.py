@@ -24,14 +24,17 @@ def steps_saved(config: RunConfig) -> list[int]:
     return CheckpointDirectory(Location(config.run.dir) / "checkpoints").steps()
 
 
-def test_a_diverging_run_stops_before_it_saves(ranks: RankPool, data: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("every", [1, 0])
+def test_a_diverging_run_stops_before_it_saves(ranks: RankPool, data: str, tmp_path: Path, every: int) -> None:
+    """A step is read at once where a save follows, else when the next one is under way."""
     good = run_config(tmp_path, data, train__steps=3)
     ranks.run(2, train, good)
-    bad = run_config(tmp_path, data, train__steps=9, optimizer__lr=1e30, optimizer__warmup_steps=0, checkpoint__every=1)
+    diverging = {"train__steps": 9, "optimizer__lr": 1e30, "optimizer__warmup_steps": 0}
+    bad = run_config(tmp_path, data, **diverging, checkpoint__every=every)
     with pytest.raises(NonFiniteError, match=r"of step \d+ is (nan|inf), on the samples with ids 1\d\d\d, "):
         ranks.run(2, train, bad)
     last = metrics(bad.run.dir)[-1]["step"]
-    assert steps_saved(bad)[-1] == last
+    assert steps_saved(bad)[-1] == (last if every else 3)
     report = json.loads((Path(bad.run.dir) / f"non_finite_step_{last + 1:08d}.json").read_text())
     assert report["step"] == last + 1 and set(report["sample_ids"]) <= set(range(1000, 1096))
 
