@@ -213,6 +213,8 @@ def _report(job: "EncodingJob", result: "EncodingResult") -> None:
         print(f"{result.train.rejected} inputs could not be encoded: see {job.output.rejected}")
     if job.text is not None and result.truncated:
         print(f"{result.truncated} captions were cut to {job.text.record.max_tokens} tokens")
+    for remark in result.remarks:
+        print(f"note: {remark}")
     print(f"normalized latents: mean {result.mean:.3f}, standard deviation {result.std:.3f}")
     if not UNIT_STD[0] <= result.std <= UNIT_STD[1]:
         print(

@@ -12,6 +12,7 @@ from rdm_scale.encoding.job import EncodingJob, EncodingResult
 from rdm_scale.encoding.moments import MomentAccumulator
 from rdm_scale.encoding.planning import SPLITS, EncodingPlan, PlannedShard, Split
 from rdm_scale.encoding.records import RecordStore, ShardRecord
+from rdm_scale.encoding.remarks import Remarks
 from rdm_scale.encoding.shared_plan import SharedPlan
 from rdm_scale.errors import DataError
 
@@ -46,8 +47,11 @@ def finalize(job: EncodingJob, plan: EncodingPlan, store: RecordStore) -> Encodi
         if shard.split == "train":
             moments.add_sums(record.count, record.total, record.squares)
     truncated = sum(record.truncated for record in records.values())
+    remarks = Remarks()
+    for record in records.values():
+        remarks.include(record.remarks)
     return EncodingResult(
-        manifests["train"], manifests.get("holdout"), float(moments.mean), float(moments.std), truncated
+        manifests["train"], manifests.get("holdout"), float(moments.mean), float(moments.std), truncated, remarks
     )
 
 

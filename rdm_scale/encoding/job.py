@@ -8,6 +8,7 @@ from rdm_scale.data.manifest import Manifest
 from rdm_scale.encoding.inputs import MediaSet
 from rdm_scale.encoding.output import OutputFolders
 from rdm_scale.encoding.planning import EncodingSettings, inputs_digest, job_digest
+from rdm_scale.encoding.remarks import Remarks
 from rdm_scale.encoding.text import TextEncoder
 
 JobStage = Literal["looking", "encoding"]
@@ -74,3 +75,4 @@ class EncodingResult:
     mean: float
     std: float
     truncated: int  # number of captions that were truncated
+    remarks: Remarks

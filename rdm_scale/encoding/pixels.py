@@ -12,9 +12,11 @@ from rdm_scale.encoding.images import decode, image_size
 from rdm_scale.encoding.inputs import MediaFile, MediaSet
 from rdm_scale.encoding.media import MediaKind
 from rdm_scale.encoding.planning import EncodingSettings, MediaMetadata, PixelBucket, PlannedSample
+from rdm_scale.encoding.remarks import Remarks
 from rdm_scale.encoding.videos import decode_clip, read_video_metadata
 
 READERS = 8  # threads that read and decode
+DECODING_VERSION = 2  # raised when the same file gives other pixels, or is accepted where it was refused
 
 
 def read_metadata(file: MediaFile, kind: MediaKind, fps: float | None) -> MediaMetadata:
@@ -33,21 +35,32 @@ def read_metadata(file: MediaFile, kind: MediaKind, fps: float | None) -> MediaM
     return MediaMetadata(found.frames, found.height, found.width)
 
 
-def load_sample(source: MediaSet, sample: PlannedSample, bucket: PixelBucket, settings: EncodingSettings) -> Tensor:
+def load_sample(
+    source: MediaSet,
+    sample: PlannedSample,
+    bucket: PixelBucket,
+    settings: EncodingSettings,
+    remarks: Remarks | None = None,
+) -> Tensor:
     """Load the pixels of a sample, float32 [3, T, H, W] in [-1, 1].
+
+    Args:
+        remarks: where to count what could not be used.
 
     Raises:
         DataError: the file cannot be read or decoded, or ends before the clip does.
     """
     file = source.files[sample.file]
     if source.kind == "image":
-        pixels = decode(file.read(), bucket.height, bucket.width, file.name).unsqueeze(1)
+        pixels = decode(file.read(), bucket.height, bucket.width, file.name, remarks).unsqueeze(1)
     else:
-        pixels = _load_clip(file, sample.clip * settings.clip_interval(bucket), bucket, settings)
+        pixels = _load_clip(file, sample.clip * settings.clip_interval(bucket), bucket, settings, remarks)
     return pixels.flip(-1) if sample.view else pixels
 
 
-def _load_clip(file: MediaFile, start: int, bucket: PixelBucket, settings: EncodingSettings) -> Tensor:
+def _load_clip(
+    file: MediaFile, start: int, bucket: PixelBucket, settings: EncodingSettings, remarks: Remarks | None
+) -> Tensor:
     with file.open() as content:
         return decode_clip(
             content,
@@ -58,6 +71,7 @@ def _load_clip(file: MediaFile, start: int, bucket: PixelBucket, settings: Encod
             height=bucket.height,
             width=bucket.width,
             stride=settings.stride,
+            remarks=remarks,
         )
 
 

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from rdm_scale.data.manifest import Shard
 from rdm_scale.encoding.inputs import MediaSet
 from rdm_scale.encoding.planning import EncodingPlan, PlannedShard
+from rdm_scale.encoding.remarks import Remark
 from rdm_scale.errors import DataError
 from rdm_scale.storage.location import Location
 
@@ -29,6 +30,7 @@ class ShardRecord(BaseModel):
     count: int  # number of elements of the normalized latents
     total: float  # their sum
     squares: float  # sum of their squares
+    remarks: dict[str, Remark] = {}
 
 
 class RecordStore:

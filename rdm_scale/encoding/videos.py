@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from rdm_scale.encoding.images import center_box
+from rdm_scale.encoding.remarks import Remarks
 from rdm_scale.encoding.video_stream import DEFAULT_LIMITS, TOLERANCE, TimedFrame, VideoLimits, VideoStream, open_video
 from rdm_scale.errors import DataError
 
@@ -93,6 +94,7 @@ def decode_clip(
     width: int,
     stride: int = 1,
     limits: VideoLimits = DEFAULT_LIMITS,
+    remarks: Remarks | None = None,
 ) -> Tensor:
     """Decode frames start, start + stride, ... of a video, float32 [3, frames, height, width] in [-1, 1].
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from rdm_scale.encoding.moments import MomentAccumulator
 from rdm_scale.encoding.pixels import READERS, load_sample
 from rdm_scale.encoding.planning import PixelBucket, PlannedSample, PlannedShard
 from rdm_scale.encoding.records import RejectedSample, ShardRecord
+from rdm_scale.encoding.remarks import Remarks
 from rdm_scale.errors import DataError
 
 _BATCHES_AHEAD = 2
@@ -41,6 +42,13 @@ def no_trace(stage: WorkerStage) -> AbstractContextManager[object]:
     return nullcontext()
 
 
+class LoadedPixels(NamedTuple):
+    """Pixels [3, T, H, W] of a sample, and what was found to say about it."""
+
+    pixels: Tensor
+    remarks: Remarks
+
+
 @dataclass(frozen=True)
 class LoadedBatch:
     """Samples that could be loaded, with their pixels on the codec's device, and those that could not."""
@@ -48,6 +56,7 @@ class LoadedBatch:
     samples: list[PlannedSample]
     pixels: Tensor | None  # [B, 3, T, H, W]; None: no sample could be loaded
     rejected: list[RejectedSample]  # by position in the batch
+    remarks: Remarks
 
     def __len__(self) -> int:
         return len(self.samples) + len(self.rejected)
@@ -60,6 +69,7 @@ class EncodedShard:
     samples: list[PlannedSample] = field(default_factory=list)
     latents: list[Tensor] = field(default_factory=list)  # of each batch, in the dtype they are stored in
     rejected: list[RejectedSample] = field(default_factory=list)
+    remarks: Remarks = field(default_factory=Remarks)
     moments: MomentAccumulator = field(default_factory=MomentAccumulator)  # of the normalized latents
 
 
@@ -137,20 +147,23 @@ class Worker:
         with self._trace("wait"):
             return batch.result()
 
-    def _load(self, sample: PlannedSample, bucket: PixelBucket) -> Tensor:
+    def _load(self, sample: PlannedSample, bucket: PixelBucket) -> LoadedPixels:
+        remarks = Remarks()
         with self._trace("load"):
-            return load_sample(self._job.source, sample, bucket, self._job.settings)
+            return LoadedPixels(load_sample(self._job.source, sample, bucket, self._job.settings, remarks), remarks)
 
-    def _collate(self, samples: Sequence[PlannedSample], loading: "Sequence[Future[Tensor]]") -> LoadedBatch:
-        loaded, pixels, rejected = [], [], []
+    def _collate(self, samples: Sequence[PlannedSample], loading: "Sequence[Future[LoadedPixels]]") -> LoadedBatch:
+        loaded, pixels, rejected, remarks = [], [], [], Remarks()
         with self._trace("collate"):
             for position, (sample, future) in enumerate(zip(samples, loading, strict=True)):
                 try:
-                    pixels.append(future.result())
+                    one = future.result()
+                    pixels.append(one.pixels)
+                    remarks.include(one.remarks.found)
                     loaded.append(sample)
                 except DataError as error:
                     rejected.append(RejectedSample(position, str(error)))
-            return LoadedBatch(loaded, self._stack(pixels) if pixels else None, rejected)
+            return LoadedBatch(loaded, self._stack(pixels) if pixels else None, rejected, remarks)
 
     def _stack(self, pixels: Sequence[Tensor]) -> Tensor:
         """Stack pixels on the codec's device."""
@@ -174,6 +187,7 @@ class Worker:
             batch = next(batches)
             encoded.samples += batch.samples
             encoded.rejected += (RejectedSample(seen + one.position, one.reason) for one in batch.rejected)
+            encoded.remarks.include(batch.remarks.found)
             seen += len(batch)
             if batch.pixels is not None:
                 latents = self._latents(batch.samples, batch.pixels)
@@ -220,6 +234,7 @@ class Worker:
             count=moments.count,
             total=float(moments.total),
             squares=float(moments.squares),
+            remarks=encoded.remarks.found,
         )
 
     def _write_shard(self, planned: PlannedShard, encoded: EncodedShard) -> Shard:

@@ -1,8 +1,5 @@
 """Images of every kind that users have, found and decoded; and inputs that must be refused by name."""
 
-import struct
-import zlib
-
 import numpy as np
 import pytest
 import torch
@@ -10,7 +7,7 @@ from PIL import Image
 
 from rdm_scale.encoding.images import center_box, decode, image_size
 from rdm_scale.errors import DataError
-from tests.support.media_files import encoded, flat
+from tests.support.media_files import encoded, flat, png_of
 
 
 def bytes_of(x: torch.Tensor) -> np.ndarray:
@@ -89,11 +86,7 @@ def test_a_long_thin_image_stays_small():
 
 
 def png_of_size(width: int, height: int) -> bytes:
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    return png_of(8, 2, b"", size=(width, height))
 
 
 @pytest.mark.parametrize(

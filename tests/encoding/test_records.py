@@ -1,16 +1,34 @@
 """Records of finished shards."""
 
-import pytest
+from pathlib import Path
 
+import pytest
+from PIL import Image
+
+from rdm_scale.encoding.color import UNREADABLE_PROFILE
 from rdm_scale.encoding.runner import encode
 from rdm_scale.errors import DataError
 from tests.support.encoding_jobs import (
     contents,
     make_job,
     stop_after,
+    write_digits,
 )
 
 COUNT = 60
+
+
+def test_remarks_are_added_up_over_shards_and_earlier_runs(tmp_path: Path) -> None:
+    write_digits(tmp_path / "in", 40)
+    for path in sorted((tmp_path / "in").rglob("*.png"))[::2]:
+        Image.open(path).save(path, icc_profile=b"no profile")
+    job = make_job(tmp_path / "in", tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt):
+        encode(job, progress=stop_after(job, 2))
+    result = encode(job)
+    assert result is not None
+    ((text, (number, example)),) = result.remarks.found.items()
+    assert (text, number) == (UNREADABLE_PROFILE, 20) and Path(example).suffix == ".png"
 
 
 @pytest.mark.parametrize("damage", [lambda content: content[:50], lambda content: b"{}", lambda content: b""])
