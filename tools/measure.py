@@ -15,9 +15,6 @@ from rdm_scale.errors import ConfigError, RdmError
 from rdm_scale.progress import ProgressReporter
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from rdm_scale.checkpoint.trained_model import TrainedModel
     from rdm_scale.config import RunConfig
     from rdm_scale.evaluation.generated_samples import GeneratedSamples, GenerationPlan
@@ -27,7 +24,6 @@ if TYPE_CHECKING:
     from rdm_scale.evaluation.set_statistics import SetIdentity, SetStatistics, Wanted
     from rdm_scale.parallel.failures import FailureReporter
     from rdm_scale.parallel.mesh import Mesh
-    from rdm_scale.sampling.requests import SamplingRequest
     from rdm_scale.storage.location import Location
 
 RESULTS = "measures.jsonl"
@@ -129,6 +125,7 @@ def write_reference(options: argparse.Namespace, mesh: "Mesh | None") -> None:
         raise ConfigError("--keep and --images must be at least 0")
     from rdm_scale.evaluation import reference_file
     from rdm_scale.evaluation.networks.named_networks import IDENTITY
+    from rdm_scale.evaluation.sample_sets import first_images
     from rdm_scale.evaluation.set_statistics import Wanted
     from rdm_scale.storage.location import Location
 
@@ -140,24 +137,10 @@ def write_reference(options: argparse.Namespace, mesh: "Mesh | None") -> None:
         option, network = _load(options.features, samples.size.frames)
         wanted = Wanted(options.keep, spatial=network.spatial_width > 0)
         statistics = _measure_set(samples, network, wanted, option, options.batch_size, mesh)
-        images = _first_images(samples, options.images) if options.images else None
+        images = first_images(samples, options.images) if options.images else None
     if mesh is None or mesh.is_first:
         reference_file.write_reference(Location(options.output), statistics, images)
         print(f"{options.output}: {statistics.samples} samples of {options.data}, {statistics.pooled.width} features")
-
-
-def _first_images(samples: "SampleSet", count: int) -> "NDArray[np.uint8]":
-    """The first images, uint8 [n, H, W, 3]."""
-    import numpy as np
-
-    if samples.size.frames > 1:
-        raise ConfigError("--images keeps images for ADM's evaluator, which takes no clips")
-    found: list[NDArray[np.uint8]] = []
-    for batch in samples.batches(min(count, 256)):
-        found.append(batch.pixels[:, 0].numpy())
-        if sum(map(len, found)) >= count:
-            break
-    return np.concatenate(found)[:count]
 
 
 # ---- compare
@@ -221,7 +204,7 @@ def _real(
 
 def run(options: argparse.Namespace, mesh: "Mesh | None") -> None:
     """Draw samples from a model, measure them, and append the measures to the results."""
-    from rdm_scale.evaluation.generated_samples import GeneratedSamples, pixel_size
+    from rdm_scale.evaluation.generated_samples import GeneratedSamples, conditions_in_turns, pixel_size
     from rdm_scale.evaluation.measurements import check_comparable, measure, parse_metrics, wanted_for
     from rdm_scale.evaluation.reference_file import is_reference, read_reference
     from rdm_scale.evaluation.sample_sets import MediaOptions
@@ -236,7 +219,7 @@ def run(options: argparse.Namespace, mesh: "Mesh | None") -> None:
     wanted = wanted_for(metrics, network)
     media = MediaOptions((size.height, size.width), size.frames, options.stride, options.fps)
     real = _real(options.reference, known, network, wanted, option, media, options.batch_size, mesh)
-    request, condition = _request(trained, options)
+    request, condition = conditions_in_turns(trained, options.samples, options.prompts, options.text_encoder)
     plan = _plan(options, trained, config, condition, SetIdentity.of(network, size))
     check_comparable(real, plan.identity, options.model)
     samples = GeneratedSamples(plan, Location(options.output), mesh)
@@ -259,28 +242,6 @@ def _trained(options: argparse.Namespace) -> "tuple[TrainedModel, RunConfig]":
     trained = load_trained(options.model, options.weights, local_device())
     sampling = {"steps": options.steps, "guidance": options.guidance, "sampler": options.sampler}
     return trained, override_sampling(trained.config, "with the options given", **sampling)
-
-
-def _request(trained: "TrainedModel", options: argparse.Namespace) -> "tuple[SamplingRequest, str]":
-    """Conditions of all samples, and a description of them."""
-    from rdm_scale.sampling.requests import request_labels, request_prompts, request_unconditional
-    from rdm_scale.storage.location import Location
-
-    model, count = trained.config.model, options.samples
-    if model.condition == "none":
-        return request_unconditional(1, count), "none"
-    if model.condition == "class":
-        classes = model.num_classes
-        return request_labels(trained, range(classes), -(-count // classes)), f"{classes} classes in turns"
-    if options.prompts is None:
-        raise ConfigError("the model takes captions: give --prompts FILE, one a line")
-    try:
-        lines = Location(options.prompts).read().decode("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the prompts {options.prompts}: {error}") from None
-    prompts = [line.strip() for line in lines if line.strip()]
-    request = request_prompts(trained, prompts, -(-count // max(1, len(prompts))), options.text_encoder)
-    return request, f"{len(prompts)} prompts of {options.prompts} in turns"
 
 
 # ---- parts of all commands

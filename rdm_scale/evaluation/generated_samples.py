@@ -20,7 +20,7 @@ from rdm_scale.checkpoint.trained_model import TrainedModel
 from rdm_scale.codecs import LatentCodec, codec_of
 from rdm_scale.conditions import select_conditions
 from rdm_scale.config import RunConfig
-from rdm_scale.errors import DataError
+from rdm_scale.errors import ConfigError, DataError
 from rdm_scale.evaluation.networks.feature_network import FeatureNetwork, Features
 from rdm_scale.evaluation.reference_file import write_arrays
 from rdm_scale.evaluation.sample_sets import PixelSize, to_uint8
@@ -32,7 +32,12 @@ from rdm_scale.evaluation.set_statistics import (
     caption_scores,
 )
 from rdm_scale.sampling.generate import draw_latents
-from rdm_scale.sampling.requests import SamplingRequest
+from rdm_scale.sampling.requests import (
+    SamplingRequest,
+    request_labels,
+    request_prompts,
+    request_unconditional,
+)
 from rdm_scale.storage.location import Location
 
 if TYPE_CHECKING:
@@ -181,6 +186,35 @@ class GeneratedSamples:
                 return {name: arrays[name] for name in arrays.files}
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise DataError(f"{file} is damaged: {error}; remove it and run the same command again") from None
+
+
+def conditions_in_turns(
+    trained: TrainedModel, samples: int, prompts_file: str | None = None, text_encoder: str | None = None
+) -> tuple[SamplingRequest, str]:
+    """Conditions of at least this many samples, all classes or prompts in turns, and a description of them.
+
+    Args:
+        prompts_file: for a model with text, a file on any fsspec file system with one prompt a line.
+        text_encoder: its folder; None: where it was when the captions were encoded.
+
+    Raises:
+        ConfigError: a model with text and no prompts.
+    """
+    model = trained.config.model
+    if model.condition == "none":
+        return request_unconditional(1, samples), "none"
+    if model.condition == "class":
+        classes = model.num_classes
+        return request_labels(trained, range(classes), -(-samples // classes)), f"{classes} classes in turns"
+    if prompts_file is None:
+        raise ConfigError("the model takes captions: give --prompts FILE, one a line")
+    try:
+        lines = Location(prompts_file).read().decode("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the prompts {prompts_file}: {error}") from None
+    prompts = [line.strip() for line in lines if line.strip()]
+    request = request_prompts(trained, prompts, -(-samples // max(1, len(prompts))), text_encoder)
+    return request, f"{len(prompts)} prompts of {prompts_file} in turns"
 
 
 def pixel_size(trained: TrainedModel) -> PixelSize:

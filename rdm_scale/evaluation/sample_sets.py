@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rdm_scale.errors import DataError
+from rdm_scale.errors import ConfigError, DataError
 from rdm_scale.storage.location import Location
 
 if TYPE_CHECKING:
@@ -127,6 +127,22 @@ def read_array(url: str, key: str = "arr_0") -> NDArray[np.generic]:
             return np.asarray(found[key if key in found.files else found.files[0]])
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"cannot read the array {url}: {error}") from None
+
+
+def first_images(samples: SampleSet, count: int) -> NDArray[np.uint8]:
+    """The first images of a set, uint8 [n, H, W, 3]; fewer if the set has fewer.
+
+    Raises:
+        ConfigError: the set holds clips.
+    """
+    if samples.size.frames > 1:
+        raise ConfigError(f"{samples.name} holds clips, of which no single images are kept (--images)")
+    found: list[NDArray[np.uint8]] = []
+    for batch in samples.batches(min(count, 256)):
+        found.append(batch.pixels[:, 0].numpy())
+        if sum(map(len, found)) >= count:
+            break
+    return np.concatenate(found)[:count]
 
 
 class ArraySamples(SampleSet):

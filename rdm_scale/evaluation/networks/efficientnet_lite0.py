@@ -39,7 +39,7 @@ class EfficientNetLite0(nn.Module):
         blocks, channels = [], 32
         for repeats, kernel, stride, expansion, out in STAGES:
             for i in range(repeats):
-                blocks.append(_Block(channels, out, kernel, stride if i == 0 else 1, expansion))
+                blocks.append(_InvertedResidual(channels, out, kernel, stride if i == 0 else 1, expansion))
                 channels = out
         self._blocks = nn.ModuleList(blocks)
         self._conv_head, self._bn1 = _convolution(channels, 1280, 1), _norm(1280)
@@ -55,7 +55,7 @@ class EfficientNetLite0(nn.Module):
         return self._fc(features)
 
 
-class _Block(nn.Module):
+class _InvertedResidual(nn.Module):
     """Inverted residual block: expand, depthwise convolution, project. Names are those of the published weights."""
 
     def __init__(self, channels: int, out: int, kernel: int, stride: int, expansion: int) -> None:

@@ -37,16 +37,16 @@ class I3D(nn.Module):
         super().__init__()
         self.stem = nn.ModuleList(
             [
-                _Convolution(weights, "Conv3d_1a_7x7", stride=2),
-                _Convolution(weights, "Conv3d_2b_1x1"),
-                _Convolution(weights, "Conv3d_2c_3x3"),
+                _Convolution3D(weights, "Conv3d_1a_7x7", stride=2),
+                _Convolution3D(weights, "Conv3d_2b_1x1"),
+                _Convolution3D(weights, "Conv3d_2c_3x3"),
             ]
         )
         self.stages = nn.ModuleList(
-            nn.Sequential(*(_Mixed(weights, f"Mixed_{stage}{letter}") for letter in letters))
+            nn.Sequential(*(_Mixed3D(weights, f"Mixed_{stage}{letter}") for letter in letters))
             for stage, letters in ((3, "bc"), (4, "bcdef"), (5, "bc"))
         )
-        self.logits = _Convolution(weights, "Logits/Conv3d_0c_1x1", activation=False)
+        self.logits = _Convolution3D(weights, "Logits/Conv3d_0c_1x1", activation=False)
 
     def forward(self, x: Tensor) -> Tensor:
         x = _pool(self.stem[0](x), (1, 3, 3), (1, 2, 2))
@@ -57,7 +57,7 @@ class I3D(nn.Module):
         return self.logits(x).mean((2, 3, 4))
 
 
-class _Convolution(nn.Module):
+class _Convolution3D(nn.Module):
     """Convolution with the batch normalization of inference folded into it, and ReLU."""
 
     def __init__(self, weights: Weights, name: str, stride: int = 1, activation: bool = True) -> None:
@@ -83,13 +83,13 @@ class _Convolution(nn.Module):
         return F.relu_(x) if self.activation else x
 
 
-class _Mixed(nn.Module):
+class _Mixed3D(nn.Module):
     """Inception module of four branches."""
 
     def __init__(self, weights: Weights, name: str) -> None:
         super().__init__()
         self.branches = nn.ModuleList(
-            nn.Sequential(*(_Convolution(weights, f"{name}/{part}") for part in branch)) for branch in _BRANCHES
+            nn.Sequential(*(_Convolution3D(weights, f"{name}/{part}") for part in branch)) for branch in _BRANCHES
         )
 
     def forward(self, x: Tensor) -> Tensor:
