@@ -30,7 +30,7 @@ class IncompleteError(CheckpointError):
 
 
 class NonFiniteError(RdmError):
-    """A loss or gradient is infinite or NaN."""
+    """A loss, a gradient, weights or samples are infinite or NaN."""
 
 
 class OwnershipError(RdmError):

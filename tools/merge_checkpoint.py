@@ -112,8 +112,10 @@ def verify(path: str, options: argparse.Namespace) -> None:
     with ProgressReporter("verifying", unit="B", scaled=True) as progress:
         problems = verify(folder, progress.update)
     if problems:
-        raise CheckpointError("\n  ".join([f"{folder} has {len(problems)} damaged blocks:", *problems]))
-    print(f"{folder} is intact: every checksum matches")
+        raise CheckpointError(
+            "\n  ".join([f"{folder} has {len(problems)} blocks that are damaged or not finite:", *problems])
+        )
+    print(f"{folder} is intact: every checksum matches and every value is finite")
 
 
 def _one(paths: list[str]) -> str:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from rdm_scale.checkpoint.directory import is_checkpoint, open_checkpoint
+from rdm_scale.checkpoint.format.finite import refuse_non_finite_tensor
 from rdm_scale.checkpoint.format.reader import TensorReader
 from rdm_scale.checkpoint.search import find_checkpoint
 from rdm_scale.checkpoint.state import CheckpointState
@@ -82,18 +83,22 @@ class ModelSource:
 
         Raises:
             CheckpointError: a file cannot be read or is damaged.
+            NonFiniteError: a parameter holds NaN or infinity.
         """
         if isinstance(self._reader, SafetensorsReader):
             yield from ((name, self.read(name)) for name in self.shapes)
             return
         for group in _groups(self.shapes):
-            yield from self._reader.read_many(self.entry, group).items()
+            for name, tensor in self._reader.read_many(self.entry, group).items():
+                yield name, refuse_non_finite_tensor(name, tensor, self.where)
 
     def read(self, name: str) -> Tensor:
-        """Read one parameter in fp32. Raises CheckpointError as `stream` does."""
+        """Read one parameter in fp32. Raises CheckpointError and NonFiniteError as `stream` does."""
         if isinstance(self._reader, SafetensorsReader):
-            return self._reader.read(name).float()
-        return self._reader.read(self.entry, name)
+            tensor = self._reader.read(name).float()
+        else:
+            tensor = self._reader.read(self.entry, name)
+        return refuse_non_finite_tensor(name, tensor, self.where)
 
 
 def open_model(path: str, weights: WeightsName | None = None) -> ModelSource:

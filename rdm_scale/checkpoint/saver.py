@@ -21,7 +21,7 @@ from rdm_scale.checkpoint.ownership import Ownership
 from rdm_scale.checkpoint.sharded_state import slice_table
 from rdm_scale.checkpoint.state import CheckpointState
 from rdm_scale.config import CheckpointConfig
-from rdm_scale.errors import CheckpointError
+from rdm_scale.errors import CheckpointError, NonFiniteError
 
 if TYPE_CHECKING:
     from rdm_scale.parallel.mesh import Mesh
@@ -139,6 +139,7 @@ class Saver:
         Raises:
             CheckpointError: on every rank, if a rank could not write and `checkpoint.on_failure` is stop. The files of
                 this checkpoint are removed, and earlier checkpoints are untouched.
+            NonFiniteError: on every rank, if there is NaN or infinity in what is saved, whatever `on_failure` says.
         """
         if self.owner is not None:
             self.owner.check()
@@ -151,7 +152,7 @@ class Saver:
                 save.committing = self._thread.submit(self._commit, save, files)
             else:
                 self._completed(save, self._on_all_ranks(save.committing.result))
-        except CheckpointError as error:
+        except (CheckpointError, NonFiniteError) as error:
             self._save = None
             self._failed(save.step, error)
 
@@ -222,37 +223,40 @@ class Saver:
                 return f"warning: checkpoints older than checkpoint.keep are not removed yet: {error}"
         return None
 
-    def _failed(self, step: int, error: CheckpointError) -> None:
+    def _failed(self, step: int, error: CheckpointError | NonFiniteError) -> None:
         self.failures += 1
         message = str(error)
         try:
             self._on_all_ranks(lambda: self.directory.abandon(step) if self.mesh.is_first else None)
         except CheckpointError as also:
             message += f"; its files are not removed yet: {also}"
-        if self.config.on_failure == "stop":
-            raise CheckpointError(message) from error
+        if self.config.on_failure == "stop" or isinstance(error, NonFiniteError):
+            raise type(error)(message) from error
         self.say(f"warning: no checkpoint of step {step}, training continues without it: {message}")
 
     def _on_all_ranks(self, work: Callable[[], Result]) -> list[Result]:
         """Run `work` on every rank and return the results of all ranks.
 
         Raises:
-            CheckpointError: on every rank, with the message of the first rank on which `work` failed.
+            CheckpointError, NonFiniteError: on every rank, that of the first rank on which `work` failed.
         """
-        results, message = [], None
+        results: list[Result] = []
+        failure: CheckpointError | NonFiniteError | None = None
         try:
             results.append(work())
-        except (CheckpointError, OSError) as error:
-            message = str(error)
-        outcomes: list[_Outcome] = self.mesh.all_gather_object(_Outcome(results, message))
+        except (CheckpointError, NonFiniteError) as error:
+            failure = error
+        except OSError as error:
+            failure = CheckpointError(str(error))
+        outcomes: list[_Outcome] = self.mesh.all_gather_object(_Outcome(results, failure))
         for outcome in outcomes:
             if outcome.error is not None:
-                raise CheckpointError(outcome.error)
+                raise outcome.error
         return [result for outcome in outcomes for result in outcome.results]
 
 
 class _Outcome(NamedTuple):
-    """Result of one rank, or the message of its error."""
+    """Result of one rank, or its error."""
 
     results: list[Any]  # a single one, or none after an error
-    error: str | None
+    error: CheckpointError | NonFiniteError | None

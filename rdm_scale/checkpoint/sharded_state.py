@@ -7,8 +7,11 @@ import numpy as np
 import torch
 
 from rdm_scale.checkpoint.directory import open_checkpoint
+from rdm_scale.checkpoint.format.finite import refuse_non_finite_slices
 from rdm_scale.checkpoint.format.slices import SliceTable, max_dimensions, pad_rows, slices_of_ranges
 from rdm_scale.storage.location import Location
+
+_ADVICE = "Remove that folder to go on from the checkpoint before it, or set checkpoint.resume to an earlier one"
 
 if TYPE_CHECKING:
     from rdm_scale.parallel.parallel_model import ParallelModel
@@ -20,6 +23,7 @@ def load(url: str, model: "ParallelModel") -> None:
 
     Raises:
         CheckpointError: it is incomplete or damaged, or lacks tensors of this model.
+        NonFiniteError: it holds NaN or infinity.
     """
     table = slice_table(model.ranges)
     state, reader = open_checkpoint(Location(url), table)
@@ -27,6 +31,7 @@ def load(url: str, model: "ParallelModel") -> None:
         for entry, flats in buffers._asdict().items():
             sizes = [flat.numel() for flat in flats]
             values = reader.fill(table, entry, torch.zeros(sum(sizes)))
+            refuse_non_finite_slices(table, entry, values, f"{url} is complete, but cannot be used", _ADVICE)
             for flat, part in zip(flats, values.split(sizes), strict=True):
                 flat.copy_(part)
 

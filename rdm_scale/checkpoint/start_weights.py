@@ -7,6 +7,7 @@ from torch import Tensor
 
 from rdm_scale.checkpoint.convert.import_weights import PublishedWeights, open_published
 from rdm_scale.checkpoint.directory import is_checkpoint, open_checkpoint
+from rdm_scale.checkpoint.format.finite import refuse_non_finite_slices
 from rdm_scale.checkpoint.format.slices import SliceTable, shape_of
 from rdm_scale.checkpoint.model_source import CONFIG, ModelSource, open_model, parameter_shapes
 from rdm_scale.checkpoint.sharded_state import slice_table
@@ -64,6 +65,7 @@ def load_start_weights(start: StartWeights, model: "ParallelModel") -> None:
 
     Raises:
         CheckpointError: they cannot be read or are damaged.
+        NonFiniteError: they hold NaN or infinity.
     """
     table = slice_table(model.ranges)
     here = Location(start.path)
@@ -75,6 +77,7 @@ def load_start_weights(start: StartWeights, model: "ParallelModel") -> None:
             reader.fill(table, "ema" if start.weights == "ema" else "weights", values)
         else:
             _fill(table, open_weights(start.path, start.weights, model.config.model), values)
+        refuse_non_finite_slices(table, start.weights, values, f"{here} cannot be used", "Start from other weights")
         for flats in (state.weights, state.ema):
             for flat, part in zip(flats, values.split(sizes), strict=True):
                 flat.copy_(part)

@@ -17,7 +17,7 @@ from rdm_scale.config import RunConfig
 from rdm_scale.data.compatibility import DataFacts
 from rdm_scale.diffusion import sample
 from rdm_scale.diffusion.samplers import Model
-from rdm_scale.errors import ConfigError
+from rdm_scale.errors import ConfigError, NonFiniteError
 from rdm_scale.sampling.image_grid import image_grid, middle_frames
 
 if TYPE_CHECKING:
@@ -83,15 +83,30 @@ def draw_pixels(
 
     Latents are drawn on the device of the condition and decoded on that of the codec; pixels are returned on the CPU.
     `progress` is called after each batch as progress(samples done, samples).
+
+    Raises:
+        NonFiniteError: a sample holds NaN or infinity.
     """
     parts, samples = [], batch_size_of(condition)
     for first in range(0, samples, batch_size):
         part = select_conditions(condition, slice(first, first + batch_size))
         latents = draw_latents(model, config, part, seed, empty_caption=empty_caption, first_index=first)
+        refuse_non_finite_samples(latents)
         parts.append(codec.decode(latents).cpu())
         if progress is not None:
             progress(min(first + batch_size, samples), samples)
     return torch.cat(parts)
+
+
+def refuse_non_finite_samples(latents_NCTHW: Tensor) -> None:
+    """Raise NonFiniteError if a sample that was drawn holds NaN or infinity."""
+    bad = int((~latents_NCTHW.isfinite()).flatten(1).any(dim=1).sum())
+    if bad:
+        count = len(latents_NCTHW)
+        cause = "the weights are unusable: use an earlier checkpoint" if bad == count else "the sampler diverged"
+        raise NonFiniteError(
+            f"{bad} of {count} samples hold NaN or infinity: {cause}, or try a lower guidance or more sampling steps"
+        )
 
 
 class SampleGrid:
@@ -113,6 +128,10 @@ class SampleGrid:
         """Draw the grid and return it on the first rank, None on the others. Collective.
 
         Clips are shown by their middle frames.
+
+        Raises:
+            ConfigError: the configuration's sampler cannot draw; on all ranks.
+            NonFiniteError: a sample holds NaN or infinity; on the first rank, after all have drawn.
         """
         count = self.columns * GRID_ROWS
         share = -(-count // self.mesh.data_size)  # the same on all ranks: each takes part in every forward
@@ -126,4 +145,5 @@ class SampleGrid:
         if self.codec is None:
             return None
         all_latents = torch.cat([by_data_rank[rank] for rank in range(self.mesh.data_size)])[:count]
+        refuse_non_finite_samples(all_latents)
         return image_grid(middle_frames(self.codec.decode(all_latents)).cpu(), self.columns, self.names)

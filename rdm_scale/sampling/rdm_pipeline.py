@@ -8,7 +8,7 @@ from rdm_scale.checkpoint.trained_model import TrainedModel, load_trained
 from rdm_scale.codecs import LatentCodec, codec_of
 from rdm_scale.config import WeightsName
 from rdm_scale.errors import ConfigError
-from rdm_scale.sampling.generate import draw_latents
+from rdm_scale.sampling.generate import draw_latents, refuse_non_finite_samples
 from rdm_scale.sampling.image_grid import to_images
 from rdm_scale.sampling.requests import (
     SamplingRequest,
@@ -76,6 +76,7 @@ class RDMPipeline:
         Raises:
             ConfigError: the model has no such labels, takes prompts, or a number of steps or scale is invalid; guidance
                 by a null condition that was never trained.
+            NonFiniteError: a sample holds NaN or infinity.
         """
         if generator is not None and seed is not None:
             raise ConfigError("give a generator or a seed, not both")
@@ -86,6 +87,7 @@ class RDMPipeline:
         condition = self._request(class_labels, num_images).condition
         device = next(self.trained.model.parameters()).device
         latents = draw_latents(self.trained.model, config, condition.to(device), seed or 0)
+        refuse_non_finite_samples(latents)
         if self.codec is None:
             return latents
         pixels = self.codec.decode(latents)

@@ -27,7 +27,7 @@ from rdm_scale.data.stream import LatentStream
 from rdm_scale.device import TimeMark
 from rdm_scale.diffusion import build_objective
 from rdm_scale.diffusion.training_draws import draw
-from rdm_scale.errors import NonFiniteError
+from rdm_scale.errors import ConfigError, NonFiniteError
 from rdm_scale.parallel.broadcast import broadcast_batches
 from rdm_scale.parallel.hang_reports import HangWatch
 from rdm_scale.parallel.mesh import Mesh
@@ -36,6 +36,7 @@ from rdm_scale.parallel.plan import ParallelPlan
 from rdm_scale.sampling.generate import SampleGrid
 from rdm_scale.training.depth_probe import DepthProbe
 from rdm_scale.training.monitor import Monitor, Record, RunMonitor, metrics_record
+from rdm_scale.training.non_finite import refuse_non_finite_weights
 from rdm_scale.training.optimizer import build_optimizer
 from rdm_scale.training.rank_status import RankStatus
 from rdm_scale.training.run_directory import Start, checkpoints_of
@@ -232,7 +233,8 @@ class Trainer:
             try:
                 result = self._under_way.popleft().read(self.mesh, self.config)
             except NonFiniteError:
-                self.saver.finish()  # the checkpoint under way is of a good step
+                self.saver.finish()  # the checkpoint under way is of a good step, or this says that it is not
+                refuse_non_finite_weights(self.model)
                 raise
             self._observe(result)
             if result.statistics.stop_requests > 0:
@@ -272,8 +274,12 @@ class Trainer:
     def _draw_samples(self) -> None:
         """Draw a grid of samples where it is due."""
         if self.grid is not None and self._due(self.config.monitor.sample_every):
-            with self.model.evaluating(ema=True):
-                image = self.grid.draw(self.model)
+            image = None
+            try:
+                with self.model.evaluating(ema=True):
+                    image = self.grid.draw(self.model)
+            except (ConfigError, NonFiniteError) as error:  # a grid is no reason to end a run
+                self.monitor.report(f"warning: no sample grid of step {self.step}: {error}")
             if image is not None:
                 self.monitor.image_grid(self.step, image)
 

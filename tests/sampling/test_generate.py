@@ -7,7 +7,7 @@ from torch import Tensor
 from rdm_scale.codecs import load_codec
 from rdm_scale.conditions import TextCondition
 from rdm_scale.config import DiffusionConfig, InputConfig, ModelConfig, RunConfig, SamplingConfig
-from rdm_scale.errors import ConfigError
+from rdm_scale.errors import ConfigError, NonFiniteError
 from rdm_scale.sampling.generate import draw_latents, draw_pixels
 
 CONFIG = RunConfig(
@@ -72,3 +72,14 @@ def test_captions_are_batched_and_guided_from_the_empty_caption() -> None:
         draw_pixels(model, config, codec, torch.tensor([1]), seed=0, batch_size=2)
     with pytest.raises(ConfigError, match=r"model\.condition=class: draw with labels"):
         draw_pixels(model, CONFIG, codec, captions, seed=0, batch_size=2)
+
+
+@pytest.mark.parametrize(("bad", "cause"), [((1,), "the sampler diverged"), ((0, 1, 2), "the weights are unusable")])
+def test_samples_that_are_not_finite_are_refused_in_one_line(bad: tuple[int, ...], cause: str) -> None:
+    def diverging(latents: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+        return torch.where(torch.isin(labels, torch.tensor(bad)).view(-1, 1, 1, 1, 1), float("nan"), latents)
+
+    config = CONFIG.model_copy(update={"sampling": CONFIG.sampling.model_copy(update={"guidance": 1.0})})
+    with pytest.raises(NonFiniteError, match=rf"{len(bad)} of 3 samples hold NaN or infinity: {cause}") as refused:
+        draw_pixels(diverging, config, load_codec("identity"), torch.arange(3), seed=0, batch_size=3)
+    assert "\n" not in str(refused.value)

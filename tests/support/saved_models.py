@@ -1,6 +1,7 @@
 """Checkpoints of small models, and damage to their files."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,21 @@ def run_config(**model: Any) -> RunConfig:
     return parse_config({"model": base | model, "data": {"train": "none"}, "run": {"dir": "run"}}, "test")
 
 
-def save_model(directory: Location, step: int, config: RunConfig) -> torch.nn.Module:
-    """Save a checkpoint whose EMA weights are the model of seed `step` plus `step`, and whose weights are one more."""
+def save_model(
+    directory: Location, step: int, config: RunConfig, damage: Mapping[str, float] | None = None
+) -> torch.nn.Module:
+    """Save a checkpoint whose EMA weights are the model of seed `step` plus `step`, and whose weights are one more.
+
+    Checkpoints of damaged models also hold what growing needs: an identity and an optimizer state.
+
+    Args:
+        damage: value of the first element of parameters, by name.
+    """
     model = build_model(config.model, seed=step)
     for p in model.parameters():
         p.data += step
+    for name, value in (damage or {}).items():
+        model.get_parameter(name).data.view(-1)[0] = value
     state = {
         "step": step,
         "config": config.model_dump(mode="json"),
@@ -35,6 +46,9 @@ def save_model(directory: Location, step: int, config: RunConfig) -> torch.nn.Mo
         "layout": {"tensor": 2, "pipeline": 1, "data": 3},
     }
     tensors = ((name, {"weights": p + 1, "ema": p}) for name, p in model.named_parameters())
+    if damage:
+        state["identity"] = config.identity()
+        tensors = ((name, held | {"exp_avg": held["ema"] * 0, "exp_avg_sq": held["ema"] * 0}) for name, held in tensors)
     write_checkpoint(CheckpointDirectory(directory), state, tensors, 3001)
     return model
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rdm_scale.checkpoint.convert.checkpoint_writer import STATE_ENTRIES, NamedEntries, write_checkpoint
 from rdm_scale.checkpoint.directory import CheckpointDirectory, open_checkpoint
+from rdm_scale.checkpoint.format.finite import refuse_non_finite_tensor
 from rdm_scale.checkpoint.format.reader import TensorReader
 from rdm_scale.checkpoint.model_source import find_checkpoint, parameter_shapes
 from rdm_scale.checkpoint.state import CheckpointState
@@ -77,7 +78,7 @@ def grow_checkpoint(
     if directory.folder(step).exists():
         raise CheckpointError(f"{directory.folder(step)} exists already: choose another folder, or remove it first")
     shapes = _checked_shapes(growth, reader, source)
-    tensors = _grown_tensors(growth, reader, shapes, before.train.seed, keep_optimizer_state=not restart)
+    tensors = _grown_tensors(growth, reader, source, shapes, before.train.seed, keep_optimizer_state=not restart)
     grown: CheckpointState = {
         **state,
         "step": step,
@@ -131,13 +132,21 @@ def _checked_shapes(growth: DepthGrowth, reader: TensorReader, source: Location)
 
 
 def _grown_tensors(
-    growth: DepthGrowth, reader: TensorReader, shapes: dict[str, Shape], seed: int, keep_optimizer_state: bool
+    growth: DepthGrowth,
+    reader: TensorReader,
+    source: Location,
+    shapes: dict[str, Shape],
+    seed: int,
+    keep_optimizer_state: bool,
 ) -> Iterator[NamedEntries]:
     """Yield all state entries of the grown model's parameters, block by block."""
     for _, group in itertools.groupby(shapes, lambda name: name.split(".")[:2]):
         names = list(group)
         sources = {name: old for name in names if (old := growth.source(name)) is not None}
         values = {entry: reader.read_many(entry, list(sources.values())) for entry in STATE_ENTRIES}
+        for read in values.values():
+            for name, tensor in read.items():
+                refuse_non_finite_tensor(name, tensor, source)
         for name in names:
             entries = {
                 entry: grown_entry(growth, name, entry, values[entry][sources[name]])

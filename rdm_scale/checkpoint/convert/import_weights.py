@@ -17,6 +17,7 @@ from rdm_scale.checkpoint.convert.parameter_mapping import (
 )
 from rdm_scale.checkpoint.convert.state_dicts import open_tensors
 from rdm_scale.checkpoint.directory import CheckpointDirectory
+from rdm_scale.checkpoint.format.finite import refuse_non_finite_tensor
 from rdm_scale.checkpoint.model_source import CONFIG, compare_shapes
 from rdm_scale.checkpoint.state import CheckpointState
 from rdm_scale.codecs.record import CodecRecord
@@ -46,13 +47,14 @@ class PublishedWeights:
 
     def convert(self, name: str) -> Tensor:
         """Parameter of this name, in fp32. Raises CheckpointError as `stream` does."""
-        return self.mappings[name].from_external(self.read)
+        return refuse_non_finite_tensor(name, self.mappings[name].from_external(self.read), self.where)
 
     def stream(self) -> Iterator[tuple[str, Tensor]]:
         """Convert every parameter to fp32, one by one, under this project's name.
 
         Raises:
             CheckpointError: a tensor cannot be read, or copies of an embedder differ.
+            NonFiniteError: a tensor holds NaN or infinity.
         """
         for name in self.mappings:
             yield name, self.convert(name)

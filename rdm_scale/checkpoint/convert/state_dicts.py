@@ -1,10 +1,11 @@
 """State dicts as other projects' training loops save them: safetensors, or torch's format read without running code."""
 
 import argparse
+import contextlib
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -86,7 +87,7 @@ def _unpickle(file: Location) -> Any:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in zipfile.ZipFile(content).infolist()):
                 raise ValueError("it is compressed")
             content.seek(0)
-            with torch.serialization.safe_globals([argparse.Namespace]):
+            with _only_namespaces_allowed():
                 return torch.load(content, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"there is no file {file}") from None
@@ -94,6 +95,19 @@ def _unpickle(file: Location) -> Any:
         raise CheckpointError(
             f"{file} is not a plain file of tensors, and nothing else is loaded or executed: {_reason(error)}"
         ) from None
+
+
+@contextlib.contextmanager
+def _only_namespaces_allowed() -> Iterator[None]:
+    """Context in which torch's restricted unpickler allows one more class, and none that libraries have added."""
+    allowed = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(allowed)
 
 
 def _reason(error: Exception) -> str:

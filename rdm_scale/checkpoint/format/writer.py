@@ -11,11 +11,16 @@ import xxhash
 from torch import Tensor
 
 from rdm_scale.checkpoint.format.coverage import coverage_bounds
+from rdm_scale.checkpoint.format.finite import refuse_non_finite_slices
 from rdm_scale.checkpoint.format.index import BLOCK_BYTES, DATA, INDEX, FileRecord, digest, encode_index
 from rdm_scale.checkpoint.format.slices import SliceTable
 from rdm_scale.errors import CheckpointError
 from rdm_scale.storage.location import Location
 
+_ADVICE = (
+    "Go back to an earlier checkpoint, with a lower optimizer.lr or optimizer.grad_clip, a longer warm-up, or "
+    "train.precision=fp32"
+)
 _ALIGNMENT = 64  # bytes, as of tensors in memory: copies between different alignments take longer
 
 
@@ -36,6 +41,7 @@ def write_tensors(
 
     Raises:
         CheckpointError: the files cannot be written; says where, why and how many bytes they need.
+        NonFiniteError: a tensor holds NaN or infinity; before its entry is written.
     """
     length, elements = table.buffer_elements, int(table.slices.numel.sum())
     for name, flat in entries.items():
@@ -49,7 +55,8 @@ def write_tensors(
         with data.open("wb") as file:
             file.write(header)
             blocks, ranges = _BlockWriter(file, block_bytes), _contiguous_ranges(table)
-            for flat in entries.values():
+            for entry, flat in entries.items():
+                refuse_non_finite_slices(table, entry, flat, f"{folder} is not saved", _ADVICE)
                 values = flat.detach().contiguous().numpy()
                 for begin, end in ranges:
                     blocks.write(values[begin:end].view(np.uint8).data)
