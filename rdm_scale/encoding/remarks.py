@@ -23,8 +23,9 @@ class Remarks:
             yield f"{text}: {number} {'sample' if number == 1 else 'samples'}, for example {example}"
 
     def add(self, text: str, name: str) -> None:
-        """Count a remark on the input `name`."""
-        self.include({text: Remark(1, name)})
+        """Count a remark on the input `name`, once even if it is repeated."""
+        if text not in self.found or self.found[text].example != name:
+            self.include({text: Remark(1, name)})
 
     def include(self, found: dict[str, Remark]) -> None:
         """Add the counts of other remarks; the first example stays."""

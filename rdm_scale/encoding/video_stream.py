@@ -20,6 +20,9 @@ TOLERANCE = 1e-3  # seconds: Matroska rounds times to milliseconds, so a frame m
 _MOV_ATOMS = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot", b"uuid", b"junk")
 
 
+_LIBVPX = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+
+
 class VideoLimits(NamedTuple):
     """Limits on the videos that are decoded."""
 
@@ -47,9 +50,9 @@ class VideoStream:
         limits: limits that the file is checked against.
     """
 
-    def __init__(self, container: Any, stream: Any, name: str, limits: VideoLimits) -> None:
+    def __init__(self, container: Any, stream: Any, decoder: Any, name: str, limits: VideoLimits) -> None:
         self.name, self.limits = name, limits
-        self._container, self._stream = container, stream
+        self._container, self._stream, self._decoder = container, stream, decoder
 
     @property
     def rate(self) -> Fraction:
@@ -73,6 +76,7 @@ class VideoStream:
     def seek(self, seconds: float) -> None:
         """Seek to the last key frame at or before `seconds`."""
         self._container.seek(self._start + math.floor(seconds / self._stream.time_base), stream=self._stream)
+        self._decoder.flush_buffers()
 
     def frames(self) -> Iterator[TimedFrame]:
         """Decode all frames from the current position on, in presentation order.
@@ -87,7 +91,7 @@ class VideoStream:
                 raise DataError(f"cannot decode the video {self.name}: it is damaged or truncated; repair or remove it")
             if packet.dts is not None:
                 packet_times.append(packet.dts)
-            for frame in packet.decode():
+            for frame in self._decoder.decode(packet):
                 if frame.is_corrupt:
                     raise DataError(f"cannot decode the video {self.name}: a frame is damaged; repair or remove it")
                 packet_time = packet_times.popleft() if packet_times else None
@@ -115,7 +119,7 @@ class VideoStream:
             if stamp is not None and not packet.is_discard:
                 end = max(end, float((stamp - self._start) * packet.time_base) + _duration(packet, rate))
             if first is None:
-                first = next(iter(packet.decode()), None)
+                first = next(iter(self._decoder.decode(packet)), None)
             if first is not None and seconds is not None:
                 break
         if first is None:
@@ -185,9 +189,10 @@ def open_video(file: BinaryIO, name: str, limits: VideoLimits = DEFAULT_LIMITS) 
                     f"{name} has frames of {stream.width} x {stream.height} pixels; at most {limits.pixels} are "
                     "decoded; shrink or remove it"
                 )
-            stream.codec_context.options = {"max_pixels": str(limits.pixels), "err_detect": "explode"}
-            stream.codec_context.thread_count = 1  # callers decode several clips at a time instead
-            yield VideoStream(container, stream, name, limits)
+            decoder = _decoder(stream)
+            decoder.options = {"max_pixels": str(limits.pixels), "err_detect": "explode"}
+            decoder.thread_count = 1  # callers decode several clips at a time instead
+            yield VideoStream(container, stream, decoder, name, limits)
     except DataError:
         raise
     except (av.error.FFmpegError, ValueError, ArithmeticError, MemoryError) as error:
@@ -195,6 +200,16 @@ def open_video(file: BinaryIO, name: str, limits: VideoLimits = DEFAULT_LIMITS) 
         raise DataError(f"cannot decode the video {name}: {reason}; repair or remove it") from None
     except OSError as error:
         raise DataError(f"cannot read {name}: {error}") from None
+
+
+def _decoder(stream: Any) -> Any:
+    """Decoder of a stream: FFmpeg's own, or for transparent VP8 and VP9 that of libvpx, which decodes the opacity."""
+    import av
+
+    decoder = stream.codec_context
+    if stream.metadata.get("alpha_mode") == "1" and decoder.name in _LIBVPX:
+        return av.CodecContext.create(_LIBVPX[decoder.name], "r")
+    return decoder
 
 
 def _container_format(file: BinaryIO, name: str, limits: VideoLimits) -> str:

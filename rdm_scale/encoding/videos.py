@@ -12,11 +12,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from rdm_scale.encoding.images import center_box
 from rdm_scale.encoding.remarks import Remarks
+from rdm_scale.encoding.video_frames import FrameConverter, frame_orientation, square_width
 from rdm_scale.encoding.video_stream import DEFAULT_LIMITS, TOLERANCE, TimedFrame, VideoLimits, VideoStream, open_video
 from rdm_scale.errors import DataError
 
@@ -62,8 +61,8 @@ def read_video_metadata(
         first, seconds = video.first_frame_and_duration()
         frames = math.ceil((seconds - TOLERANCE) * rate)
         video.check_frames(frames)
-        height, width = first.height, _square_width(first.width, video.pixel_aspect)  # as stored
-        if _quarter_turns(first) % 2:
+        height, width = first.height, square_width(first.width, video.pixel_aspect)  # as stored
+        if frame_orientation(first, name).transposed:
             height, width = width, height
         return VideoMetadata(max(1, frames), height, width, rate)
 
@@ -76,6 +75,7 @@ class _Clip:
     numbers: range
     height: int
     width: int
+    remarks: Remarks | None
 
     def times(self, video: VideoStream) -> list[float]:
         """Times of the frames, in seconds from the first frame of the video."""
@@ -99,21 +99,24 @@ def decode_clip(
     """Decode frames start, start + stride, ... of a video, float32 [3, frames, height, width] in [-1, 1].
 
     Frames are turned upright, resized with PIL's antialiased bicubic filter so that they just cover height x width,
-    and center-cropped. Decoding starts at the last key frame before the clip. Several threads may decode clips at the
-    same time, each with its own file object.
+    and center-cropped. Colors are converted to sRGB, high dynamic range is tone-mapped, and transparency is blended
+    over white, as in images. Decoding starts at the last key frame before the clip. Several threads may decode clips
+    at the same time, each with its own file object.
 
     Args:
         file: seekable file opened for reading; it stays open.
         name: name of the file, for error messages.
         fps: frame rate at which frames are counted; None: the average rate of the video.
+        remarks: where to count that something the file states could not be used.
 
     Raises:
-        DataError: the container is not supported, the file is damaged, exceeds a limit, or ends before the clip does.
+        DataError: the container or color space is not supported, the file is damaged, exceeds a limit, or ends before
+            the clip does.
         ValueError: the clip is impossible.
     """
     if start < 0 or min(frames, height, width, stride) < 1 or (fps is not None and not 0 < fps < math.inf):
         raise ValueError(f"impossible clip: {start=} {frames=} {stride=} {height=} {width=} {fps=}")
-    clip = _Clip(fps, range(start, start + frames * stride, stride), height, width)
+    clip = _Clip(fps, range(start, start + frames * stride, stride), height, width, remarks)
     for back in _SECONDS_BACK:
         try:
             with open_video(file, name, limits) as video:
@@ -142,31 +145,13 @@ def _decode_after_seek(video: VideoStream, clip: _Clip, back: float) -> Tensor |
 
 def _collect(video: VideoStream, chosen: Iterator[Any], clip: _Clip) -> Tensor:
     """Convert decoded frames to a clip, float32 [3, T, height, width] in [-1, 1]."""
-    from av.video.reformatter import VideoReformatter
-
-    reformatter = VideoReformatter()
+    converter = FrameConverter(clip.height, clip.width, video.pixel_aspect, video.name, clip.remarks)
     pixels = np.empty((len(clip.numbers), clip.height, clip.width, 3), np.uint8)
     last = None
     for i, frame in enumerate(chosen):
-        if frame is last:
-            pixels[i] = pixels[i - 1]
-            continue
-        rgb = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
-        pixels[i] = _resize(rgb, clip.height, clip.width, _quarter_turns(frame), video.pixel_aspect)
+        pixels[i] = pixels[i - 1] if frame is last else converter.convert(frame)
         last = frame
     return torch.from_numpy(pixels).permute(3, 0, 1, 2).contiguous().float().div_(127.5).sub_(1)
-
-
-def _resize(rgb: np.ndarray, height: int, width: int, quarter_turns: int, pixel_aspect: float) -> np.ndarray:
-    """Turn [H, W, 3] upright, then crop and resize it to [height, width, 3] as `images.decode` does."""
-    if quarter_turns % 2:
-        pixel_aspect = 1 / pixel_aspect
-    image = Image.fromarray(np.ascontiguousarray(np.rot90(rgb, quarter_turns)))
-    square_width = _square_width(image.width, pixel_aspect)
-    left, top, right, bottom = center_box(image.height, square_width, height, width)
-    stretch = image.width / square_width
-    box = (left * stretch, top, min(right * stretch, image.width), bottom)
-    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC, box=box))
 
 
 def _choose(shown: Iterator[TimedFrame], times: Sequence[float], name: str) -> Iterator[Any]:
@@ -196,13 +181,3 @@ def _choose(shown: Iterator[TimedFrame], times: Sequence[float], name: str) -> I
             f"the video {name} ends at {end:.3f} s, before the frame at {times[wanted]:.3f} s: it is truncated, or "
             "states a longer duration than it has; repair or remove it"
         )
-
-
-def _square_width(width: int, pixel_aspect: float) -> int:
-    """Width of a frame in square pixels."""
-    return max(1, round(width * pixel_aspect))
-
-
-def _quarter_turns(frame: Any) -> int:
-    """Number of counterclockwise quarter turns (numpy.rot90) that make the frame upright."""
-    return round(frame.rotation / 90) % 4
