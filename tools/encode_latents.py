@@ -63,24 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="*", metavar="PATH", help="INPUT and OUTPUT, or OUTPUT alone to look at it")
 
-    what = parser.add_argument_group("what is encoded")
-    what.add_argument("--codec", help="identity (pixels), digits, or the folder of a VAE of diffusers")
-    what.add_argument("--size", type=_positive, help="height and width in pixels to encode at")
-    what.add_argument(
-        "--buckets",
-        nargs="+",
-        metavar="HxW",
-        help="instead of --size: several sizes, HxW or TxHxW; each input goes to the one nearest to it",
-    )
-    what.add_argument("--frames", type=_positive, help="frames of a clip (videos)")
-    what.add_argument("--fps", type=_number, help="frame rate that clips are taken at (default: the video's own)")
-    what.add_argument("--stride", type=_positive, default=1, help="frames from one of a clip to the next")
-    what.add_argument("--clip-step", type=_positive, help="frames between the starts of clips (default: their length)")
-    what.add_argument("--flips", action="store_true", help="encode a mirrored second view of every sample too")
-    what.add_argument("--text-encoder", metavar="DIR", help="folder of a text encoder: captions are encoded with it")
-    for name, default in (("path", "path"), ("label", "label"), ("caption", "caption"), ("key", "key")):
-        what.add_argument(f"--{name}-column", default=default, help=f"of lists and key.json (default: {default})")
-
+    _add_inputs(parser)
     how = parser.add_argument_group("how it is written")
     how.add_argument(
         "--latents",
@@ -118,6 +101,32 @@ def _parser() -> argparse.ArgumentParser:
     look.add_argument("--decode", type=_positive, metavar="N", help="decode N samples of OUTPUT")
     look.add_argument("--picture", help="file that --stats or --decode draw (default: beside the manifest)")
     return parser
+
+
+def _add_inputs(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_argument_group("what is encoded")
+    what.add_argument("--codec", help="identity (pixels), digits, or the folder of a VAE of diffusers")
+    what.add_argument("--size", type=_positive, help="height and width in pixels to encode at")
+    what.add_argument(
+        "--buckets",
+        nargs="+",
+        metavar="HxW",
+        help="instead of --size: several sizes, HxW or TxHxW; each input goes to the one nearest to it",
+    )
+    what.add_argument("--frames", type=_positive, help="frames of a clip (videos)")
+    what.add_argument("--fps", type=_number, help="frame rate that clips are taken at (default: the video's own)")
+    what.add_argument("--stride", type=_positive, default=1, help="frames from one of a clip to the next")
+    what.add_argument("--clip-step", type=_positive, help="frames between the starts of clips (default: their length)")
+    what.add_argument("--flips", action="store_true", help="encode a mirrored second view of every sample too")
+    what.add_argument(
+        "--class-order",
+        choices=["text", "numeric"],
+        help="number classes in the order of their names as text (default), or with the numbers in them by value: 2 "
+        "before 10. Numbers in tars and lists are the labels themselves",
+    )
+    what.add_argument("--text-encoder", metavar="DIR", help="folder of a text encoder: captions are encoded with it")
+    for name, default in (("path", "path"), ("label", "label"), ("caption", "caption"), ("key", "key")):
+        what.add_argument(f"--{name}-column", default=default, help=f"of lists and key.json (default: {default})")
 
 
 def _check_encoding(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
@@ -235,7 +244,7 @@ def _job(options: argparse.Namespace, described: bool) -> "EncodingJob":
     from rdm_scale.storage.location import Location
 
     columns = Columns(options.path_column, options.label_column, options.caption_column, options.key_column)
-    source = find_media(options.paths[0], columns)
+    source = find_media(options.paths[0], columns, class_order=options.class_order)
     if described:
         _describe(options, source)
     source.check_left_out(options.max_left_out)
@@ -280,6 +289,8 @@ def _describe(options: argparse.Namespace, source: "MediaSet") -> None:
     print(f"{options.paths[0]}: {len(source.files)} {source.kind}s, {classes}{captions}", flush=True)
     if source.captioned and not options.text_encoder:
         print("note: captions are encoded only with --text-encoder")
+    for note in source.notes:
+        print(f"note: {note}")
     for kind in source.left_out:
         print(f"note: not encoded: {kind}")
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from rdm_scale.encoding.left_out import HIDDEN, LeftOutEntry, left_out_file, left_out_others
 from rdm_scale.encoding.media import MAX_CAPTION_BYTES, MediaEntry, MediaKind, decode_text, media_kind
+from rdm_scale.encoding.plain_text import DecodedText, LegacyText
 from rdm_scale.errors import DataError
 from rdm_scale.storage.location import Location, Stat, Walk
 
@@ -30,7 +31,7 @@ class _Listing(NamedTuple):
     left_out: list[LeftOutEntry]
 
 
-def read_folder(folder: Location, walk: Walk) -> Iterator[MediaEntry | LeftOutEntry]:
+def read_folder(folder: Location, walk: Walk) -> Iterator[MediaEntry | LeftOutEntry | LegacyText]:
     """Find all images and videos below a folder, sorted by path.
 
     The class of a file is the name of the sub-folder directly below `folder`, its caption is in `name.txt` beside it.
@@ -42,7 +43,7 @@ def read_folder(folder: Location, walk: Walk) -> Iterator[MediaEntry | LeftOutEn
         Entries, and what is neither an image, a video nor the caption of one.
 
     Raises:
-        DataError: a caption is too long or not UTF-8.
+        DataError: a caption is too long or cannot be decoded.
         OSError: a file cannot be read.
     """
     media, texts, left_out = _list(folder, walk)
@@ -52,22 +53,24 @@ def read_folder(folder: Location, walk: Walk) -> Iterator[MediaEntry | LeftOutEn
         yield LeftOutEntry(".txt files that are no captions", str(folder / texts[stem][0]))
     captioned = texts.keys() & stems
 
-    def caption_of(stem: str) -> str | None:
+    def caption_of(stem: str) -> DecodedText | None:
         return _read_caption(folder / texts[stem][0], texts[stem][1]) if stem in captioned else None
 
     with ThreadPoolExecutor(_CAPTION_READERS) as pool:
         for start in range(0, len(media), _FILES_PER_BATCH):
             batch = media[start : start + _FILES_PER_BATCH]
             keys = [posixpath.splitext(one.path)[0] for one in batch]
-            captions: Iterable[str | None] = pool.map(caption_of, keys) if captioned else [None] * len(batch)
+            captions: Iterable[DecodedText | None] = pool.map(caption_of, keys) if captioned else [None] * len(batch)
             for one, key, caption in zip(batch, keys, captions, strict=True):
                 file = folder / one.path
+                if caption and caption.legacy:
+                    yield LegacyText(str(folder / texts[key][0]))
                 class_name = key.split("/")[0] if "/" in key else None
                 yield MediaEntry(
                     one.kind,
                     key,
                     class_name,
-                    caption,
+                    caption and caption.text,
                     file,
                     str(file),
                     length=one.stat.bytes,
@@ -91,7 +94,7 @@ def _list(folder: Location, walk: Walk) -> _Listing:
     return listing
 
 
-def _read_caption(file: Location, size: int) -> str:
+def _read_caption(file: Location, size: int) -> DecodedText:
     if size > MAX_CAPTION_BYTES:
         raise DataError(f"{file} has {size} bytes: too many for a caption (at most {MAX_CAPTION_BYTES}); shorten it")
     content = file.read_range(0, MAX_CAPTION_BYTES + 1)

@@ -16,6 +16,7 @@ import numpy as np
 import xxhash
 
 from rdm_scale.encoding import lists
+from rdm_scale.encoding.class_order import MAX_CLASSES, ClassOrder, NumberedClasses, number_classes
 from rdm_scale.encoding.folders import read_folder
 from rdm_scale.encoding.left_out import (
     LeftOutEntry,
@@ -27,13 +28,13 @@ from rdm_scale.encoding.left_out import (
 )
 from rdm_scale.encoding.lists import Columns, read_list
 from rdm_scale.encoding.media import EXTENSIONS, MediaEntry, MediaFile, MediaKind, media_kind
+from rdm_scale.encoding.plain_text import LegacyText
 from rdm_scale.encoding.tars import read_tars
 from rdm_scale.errors import DataError
 from rdm_scale.storage.location import Location, Walk
 
 __all__ = ["Columns", "MediaFile", "MediaKind", "MediaSet", "find_images", "find_media"]
 
-_MAX_CLASSES = 1_000_000
 _FORBIDDEN_IN_KEY = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # surrogates stand for bytes that are not UTF-8
 
 
@@ -46,6 +47,7 @@ class MediaSet:
     class_names: tuple[str, ...]  # empty: no classes, all labels are -1
     captioned: bool  # True: every file has a caption, which may be empty; False: none has
     left_out: tuple[LeftOutKind, ...] = ()  # what the input holds besides, and what does not belong to any of the files
+    notes: tuple[str, ...] = ()  # what a user should know about labels and texts
 
     @property
     def ignored(self) -> int:
@@ -71,7 +73,12 @@ class MediaSet:
             )
 
 
-def find_media(url: str, columns: Columns | None = None, options: Mapping[str, Any] | None = None) -> MediaSet:
+def find_media(
+    url: str,
+    columns: Columns | None = None,
+    options: Mapping[str, Any] | None = None,
+    class_order: ClassOrder | None = None,
+) -> MediaSet:
     """List the images, or the videos, of an input on any fsspec file system.
 
     - A folder, searched recursively and sorted. The class is the name of the sub-folder directly below it, if there
@@ -83,6 +90,7 @@ def find_media(url: str, columns: Columns | None = None, options: Mapping[str, A
     Args:
         columns: names in lists and in a tar's `key.json`; by default path, label, caption and key.
         options: of the fsspec file system, beyond what it takes from the environment.
+        class_order: of class names that are not labels themselves; None: as text.
 
     Raises:
         ConfigError: the URL names an unknown file system.
@@ -97,11 +105,13 @@ def find_media(url: str, columns: Columns | None = None, options: Mapping[str, A
         for entry in source.entries:
             if isinstance(entry, LeftOutEntry):
                 collector.left_out.add(entry)
+            elif isinstance(entry, LegacyText):
+                collector.legacy.append(entry)
             else:
                 collector.add(entry)
     except OSError as error:
         raise DataError(f"cannot read the input {location}: {error}") from None
-    return collector.result(location, columns, numbers=source.numbers)
+    return collector.result(location, columns, numbers=source.numbers, order=class_order)
 
 
 def find_images(url: str) -> MediaSet:
@@ -123,14 +133,15 @@ class _Collector:
         self.kinds: Counter[MediaKind] = Counter()
         self.classes: dict[str, int] = {}  # class name to provisional label
         self.left_out = LeftOutTally()
+        self.legacy: list[LegacyText] = []
 
     def add(self, entry: MediaEntry) -> None:
         """Add an image or video."""
         if _FORBIDDEN_IN_KEY.search(entry.key):
             raise DataError(f"the name of {entry.name!r} contains a control character or is not UTF-8: rename it")
         label = -1 if entry.class_name is None else self.classes.setdefault(entry.class_name, len(self.classes))
-        if len(self.classes) > _MAX_CLASSES:
-            raise DataError(f"{entry.name}: there are more than {_MAX_CLASSES} classes: is this a column of labels?")
+        if len(self.classes) > MAX_CLASSES:
+            raise DataError(f"{entry.name}: there are more than {MAX_CLASSES} classes: is this a column of labels?")
         self.kinds[entry.kind] += 1
         self.files.append(
             MediaFile(
@@ -146,7 +157,7 @@ class _Collector:
             )
         )
 
-    def result(self, where: Location, columns: Columns, *, numbers: bool) -> MediaSet:
+    def result(self, where: Location, columns: Columns, *, numbers: bool, order: ClassOrder | None) -> MediaSet:
         """Build the complete set. Raises DataError: it is empty or inconsistent."""
         if not self.files:
             known = ", ".join(extension for extensions in EXTENSIONS.values() for extension in extensions)
@@ -166,8 +177,9 @@ class _Collector:
         self._check_all_or_none(captions, "caption", f"{kind}s", where)
         self._check_all_or_none(sum(file.label >= 0 for file in self.files), "class", f"{kind}s", where)
         _check_columns(columns, label=bool(self.classes), caption=bool(captions), where=where)
-        class_names = self._number_classes(where, numbers)
-        return MediaSet(tuple(self.files), kind, class_names, bool(captions), self.left_out.kinds())
+        classes = self._number_classes(where, numbers, order)
+        notes = (*classes.notes, *self._legacy_note())
+        return MediaSet(tuple(self.files), kind, classes.names, bool(captions), self.left_out.kinds(), notes)
 
     def _check_all_or_none(self, given: int, what: str, kind: str, where: Location) -> None:
         if given and (missing := len(self.files) - given):
@@ -175,26 +187,26 @@ class _Collector:
                 f"{where}: {missing} of {len(self.files)} {kind} have no {what}: give all of them one, or none"
             )
 
-    def _number_classes(self, where: Location, numbers: bool) -> tuple[str, ...]:
-        """Give the files their final labels and return the class names in that order.
-
-        With `numbers`, class names that are all numbers are the labels themselves.
-        """
+    def _number_classes(self, where: Location, numbers: bool, order: ClassOrder | None) -> NumberedClasses:
+        """Give the files their final labels, instead of the provisional ones."""
         if not self.classes:
-            return ()
-        names = list(self.classes)  # indexed by the provisional labels
-        if numbers and all(name.isascii() and name.isdigit() for name in names):
-            if max(map(len, names)) > len(str(_MAX_CLASSES)) or max(map(int, names)) >= _MAX_CLASSES:
-                raise DataError(f"{where}: a class number is not below {_MAX_CLASSES}: number the classes from 0 on")
-            labels = list(map(int, names))
-            ordered = [str(i) for i in range(max(labels) + 1)]
-        else:
-            ordered = sorted(names)
-            index = {name: i for i, name in enumerate(ordered)}
-            labels = [index[name] for name in names]
+            return NumberedClasses([], ())
+
+        def example(provisional: int) -> str:
+            return next(file.name for file in self.files if file.label == provisional)
+
+        numbered = number_classes(list(self.classes), str(where), example, numbers=numbers, order=order)
         for i, file in enumerate(self.files):
-            self.files[i] = replace(file, label=labels[file.label])
-        return tuple(ordered)
+            self.files[i] = replace(file, label=numbered.labels[file.label])
+        return numbered
+
+    def _legacy_note(self) -> list[str]:
+        if not self.legacy:
+            return []
+        return [
+            f"{len(self.legacy)} texts are not UTF-8 and were read as Windows-1252, as older editors write "
+            f"(for example {self.legacy[0].name}): convert them if their letters are others"
+        ]
 
 
 def _check_columns(columns: Columns, *, label: bool, caption: bool, where: Location) -> None:
@@ -227,7 +239,7 @@ def _check_unique(files: Sequence[MediaFile]) -> None:
 class _InputSource(NamedTuple):
     """Entries of an input."""
 
-    entries: Iterator[MediaEntry | LeftOutEntry]
+    entries: Iterator[MediaEntry | LeftOutEntry | LegacyText]
     numbers: bool  # classes may be given as numbers
 
 

@@ -4,15 +4,18 @@ The column `path` is relative to the list's folder, or an absolute path or URL. 
 key are optional. Listed files are not opened, so a list of millions costs no more than reading it.
 """
 
+import codecs
 import json
 import math
 import posixpath
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from typing import IO, Any, NamedTuple
 
 from rdm_scale.encoding.left_out import LeftOutEntry, left_out_file
 from rdm_scale.encoding.media import MAX_CAPTION_BYTES, MediaEntry, media_kind
+from rdm_scale.encoding.plain_text import LegacyText, decode_plain_text, detect_encoding
 from rdm_scale.errors import ConfigError, DataError
 from rdm_scale.storage.location import Location
 
@@ -39,6 +42,7 @@ class _Row(NamedTuple):
 
     values: Mapping[str, Any]  # by column
     name: str  # for error messages: the list and the line or row
+    legacy: bool = False  # it was decoded as Windows-1252
 
 
 def read_list(
@@ -47,7 +51,7 @@ def read_list(
     options: Mapping[str, Any] | None = None,
     *,
     max_column_bytes: int = MAX_COLUMN_BYTES,
-) -> Iterator[MediaEntry | LeftOutEntry]:
+) -> Iterator[MediaEntry | LeftOutEntry | LegacyText]:
     """Read all images and videos of a list, in its order.
 
     The key of an entry without one is its path without the extension.
@@ -69,7 +73,9 @@ def read_list(
         rows = _parquet_rows(location, columns, max_column_bytes)
     resolver = _PathResolver(location, options)
     keyed = None
-    for row, name in rows:
+    for row, name, legacy in rows:
+        if legacy:
+            yield LegacyText(name)
         path = _required_text(row, columns.path, name)
         key = _parse_key(row.get(columns.key), columns.key, name)
         if keyed is None:
@@ -120,24 +126,49 @@ def _json_rows(location: Location) -> Iterator[_Row]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            text, legacy = decode_plain_text(line)
+        except ValueError:
+            raise DataError(
+                f"{name} is not JSON: it cannot be decoded as UTF-8, UTF-16 or Windows-1252; convert the list to UTF-8"
+            ) from None
+        try:
+            row = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{name} is not JSON ({error}): correct it") from None
         if not isinstance(row, dict):
             raise DataError(f"{name} is not a JSON object, such as " + '{"path": "a.png", "caption": "..."}')
-        yield _Row(row, name)
+        yield _Row(row, name, legacy)
 
 
 def _lines(location: Location) -> Iterator[bytes]:
     rest = b""
     with location.open() as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            *complete, rest = (rest + chunk).split(b"\n")
-            yield from complete
-            if len(rest) > _MAX_LINE_BYTES:
-                raise DataError(f"{location} has a line of more than {_MAX_LINE_BYTES} bytes: is it a .jsonl file?")
+        try:
+            for chunk in _utf8_chunks(file):
+                *complete, rest = (rest + chunk).split(b"\n")
+                yield from complete
+                if len(rest) > _MAX_LINE_BYTES:
+                    raise DataError(f"{location} has a line of more than {_MAX_LINE_BYTES} bytes: is it a .jsonl file?")
+        except UnicodeError as error:
+            raise DataError(f"{location} is damaged: {error}; write it anew, in UTF-8") from None
     if rest:
         yield rest
+
+
+def _utf8_chunks(file: IO[bytes]) -> Iterator[bytes]:
+    """Read a file in chunks, those of UTF-16 and UTF-32 as UTF-8. Other encodings are left as they are."""
+    decoder = None
+    while chunk := file.read(_CHUNK_BYTES):
+        if decoder is None:
+            encoding = detect_encoding(chunk)
+            if encoding.startswith("utf-8"):
+                yield chunk.removeprefix(codecs.BOM_UTF8)
+                yield from iter(partial(file.read, _CHUNK_BYTES), b"")
+                return
+            decoder = codecs.getincrementaldecoder(encoding)()
+        yield decoder.decode(chunk).encode()
+    if decoder is not None:
+        decoder.decode(b"", final=True)
 
 
 def _parquet_rows(location: Location, columns: Columns, max_column_bytes: int) -> Iterator[_Row]:

@@ -8,6 +8,7 @@ import posixpath
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
+from rdm_scale.encoding.plain_text import DecodedText, decode_plain_text
 from rdm_scale.errors import DataError, StorageError
 from rdm_scale.storage.backend import Stat, check_version
 from rdm_scale.storage.location import Location, ReplacedError
@@ -100,8 +101,8 @@ class MediaEntry(NamedTuple):
     group: str | None = None  # what it is split by; None: its key
 
 
-def decode_text(content: bytes, limit: int, name: str, what: str) -> str:
-    """Decode a small UTF-8 file and strip white space around the text.
+def decode_text(content: bytes, limit: int, name: str, what: str) -> DecodedText:
+    """Decode a small text file and strip white space around the text.
 
     Args:
         limit: most bytes.
@@ -109,14 +110,17 @@ def decode_text(content: bytes, limit: int, name: str, what: str) -> str:
         what: expected content, for error messages.
 
     Raises:
-        DataError: it has more than `limit` bytes, or is not UTF-8.
+        DataError: it has more than `limit` bytes, or is not text in a known encoding.
     """
     if len(content) > limit:
         raise DataError(f"{name} has {len(content)} bytes: too many for {what} (at most {limit})")
     try:
-        return content.decode("utf-8").strip()
-    except UnicodeDecodeError:
-        raise DataError(f"{name} is not UTF-8 text: it must hold {what}") from None
+        text, legacy = decode_plain_text(content)
+    except ValueError:
+        raise DataError(
+            f"{name} cannot be decoded as UTF-8, UTF-16 or Windows-1252: it must hold {what}; convert it to UTF-8"
+        ) from None
+    return DecodedText(text.strip(), legacy)
 
 
 class _ByteWindow(io.RawIOBase):

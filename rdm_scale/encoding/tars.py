@@ -14,6 +14,7 @@ from typing import IO, NamedTuple
 from rdm_scale.encoding.left_out import HIDDEN, LeftOutEntry, left_out_file
 from rdm_scale.encoding.lists import Columns, parse_caption, parse_label
 from rdm_scale.encoding.media import KIND_BY_EXTENSION, MAX_CAPTION_BYTES, MediaEntry, decode_text
+from rdm_scale.encoding.plain_text import LegacyText
 from rdm_scale.encoding.tar_members import read_members
 from rdm_scale.errors import DataError
 from rdm_scale.storage.location import Location, Stat
@@ -26,7 +27,7 @@ _MOST_LINKS = 40  # that lead from one to the next
 _TAR_READERS = 8  # threads, one tar each, which hide the latency of an object store
 
 
-def read_tars(tars: Sequence[Location], columns: Columns) -> Iterator[MediaEntry | LeftOutEntry]:
+def read_tars(tars: Sequence[Location], columns: Columns) -> Iterator[MediaEntry | LeftOutEntry | LegacyText]:
     """Index all images and videos of the tars, in their order.
 
     Yields:
@@ -40,6 +41,7 @@ def read_tars(tars: Sequence[Location], columns: Columns) -> Iterator[MediaEntry
         for index in pool.map(partial(_index, columns=columns), tars):
             yield from index.entries
             yield from index.left_out
+            yield from index.legacy
 
 
 def pack_tar(samples: Iterable[Mapping[str, bytes]]) -> bytes:
@@ -61,6 +63,7 @@ def pack_tar(samples: Iterable[Mapping[str, bytes]]) -> bytes:
 class _IndexedTar(NamedTuple):
     entries: list[MediaEntry]
     left_out: list[LeftOutEntry]
+    legacy: list[LegacyText]
 
 
 class _Annotation(NamedTuple):
@@ -102,6 +105,7 @@ class _TarIndexer:
         self._annotations: dict[str, _Annotation] = {}
         self._others: list[str] = []  # paths of files that are no media or annotations
         self._left_out: list[LeftOutEntry] = []
+        self._legacy: list[LegacyText] = []
 
     def index(self) -> _IndexedTar:
         for member in read_members(self._file, self._location, self._stat.bytes):
@@ -152,7 +156,9 @@ class _TarIndexer:
                 if key not in keys:
                     self._leave_out(f".{suffix} files of no image or video", f"{key}.{suffix}")
         dropped = {entry.name for entry in fields}
-        return _IndexedTar([self._annotated(one) for one in self._media if one.name not in dropped], self._left_out)
+        return _IndexedTar(
+            [self._annotated(one) for one in self._media if one.name not in dropped], self._left_out, self._legacy
+        )
 
     def _leave_out(self, kind: str, path: str, missed: bool = False) -> None:
         self._left_out.append(LeftOutEntry(kind, f"{self._location}:{path}", missed))
@@ -190,14 +196,14 @@ class _TarIndexer:
             self._captions[key] = self._text(content, name, MAX_CAPTION_BYTES, "a caption")
         elif suffix == "json":
             self._annotations[key] = self._annotation(
-                self._read(content, name, _MAX_JSON_BYTES, "a label and caption"), name
+                self._text(content, name, _MAX_JSON_BYTES, "a label and caption"), name
             )
         else:
             self._others.append(path)
 
-    def _annotation(self, content: bytes, name: str) -> _Annotation:
+    def _annotation(self, text: str, name: str) -> _Annotation:
         try:
-            values = json.loads(content)
+            values = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{name} is not JSON ({error}): correct it") from None
         if not isinstance(values, dict):
@@ -208,7 +214,10 @@ class _TarIndexer:
         )
 
     def _text(self, content: _MemberRange, name: str, limit: int, what: str) -> str:
-        return decode_text(self._read(content, name, limit, what), limit, name, what)
+        text, legacy = decode_text(self._read(content, name, limit, what), limit, name, what)
+        if legacy:
+            self._legacy.append(LegacyText(name))
+        return text
 
     def _read(self, content: _MemberRange, name: str, limit: int, what: str) -> bytes:
         if content.length > limit:

@@ -40,7 +40,7 @@ def test_a_tar_without_classes(tmp_path):
         ({"1.png": RED, "1.jpg": RED}, "same key '1'"),
         ({"1.png": RED, "1.cls": b"0", "2.png": RED}, "1 of 2 images have no class"),
         ({"1.png": RED, "1.cls": b" "}, "1.cls is empty"),
-        ({"1.png": RED, "1.cls": b"\xff\xfe"}, "1.cls is not UTF-8"),
+        ({"1.png": RED, "1.cls": b"\xff\xfe\0"}, "1.cls cannot be decoded"),
         ({"1.png": RED, "1.cls": b"a" * 5000}, "1.cls has 5000 bytes"),
         ({"1.png": RED, "1.cls": b"9" * 500}, "class number"),
         ({"1\x1f.png": RED}, "control character"),
