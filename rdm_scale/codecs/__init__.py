@@ -2,7 +2,8 @@
 
 `identity` leaves pixels as they are, `digits` is the small VAE of this package, and any other name is a folder (local
 or any fsspec URL) with a VAE of diffusers: `config.json` and `diffusion_pytorch_model.safetensors`, or the shards of a
-large one with their index. Weights are safetensors only: pickled ones could run code.
+large one with their index, or a variant of these such as fp16. The folder of a pipeline with its VAE in `vae` will do.
+Weights are safetensors only: pickled ones could run code.
 """
 
 from typing import TYPE_CHECKING

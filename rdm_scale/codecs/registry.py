@@ -41,8 +41,8 @@ def _load(name: str, device: torch.device, recorded: CodecRecord | None) -> Late
     if name == "identity":
         record = _checked(CodecRecord(name="identity", location="identity"), recorded)
         return LatentCodec(record, IDENTITY_GEOMETRY, _identity, _identity, device, has_posterior=False)
-    folder = Location(DIGITS_FOLDER if name == "digits" else name)
-    files = read_files(folder)
+    files = read_files(Location(DIGITS_FOLDER if name == "digits" else name))
+    folder = files.folder
     if files.kind not in VAES:
         raise DataError(
             f"{folder} holds a {files.kind}, which is not supported: use identity, digits, or one of the VAEs "

@@ -92,7 +92,9 @@ def _copy_files(folder: Location, path: Path) -> TextEncoderFolder:
             f"{transformer} has no {TOKENIZER}: save the tokenizer into the same folder, "
             "AutoTokenizer.from_pretrained(...).save_pretrained(folder)"
         )
-    weights = weight_files(transformer, _STEM, DataError)
+    found = weight_files(transformer, _STEM, DataError)
+    weights = {WEIGHTS: found.names[0]} if found.index_name is None else {name: name for name in found.names}
+    index = {INDEX: found.index_name} if found.index_name else {}
     config = _read_object(transformer / CONFIG)
     _check_config(config, transformer)
     (path / CONFIG).write_text(json.dumps(_without_removed_keys(config)))
@@ -101,8 +103,8 @@ def _copy_files(folder: Location, path: Path) -> TextEncoderFolder:
             (path / name).write_text(json.dumps(_without_removed_keys(_read_object(transformer / name))))
     _read_object(transformer / TOKENIZER)  # checks its size and syntax
     left = _MAX_WEIGHT_BYTES
-    for name in (TOKENIZER, *weights, *([INDEX] if WEIGHTS not in weights else [])):
-        left -= _copy(transformer / name, path / name, left)
+    for name, source in ({TOKENIZER: TOKENIZER} | weights | index).items():  # transformers knows no variants here
+        left -= _copy(transformer / source, path / name, left)
     return TextEncoderFolder(
         str(folder),
         path,

@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ _NAMES = {dtype.torch: name for name, dtype in SAFETENSORS_DTYPES.items()}
 _MAX_HEADER_BYTES = 100_000_000  # as in safetensors itself
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+_SHOWN_NAMES = 8
 
 Shape = tuple[int, ...]
 
@@ -61,7 +62,7 @@ class SafetensorsReader:
     @staticmethod
     def of_folder(folder: Location, stem: str) -> "SafetensorsReader":
         """A reader of the weights in a folder, see `weight_files`."""
-        return SafetensorsReader([folder / name for name in weight_files(folder, stem, CheckpointError)])
+        return SafetensorsReader([folder / name for name in weight_files(folder, stem, CheckpointError).names])
 
     def read(self, name: str) -> Tensor:
         """Read a tensor in its stored dtype. Raises CheckpointError: it cannot be read."""
@@ -75,38 +76,75 @@ class SafetensorsReader:
         return torch.frombuffer(content, dtype=entry.dtype).view(entry.shape)
 
 
+class WeightFiles(NamedTuple):
+    """Files in a folder that hold the weights of a model.
+
+    Attributes:
+        names: of the safetensors files, sorted.
+        index_name: name of the index of several files; None for one file.
+    """
+
+    names: list[str]
+    index_name: str | None
+
+
 def weight_files(
     folder: Location, stem: str, error: type[RdmError], max_index_bytes: int = MAX_JSON_BYTES
-) -> list[str]:
-    """Names of the files in a folder that hold the weights `stem`, sorted.
+) -> WeightFiles:
+    """Find the files in a folder that hold the weights `stem`.
 
-    That is `stem`.safetensors, or else the files that `stem`.safetensors.index.json names.
+    That is `stem`.safetensors, or else the files that `stem`.safetensors.index.json names. Where there is neither, the
+    same of the only variant: `stem`.fp16.safetensors, or `stem`.safetensors.index.fp16.json.
 
     Raises:
         OSError: the folder cannot be listed.
-        error: it has neither, perhaps only pickled weights; the index is damaged, or names a file outside the folder
-            or one that is missing.
+        error: it has none of them, perhaps only pickled weights, or several variants; the index is damaged, or names a
+            file outside the folder or one that is missing.
     """
-    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     names = folder.names()
-    if single.name in names:
-        return [single.name]
-    if index.name not in names:
-        pickled = [name for name in names if name.endswith(_PICKLED)]
-        only = f", only {pickled[0]}, and pickled weights are not loaded because they can run code" if pickled else ""
-        raise error(
-            f"{folder} has no {single.name} and no {index.name}{only}: save the weights as safetensors, models of "
-            "diffusers or transformers with save_pretrained(folder, safe_serialization=True)"
-        )
-    weight_map = read_json_object(index, error, max_index_bytes).get("weight_map")
+    single, index = f"{stem}.safetensors", f"{stem}.safetensors.index.json"
+    if single not in names and index not in names:
+        single, index = _only_variant(folder, names, stem, error)
+    if single in names:
+        return WeightFiles([single], None)
+    place = folder / index
+    weight_map = read_json_object(place, error, max_index_bytes).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-        raise error(f"{index} has no weight_map from names of tensors to files: save the model again")
+        raise error(f"{place} has no weight_map from names of tensors to files: save the model again")
     files = sorted(set(weight_map.values()))
     if strange := [name for name in files if not _FILE_NAME.fullmatch(name)]:
-        raise error(f"{index} names the file {strange[0]!r}: only .safetensors files beside it are read")
+        raise error(f"{place} names the file {strange[0]!r}: only .safetensors files beside it are read")
     if missing := [name for name in files if name not in names]:
-        raise error(f"{folder} lacks {missing[0]}, which {index.name} names: copy all files of the model")
-    return files
+        raise error(f"{folder} lacks {missing[0]}, which {index} names: copy all files of the model")
+    return WeightFiles(files, index)
+
+
+def _only_variant(folder: Location, names: Sequence[str], stem: str, error: type[RdmError]) -> tuple[str, str]:
+    """Names of the single file and of the index of the only variant in a folder, of which one exists."""
+    singles = re.compile(rf"{re.escape(stem)}\.(\w+)\.safetensors")
+    indexes = re.compile(rf"{re.escape(stem)}\.safetensors\.index\.(\w+)\.json")
+    found = {match[1] for name in names for match in (singles.fullmatch(name), indexes.fullmatch(name)) if match}
+    if len(found) == 1:
+        (variant,) = found
+        return f"{stem}.{variant}.safetensors", f"{stem}.safetensors.index.{variant}.json"
+    single = f"{stem}.safetensors"
+    if found:
+        raise error(
+            f"{folder} has no {single}, but several variants ({', '.join(sorted(found))}): copy the one you want to a "
+            "folder of its own, with config.json"
+        )
+    pickled = [name for name in names if name.endswith(_PICKLED)]
+    only = f", only {pickled[0]}, and pickled weights are not loaded because they can run code" if pickled else ""
+    raise error(
+        f"{folder} has no {single} and no {single}.index.json{only} (it holds {listing(names)}): save the weights as "
+        "safetensors, models of diffusers or transformers with save_pretrained(folder, safe_serialization=True)"
+    )
+
+
+def listing(names: Sequence[str]) -> str:
+    """Enumeration of the first names in a folder, for a message."""
+    shown = ", ".join(sorted(names)[:_SHOWN_NAMES])
+    return shown + (f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else "") or "nothing"
 
 
 def _read_header(file: Location) -> dict[str, _Entry]:

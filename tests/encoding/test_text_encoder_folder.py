@@ -52,6 +52,13 @@ def test_the_pooling_of_sentence_transformers(tmp_path, mode, pool):
     assert scaled.record.digest != encoder.record.digest
 
 
+def test_a_variant_is_the_same_encoder(tmp_path):
+    folder = bert_folder(tmp_path / "plain")
+    variant = shutil.copytree(folder, tmp_path / "variant")
+    (tmp_path / "variant/model.safetensors").rename(tmp_path / "variant/model.fp16.safetensors")
+    assert TextEncoder(str(variant)).record.digest == TextEncoder(folder).record.digest
+
+
 def test_pooling_that_is_not_known_is_refused(tmp_path):
     with pytest.raises(
         DataError, match=r"1_Pooling/config\.json has the pooling modes pooling_mode_mean_sqrt_len_tokens"
