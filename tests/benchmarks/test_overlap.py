@@ -34,6 +34,14 @@ def test_a_slow_link_is_the_bound() -> None:
     assert replay([PARTS[:1], PARTS[1:]], 1, slow, SIZES) == pytest.approx((69.0, 18.0))
 
 
+def test_backwards_run_from_the_last_bucket_to_the_first() -> None:
+    """Gathered at 3 and 4; forwards from 3 to 4 and 4 to 6; the backward of the last bucket until 10, its reduction
+    until 12; that of the first until 12, and its reduction of 6 s until 18.
+    """
+    first, last = Part(1.0, 2.0, 3), Part(2.0, 4.0, 1)
+    assert replay([[first], [last]], 1, FAST, SIZES) == pytest.approx((18.0, 9.0))
+
+
 def test_a_reduction_waits_for_a_gather_that_is_under_way() -> None:
     """A last part without computation, gathered from 1 to 5: its backward ends at once, at 5, and it reduces to 13."""
     parts = [Part(0.0, 0.0, 1), Part(0.0, 0.0, 4)]

@@ -81,6 +81,28 @@ def test_training_continues_while_a_checkpoint_is_written(ranks: RankPool, data:
     assert list(stalls) == [5, 9]
 
 
+def train_with_late_commits(config: RunConfig) -> None:
+    """Run on each rank: train, and complete each checkpoint six steps after its own."""
+    commit = CheckpointDirectory.commit
+
+    def late(self: CheckpointDirectory, step: int, *more: Any) -> Any:
+        path, deadline = Path(config.run.dir) / "metrics.jsonl", time.monotonic() + HANG_S
+        while path.read_bytes().count(b"\n") < min(step + 6, config.train.steps):
+            assert time.monotonic() < deadline, "training waits for the commit"
+            time.sleep(0.002)
+        return commit(self, step, *more)
+
+    CheckpointDirectory.commit = late  # type: ignore[method-assign]
+    train(config)
+
+
+def test_training_continues_while_a_checkpoint_is_committed(ranks: RankPool, data: str, tmp_path: Path) -> None:
+    """Also where the ranks said, in a step before, that they had nothing to write any more."""
+    config = run_config(tmp_path, data, train__steps=16, checkpoint__every=8)
+    ranks.run(2, train_with_late_commits, config)
+    assert steps_saved(config) == [8, 16]
+
+
 def waiting_in(config: RunConfig) -> Path:
     """A file that exists from when rank 0 first waits for a save."""
     return Path(config.run.dir) / "waiting"
