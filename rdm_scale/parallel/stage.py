@@ -33,6 +33,7 @@ class Stage(DiffusionTransformer):
         )
         super().__init__(config, layers, held, residual_dtype)
         self.parts = parts
+        self._received_skips = {chunk: _received_skips(config, part) for chunk, part in parts.items()}
 
     def forward(self, chunk: int, model_inputs: ModelInputs, inputs: StageInputs) -> StageOutputs:  # type: ignore[override]
         """Run one chunk.
@@ -43,9 +44,7 @@ class Stage(DiffusionTransformer):
             inputs: outputs of other chunks. Local skips are in the order of the blocks whose output they are.
         """
         part, size = self.parts[chunk], model_inputs.latents.shape[2:]
-        sources = [self.config.skip_source(block) for block in part.blocks]
-        received = sorted(source for source in sources if source is not None and source not in part.blocks)
-        skips = dict(zip(received, inputs.local_skips, strict=True))
+        skips = dict(zip(self._received_skips[chunk], inputs.local_skips, strict=True))
         if inputs.boundary is None:
             z_SBD, conditioning = self.embed(*model_inputs)
         else:
@@ -58,6 +57,12 @@ class Stage(DiffusionTransformer):
         # A view, so that its gradient adds up on the way back through the stages.
         embedding_BD = conditioning.embedding.view_as(conditioning.embedding)
         return StageOutputs(BoundaryTensors(z_SBD, embedding_BD), tuple(skip for _, skip in sorted(skips.items())))
+
+
+def _received_skips(config: ModelConfig, part: ModelPart) -> list[int]:
+    """Blocks of other chunks at which long skips to blocks of this chunk start, in order."""
+    sources = (config.skip_source(block) for block in part.blocks)
+    return sorted(source for source in sources if source is not None and source not in part.blocks)
 
 
 def build_stage(config: RunConfig, mesh: Mesh, plan: ParallelPlan, layers: LayerFactory) -> Stage:
