@@ -8,7 +8,7 @@ Shapes: B samples, K steps of a chain; x, x0, xk and noise [B, C, T, H, W]; k in
 
 import math
 from collections.abc import Callable
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -70,11 +70,18 @@ class NoiseSchedule:
         variance[0] = variance[1] if len(variance) > 1 else betas[0]
         self.timesteps = timesteps
         self.alphas_bar = alphas_bar
-        self.previous_alphas_bar = previous
         self.log_betas = betas.log()
-        self.posterior_log_variances = variance.log()
-        self.x0_weights = betas * previous.sqrt() / (1 - alphas_bar)
-        self.xk_weights = (1 - previous) * (1 - betas).sqrt() / (1 - alphas_bar)
+        self._tables = _Tables(
+            signal=alphas_bar.sqrt(),
+            noise=(1 - alphas_bar).sqrt(),
+            previous_signal=previous.sqrt(),
+            previous_noise=(1 - previous).sqrt(),
+            log_beta=self.log_betas,
+            posterior_log_variance=variance.log(),
+            x0_weight=betas * previous.sqrt() / (1 - alphas_bar),
+            xk_weight=(1 - previous) * (1 - betas).sqrt() / (1 - alphas_bar),
+        )
+        self._copies: dict[torch.device, _Tables] = {}  # float32, on each device that has asked for them
 
     @classmethod
     def from_config(cls, config: DiffusionConfig) -> Self:
@@ -103,23 +110,27 @@ class NoiseSchedule:
 
     def noised(self, x0: Tensor, noise: Tensor, k: Tensor) -> Tensor:
         """x_k = sqrt(alpha_bar_k) x_0 + sqrt(1 - alpha_bar_k) noise (Ho et al. 2020, eq. 4)."""
-        return _at(self.alphas_bar.sqrt(), k) * x0 + _at((1 - self.alphas_bar).sqrt(), k) * noise
+        tables = self._on(k.device)
+        return _at(tables.signal, k) * x0 + _at(tables.noise, k) * noise
 
     def predicted_x0(self, xk: Tensor, noise: Tensor, k: Tensor) -> Tensor:
         """x_0 = (x_k - sqrt(1 - alpha_bar_k) noise) / sqrt(alpha_bar_k) (Ho et al. 2020, eq. 15)."""
-        return (xk - _at((1 - self.alphas_bar).sqrt(), k) * noise) / _at(self.alphas_bar.sqrt(), k)
+        tables = self._on(k.device)
+        return (xk - _at(tables.noise, k) * noise) / _at(tables.signal, k)
 
     def previous(self, x0: Tensor, noise: Tensor, k: Tensor) -> Tensor:
         """x_{k-1} of the same x_0 and noise as x_k: the step of DDIM (Song et al. 2021, eq. 12 with sigma = 0)."""
-        return _at(self.previous_alphas_bar.sqrt(), k) * x0 + _at((1 - self.previous_alphas_bar).sqrt(), k) * noise
+        tables = self._on(k.device)
+        return _at(tables.previous_signal, k) * x0 + _at(tables.previous_noise, k) * noise
 
     def posterior_mean(self, x0: Tensor, xk: Tensor, k: Tensor) -> Tensor:
         """Mean of q(x_{k-1} | x_k, x_0) (Ho et al. 2020, eq. 7)."""
-        return _at(self.x0_weights, k) * x0 + _at(self.xk_weights, k) * xk
+        tables = self._on(k.device)
+        return _at(tables.x0_weight, k) * x0 + _at(tables.xk_weight, k) * xk
 
     def posterior_log_variance(self, k: Tensor) -> Tensor:
         """Logarithm of the variance of q(x_{k-1} | x_k, x_0), [B, 1, 1, 1, 1] (Ho et al. 2020, eq. 7)."""
-        return _at(self.posterior_log_variances, k)
+        return _at(self._on(k.device).posterior_log_variance, k)
 
     def learned_log_variance(self, fraction: Tensor, k: Tensor) -> Tensor:
         """Log-variance, interpolated from that of the posterior (fraction -1) to log(beta) (fraction 1).
@@ -127,9 +138,29 @@ class NoiseSchedule:
         Source: Nichol & Dhariwal 2021, eq. 15.
         """
         share = (fraction + 1) / 2
-        return share * _at(self.log_betas, k) + (1 - share) * self.posterior_log_variance(k)
+        return share * _at(self._on(k.device).log_beta, k) + (1 - share) * self.posterior_log_variance(k)
+
+    def _on(self, device: torch.device) -> "_Tables":
+        """Tables in float32 on `device`, copied there at their first use only."""
+        if device not in self._copies:
+            with torch.inference_mode(False):
+                self._copies[device] = _Tables(*(table.to(device, torch.float32) for table in self._tables))
+        return self._copies[device]
+
+
+class _Tables(NamedTuple):
+    """Coefficients [K] of each step k: those of x_0 ("signal") and of the noise in x_k and x_{k-1}, and more."""
+
+    signal: Tensor
+    noise: Tensor
+    previous_signal: Tensor
+    previous_noise: Tensor
+    log_beta: Tensor
+    posterior_log_variance: Tensor
+    x0_weight: Tensor
+    xk_weight: Tensor
 
 
 def _at(table: Tensor, k: Tensor) -> Tensor:
-    """table[k] in float32, shaped [B, 1, 1, 1, 1]."""
-    return table.to(k.device, torch.float32)[k].view(-1, 1, 1, 1, 1)
+    """table[k], shaped [B, 1, 1, 1, 1]."""
+    return table[k].view(-1, 1, 1, 1, 1)

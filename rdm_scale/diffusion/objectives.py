@@ -144,8 +144,9 @@ def discretized_normal_nll(x: Tensor, mean: Tensor, log_variance: Tensor) -> Ten
     Source: Ho et al. 2020 (arXiv 2006.11239), eq. 13.
     """
     scale = (-0.5 * log_variance).exp()
-    upper = torch.where(x > 0.999, torch.inf, (x - mean + 1 / 255) * scale)
-    lower = torch.where(x < -0.999, -torch.inf, (x - mean - 1 / 255) * scale)
+    # Not torch.where, which would copy the infinity to the GPU.
+    upper = ((x - mean + 1 / 255) * scale).masked_fill(x > 0.999, torch.inf)
+    lower = ((x - mean - 1 / 255) * scale).masked_fill(x < -0.999, -torch.inf)
     # Bins above the mean are mirrored to below it, where erfc is accurate (torch.special.ndtr, made of erf, is not).
     above = lower > 0
     lower, upper = torch.where(above, -upper, lower), torch.where(above, -lower, upper)

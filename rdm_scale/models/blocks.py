@@ -236,7 +236,11 @@ class Block(nn.Module):
 
     Blocks in the second half of a u stack have the long skip, and models with text the attention to the caption.
     `modulation`, the adaLN layer, maps the conditioning embedding to (shift, scale[, g]) of each branch.
-    `checkpointing`, if set, is called with `run` and its arguments in every forward (parallel/recompute.py).
+
+    Attributes:
+        function: what `forward` calls with the block and its inputs. Activation checkpointing and compilation replace
+            it by functions that compute the same as `run` (parallel/recompute.py, parallel/compile.py).
+        kind: words for the structure; blocks of a model that share it differ in their parameters only.
     """
 
     def __init__(self, config: ModelConfig, layers: LayerFactory, number: int) -> None:
@@ -253,7 +257,8 @@ class Block(nn.Module):
         self.width = config.hidden_size
         modulations = sum(branch.num_modulations for branch in self.branches())
         self.modulation = layers.gathered(self.width, modulations * self.width)
-        self.checkpointing: Callable[..., Tensor] | None = None
+        self.function: BlockFunction = Block.run
+        self.kind = f"{self.attention.branch.scope} attention" + ", long skip" * (self.skip is not None)
 
     def branches(self) -> list[ResidualBranch]:
         """Residual branches in the order of their execution."""
@@ -261,12 +266,10 @@ class Block(nn.Module):
         return [branch for branch in branches if branch is not None]
 
     def forward(self, z_SBD: Tensor, conditioning: Conditioning, skip_SBD: Tensor | None = None) -> Tensor:
-        if self.checkpointing is None:
-            return self.run(z_SBD, conditioning, skip_SBD)
-        return self.checkpointing(self.run, z_SBD, conditioning, skip_SBD)
+        return self.function(self, z_SBD, conditioning, skip_SBD)
 
     def run(self, z_SBD: Tensor, conditioning: Conditioning, skip_SBD: Tensor | None = None) -> Tensor:
-        """Forward without activation checkpointing."""
+        """Forward as it is, neither checkpointed nor compiled."""
         modulations = self.modulation_parameters(conditioning.embedding, z_SBD.dtype)
         for branch, modulation in zip(self.branches(), modulations, strict=True):
             z_SBD = branch(z_SBD, conditioning, modulation, skip_SBD if branch is self.skip else None)
@@ -286,3 +289,6 @@ class Block(nn.Module):
             Modulation(next(summed), next(summed), next(summed), None if given.alpha is None else next(summed))
             for given in modulations
         ]
+
+
+BlockFunction = Callable[[Block, Tensor, Conditioning, Tensor | None], Tensor]

@@ -4,8 +4,9 @@ Shapes: S tokens, B samples, C channels, P width of a pooled caption, D hidden s
 """
 
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,13 @@ def unpatchify(tokens: Tensor, patch_size: tuple[int, int, int], size: Sequence[
     B, (t, h, w), (T, H, W) = tokens.shape[1], patch_size, size
     x = tokens.reshape(T // t, H // h, W // w, B, t, h, w, -1)
     return x.permute(3, 7, 0, 4, 1, 5, 2, 6).reshape(B, -1, T, H, W)
+
+
+@lru_cache(maxsize=64)
+def table_on(device: torch.device, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """Fixed table `function(*arguments)` on `device`: computed on the CPU and copied once, at its first use."""
+    with torch.inference_mode(False), torch.device("cpu"):
+        return function(*arguments).to(device)
 
 
 def _angles(positions: Tensor, number: int) -> Tensor:
@@ -83,6 +91,14 @@ def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
 
 
+def _timestep_frequencies(spacing: Literal["dit", "diffusers"]) -> Tensor:
+    """Frequencies [128] of the timestep's sinusoids."""
+    half = TIMESTEP_FREQUENCIES // 2
+    last = half if spacing == "dit" else half - 1
+    # The order of operations of both sources: with t up to 1000 an angle amplifies each rounding error 1000 times.
+    return (-math.log(10000.0) * torch.arange(half, dtype=torch.float32) / last).exp()
+
+
 class PooledEmbedding(nn.Module):
     """Two-layer MLP from pooled caption embeddings [B, P] to [B, D] (as in Stable Diffusion 3)."""
 
@@ -105,10 +121,6 @@ class TimestepEmbedding(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, timesteps: Tensor) -> Tensor:
-        half = TIMESTEP_FREQUENCIES // 2
-        last = half if self.spacing == "dit" else half - 1
-        # The order of operations of both sources: with t up to 1000 an angle amplifies each rounding error 1000 times.
-        exponents = -math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=timesteps.device) / last
-        angles = timesteps.float()[:, None] * exponents.exp()
+        angles = timesteps.float()[:, None] * table_on(timesteps.device, _timestep_frequencies, self.spacing)
         sinusoids = torch.cat([angles.cos(), angles.sin()], dim=1)
         return self.out(F.silu(self.hidden(sinusoids.to(self.hidden.weight.dtype))))

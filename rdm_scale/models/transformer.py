@@ -20,6 +20,7 @@ from rdm_scale.models.embeddings import (
     axial_rope,
     patchify,
     spatial_positions,
+    table_on,
     temporal_positions,
     unpatchify,
 )
@@ -139,7 +140,7 @@ class DiffusionTransformer(nn.Module):
         """Conditioning of the blocks for samples with `grid` tokens along T, H and W."""
         config, rope = self.config, None
         if config.positions == "rotary":
-            rope = axial_rope(config.head_size, grid, config.input.frames > 1).to(embedding_BD.device)
+            rope = table_on(embedding_BD.device, axial_rope, config.head_size, grid, config.input.frames > 1)
         return Conditioning(embedding_BD, grid, text, rope)
 
     def run_blocks(
@@ -188,13 +189,13 @@ class DiffusionTransformer(nn.Module):
         """Spatial positions [H * W, D], counted from the corner; the stored table serves the configured size only."""
         if grid[1:] == self.config.grid[1:]:
             return self.pos_spatial
-        return spatial_positions(self.config.hidden_size, *grid[1:]).to(self.pos_spatial.device)
+        return table_on(self.pos_spatial.device, spatial_positions, self.config.hidden_size, *grid[1:])
 
     def _temporal(self, grid: tuple[int, int, int]) -> Tensor:
         """Temporal positions [T, D], counted from the first frame; as `_spatial`."""
         if grid[0] == self.config.grid[0]:
             return self.pos_temporal
-        return temporal_positions(self.config.hidden_size, grid[0]).to(self.pos_temporal.device)
+        return table_on(self.pos_temporal.device, temporal_positions, self.config.hidden_size, grid[0])
 
 
 def _position_tables(config: ModelConfig, part: ModelPart) -> set[str]:

@@ -12,6 +12,7 @@ from rdm_scale.batch import ModelInputs, TrainingBatch
 from rdm_scale.conditions import Condition
 from rdm_scale.config import RunConfig
 from rdm_scale.dtypes import PRECISIONS
+from rdm_scale.parallel.compile import CompiledBlocks
 from rdm_scale.parallel.mesh import Mesh
 from rdm_scale.parallel.pipeline.boundary import BoundarySpec, StageInputs, StageOutputs, Tensors, TensorSpec
 from rdm_scale.parallel.pipeline.channels import Channels
@@ -50,12 +51,20 @@ class ParallelModel:
         ranges: what this rank's flat buffers hold.
         owned_ranges: those of them that this rank and no other writes into a checkpoint.
         blocks: this rank's blocks by their number in the model.
+        compiled: how they are compiled; None where they run eagerly.
         channels: between pipeline stages; None where there is one stage.
         on_action: measurement hook of the next `accumulate`, see Pipeline.on_action.
     """
 
-    def __init__(self, config: RunConfig, mesh: Mesh, plan: ParallelPlan, engine: ZeroEngine) -> None:
-        self.config, self.mesh, self.plan = config, mesh, plan
+    def __init__(
+        self,
+        config: RunConfig,
+        mesh: Mesh,
+        plan: ParallelPlan,
+        engine: ZeroEngine,
+        compiled: CompiledBlocks | None = None,
+    ) -> None:
+        self.config, self.mesh, self.plan, self.compiled = config, mesh, plan, compiled
         self.ranges: list[ParameterRange] = engine.ranges
         self.owned_ranges: list[ParameterRange] = engine.owned_ranges
         self.blocks: dict[int, nn.Module] = engine.blocks
@@ -124,6 +133,10 @@ class ParallelModel:
     def recording_gradients(self) -> contextlib.AbstractContextManager[dict[int, Tensor]]:
         """Context in which `step` records squared gradient norms by block, see ZeroEngine.recording_gradients."""
         return self._engine.recording_gradients()
+
+    def running_eagerly(self) -> contextlib.AbstractContextManager[None]:
+        """Context in which blocks run as if they were not compiled, so that hooks of their submodules are called."""
+        return self.compiled.running_eagerly() if self.compiled else contextlib.nullcontext()
 
     @torch.no_grad()
     def update_ema(self, decay: float) -> None:

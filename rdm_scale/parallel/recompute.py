@@ -4,18 +4,22 @@
 `selective` keeps the outputs of matrix products and of attention, which are expensive to compute, and recomputes the
 rest (norms, modulation, GELU), which is cheap and makes up most of the memory (Korthikanti et al. 2022, arXiv
 2205.05198, section 5).
+
+A policy chooses a function for each block. Hooks around a block, such as those of ZeRO that all-gather its parameters
+before its forward and before its backward, then run once each. The functions can be compiled, checkpointing included:
+the compiled backward leaves out what it does not need of the forward, such as the last product of a block.
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from itertools import islice
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from rdm_scale.models.blocks import Block, DotProductAttention
+from rdm_scale.models.blocks import Block, BlockFunction, Conditioning, DotProductAttention
 from rdm_scale.models.layers import Linear
 from rdm_scale.parallel.megatron_adapter import Column, Row
 
@@ -34,23 +38,31 @@ _KEPT = {
 Context = AbstractContextManager[None]
 
 
-def checkpoint_activations(blocks: Iterable[nn.Module], policy: str) -> None:
-    """Checkpoint the activations of a stage's blocks as `policy` (a value of `parallel.recompute`) says.
-
-    It is done inside the block's forward: hooks around it, such as those of ZeRO that all-gather a block's parameters
-    before its forward and before its backward, then run once each.
-    """
-    if policy == "none":
-        return
+def block_function(policy: str, position: int) -> BlockFunction:
+    """Function of the block at `position` among a rank's blocks, as `policy` (a value of `parallel.recompute`) says."""
     every = int(policy.removeprefix("every_")) if policy.startswith("every_") else 1
-    for block in islice(blocks, 0, None, every):
+    if policy == "none" or position % every:
+        return Block.run
+    return run_selective if policy == "selective" else run_full
+
+
+def checkpoint_activations(blocks: Iterable[nn.Module], policy: str) -> None:
+    """Checkpoint the activations of a rank's blocks, which are not compiled."""
+    for position, block in enumerate(blocks):
         assert isinstance(block, Block)
-        block.checkpointing = SelectiveCheckpointing(block) if policy == "selective" else full_checkpointing
+        block.function = SelectiveCheckpointing(block) if policy == "selective" else block_function(policy, position)
 
 
-def full_checkpointing(forward: Callable[..., Tensor], *inputs: Any) -> Tensor:
-    """Run a forward of which only the inputs are kept."""
-    return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False)  # blocks draw no random numbers
+def run_full(block: Block, z_SBD: Tensor, conditioning: Conditioning, skip_SBD: Tensor | None = None) -> Tensor:
+    """Run a block of which only the inputs are kept."""
+    # Blocks draw no random numbers.
+    return checkpoint(Block.run, block, z_SBD, conditioning, skip_SBD, use_reentrant=False, preserve_rng_state=False)
+
+
+def run_selective(block: Block, z_SBD: Tensor, conditioning: Conditioning, skip_SBD: Tensor | None = None) -> Tensor:
+    """Run a block of which inputs and products are kept; slow where it is not compiled, see SelectiveCheckpointing."""
+    inputs = (block, z_SBD, conditioning, skip_SBD)
+    return checkpoint(Block.run, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=_keeping_products)
 
 
 class SelectiveCheckpointing:
@@ -68,9 +80,13 @@ class SelectiveCheckpointing:
                 module.register_forward_pre_hook(self._enter)
                 module.register_forward_hook(self._exit, always_call=True)
 
-    def __call__(self, forward: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    def __call__(self, *inputs: Any) -> Tensor:
         return checkpoint(
-            forward, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=self._forward_and_recomputation
+            Block.run,
+            *inputs,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=self._forward_and_recomputation,
         )
 
     def _forward_and_recomputation(self) -> tuple[Context, Context]:
@@ -78,7 +94,7 @@ class SelectiveCheckpointing:
         recomputations: list[Context] = []  # of each call of a product, in order
 
         def keep() -> Context:
-            forward, recomputation = create_selective_checkpoint_contexts(_keep_products)
+            forward, recomputation = _keeping_products()
             recomputations.append(recomputation)
             return forward
 
@@ -103,3 +119,6 @@ class SelectiveCheckpointing:
 
 def _keep_products(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if operator in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_keeping_products = partial(create_selective_checkpoint_contexts, _keep_products)

@@ -42,7 +42,7 @@ class DepthProbe:
         self._sums = {}
         hooks = [hook for number, block in self.model.blocks.items() for hook in self._watch(number, block)]
         try:
-            with self.model.recording_gradients() as squares:
+            with self.model.running_eagerly(), self.model.recording_gradients() as squares:
                 yield
         finally:
             for hook in hooks:
