@@ -14,6 +14,7 @@ PACKAGE = ROOT / "rdm_scale"
 # public names in neither direction.
 LAYERS = (
     ("train", "tools"),
+    ("scaling",),
     ("training",),
     ("evaluation",),
     ("sampling",),
