@@ -23,7 +23,7 @@ from rdm_scale.errors import DataError, RdmError
 
 if TYPE_CHECKING:
     from rdm_scale.scaling.law_file import FittedLaw
-    from rdm_scale.scaling.law_plots import HeldOut
+    from rdm_scale.scaling.law_plots import HeldOutSize
     from rdm_scale.scaling.observations import Observations
     from rdm_scale.scaling.sweep_runner import RunState
 
@@ -243,18 +243,18 @@ def _runs_to_fit(
     return observations.select(~largest), left_out, warnings, observations.select(largest)
 
 
-def _compare(law: "FittedLaw", held_out: "Observations") -> "HeldOut":
+def _compare(law: "FittedLaw", held_out: "Observations") -> "HeldOutSize":
     from rdm_scale.scaling.allocation import flops_power_law
     from rdm_scale.scaling.intervals import prediction_interval
     from rdm_scale.scaling.law_file import run_flops
-    from rdm_scale.scaling.law_plots import HeldOut
+    from rdm_scale.scaling.law_plots import HeldOutSize
 
     runs = held_out.by_depth() if law.size == "depth" else held_out
     size, samples = float(runs.parameters[0]), float(runs.samples[0])
     interval = prediction_interval(law.replicates, law.law, law.observations, size, samples, len(runs))
     flops = float(run_flops(runs, law.flops)[0])
     by_flops = flops_power_law(law.observations, run_flops(law.observations, law.flops), flops)
-    return HeldOut(flops, float(runs.loss.mean()), float(law.law.loss(size, samples)), interval, by_flops)
+    return HeldOutSize(flops, float(runs.loss.mean()), float(law.law.loss(size, samples)), interval, by_flops)
 
 
 def _print_law(law: "FittedLaw", seconds: float) -> None:
@@ -271,7 +271,7 @@ def _print_law(law: "FittedLaw", seconds: float) -> None:
         print(f"warning: {warning}")
 
 
-def _print_held_out(compared: "Sequence[HeldOut]", law_file: Path) -> None:
+def _print_held_out(compared: "Sequence[HeldOutSize]", law_file: Path) -> None:
     for each in compared:
         error, by_flops = each.predicted / each.loss - 1, each.flops_only / each.loss - 1
         inside = each.interval.low <= each.loss <= each.interval.high

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class HeldOut(NamedTuple):
+class HeldOutSize(NamedTuple):
     """A held-out size: mean loss of its runs beside the law's prediction."""
 
     flops: float
@@ -37,7 +37,7 @@ def _figure(width: float, height: float) -> "Figure":
     return Figure(figsize=(width, height), dpi=110, layout="constrained")
 
 
-def law_figure(law: FittedLaw, held_out: Sequence[HeldOut] = ()) -> "Figure":
+def law_figure(law: FittedLaw, held_out: Sequence[HeldOutSize] = ()) -> "Figure":
     """Four plots: loss over FLOPs with its frontier, isoFLOP curves, residuals, and compute-optimal sizes."""
     figure = _figure(12, 9)
     axes = figure.subplots(2, 2)
@@ -54,7 +54,7 @@ def _unit(law: FittedLaw) -> str:
     return "blocks" if law.size == "depth" else "parameters"
 
 
-def _plot_losses(axes: "Axes", law: FittedLaw, held_out: Sequence[HeldOut]) -> None:
+def _plot_losses(axes: "Axes", law: FittedLaw, held_out: Sequence[HeldOutSize]) -> None:
     runs, flops = law.observations, run_flops(law.observations, law.flops)
     sizes = np.unique(runs.parameters)
     if len(sizes) > 12:
@@ -94,7 +94,7 @@ def _plot_isoflops(axes: "Axes", law: FittedLaw) -> None:
     axes.legend(fontsize=7)
 
 
-def _plot_residuals(axes: "Axes", law: FittedLaw, held_out: Sequence[HeldOut]) -> None:
+def _plot_residuals(axes: "Axes", law: FittedLaw, held_out: Sequence[HeldOutSize]) -> None:
     runs = law.observations
     predicted = law.law.loss(runs.parameters, runs.samples)
     marks = axes.scatter(predicted, 100 * (runs.loss / predicted - 1), c=np.log10(runs.samples), s=16)
@@ -119,7 +119,7 @@ def _plot_allocation(axes: "Axes", law: FittedLaw) -> None:
     axes.legend(fontsize=7)
 
 
-def law_page(law: FittedLaw, figure: bytes, held_out: Sequence[HeldOut] = ()) -> str:
+def law_page(law: FittedLaw, figure: bytes, held_out: Sequence[HeldOutSize] = ()) -> str:
     """Self-contained interactive page: runs, figure (PNG), and the compute-optimal size of any budget."""
     runs, flops = law.observations, run_flops(law.observations, law.flops)
     content = {
