@@ -73,7 +73,10 @@ def train(config: RunConfig, reporter: FailureReporter | None = None) -> None:
     plan = plan_parallelism(config, mesh.world_size, mesh.broadcast(memory_of_rank(config)))
     if mesh.is_first:
         print(plan.table(config), flush=True)
-        print_warnings([*doubts(config), *facts.warnings])
+        if start.changes:
+            lines = [f"resuming from {start.checkpoint} with other values than there:", *start.changes]
+            print("\n  ".join(lines), flush=True)
+        print_warnings([*doubts(config), *facts.warnings, *(held.warnings if held else ())])
 
     from rdm_scale.training.trainer import Trainer
 

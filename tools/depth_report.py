@@ -45,14 +45,14 @@ def report(run: Path) -> str:
     """Make the HTML page of a run.
 
     Raises:
-        DataError: the run has no profiles, or the file is damaged.
+        DataError: the run has no profiles, or the file cannot be read.
     """
     from rdm_scale.evaluation.plots import as_array, depth_figure, loss_figure, png
     from rdm_scale.training.depth_profiles import DEPTH, read_profiles
 
     try:
         steps, profiles = read_profiles(run / DEPTH)
-    except (ValueError, OSError) as error:
+    except OSError as error:
         raise DataError(f"{error}: give the directory of a run") from None
     if not steps:
         raise DataError(

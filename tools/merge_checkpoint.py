@@ -57,6 +57,7 @@ def merge(options: argparse.Namespace) -> None:
         )
     if not 0 < options.max_file_gb < math.inf:
         raise ConfigError("--max-file-gb must be above 0")
+    from rdm_scale.checkpoint.convert.diffusers_config import pipeline_warning
     from rdm_scale.checkpoint.convert.merge import export_diffusers, merge, refuse_occupied
     from rdm_scale.checkpoint.model_source import open_model
     from rdm_scale.dtypes import PRECISIONS
@@ -72,6 +73,9 @@ def merge(options: argparse.Namespace) -> None:
             export_diffusers(sources[0], out, dtype, limit, progress.update)
         else:
             merge(sources, out, dtype, limit, progress.update)
+    warning = pipeline_warning(sources[0].config.model) if options.to else None
+    if warning:
+        print(f"warning: {warning}")
     kind = {"ema": "EMA", "raw": "raw"}[sources[0].weights]
     origin = f"the mean of {len(sources)} checkpoints" if options.average else f"step {sources[0].step}"
     print(f"the {kind} weights of {origin} are in {out}")

@@ -5,15 +5,15 @@ functions: importing this module stays cheap.
 """
 
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rdm_scale.errors import DataError
+from rdm_scale.storage.json_lines import Report, is_number, read_json_lines, warn
 from rdm_scale.storage.location import Location
 
 if TYPE_CHECKING:
@@ -48,18 +48,19 @@ def plot_channels(mean: Sequence[float], std: Sequence[float], output: Location)
         raise DataError(f"cannot write the plot {output}: {error}; choose another place") from None
 
 
-def loss_figure(metrics_file: Path) -> "Figure":
+def loss_figure(metrics_file: Path, report: Report = warn) -> "Figure":
     """Plot training and validation loss over the steps of a run.
 
     Args:
         metrics_file: metrics.jsonl of a run, one object a line: step, loss and sometimes validation_loss.
+        report: is given a line about lines that do not hold them, which are left out.
 
     Raises:
-        DataError: the metrics are missing, empty, or a line does not hold step and loss as numbers.
+        DataError: there are no metrics.
     """
     from matplotlib.figure import Figure
 
-    records = _read_metrics(metrics_file)
+    records = _read_metrics(metrics_file, report)
     steps = np.array([record["step"] for record in records])
     loss = np.array([record["loss"] for record in records])
     window = max(1, len(loss) // 50)
@@ -145,20 +146,19 @@ def is_logarithmic(values: NDArray[np.float64]) -> bool:
     return bool(present.size and present.min() > 0 and present.max() > 10 * present.min())
 
 
-def _read_metrics(path: Path) -> list[dict[str, float]]:
+def _read_metrics(path: Path, report: Report) -> list[dict[str, float]]:
     """Step, loss and, where present, validation loss of each line of a metrics.jsonl."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read the metrics {path}: {getattr(error, 'strerror', None) or error}") from None
-    records: list[dict[str, float]] = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            keys = ["step", "loss", *(["validation_loss"] if "validation_loss" in record else [])]
-            records.append({key: float(record[key]) for key in keys})
-        except (ValueError, TypeError, KeyError):
-            raise DataError(f"{path}, line {number}: not an object with the numbers step and loss") from None
-    if not records:
+        lines = read_json_lines(path, _has_losses, report, "not an object with the numbers step and loss")
+    except OSError as error:
+        raise DataError(f"cannot read the metrics {path}: {error.strerror or error}") from None
+    if not lines:
         raise DataError(f"{path} holds no steps yet: nothing to plot")
-    return records
+    names = ("step", "loss", "validation_loss")
+    return [{name: float(line.record[name]) for name in names if name in line.record} for line in lines]
+
+
+def _has_losses(record: dict[str, Any]) -> bool:
+    return {"step", "loss"} <= record.keys() and all(
+        is_number(record[name]) for name in ("step", "loss", "validation_loss") if name in record
+    )

@@ -64,7 +64,7 @@ class RunMonitor(Monitor):
         self.first_step = first_step
         self.started = time.monotonic()
         self.metrics: IO[str] = (self.dir / "metrics.jsonl").open("a", encoding="utf-8")
-        self.profiles: list[Profile] = read_profiles(self.dir / DEPTH)[1]
+        self.profiles: list[Profile] = read_profiles(self.dir / DEPTH, lambda line: self.report(f"warning: {line}"))[1]
         self.trackers = build_trackers(config, first_step)
 
     def step(self, record: Record) -> None:

@@ -18,7 +18,9 @@ from rdm_scale.checkpoint.state import CheckpointState, StartRecord
 from rdm_scale.config import ModelConfig, RunConfig, flatten, load_config, to_yaml
 from rdm_scale.data.compatibility import DataFacts
 from rdm_scale.errors import CheckpointError, ConfigError
+from rdm_scale.storage.json_lines import Report, read_json_lines
 from rdm_scale.storage.location import Location
+from rdm_scale.training.changed_keys import changed_keys
 from rdm_scale.training.depth_profiles import DEPTH
 
 _CANNOT_LOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # file systems without locks, as Lustre may be
@@ -36,6 +38,7 @@ class Start:
     weights: StartWeights | None = None  # given weights of step 0
     origin: StartRecord | None = None  # where the run began, for its checkpoints
     warnings: tuple[str, ...] = ()
+    changes: tuple[str, ...] = ()  # a line for each key that differs from the configuration in the checkpoint
 
 
 def checkpoints_of(config: RunConfig) -> CheckpointDirectory:
@@ -66,11 +69,11 @@ def plan_start(config: RunConfig, facts: DataFacts) -> Start:
     _refuse_other_run(run_dir, config)
     own = None if latest is None else read_state(directory.folder(latest))
     if resume != "auto" and (own is None or _given(own) != resume):
-        return _go_on_with(resume, identity, directory, own)
+        return _go_on_with(config, identity, directory, own)
     skipped = tuple(f"skipped {reason}" for reason in reasons)
     if own is None:
         return _new_start(config, facts, skipped)
-    return _resume(own, directory.folder(own["step"]), identity, skipped)
+    return _resume(config, own, directory.folder(own["step"]), identity, skipped)
 
 
 def _new_start(config: RunConfig, facts: DataFacts, warnings: tuple[str, ...] = ()) -> Start:
@@ -84,9 +87,10 @@ def _new_start(config: RunConfig, facts: DataFacts, warnings: tuple[str, ...] = 
 
 
 def _go_on_with(
-    given: str, identity: dict[str, Any], directory: CheckpointDirectory, own: CheckpointState | None
+    config: RunConfig, identity: dict[str, Any], directory: CheckpointDirectory, own: CheckpointState | None
 ) -> Start:
     """Start from the checkpoint at `checkpoint.resume`, which is not where this directory's run began."""
+    given = config.checkpoint.resume
     folder = Location(given)
     if not folder.name.startswith("step_"):  # for a checkpoint's folder, say what it lacks
         try:
@@ -96,7 +100,7 @@ def _go_on_with(
                 f"checkpoint.resume={given}: {error}. To begin a new run with weights alone, use checkpoint.start_from"
             ) from None
     state = read_state(folder)
-    start = _resume(state, folder, identity)
+    start = _resume(config, state, folder, identity)
     if own is not None and own["step"] > state["step"]:
         raise ConfigError(
             f"{directory.root} holds a later checkpoint (step {own['step']}) than the one to resume from (step "
@@ -115,7 +119,11 @@ def _given(state: CheckpointState) -> str | None:
 
 
 def _resume(
-    state: CheckpointState, folder: Location, identity: dict[str, Any], warnings: tuple[str, ...] = ()
+    config: RunConfig,
+    state: CheckpointState,
+    folder: Location,
+    identity: dict[str, Any],
+    warnings: tuple[str, ...] = (),
 ) -> Start:
     refuse_other_identity(_binding(identity, state), state["identity"], f"the checkpoint {folder}")
     lost = state.get("lost_shards", [])
@@ -123,7 +131,9 @@ def _resume(
         named = tuple((str(digest), str(shard)) for digest, shard in lost)
     except (TypeError, ValueError):
         raise CheckpointError(f"the checkpoint {folder} has an invalid list of lost shards: {lost!r}") from None
-    return Start(state["step"], str(folder), named, origin=state.get("started_from"), warnings=warnings)
+    changes = tuple(changed_keys(config, state.get("config")))
+    origin = state.get("started_from")
+    return Start(state["step"], str(folder), named, origin=origin, warnings=warnings, changes=changes)
 
 
 class HeldDirectories:
@@ -131,10 +141,11 @@ class HeldDirectories:
 
     Attributes:
         owner: lease of the directory of checkpoints.
+        warnings: what was found in the directory and is not used.
     """
 
-    def __init__(self, lock: IO[str], owner: Ownership) -> None:
-        self.owner, self._lock = owner, lock
+    def __init__(self, lock: IO[str], owner: Ownership, warnings: list[str]) -> None:
+        self.owner, self.warnings, self._lock = owner, warnings, lock
 
     def close(self) -> None:
         """Let other processes use the directories."""
@@ -165,12 +176,12 @@ def prepare(config: RunConfig, start: Start) -> HeldDirectories:
         run_id = read_run_id(run_dir) or _write_run_id(run_dir)
         owner = _claim(config, run_id)
         Location(run_dir / CONFIG).write(to_yaml(config).encode())
+        warnings: list[str] = []
         for path in (run_dir / METRICS, run_dir / DEPTH):
-            if path.exists():
-                Location(path).write(_lines_up_to(path, start.step))
+            _truncate(path, start.step, warnings.append)
     except OSError as error:
         raise ConfigError(f"cannot write to run.dir={run_dir}: {error.strerror or error}") from None
-    return HeldDirectories(lock, owner)
+    return HeldDirectories(lock, owner, warnings)
 
 
 def _claim(config: RunConfig, run_id: str) -> Ownership:
@@ -218,18 +229,22 @@ def _locked(run_dir: Path) -> IO[str]:
     return lock
 
 
-def _lines_up_to(path: Path, step: int) -> bytes:
-    """Lines up to `step`, without later and incomplete ones, whose steps are about to be trained again."""
-    kept = []
-    for line in path.read_bytes().splitlines(keepends=True):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            break
-        if not line.endswith(b"\n") or record["step"] > step:
-            break
-        kept.append(line)
-    return b"".join(kept)
+def _truncate(path: Path, step: int, report: Report) -> None:
+    """Remove the lines of steps after `step`, which are about to be trained again, and damaged ones.
+
+    Where the run begins again at step 0, for instance because its checkpoints are not where they were, the lines are
+    added to a file beside it.
+    """
+    if not path.exists():
+        return
+    lines = read_json_lines(path, lambda record: type(record.get("step")) is int, report, "not a record of a step")
+    kept = [line.content for line in lines if line.record["step"] <= step]
+    if step == 0 and lines:
+        before = path.with_name(f"{path.stem}.before{path.suffix}")
+        with before.open("ab") as file:
+            file.writelines(line.content for line in lines)
+        report(f"the run begins again at step 0: the {len(lines)} lines of {path.name} are in {before}")
+    Location(path).write(b"".join(kept))
 
 
 def _refuse_other_run(run_dir: Path, config: RunConfig) -> None:

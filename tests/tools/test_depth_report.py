@@ -39,6 +39,15 @@ def test_a_single_profile_is_shown(tmp_path: Path) -> None:
 def test_runs_without_profiles_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no profiles"):
         depth_report.report(tmp_path)
-    (tmp_path / "depth.jsonl").write_text('{"step": 1, "stream": [1.0]}\n{"stre\n')
-    with pytest.raises(DataError, match=r"line 2 of .* is not a profile"):
-        depth_report.report(tmp_path)
+
+
+def test_odd_lines_cost_themselves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path)
+    odd = ['{"stre', "[]", '{"step": 2, "stream": [1.0, 2.0]}', '{"step": 2, "stream": "x"}', '{"stream": [1, 2, 3]}']
+    path = tmp_path / "depth.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], *odd, *lines[1:]]) + "\n")
+    assert depth_report.report(tmp_path).count("<img") == 3
+    printed = capsys.readouterr().err
+    assert "4 of 8 lines are left out, each is not a profile along depth: 2, 3, 5, 6" in printed
+    assert "1 profiles of another depth than the last one are left out" in printed

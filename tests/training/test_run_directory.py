@@ -51,6 +51,34 @@ def test_metrics_are_truncated_to_the_step_of_the_resume(tmp_path: Path, step: i
     assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == list(range(1, step + 1))
 
 
+def test_a_damaged_line_costs_that_line_and_never_a_resume(tmp_path: Path) -> None:
+    config = config_in(tmp_path)
+    prepare(config, Start()).close()
+    odd = [b'{"step": 2, "lo', b"[3]", b'{"step": "3"}', b'{"loss": 1.0}', b"\xff\x00", b'{"step": null}']
+    sound = [json.dumps({"step": step}).encode() for step in range(1, 7)]
+    mixed = [line for pair in zip(sound, odd, strict=True) for line in pair]
+    for name in ("metrics.jsonl", "depth.jsonl"):
+        (tmp_path / "run" / name).write_bytes(b"\n".join(mixed) + b"\n" + b'{"step": 7')
+    with prepare(config, Start(5, "somewhere")) as held:
+        assert len(held.warnings) == 2 and "6 of 12 lines are left out" in held.warnings[0]
+    for name in ("metrics.jsonl", "depth.jsonl"):
+        assert (tmp_path / "run" / name).read_bytes().splitlines() == sound[:5]
+
+
+def test_metrics_survive_a_run_that_begins_again(tmp_path: Path) -> None:
+    """The checkpoints may be on a disk that is not mounted: what was measured is not theirs to take along."""
+    config = config_in(tmp_path)
+    prepare(config, Start()).close()
+    lines = "".join(json.dumps({"step": step}) + "\n" for step in range(1, 4))
+    (tmp_path / "run/metrics.jsonl").write_text(lines)
+    with prepare(config, Start()) as held:
+        assert held.warnings == [
+            f"the run begins again at step 0: the 3 lines of metrics.jsonl are in {tmp_path}/run/metrics.before.jsonl"
+        ]
+    assert (tmp_path / "run/metrics.jsonl").read_text() == ""
+    assert (tmp_path / "run/metrics.before.jsonl").read_text() == lines
+
+
 def test_the_directory_of_another_run_is_refused(tmp_path: Path) -> None:
     prepare(config_in(tmp_path), Start())
     with pytest.raises(ConfigError, match=r"(?s)belongs to another run.*model\.depth: 12 there, 3 here"):

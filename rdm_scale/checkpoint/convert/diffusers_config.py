@@ -9,6 +9,8 @@ from rdm_scale.config import InputConfig, ModelConfig
 from rdm_scale.errors import CheckpointError
 from rdm_scale.models.parameterization import depth_ratio
 
+PIPELINE_CLASSES = 1000  # of ImageNet, written into diffusers' DiTPipeline
+
 
 def refuse_inexpressible(config: ModelConfig) -> None:
     """Raise CheckpointError, with all reasons, unless `DiTTransformer2DModel` can compute the same function."""
@@ -62,6 +64,17 @@ def encode_diffusers_config(config: ModelConfig) -> bytes:
         "norm_eps": 1e-6,
     }
     return json.dumps(tree, indent=1).encode()
+
+
+def pipeline_warning(config: ModelConfig) -> str | None:
+    """Reason why diffusers' `DiTPipeline` cannot draw with guidance from an exported model; None where it can."""
+    if config.num_classes == PIPELINE_CLASSES:
+        return None
+    return (
+        f'diffusers\' DiTPipeline takes class {PIPELINE_CLASSES} for "no class", and this model has '
+        f"{config.num_classes} classes: with guidance the pipeline fails or draws from another class. Draw there with "
+        "guidance_scale=1, or from a merged folder with rdm_scale.sampling.RDMPipeline, which knows the model's classes"
+    )
 
 
 class DiffusersConfig(BaseModel):
