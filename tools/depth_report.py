@@ -10,8 +10,11 @@ import html
 import sys
 from pathlib import Path
 
+from rdm_scale.config.paths import local_option
 from rdm_scale.errors import DataError, RdmError
 from rdm_scale.progress import track
+from rdm_scale.storage.location import Location
+from rdm_scale.storage.own_files import refuse_to_replace
 
 # By the last part of a quantity's name.
 EXPLANATIONS = {
@@ -27,12 +30,16 @@ EXPLANATIONS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="a run's directory")
-    parser.add_argument("--output", type=Path, help="the page (default: depth_report.html in the run's directory)")
+    parser.add_argument("run", type=local_option, help="a run's directory")
+    parser.add_argument(
+        "--output", type=local_option, help="the page (default: depth_report.html in the run's directory)"
+    )
     options = parser.parse_args()
     try:
         page = report(options.run)
         output = options.output or options.run / "depth_report.html"
+        if options.output:
+            refuse_to_replace(Location(output))
         output.write_text(page, encoding="utf-8")
     except RdmError as error:
         sys.exit(f"depth_report: error: {error}")
@@ -80,7 +87,7 @@ def section(name: str, explanation: str, image: bytes) -> str:
 
 
 PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<html lang="en"><head><meta charset="utf-8"><meta name="generator" content="rdm_scale"><title>{title}</title>
 <style>body {{ font: 16px/1.5 sans-serif; max-width: 1320px; margin: 2em auto; padding: 0 1em }}
 img {{ max-width: 100% }} h2 {{ margin-bottom: 0 }} p {{ margin: 0 }}</style></head>
 <body><h1>{title}</h1>

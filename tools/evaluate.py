@@ -8,9 +8,9 @@ import argparse
 import dataclasses
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rdm_scale.config.paths import any_option, local_option
 from rdm_scale.errors import ConfigError, DataError, RdmError
 from rdm_scale.progress import ProgressReporter, track
 
@@ -26,8 +26,12 @@ READERS = 8  # threads that decode real images and clips
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="a checkpoint's folder, or a run's directory (its newest checkpoint)")
-    parser.add_argument("real", help="real, labeled images or videos: a folder or tar, as for encode_latents.py")
+    parser.add_argument(
+        "checkpoint", type=any_option, help="a checkpoint's folder, or a run's directory (its newest checkpoint)"
+    )
+    parser.add_argument(
+        "real", type=any_option, help="real, labeled images or videos: a folder or tar, as for encode_latents.py"
+    )
     parser.add_argument("--fps", type=float, help="frames a second of real clips, as encoded (default: their own)")
     parser.add_argument("--stride", type=int, default=1, help="frame stride of real clips, as encoded (default: 1)")
     parser.add_argument("--per-class", type=int, default=25, help="images drawn of each class (default: %(default)s)")
@@ -37,7 +41,9 @@ def main() -> None:
         default=[],
         help="for a model with text: the prompt of a class; repeat for each class, in order",
     )
-    parser.add_argument("--text-encoder", metavar="DIR", help="its folder, if moved since the data were encoded")
+    parser.add_argument(
+        "--text-encoder", type=any_option, metavar="DIR", help="its folder, if moved since the data were encoded"
+    )
     parser.add_argument("--neighbours", type=int, default=5, help="default: %(default)s")
     parser.add_argument(
         "--weights",
@@ -47,7 +53,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, help="guidance scale (default: as in the run)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=125, help="default: %(default)s")
-    parser.add_argument("--picture", type=Path, help="write the first samples to this PNG (clips: and a GIF)")
+    parser.add_argument("--picture", type=local_option, help="write the first samples to this PNG (clips: and a GIF)")
     parser.add_argument("--rows", type=int, default=10, help="images of each class in --picture (default: %(default)s)")
     try:
         evaluate(parser.parse_args())
@@ -71,7 +77,10 @@ def evaluate(options: argparse.Namespace) -> None:
     from rdm_scale.sampling.image_grid import write_grid
     from rdm_scale.sampling.requests import draw_request, override_sampling
     from rdm_scale.storage.location import Location
+    from rdm_scale.storage.own_files import refuse_to_replace
 
+    if options.picture:
+        refuse_to_replace(Location(options.picture))
     trained = load_trained(options.checkpoint, options.weights, local_device())
     if trained.config.model.condition == "none":
         raise ConfigError("label accuracy needs a model with model.condition=class or text")

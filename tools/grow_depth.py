@@ -8,6 +8,7 @@ model.depth changed; with --restart it starts again at step 0. Every residual st
 import argparse
 import sys
 
+from rdm_scale.config.paths import any_option
 from rdm_scale.errors import RdmError
 from rdm_scale.progress import ProgressReporter
 
@@ -16,8 +17,10 @@ PLACEMENTS = ("interleaved", "appended", "stacked")  # those of depth_growth.Blo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="a checkpoint's folder, or a run's directory (its newest checkpoint)")
-    parser.add_argument("output", help="folder of checkpoints to write step_... to; any fsspec URL")
+    parser.add_argument(
+        "checkpoint", type=any_option, help="a checkpoint's folder, or a run's directory (its newest checkpoint)"
+    )
+    parser.add_argument("output", type=any_option, help="folder of checkpoints to write step_... to; any fsspec URL")
     parser.add_argument("--depth", type=int, required=True, help="number of blocks to grow to")
     parser.add_argument(
         "--placement",

@@ -13,14 +13,17 @@ import shlex
 import sys
 
 from rdm_scale.config import parse_weights
+from rdm_scale.config.paths import any_option
 from rdm_scale.errors import RdmError
 from rdm_scale.progress import ProgressReporter
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", metavar="SOURCE", help="a folder or file; any fsspec URL")
-    parser.add_argument("out", metavar="OUT", help="folder of checkpoints to write step_00000000 to; any fsspec URL")
+    parser.add_argument("source", type=any_option, metavar="SOURCE", help="a folder or file; any fsspec URL")
+    parser.add_argument(
+        "out", type=any_option, metavar="OUT", help="folder of checkpoints to write step_00000000 to; any fsspec URL"
+    )
     parser.add_argument("config", metavar="CONFIG", nargs="?", help="YAML of the run, with data that can be read")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="as for training")
     parser.add_argument(

@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--steps", type=int, help="sampling steps (default: as in the run)")
     run.add_argument("--guidance", type=float, help="guidance scale (default: as in the run)")
     run.add_argument("--sampler", help="ddpm, ddim, euler or heun (default: as in the run)")
-    run.add_argument("--weights", choices=["ema", "weights"], default="ema", help="EMA or last weights")
+    run.add_argument("--weights", metavar="{ema,raw}", help="EMA or raw weights (default: EMA, where there are any)")
     run.add_argument("--seed", type=int, default=0, help="of the samples (default: %(default)s)")
     run.add_argument("--prompts", metavar="FILE", help="for a model with text: one prompt a line, used in turns")
     run.add_argument("--text-encoder", metavar="DIR", help="its folder, if moved since the data were encoded")
@@ -237,11 +237,14 @@ def run(options: argparse.Namespace, mesh: "Mesh | None") -> None:
 def _trained(options: argparse.Namespace) -> "tuple[TrainedModel, RunConfig]":
     from rdm_scale.checkpoint import load_trained
     from rdm_scale.device import local_device
-    from rdm_scale.sampling.requests import override_sampling
+    from rdm_scale.sampling.requests import override_sampling, refuse_untrained_guidance, refuse_unused_options
 
     trained = load_trained(options.model, options.weights, local_device())
     sampling = {"steps": options.steps, "guidance": options.guidance, "sampler": options.sampler}
-    return trained, override_sampling(trained.config, "with the options given", **sampling)
+    refuse_unused_options(trained.config, prompts=options.prompts, text_encoder=options.text_encoder)
+    config = override_sampling(trained.config, "with the options given", **sampling)
+    refuse_untrained_guidance(config)
+    return trained, config
 
 
 # ---- parts of all commands
@@ -304,7 +307,7 @@ def _plan(
     return GenerationPlan(
         model=options.model,
         step=trained.step,
-        weights=options.weights,
+        weights=trained.weights,
         config=trained.config.digest(),
         condition=condition,
         samples=options.samples,

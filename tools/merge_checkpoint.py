@@ -12,6 +12,7 @@ import json
 import math
 import sys
 
+from rdm_scale.config.paths import any_option
 from rdm_scale.errors import CheckpointError, ConfigError, RdmError
 from rdm_scale.progress import ProgressReporter
 
@@ -21,6 +22,7 @@ def main() -> None:
     parser.add_argument(
         "paths",
         nargs="+",
+        type=any_option,
         metavar="PATH",
         help="a checkpoint's folder, a run's directory (its newest checkpoint) or a merged folder, and the folder to "
         "write; any fsspec URL",

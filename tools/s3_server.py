@@ -23,6 +23,7 @@ import botocore.session
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
+from rdm_scale.config.paths import local_option
 from rdm_scale.parent_death import parent_death_setter
 
 REGION = "us-east-1"
@@ -225,7 +226,7 @@ def _free_ports(count: int) -> list[int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, metavar="DIR", help="folder for the data of the server")
+    parser.add_argument("folder", type=local_option, metavar="DIR", help="folder for the data of the server")
     parser.add_argument("--bucket", action="append", help="bucket to create; may be repeated (default: latents)")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))

@@ -2,9 +2,9 @@
 
 import argparse
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rdm_scale.config.paths import any_option, local_option
 from rdm_scale.errors import ConfigError, RdmError
 from rdm_scale.progress import ProgressReporter
 
@@ -17,11 +17,17 @@ DEFAULT_COLUMNS = 10
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("checkpoint", help="a checkpoint's folder, or a run's directory (its newest checkpoint)")
-    parser.add_argument("output", type=Path, help="PNG to write; for clips their middle frames, and a GIF beside it")
+    parser.add_argument(
+        "checkpoint", type=any_option, help="a checkpoint's folder, or a run's directory (its newest checkpoint)"
+    )
+    parser.add_argument(
+        "output", type=local_option, help="PNG to write; for clips their middle frames, and a GIF beside it"
+    )
     parser.add_argument("--labels", help="classes to draw, for instance 0-9 or 3,207,360 (default: the first ten)")
     parser.add_argument("--prompt", action="append", help="what to draw, for a model with text; may be repeated")
-    parser.add_argument("--text-encoder", metavar="DIR", help="its folder, if moved since the data were encoded")
+    parser.add_argument(
+        "--text-encoder", type=any_option, metavar="DIR", help="its folder, if moved since the data were encoded"
+    )
     parser.add_argument("--rows", type=int, default=8, help="samples of each class (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="sampling steps (default: as in the run)")
     parser.add_argument("--guidance", type=float, help="guidance scale (default: as in the run)")
@@ -54,7 +60,9 @@ def draw(options: argparse.Namespace) -> None:
     from rdm_scale.sampling.image_grid import write_grid
     from rdm_scale.sampling.requests import draw_request, override_sampling
     from rdm_scale.storage.location import Location
+    from rdm_scale.storage.own_files import refuse_to_replace
 
+    refuse_to_replace(Location(options.output))
     trained = load_trained(options.checkpoint, options.weights, local_device())
     sampling = {"steps": options.steps, "guidance": options.guidance, "sampler": options.sampler}
     config = override_sampling(trained.config, "with the options given", **sampling)

@@ -11,6 +11,7 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from rdm_scale.config.paths import expand_keys, local
 from rdm_scale.config.schema import RunConfig
 from rdm_scale.config.section import Section
 from rdm_scale.errors import ConfigError
@@ -87,7 +88,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         ConfigError: the file is missing or not YAML, or has unknown keys, wrong types or impossible combinations; one
             message lists all mistakes.
     """
-    path = Path(path)
+    path = Path(local(str(path), "the configuration"))
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -101,6 +102,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         raise ConfigError(f"{path} must hold sections such as model: and train:, found a {type(tree).__name__}")
     for override in overrides:
         _apply_override(tree, override)
+    expand_keys(tree)
     return parse_config(tree, str(path))
 
 

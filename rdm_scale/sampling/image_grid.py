@@ -11,10 +11,12 @@ from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from rdm_scale.errors import DataError
 from rdm_scale.storage.location import Location
+from rdm_scale.storage.own_files import MARK, refuse_to_replace
 
 CELL = 64  # smaller cells are enlarged to at least this many pixels a side
 SMALLEST_FONT, LARGEST_FONT = 11, 28  # pixels; legible, and not too large over large images
@@ -95,7 +97,9 @@ def animated_grid(
     if not 0 < fps < math.inf:
         raise ValueError(f"cannot play {fps} frames a second")
     frames = [image_grid(images, columns, column_labels, scale, padding) for images in videos.unbind(2)]
-    options: dict[str, Any] = {"disposal": 1} if kind == "gif" else {"lossless": True} if kind == "webp" else {}
+    options: dict[str, Any] = (
+        {"disposal": 1, "comment": MARK.encode()} if kind == "gif" else {"lossless": True} if kind == "webp" else {}
+    )
     if kind == "gif":
         frames = _with_one_palette(frames)
     file = io.BytesIO()
@@ -128,15 +132,19 @@ def write_grid(
         The files written.
 
     Raises:
-        DataError: a file cannot be written.
+        DataError: a file cannot be written, or one is there that this project did not write.
         ValueError: as `image_grid`.
     """
     png = io.BytesIO()
-    image_grid(middle_frames(pixels), columns, column_labels).save(png, "PNG")
+    software = PngInfo()
+    software.add_text("Software", MARK)
+    image_grid(middle_frames(pixels), columns, column_labels).save(png, "PNG", pnginfo=software)
     files = [(output, png.getvalue())]
     if pixels.shape[2] > 1:
         gif = output.parent / f"{output.name.removesuffix('.png')}.gif"
         files.append((gif, animated_grid(pixels, columns, column_labels, fps=fps)))
+    for location, _ in files:
+        refuse_to_replace(location)
     try:
         for location, content in files:
             location.write(content)

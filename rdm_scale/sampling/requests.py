@@ -83,7 +83,7 @@ def request_prompts(
     return SamplingRequest(condition, len(prompts), tuple(prompts), empty_caption(trained.text))
 
 
-_CONDITION_OF_OPTION = {"labels": "class", "prompt": "text", "text_encoder": "text"}
+_CONDITION_OF_OPTION = {"labels": "class", "prompt": "text", "prompts": "text", "text_encoder": "text"}
 
 
 def refuse_unused_options(config: RunConfig, **given: object) -> None:

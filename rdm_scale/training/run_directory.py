@@ -249,6 +249,11 @@ def _truncate(path: Path, step: int, report: Report) -> None:
 
 def _refuse_other_run(run_dir: Path, config: RunConfig) -> None:
     if (run_dir / CONFIG).exists():
+        if not any((run_dir / name).exists() for name in (LOCK, RUN_ID, METRICS, "checkpoints")):
+            raise ConfigError(
+                f"run.dir={run_dir} holds a {CONFIG} that no run wrote, and a run would replace it: set run.dir "
+                "elsewhere, or move that file"
+            )
         refuse_other_identity(config.identity(), load_config(run_dir / CONFIG).identity(), str(run_dir))
     elif (run_dir / METRICS).exists():
         raise ConfigError(

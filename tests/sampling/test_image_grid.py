@@ -136,3 +136,15 @@ def test_clips_are_written_as_a_still_and_an_animation(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images.png", "out.gif", "out.png"]
     with pytest.raises(DataError, match=r"cannot write the image grid .*none/out.png"):
         write_grid(videos, Location(tmp_path / "none/out.png"), 3)
+
+
+@pytest.mark.parametrize("name", ["out.png", "out.gif"])
+def test_only_own_pictures_are_replaced(tmp_path: Path, name: str) -> None:
+    videos, output = clips(), Location(tmp_path / "out.png")
+    write_grid(videos, output, 3)
+    write_grid(videos, output, 3)
+    Image.new("RGB", (4, 4)).save(tmp_path / name)  # someone's photograph
+    before = (tmp_path / name).read_bytes()
+    with pytest.raises(DataError, match=rf"{name} exists and was not written by rdm_scale: choose another name"):
+        write_grid(videos, output, 3)
+    assert (tmp_path / name).read_bytes() == before

@@ -164,6 +164,16 @@ def test_two_runs_do_not_share_their_checkpoints(tmp_path: Path) -> None:
     assert run_id(tmp_path / "a" / "run") != run_id(tmp_path / "b" / "run")
 
 
+def test_a_configuration_that_no_run_wrote_is_not_replaced(tmp_path: Path) -> None:
+    config = config_in(tmp_path)
+    own = tmp_path / "run" / "config.yaml"
+    own.parent.mkdir()
+    own.write_text(f"# by hand\n{to_yaml(config)}")
+    with pytest.raises(ConfigError, match=r"holds a config.yaml that no run wrote, and a run would replace it"):
+        start(config)
+    assert own.read_text().startswith("# by hand") and list(own.parent.iterdir()) == [own]
+
+
 def test_a_run_without_an_id_gets_one_and_keeps_it(tmp_path: Path) -> None:
     config = config_in(tmp_path)
     prepare(config, start(config)).close()
