@@ -2,9 +2,10 @@
 
 In kept mode (`parallel.keep_gathered`) a step all-gathers the parameters once and reduce-scatters the gradients once.
 *Before*, all are gathered, then all micro-batches run, then all gradients are reduced. *After* (`parallel.overlap`),
-the parameters are divided into buckets: each is gathered in the order of the forward and waited for by its first block;
-the last backward reduces each as soon as its last gradient is there. The exposed share is the part of the step in which
-nothing is computed.
+the parameters are divided into buckets as rdm_scale/parallel/zero/buckets.py does: one of what lies outside of the
+blocks, gathered first and reduced last, and buckets of blocks, gathered in the order of the forward and waited for by
+their first block; the last backward reduces each as soon as its last gradient is there. The exposed share is the part
+of the step in which nothing is computed.
 
 Nothing is sent: the replay takes block times that a GPU has measured and adds up. Its assumptions:
 
@@ -41,11 +42,18 @@ GB_PER_S = (25, 50, 400)
 
 
 class Part(NamedTuple):
-    """Embeddings, a block or the head, as one rank holds it."""
+    """Block as one rank holds it; the first also computes the embeddings, the last the head."""
 
     forward_s: float  # of one micro-batch
     backward_s: float
     parameters: int
+
+
+class Stage(NamedTuple):
+    """Blocks of one rank, and the number of its parameters outside of them."""
+
+    blocks: list[Part]
+    outside: int
 
 
 class Link(NamedTuple):
@@ -79,7 +87,7 @@ class Replayed(NamedTuple):
     @property
     def exposed(self) -> float:
         """Share of the time in which nothing is computed."""
-        return 1 - self.computed_s / self.seconds
+        return max(0.0, 1 - self.computed_s / self.seconds)  # sums of floating-point numbers
 
 
 class Case(NamedTuple):
@@ -102,7 +110,10 @@ CASES = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--bucket-mb", type=float, default=64, help="parameters of a bucket, in MB of the compute dtype"
+        "--bucket",
+        type=int,
+        default=2**25,
+        help="parameters of a bucket at most (or an eighth of all, if that is less)",
     )
     parser.add_argument("--latency-us", type=float, default=10, help="latency of a hop between ranks")
     options = parser.parse_args()
@@ -112,7 +123,7 @@ def main() -> None:
         for case, ranks, speed in itertools.product(CASES, RANKS, GB_PER_S)
     ]
     report(results)
-    kept = {"gpu": measured["gpu"], "bucket_mb": options.bucket_mb, "latency_us": options.latency_us}
+    kept = {"gpu": measured["gpu"], "bucket": options.bucket, "latency_us": options.latency_us}
     write_results(__file__, kept | {"replays": results})
     draw(results)
 
@@ -132,62 +143,66 @@ def replay_case(case: Case, ranks: int, gb_per_s: float, options: argparse.Names
     micro_batches, model_parallel = share // micro_batch, config.parallel.tensor * config.parallel.pipeline
     if case.data_only:
         micro_batches, model_parallel = 1, 1
-    parts = parts_of_rank(config, micro_batch, rate, case.data_only)
+    stage = stage_of_rank(config, micro_batch, rate, case.data_only)
+    parameters = stage.outside + sum(block.parameters for block in stage.blocks)
+    buckets = bucketed(stage.blocks, min(options.bucket, parameters // 8))
     compute = PRECISIONS[config.train.precision].bytes
-    buckets = bucketed(parts, options.bucket_mb * 1e6 / compute)
     link = Link(max(1, ranks // model_parallel), gb_per_s * 1e9, options.latency_us * 1e-6)
-    after = replay(buckets, micro_batches, link, Sizes(compute))
+    after = replay(buckets, stage.outside, micro_batches, link, Sizes(compute))
     return {
         "case": case.title,
         "ranks": ranks,
         "data": link.ranks,
         "gb_per_s": gb_per_s,
-        "buckets": len(buckets),
+        "buckets": 1 + len(buckets),
         "micro_batches": micro_batches,
         "computed_s": after.computed_s,
-        "before": replay_serial(parts, micro_batches, link, Sizes(compute)).exposed,
+        "before": replay_serial(stage, micro_batches, link, Sizes(compute)).exposed,
         "after": after.exposed,
-        "after_bf16": replay(buckets, micro_batches, link, Sizes(compute, 2)).exposed,
+        "after_bf16": replay(buckets, stage.outside, micro_batches, link, Sizes(compute, 2)).exposed,
     }
 
 
-def parts_of_rank(config: RunConfig, samples: int, rate: float, data_only: bool) -> list[Part]:
-    """Parts of the rank that holds the most parameters, in the order of the forward."""
+def stage_of_rank(config: RunConfig, samples: int, rate: float, data_only: bool) -> Stage:
+    """Stage of the rank that holds the most parameters; `samples` are those of a micro-batch."""
     model, tensor = config.model, 1 if data_only else config.parallel.tensor
     blocks = list(range(model.depth))
     if not data_only and config.parallel.pipeline > 1:
         plan = plan_parallelism(config, config.parallel.tensor * config.parallel.pipeline, None)
         largest = max(range(config.parallel.pipeline), key=lambda rank: plan.stages[rank].parameters)
         blocks = [block for chunk in plan.placement.chunks_of(largest) for block in plan.blocks[chunk]]
-
-    def part(flops: int, parameters: cost.Parameters) -> Part:
-        forward_s = samples * flops / tensor / rate
-        return Part(forward_s, 2 * forward_s, parameters.on_rank(tensor))
-
-    parts = [part(cost.block_flops(model, block), cost.block_parameters(model, block)) for block in blocks]
+    flops = {block: cost.block_flops(model, block) for block in blocks}
+    outside = cost.NO_PARAMETERS
     if 0 in blocks:
-        parts.insert(0, part(cost.embedding_flops(model), cost.embedding_parameters(model)))
+        outside += cost.embedding_parameters(model)
+        flops[0] += cost.embedding_flops(model)
     if model.depth - 1 in blocks:
-        parts.append(part(cost.head_flops(model), cost.head_parameters(model)))
-    return parts
+        outside += cost.head_parameters(model)
+        flops[model.depth - 1] += cost.head_flops(model)
+
+    def part(block: int) -> Part:
+        forward_s = samples * flops[block] / tensor / rate
+        return Part(forward_s, 2 * forward_s, cost.block_parameters(model, block).on_rank(tensor))
+
+    return Stage([part(block) for block in blocks], outside.on_rank(tensor))
 
 
-def bucketed(parts: Sequence[Part], parameters: float) -> list[list[Part]]:
-    """Divide parts, in their order, into buckets: each is closed by the part with which it has so many parameters."""
-    buckets: list[list[Part]] = [[]]
-    for part in parts:
-        if sum(each.parameters for each in buckets[-1]) >= parameters:
+def bucketed(blocks: Sequence[Part], parameters: float) -> list[list[Part]]:
+    """Divide blocks, in their order, into buckets of at most so many parameters, or of one block."""
+    buckets: list[list[Part]] = []
+    for block in blocks:
+        if not buckets or sum(each.parameters for each in buckets[-1]) + block.parameters > parameters:
             buckets.append([])
-        buckets[-1].append(part)
+        buckets[-1].append(block)
     return buckets
 
 
-def replay(buckets: Sequence[Sequence[Part]], micro_batches: int, link: Link, sizes: Sizes) -> Replayed:
-    """Step whose buckets are gathered and reduced beside the computation."""
-    forwards = [sum(part.forward_s for part in bucket) for bucket in buckets]
-    backwards = [sum(part.backward_s for part in bucket) for bucket in buckets]
-    parameters = [sum(part.parameters for part in bucket) for bucket in buckets]
-    now = link_free = 0.0
+def replay(buckets: Sequence[Sequence[Part]], outside: int, micro_batches: int, link: Link, sizes: Sizes) -> Replayed:
+    """Step whose buckets are gathered and reduced beside the computation; `outside` parameters are in no block."""
+    forwards = [sum(block.forward_s for block in bucket) for bucket in buckets]
+    backwards = [sum(block.backward_s for block in bucket) for bucket in buckets]
+    parameters = [sum(block.parameters for block in bucket) for bucket in buckets]
+    now = link_free = link.seconds(sizes.parameter * outside)
     for forward_s, count in zip(forwards, parameters, strict=True):
         link_free += link.seconds(sizes.parameter * count)
         now = max(now, link_free) + forward_s
@@ -196,12 +211,16 @@ def replay(buckets: Sequence[Sequence[Part]], micro_batches: int, link: Link, si
     for backward_s, count in zip(reversed(backwards), reversed(parameters), strict=True):
         now += backward_s
         link_free = max(now, link_free) + link.seconds(sizes.gradient * count)
-    return Replayed(max(now, link_free), micro_batches * (sum(forwards) + sum(backwards)))
+    link_free = max(now, link_free) + link.seconds(sizes.gradient * outside)
+    return Replayed(link_free, micro_batches * (sum(forwards) + sum(backwards)))
 
 
-def replay_serial(parts: Sequence[Part], micro_batches: int, link: Link, sizes: Sizes) -> Replayed:
-    """Step that gathers everything, computes, and reduces everything: that of one bucket."""
-    return replay([list(parts)], micro_batches, link, sizes)
+def replay_serial(stage: Stage, micro_batches: int, link: Link, sizes: Sizes) -> Replayed:
+    """Step that gathers everything, computes, and reduces everything."""
+    everything = stage.outside + sum(block.parameters for block in stage.blocks)
+    computed_s = micro_batches * sum(block.forward_s + block.backward_s for block in stage.blocks)
+    communicated_s = link.seconds(sizes.parameter * everything) + link.seconds(sizes.gradient * everything)
+    return Replayed(computed_s + communicated_s, computed_s)
 
 
 def report(results: Sequence[dict[str, Any]]) -> None:
