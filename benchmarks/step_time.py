@@ -2,7 +2,8 @@
 
 A step is forward, backward and AdamW on 32x32x4 latents; ZeRO-3 gathers parameters once a step
 (`parallel.keep_gathered=always`) or by block (`never`). All alternate in one run, so that a machine that slows down
-slows all of them; medians are compared. Rows named `ours` are rdm_scale. For `never`, DeepSpeed replaces
+slows all of them; medians are compared. Rows named `ours` are rdm_scale: the model in a plain loop, and as it is
+trained, eager and with compiled blocks (`train.compile`). For `never`, DeepSpeed replaces
 `torch.nn.functional.linear` in the process by a version for weights that are freed between uses; the other rows get the
 original back. Prints a table, writes benchmarks/results/step_time.json.
 
@@ -33,7 +34,10 @@ from rdm_scale.parallel.plan import plan_parallelism
 from rdm_scale.training.optimizer import build_optimizer
 
 LINEAR = functional.linear
-KEPT, BY_BLOCK = "ours, ZeRO-3 kept gathered", "ours, ZeRO-3 by block"
+PLAIN, KEPT, BY_BLOCK = "ours", "ours, ZeRO-3 kept gathered", "ours, ZeRO-3 by block"
+COMPILED = f"{KEPT}, compiled"
+# (what, against what, aim) in the table's last lines
+AIMS = ((KEPT, PLAIN, 1.03), (COMPILED, "diffusers", 0.9))
 Step = Callable[[Tensor, Tensor, Tensor, Tensor], None]  # latents [B, 4, 32, 32], timesteps, labels, target
 
 
@@ -58,6 +62,10 @@ def main() -> None:
 
 def make_steps(batch_size: int) -> tuple[dict[str, Step], dict[str, int]]:
     overrides = [f"train.global_batch_size={batch_size}", "train.precision=fp32", "optimizer.grad_clip=0"]
+
+    def zero(*more: str) -> Step:
+        return zero_step(load_config("configs/dit_s.yaml", [*overrides, *more]), mesh)
+
     config = load_config("configs/dit_s.yaml", overrides)
     model_config, make_optimizer = config.model, partial(build_optimizer, config.optimizer, config.model)
     ours = build_model(model_config)
@@ -72,14 +80,16 @@ def make_steps(batch_size: int) -> tuple[dict[str, Step], dict[str, int]]:
         num_embeds_ada_norm=1000,
     )
     mesh = build_mesh(config.parallel)
+    kept, eager = "parallel.keep_gathered=always", "train.compile=false"
     steps = {
         "diffusers": plain_step(theirs, lambda x, t, y: theirs(x, t, y).sample, adamw(theirs)),
-        "ours": plain_step(ours, lambda x, t, y: ours(x[:, :, None], t, y).squeeze(2), make_optimizer(ours)),
-        KEPT: zero_step(load_config("configs/dit_s.yaml", [*overrides, "parallel.keep_gathered=always"]), mesh),
-        BY_BLOCK: zero_step(load_config("configs/dit_s.yaml", [*overrides, "parallel.keep_gathered=never"]), mesh),
+        PLAIN: plain_step(ours, lambda x, t, y: ours(x[:, :, None], t, y).squeeze(2), make_optimizer(ours)),
+        KEPT: zero(kept, eager),
+        COMPILED: zero(kept, "train.compile=true"),
+        BY_BLOCK: zero("parallel.keep_gathered=never", eager),
     }
-    count = {"diffusers": theirs, "ours": ours, KEPT: ours, BY_BLOCK: ours}
-    return steps, {name: sum(p.numel() for p in model.parameters()) for name, model in count.items()}
+    models = {name: theirs if name == "diffusers" else ours for name in steps}
+    return steps, {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
 
 
 def zero_step(config: RunConfig, mesh: Mesh) -> Step:
@@ -127,9 +137,15 @@ def make_batch(size: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def report(options: argparse.Namespace, times: dict[str, list[float]], parameters: dict[str, int]) -> None:
     medians = {name: statistics.median(values) for name, values in times.items()}
     ratios = {name: median / medians["diffusers"] for name, median in medians.items()}
-    rows = [(name, f"{parameters[name]:,}", f"{medians[name]:.3f}", f"{ratios[name]:.3f}") for name in times]
-    header = (f"DiT-S/2, batch {options.batch_size}", "parameters", "median step (s)", "of diffusers'")
+    to_plain = {name: median / medians[PLAIN] for name, median in medians.items()}
+    rows = [
+        (name, f"{parameters[name]:,}", f"{medians[name]:.3f}", f"{ratios[name]:.3f}", f"{to_plain[name]:.3f}")
+        for name in times
+    ]
+    header = (f"DiT-S/2, batch {options.batch_size}", "parameters", "median step (s)", "of diffusers'", "of ours")
     print_table(header, rows)
+    for name, base, aim in AIMS:
+        print(f"\n{name} over {base}: {medians[name] / medians[base]:.3f}, aim {aim}")
     result = {
         "batch_size": options.batch_size,
         "rounds": options.rounds,
@@ -139,6 +155,7 @@ def report(options: argparse.Namespace, times: dict[str, list[float]], parameter
         "parameters": parameters,
         "median_s": medians,
         "ratio_to_diffusers": ratios,
+        "ratio_to_plain_loop": to_plain,
     }
     write_results(__file__, result)
 
