@@ -15,7 +15,6 @@ with the same bytes as an uninterrupted one.
 """
 
 import argparse
-import io
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -80,21 +79,9 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--batch-size", type=_positive, help="samples encoded at a time (default: 64 images or 8 clips)")
     how.add_argument("--samples-per-member", type=_positive, help="default: 64 images or 8 clips")
     how.add_argument("--members-per-shard", type=_positive, default=64, help="default: %(default)s")
-    how.add_argument(
-        "--max-rejected",
-        type=_share,
-        default=MAX_REJECTED,
-        help="share of the inputs that may prove undecodable; they are listed in rejected.jsonl (default: %(default)s)",
-    )
-    how.add_argument(
-        "--max-left-out",
-        type=_share,
-        default=MAX_LEFT_OUT,
-        help="share of what INPUT holds that may be left out although it may be an image or video, because of its "
-        "format or name, or because it is a broken link (default: %(default)s)",
-    )
     how.add_argument("--preview", metavar="FILE.png", help="picture of some originals above their reconstructions")
 
+    _add_tolerances(parser)
     look = parser.add_argument_group("looking at what is encoded")
     look.add_argument("--verify", action="store_true", help="check every byte of OUTPUT")
     look.add_argument("--stats", action="store_true", help="measure OUTPUT, and keep the figures in its manifest")
@@ -127,6 +114,35 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--text-encoder", metavar="DIR", help="folder of a text encoder: captions are encoded with it")
     for name, default in (("path", "path"), ("label", "label"), ("caption", "caption"), ("key", "key")):
         what.add_argument(f"--{name}-column", default=default, help=f"of lists and key.json (default: {default})")
+
+
+def _add_tolerances(parser: argparse.ArgumentParser) -> None:
+    inputs = parser.add_argument_group("which inputs may be missing from the set")
+    inputs.add_argument(
+        "--max-rejected",
+        type=_share,
+        default=MAX_REJECTED,
+        help="share of the inputs that may prove undecodable; they are listed in rejected.jsonl (default: %(default)s)",
+    )
+    inputs.add_argument(
+        "--max-unreadable",
+        type=_share,
+        default=0.0,
+        help="share of the inputs that may be missing or unreadable where they are stored; the next run looks for them "
+        "again (default: %(default)s: the first one ends the job, which the same command resumes)",
+    )
+    inputs.add_argument(
+        "--max-left-out",
+        type=_share,
+        default=MAX_LEFT_OUT,
+        help="share of what INPUT holds that may be left out although it may be an image or video, because of its "
+        "format or name, or because it is a broken link (default: %(default)s)",
+    )
+    inputs.add_argument(
+        "--trust-inputs",
+        action="store_true",
+        help="take inputs as unchanged whose sizes or times differ from when they were encoded, as after a copy",
+    )
 
 
 def _check_encoding(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
@@ -187,28 +203,25 @@ class StageProgress:
 
 
 def encode(options: argparse.Namespace) -> None:
-    from rdm_scale.data.manifest import MANIFEST_NAME
     from rdm_scale.encoding.job import ProcessRank
+    from rdm_scale.encoding.repeats import remaining
     from rdm_scale.encoding.runner import encode as run_job
+    from rdm_scale.sampling.reconstructions import write_preview
 
     rank = ProcessRank(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
     job = _job(options, described=rank.rank == 0)
-    if job.output.check(job.digest):
-        if rank.rank == 0:
-            if job.output.work.exists():  # interrupted when nothing else was left to do
-                job.output.work.remove()
-            print(f"{job.output.train / MANIFEST_NAME}: complete already, nothing to do")
-        return
-    progress = StageProgress(rank.rank == 0, job.codec.device)
-    try:
-        result = run_job(job, rank, progress.show)
-    finally:
-        progress.close()
-    if result is None:
-        return
-    _report(job, result)
-    if options.preview:
-        _write_preview(options.preview, job)
+    remainder = remaining(job, rank, print)
+    if remainder != "nothing":
+        progress = StageProgress(rank.rank == 0, job.codec.device)
+        try:
+            result = run_job(job, rank if remainder == "shared" else ProcessRank(), progress.show, report=print)
+        finally:
+            progress.close()
+        if result is not None:
+            _report(job, result)
+    if options.preview and rank.rank == 0:
+        write_preview(options.preview, job, PREVIEW_COLUMNS)
+        print(f"{options.preview}: originals above their reconstructions")
 
 
 def _report(job: "EncodingJob", result: "EncodingResult") -> None:
@@ -241,6 +254,7 @@ def _job(options: argparse.Namespace, described: bool) -> "EncodingJob":
     from rdm_scale.encoding.job import EncodingJob
     from rdm_scale.encoding.output import OutputFolders
     from rdm_scale.encoding.planning import inputs_digest
+    from rdm_scale.encoding.repeats import check_output
     from rdm_scale.storage.location import Location
 
     columns = Columns(options.path_column, options.label_column, options.caption_column, options.key_column)
@@ -251,13 +265,23 @@ def _job(options: argparse.Namespace, described: bool) -> "EncodingJob":
     settings = _settings(options, source.kind)
     output = OutputFolders(Location(options.paths[1]), Location(options.holdout) if options.holdout else None)
     inputs = inputs_digest(source, settings)
-    output.check(inputs)
+    check_output(output, inputs, source)
     device = local_device()
     codec = load_codec(options.codec, device)
     if settings.kind == "moments" and not codec.has_posterior:
         raise DataError(f"the codec {options.codec} has no posterior to sample from: leave out --latents moments")
     text = _text_encoder(options, source.captioned, device)
-    return EncodingJob.create(source, settings, codec, output, text, options.max_rejected, inputs)
+    return EncodingJob.create(
+        source,
+        settings,
+        codec,
+        output,
+        text,
+        options.max_rejected,
+        inputs,
+        max_unreadable=options.max_unreadable,
+        trust_inputs=options.trust_inputs,
+    )
 
 
 def _settings(options: argparse.Namespace, kind: "MediaKind") -> "EncodingSettings":
@@ -303,39 +327,6 @@ def _text_encoder(options: argparse.Namespace, captioned: bool, device: "torch.d
     from rdm_scale.encoding.text import TextEncoder
 
     return TextEncoder(options.text_encoder, device)
-
-
-def _write_preview(file: str, job: "EncodingJob") -> None:
-    import torch
-
-    from rdm_scale.encoding.pixels import load_sample, reconstruct
-    from rdm_scale.encoding.planning import PlannedSample, split_files
-    from rdm_scale.sampling.image_grid import image_grid, middle_frames
-    from rdm_scale.storage.location import Location
-
-    files, bucket = job.source.files, job.settings.buckets[0]
-    index = {file.key: number for number, file in enumerate(files)}
-    originals, names = [], []
-    for one in split_files(files, job.settings.seed, job.settings.holdout_share).train[:PREVIEW_COLUMNS]:
-        try:
-            originals.append(load_sample(job.source, PlannedSample(index[one.key], 0, 0), bucket, job.settings))
-        except DataError:  # it is listed in rejected.jsonl
-            continue
-        if one.label >= 0:
-            names.append(job.source.class_names[one.label])
-    if not originals:
-        raise DataError(
-            f"the data is encoded, but none of the first {PREVIEW_COLUMNS} inputs can be drawn in a preview"
-        )
-    pixels = torch.stack(originals)
-    both = torch.cat([middle_frames(pixels), middle_frames(reconstruct(pixels, job.codec))])
-    png = io.BytesIO()
-    image_grid(both, len(originals), names).save(png, "PNG")
-    try:
-        Location(file).write(png.getvalue())
-    except OSError as error:
-        raise DataError(f"the data is encoded, but the preview {file} cannot be written: {error}") from None
-    print(f"{file}: originals above their reconstructions")
 
 
 def verify(options: argparse.Namespace) -> None:

@@ -12,15 +12,17 @@ from rdm_scale.encoding.job import EncodingJob, EncodingResult
 from rdm_scale.encoding.moments import MomentAccumulator
 from rdm_scale.encoding.planning import SPLITS, EncodingPlan, PlannedShard, Split
 from rdm_scale.encoding.records import RecordStore, ShardRecord
+from rdm_scale.encoding.rejections import Rejection, unreadable_message
 from rdm_scale.encoding.remarks import Remarks
 from rdm_scale.encoding.shared_plan import SharedPlan
-from rdm_scale.errors import DataError
+from rdm_scale.errors import DataError, StorageError
 
 Records = dict[PlannedShard, ShardRecord]
+Rejections = dict[int, Rejection]  # by index of the input
 
 
 def finalize(job: EncodingJob, plan: EncodingPlan, store: RecordStore) -> EncodingResult:
-    """Write the manifests and the list of rejected inputs, and remove the records.
+    """Write the manifests and the list of rejected inputs. The records stay, for a repetition of the job.
 
     Raises:
         DataError: too many inputs are rejected, a split is empty, or a shard that was written is missing.
@@ -29,19 +31,11 @@ def finalize(job: EncodingJob, plan: EncodingPlan, store: RecordStore) -> Encodi
     _check_files(job, records, store)
     rejected = _rejected_inputs(plan, records)
     _write_rejected(job, rejected)
-    files = job.source.files
-    if len(rejected) > job.max_rejected * len(files):
-        SharedPlan.remove(job.output.work)  # so that the next run looks at repaired inputs again
-        raise DataError(
-            f"{len(rejected)} of {len(files)} inputs cannot be encoded, more than a share of {job.max_rejected}: see "
-            f"{job.output.rejected}. The first: {next(iter(rejected.values()))}. Repair or remove them, or raise "
-            "--max-rejected, and run the same command again: it keeps the shards that are done"
-        )
+    _check_shares(job, rejected)
     manifests = {split: _manifest(job, records, split, len(rejected)) for split in job.output.by_split}
     for split in reversed(SPLITS):  # the training split last: its manifest marks the job as complete
         if split in manifests:
             (job.output.by_split[split] / MANIFEST_NAME).write(manifests[split].to_json())
-    job.output.work.remove()
     moments = MomentAccumulator()
     for shard, record in records.items():
         if shard.split == "train":
@@ -53,6 +47,23 @@ def finalize(job: EncodingJob, plan: EncodingPlan, store: RecordStore) -> Encodi
     return EncodingResult(
         manifests["train"], manifests.get("holdout"), float(moments.mean), float(moments.std), truncated, remarks
     )
+
+
+def _check_shares(job: EncodingJob, rejected: Rejections) -> None:
+    """Raise DataError if more inputs than allowed are rejected, after the next run has been made to look again."""
+    total = len(job.source.files)
+    damaged = [one.reason for one in rejected.values() if one.cause == "content"]
+    unreadable = [one.reason for one in rejected.values() if one.cause == "storage"]
+    if len(unreadable) > job.max_unreadable * total:
+        SharedPlan.remove(job.output.work)
+        raise StorageError(unreadable_message(unreadable[0], len(unreadable), job.max_unreadable))
+    if len(damaged) > job.max_rejected * total:
+        SharedPlan.remove(job.output.work)
+        raise DataError(
+            f"{len(damaged)} of {total} inputs cannot be encoded, more than a share of {job.max_rejected}: see "
+            f"{job.output.rejected}. The first: {damaged[0]}. Repair or remove them, or raise --max-rejected, and run "
+            "the same command again: it keeps the shards that are done"
+        )
 
 
 def _check_files(job: EncodingJob, records: Records, store: RecordStore) -> None:
@@ -71,19 +82,19 @@ def _check_files(job: EncodingJob, records: Records, store: RecordStore) -> None
             (job.output.by_split[split] / name).remove()
 
 
-def _rejected_inputs(plan: EncodingPlan, records: Records) -> dict[int, str]:
+def _rejected_inputs(plan: EncodingPlan, records: Records) -> Rejections:
     """Inputs with at least one sample that could not be encoded, and the first reason of each."""
     rejected = dict(plan.rejected)
     for planned, record in records.items():
         for one in record.rejected:
-            rejected.setdefault(planned.samples[one.position].file, one.reason)
+            rejected.setdefault(planned.samples[one.position].file, Rejection(one.reason, one.cause))
     return dict(sorted(rejected.items()))
 
 
-def _write_rejected(job: EncodingJob, rejected: dict[int, str]) -> None:
+def _write_rejected(job: EncodingJob, rejected: Rejections) -> None:
     file = job.output.rejected
     if rejected:
-        lines = [{"input": job.source.files[index].name, "reason": reason} for index, reason in rejected.items()]
+        lines = [{"input": job.source.files[index].name, **one._asdict()} for index, one in rejected.items()]
         file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
     elif file.exists():  # from an earlier run, before the inputs were repaired
         file.remove()

@@ -26,6 +26,7 @@ from rdm_scale.encoding.left_out import (
     left_out_others,
     listed,
 )
+from rdm_scale.encoding.listed_stats import with_stats
 from rdm_scale.encoding.lists import Columns, read_list
 from rdm_scale.encoding.media import EXTENSIONS, MediaEntry, MediaFile, MediaKind, media_kind
 from rdm_scale.encoding.plain_text import LegacyText
@@ -48,6 +49,7 @@ class MediaSet:
     captioned: bool  # True: every file has a caption, which may be empty; False: none has
     left_out: tuple[LeftOutKind, ...] = ()  # what the input holds besides, and what does not belong to any of the files
     notes: tuple[str, ...] = ()  # what a user should know about labels and texts
+    place: str = ""  # path or URL of the input
 
     @property
     def ignored(self) -> int:
@@ -109,6 +111,8 @@ def find_media(
                 collector.legacy.append(entry)
             else:
                 collector.add(entry)
+        if source.listed:
+            collector.files = with_stats(collector.files)
     except OSError as error:
         raise DataError(f"cannot read the input {location}: {error}") from None
     return collector.result(location, columns, numbers=source.numbers, order=class_order)
@@ -179,7 +183,9 @@ class _Collector:
         _check_columns(columns, label=bool(self.classes), caption=bool(captions), where=where)
         classes = self._number_classes(where, numbers, order)
         notes = (*classes.notes, *self._legacy_note())
-        return MediaSet(tuple(self.files), kind, classes.names, bool(captions), self.left_out.kinds(), notes)
+        return MediaSet(
+            tuple(self.files), kind, classes.names, bool(captions), self.left_out.kinds(), notes, where.resolved
+        )
 
     def _check_all_or_none(self, given: int, what: str, kind: str, where: Location) -> None:
         if given and (missing := len(self.files) - given):
@@ -241,6 +247,7 @@ class _InputSource(NamedTuple):
 
     entries: Iterator[MediaEntry | LeftOutEntry | LegacyText]
     numbers: bool  # classes may be given as numbers
+    listed: bool = False  # a list names them, which does not say their sizes and versions
 
 
 def _open_source(location: Location, columns: Columns, options: Mapping[str, Any] | None) -> _InputSource:
@@ -258,7 +265,7 @@ def _open_source(location: Location, columns: Columns, options: Mapping[str, Any
     tars_only = [match for match in matches if match.name.endswith(".tar")]
     if not tars_only:
         rows = (entry for match in matches for entry in read_list(match, columns, options))
-        return _InputSource(rows, numbers=True)
+        return _InputSource(rows, numbers=True, listed=True)
     if len(tars_only) < len(matches):
         raise DataError(f"{location} matches both tars and lists: encode them as two sets")
     return _InputSource(read_tars(matches, columns), numbers=True)

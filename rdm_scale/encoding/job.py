@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple, Protocol
 from rdm_scale.codecs import LatentCodec
 from rdm_scale.data.manifest import Manifest
 from rdm_scale.encoding.inputs import MediaSet
+from rdm_scale.encoding.inventory import Inventory
 from rdm_scale.encoding.output import OutputFolders
 from rdm_scale.encoding.planning import EncodingSettings, inputs_digest, job_digest
 from rdm_scale.encoding.remarks import Remarks
@@ -36,6 +37,9 @@ class EncodingJob:
         text: encoder of the captions; None: captions are left out.
         digest: hash of everything that determines the output, see `job_digest`.
         max_rejected: share of the inputs that may be undecodable.
+        max_unreadable: share of the inputs that may be unreadable where they are stored.
+        trust_inputs: take inputs whose sizes or times have changed since they were encoded as unchanged.
+        inventory: identity of each input.
     """
 
     source: MediaSet
@@ -45,6 +49,9 @@ class EncodingJob:
     output: OutputFolders
     digest: str
     max_rejected: float
+    max_unreadable: float
+    trust_inputs: bool
+    inventory: Inventory
 
     @classmethod
     def create(
@@ -56,6 +63,9 @@ class EncodingJob:
         text: TextEncoder | None = None,
         max_rejected: float = 0.0,
         inputs: str | None = None,
+        *,
+        max_unreadable: float = 0.0,
+        trust_inputs: bool = False,
     ) -> "EncodingJob":
         """Describe a job and compute its digest.
 
@@ -63,7 +73,8 @@ class EncodingJob:
             inputs: the `inputs_digest`, if it has been computed already.
         """
         digest = job_digest(inputs or inputs_digest(source, settings), codec.record, text.record if text else None)
-        return cls(source, settings, codec, text, output, digest, max_rejected)
+        inventory = Inventory.of(source)
+        return cls(source, settings, codec, text, output, digest, max_rejected, max_unreadable, trust_inputs, inventory)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ The bytes are a separate file or a range of a tar. A video inside a tar is read 
 
 import io
 import posixpath
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
@@ -84,6 +86,24 @@ class MediaFile:
             raise _unreadable(self.name, error) from error
         return cast(BinaryIO, io.BufferedReader(_ByteWindow(file, self.offset, length, self.name), _BUFFER_BYTES))
 
+    @contextmanager
+    def opened(self) -> Iterator[BinaryIO]:
+        """Open as `open` does, for a decoder that may take a failing read for damage, or hide it.
+
+        Raises:
+            StorageError: as `open`; also at the end of the `with` block, if any read has failed.
+        """
+        with self.open() as content:
+            window = cast(_ByteWindow, cast(io.BufferedReader, content).raw)
+            try:
+                yield content
+            except DataError:
+                if window.failure is not None:
+                    raise window.failure from None
+                raise
+        if window.failure is not None:
+            raise window.failure
+
 
 class MediaEntry(NamedTuple):
     """An image or video as listed by a folder, tar or list, before class names are numbered."""
@@ -129,6 +149,7 @@ class _ByteWindow(io.RawIOBase):
     def __init__(self, file: Any, offset: int, length: int, name: str) -> None:
         self._file, self._offset, self._length, self._name = file, offset, length, name
         self._position = 0
+        self.failure: StorageError | None = None
 
     def readable(self) -> bool:
         return True
@@ -154,9 +175,11 @@ class _ByteWindow(io.RawIOBase):
             self._file.seek(self._offset + self._position)
             content = self._file.read(wanted)
         except Exception as error:  # clients of object stores have exceptions of their own
-            raise _unreadable(self._name, error) from error
+            self.failure = _unreadable(self._name, error)
+            raise self.failure from error
         if not content:
-            raise _ends_early(self._name, self._position, self._length)
+            self.failure = _ends_early(self._name, self._position, self._length)
+            raise self.failure
         buffer[: len(content)] = content
         self._position += len(content)
         return len(content)
@@ -169,11 +192,9 @@ class _ByteWindow(io.RawIOBase):
 
 def _unreadable(name: str, error: Exception) -> StorageError:
     if isinstance(error, ReplacedError):
-        return StorageError(f"{name} was changed while it was in use: run the command again")
+        return StorageError(f"{name} was changed while it was in use")
     return StorageError(f"cannot read {name}: {error}")
 
 
 def _ends_early(name: str, found: int, expected: int) -> StorageError:
-    return StorageError(
-        f"{name} ends after {found} of {expected} bytes: it was changed while it was in use; run the command again"
-    )
+    return StorageError(f"{name} ends after {found} of {expected} bytes: it was changed while it was in use")

@@ -1,13 +1,12 @@
 """Output folders of an encoding job, and the check that the job may write to them."""
 
-import posixpath
 import re
 from contextlib import suppress
 from dataclasses import dataclass
 
 from rdm_scale.data.manifest import MANIFEST_NAME, read_manifest
 from rdm_scale.encoding.planning import Split
-from rdm_scale.encoding.shared_plan import SharedPlan
+from rdm_scale.encoding.shared_plan import OtherJobError, SharedPlan
 from rdm_scale.errors import DataError
 from rdm_scale.storage.location import Location
 
@@ -27,7 +26,7 @@ class OutputFolders:
 
     @property
     def work(self) -> Location:
-        """Folder of the shared plan and the records, which exists until the job is done."""
+        """Folder of the shared plan, the inventory of the inputs and the records, to resume or repeat the job."""
         return self.train / _WORK
 
     @property
@@ -49,9 +48,10 @@ class OutputFolders:
             digest: digest of the job, or the beginning of it.
 
         Raises:
-            DataError: one folder is inside the other, or contains anything but this job's output.
+            DataError: one folder is inside the other, or contains anything but output of jobs.
+            OtherJobError: a folder contains the output of another job.
         """
-        if self.holdout and (_contains(self.train, self.holdout) or _contains(self.holdout, self.train)):
+        if self.holdout and (self.holdout.is_inside(self.train) or self.train.is_inside(self.holdout)):
             raise DataError(f"{self.holdout} and {self.train} must be separate folders, neither inside the other")
         try:
             complete = [self._check_folder(folder, digest) for folder in self.by_split.values()]
@@ -73,7 +73,7 @@ class OutputFolders:
         names = folder.names()
         if MANIFEST_NAME in names:
             if not read_manifest(str(folder))[0].job.startswith(digest):
-                raise DataError(
+                raise OtherJobError(
                     f"{folder} already holds encoded data, of other inputs or made with other settings: "
                     "choose another folder or remove it"
                 )
@@ -84,7 +84,3 @@ class OutputFolders:
             with suppress(FileNotFoundError):  # it is not written yet, or other ranks have just finished and removed it
                 SharedPlan.read(folder / _WORK, digest)
         return False
-
-
-def _contains(outer: Location, inner: Location) -> bool:
-    return str(outer) == str(inner) or str(inner).startswith(posixpath.join(str(outer), ""))

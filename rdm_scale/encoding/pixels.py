@@ -30,7 +30,7 @@ def read_metadata(file: MediaFile, kind: MediaKind, fps: float | None) -> MediaM
     """
     if kind == "image":
         return MediaMetadata(1, *image_size(file.read(), file.name))
-    with file.open() as content:
+    with file.opened() as content:
         found = read_video_metadata(content, file.name, fps)
     return MediaMetadata(found.frames, found.height, found.width)
 
@@ -61,7 +61,7 @@ def load_sample(
 def _load_clip(
     file: MediaFile, start: int, bucket: PixelBucket, settings: EncodingSettings, remarks: Remarks | None
 ) -> Tensor:
-    with file.open() as content:
+    with file.opened() as content:
         return decode_clip(
             content,
             file.name,

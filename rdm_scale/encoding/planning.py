@@ -6,7 +6,7 @@ does not depend on which process encodes a sample, or when, so processes can sha
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, field, fields
 from typing import Literal, NamedTuple
 
@@ -14,6 +14,7 @@ from rdm_scale import rng
 from rdm_scale.codecs.record import CodecRecord
 from rdm_scale.encoding.inputs import MediaFile, MediaSet
 from rdm_scale.encoding.media import MediaKind
+from rdm_scale.encoding.rejections import Rejection
 from rdm_scale.encoding.text import TextEncoderRecord
 from rdm_scale.errors import ConfigError, DataError
 
@@ -129,7 +130,7 @@ class EncodingPlan:
     """Shards of a job, and inputs that cannot be encoded."""
 
     shards: tuple[PlannedShard, ...]
-    rejected: dict[int, str]  # index of the input: reason
+    rejected: dict[int, Rejection]  # by index of the input
     sample_count: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -165,7 +166,7 @@ def needs_metadata(source: MediaSet, settings: EncodingSettings) -> bool:
 
 
 def make_plan(
-    source: MediaSet, settings: EncodingSettings, metadata: Sequence[MediaMetadata | str] | None
+    source: MediaSet, settings: EncodingSettings, metadata: Sequence[MediaMetadata | Rejection] | None
 ) -> EncodingPlan:
     """Plan the shards of a job.
 
@@ -176,16 +177,18 @@ def make_plan(
         DataError: no input can be encoded, or one split would be empty.
     """
     keyed: dict[tuple[Split, PixelBucket], list[_Keyed]] = {}
-    rejected: dict[int, str] = {}
+    rejected: dict[int, Rejection] = {}
     for index, file in enumerate(source.files):
         size = MediaMetadata(1, 1, 1) if metadata is None else metadata[index]
-        if isinstance(size, str):
+        if isinstance(size, Rejection):
             rejected[index] = size
             continue
         bucket = _choose_bucket(size, settings)
         if bucket is None:
             shortest = min(map(settings.clip_span, settings.buckets))
-            rejected[index] = f"it has {size.frames} frames at the frame rate of the clips, and a clip takes {shortest}"
+            rejected[index] = Rejection(
+                f"{file.name} has {size.frames} frames at the frame rate of the clips, and a clip takes {shortest}"
+            )
             continue
         split = SPLITS[is_held_out(file.key, settings.seed, settings.holdout_share)]
         of_bucket = keyed.setdefault((split, bucket), [])
@@ -269,10 +272,12 @@ def _samples(
             yield PlannedSample(file, clip, 1)
 
 
-def _check_splits(source: MediaSet, settings: EncodingSettings, filled: set[Split], rejected: dict[int, str]) -> None:
+def _check_splits(
+    source: MediaSet, settings: EncodingSettings, filled: set[Split], rejected: Mapping[int, Rejection]
+) -> None:
     if not filled:
-        index, reason = next(iter(rejected.items()))
-        raise DataError(f"none of the {len(source.files)} inputs can be encoded; {source.files[index].name}: {reason}")
+        first = next(iter(rejected.values()))
+        raise DataError(f"none of the {len(source.files)} inputs can be encoded. The first: {first.reason}")
     if settings.holdout_share and len(filled) < 2:
         empty = next(split for split in SPLITS if split not in filled)
         raise DataError(

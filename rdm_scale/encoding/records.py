@@ -1,5 +1,6 @@
 """Records of finished shards: one small JSON file each, in a folder shared by all ranks and later runs of a job."""
 
+import re
 from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -7,9 +8,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from rdm_scale.data.manifest import Shard
 from rdm_scale.encoding.inputs import MediaSet
 from rdm_scale.encoding.planning import EncodingPlan, PlannedShard
+from rdm_scale.encoding.rejections import RejectionCause
 from rdm_scale.encoding.remarks import Remark
 from rdm_scale.errors import DataError
 from rdm_scale.storage.location import Location
+
+_RECORD = re.compile(r"(train|holdout)-\d+-.*")  # also of a process that was killed while it wrote one
 
 
 class RejectedSample(NamedTuple):
@@ -17,6 +21,7 @@ class RejectedSample(NamedTuple):
 
     position: int  # in PlannedShard.samples
     reason: str
+    cause: RejectionCause = "content"  # earlier versions did not distinguish
 
 
 class ShardRecord(BaseModel):
@@ -65,4 +70,5 @@ class RecordStore:
     def remove_others(self) -> None:
         """Remove the records of other plans: their shards will be overwritten or removed."""
         for name in self._folder.stats().keys() - set(self._names.values()):
-            (self._folder / name).remove()
+            if _RECORD.fullmatch(name):
+                (self._folder / name).remove()

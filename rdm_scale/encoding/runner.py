@@ -5,6 +5,8 @@ the output, so an interrupted job can be resumed with any number of ranks and en
 all records and writes the manifests from them, that of the training split last.
 """
 
+import logging
+import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,14 +16,18 @@ import torch
 
 from rdm_scale.encoding.finalize import finalize
 from rdm_scale.encoding.job import EncodingJob, EncodingResult, JobProgress, ProcessRank
-from rdm_scale.encoding.pixels import READERS, load_sample, read_metadata
+from rdm_scale.encoding.pixels import READERS, read_metadata
 from rdm_scale.encoding.planning import EncodingPlan, MediaMetadata, PlannedShard, make_plan, needs_metadata
 from rdm_scale.encoding.records import RecordStore, ShardRecord
+from rdm_scale.encoding.rejections import Rejection, RejectionPolicy
+from rdm_scale.encoding.repeats import Report, changed_inputs, remove_outdated_records
 from rdm_scale.encoding.shared_plan import SharedPlan
 from rdm_scale.encoding.worker import StageTrace, Worker, no_trace
 from rdm_scale.errors import DataError
 
+_log = logging.getLogger(__name__)
 _POLL_S = 0.5
+LISTING_S = 600.0  # that rank 0 may be later than another rank in listing inputs that have changed
 _FILES_PER_BATCH = 4096
 _SINGLE = ProcessRank()
 
@@ -31,12 +37,14 @@ def encode(
     rank: ProcessRank = _SINGLE,
     progress: JobProgress = lambda stage, done, total: None,
     trace: StageTrace = no_trace,
+    report: Report = _log.warning,
 ) -> EncodingResult | None:
     """Run this rank's part of a job; rank 0 returns when the job is done.
 
     Args:
         progress: called after each inspected input and each encoded batch.
         trace: context manager entered around each stage of the worker, to measure it.
+        report: called on rank 0 with lines for the user, such as the inputs that have changed since they were encoded.
 
     Returns:
         The result on rank 0, None on the others.
@@ -44,11 +52,12 @@ def encode(
     Raises:
         DataError: the size does not fit the codec, a split would be empty, too many inputs cannot be decoded, a latent
             is not finite in the dtype, or the output cannot be written or contains another unfinished job.
+        StorageError: more inputs than allowed cannot be read from where they are stored.
     """
     for bucket in job.settings.buckets:
         job.codec.latent_shape(*bucket)
     try:
-        shared = _share_plan(job, rank, progress)
+        shared = _share_plan(job, rank, progress, report)
         if shared is None:
             return None
         plan = make_plan(job.source, job.settings, shared.metadata)
@@ -69,23 +78,43 @@ def encode(
         raise DataError(f"cannot write {job.output.train}: {error}") from None
 
 
-def _share_plan(job: EncodingJob, rank: ProcessRank, progress: JobProgress) -> SharedPlan | None:
+def _share_plan(job: EncodingJob, rank: ProcessRank, progress: JobProgress, report: Report) -> SharedPlan | None:
     """Write the shared plan on rank 0, wait for it on the others. Returns None if the job is complete already."""
-    work = job.output.work
-    if rank.rank == 0 and not SharedPlan.exists(work):
-        work.make_dir()
-        metadata = list(_read_all_metadata(job, progress)) if needs_metadata(job.source, job.settings) else None
-        _remove_outdated_records(job, make_plan(job.source, job.settings, metadata))
-        shared = SharedPlan(job.digest, torch.get_num_threads(), metadata)
-        shared.write(work)
-        return shared
+    if rank.rank == 0:
+        return _resume_or_plan(job, progress, report)
+    work, deadline = job.output.work, math.inf
     while True:
         try:
-            return SharedPlan.read(work, job.digest)
+            shared = SharedPlan.read(work, job.digest)
+            if shared.inputs in (None, job.inventory.digest):
+                return shared
+            # Rank 0 replaces a plan of other inputs as soon as it has listed them, too.
+            deadline = min(deadline, time.monotonic() + LISTING_S)
         except FileNotFoundError:
             if job.output.has_manifest():  # the other ranks finished before this one started
                 return None
-            time.sleep(_POLL_S)
+            deadline = math.inf
+        if time.monotonic() > deadline:
+            raise DataError(
+                f"rank {rank.rank} lists other inputs than rank 0, in size or time: do not change them while a job "
+                "starts, and run the same command again"
+            )
+        time.sleep(_POLL_S)
+
+
+def _resume_or_plan(job: EncodingJob, progress: JobProgress, report: Report) -> SharedPlan:
+    """Read the plan of an interrupted job, or make a new one, if there is none or inputs have changed since."""
+    work = job.output.work
+    work.make_dir()
+    changed = changed_inputs(job, report)
+    if SharedPlan.exists(work):
+        return SharedPlan.read(work, job.digest)
+    metadata = list(_read_all_metadata(job, progress)) if needs_metadata(job.source, job.settings) else None
+    remove_outdated_records(job, make_plan(job.source, job.settings, metadata), changed)
+    job.inventory.write(work)  # once no record is left of an input that has changed since
+    shared = SharedPlan(job.digest, torch.get_num_threads(), metadata, job.inventory.digest)
+    shared.write(work)
+    return shared
 
 
 class _ProgressCounter:
@@ -131,35 +160,23 @@ def _compute_threads(number: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _remove_outdated_records(job: EncodingJob, plan: EncodingPlan) -> None:
-    """Remove records of shards that are no longer planned, or whose rejected inputs can be decoded now."""
-    records = RecordStore(job.output.work, plan, job.source)
-    records.remove_others()
-
-    def outdated(shard: PlannedShard) -> bool:
-        for rejected in records.read(shard).rejected:
-            try:
-                load_sample(job.source, shard.samples[rejected.position], shard.bucket, job.settings)
-                return True
-            except DataError:
-                continue
-        return False
-
-    for shard in filter(outdated, records.finished()):
-        records.remove(shard)
-
-
-def _read_all_metadata(job: EncodingJob, progress: JobProgress) -> Iterator[MediaMetadata | str]:
+def _read_all_metadata(job: EncodingJob, progress: JobProgress) -> Iterator[MediaMetadata | Rejection]:
     files = job.source.files
+    policy = RejectionPolicy(len(files), job.max_unreadable)
 
-    def read(index: int) -> MediaMetadata | str:
+    def read(index: int) -> MediaMetadata | Rejection:
         try:
             return read_metadata(files[index], job.source.kind, job.settings.fps)
         except DataError as error:
-            return str(error)
+            return policy.reject(error, files[index])
 
     with ThreadPoolExecutor(READERS) as pool:
-        for first in range(0, len(files), _FILES_PER_BATCH):
-            for index, found in enumerate(pool.map(read, range(len(files))[first : first + _FILES_PER_BATCH]), first):
-                yield found
-                progress("looking", index + 1, len(files))
+        try:
+            for first in range(0, len(files), _FILES_PER_BATCH):
+                batch = range(len(files))[first : first + _FILES_PER_BATCH]
+                for index, found in enumerate(pool.map(read, batch), first):
+                    yield found
+                    progress("looking", index + 1, len(files))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise

@@ -1,35 +1,42 @@
 """The shared plan of a job: what rank 0 finds out once for all ranks and later runs."""
 
 import json
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rdm_scale.encoding.planning import MediaMetadata
+from rdm_scale.encoding.rejections import Rejection
 from rdm_scale.errors import DataError
 from rdm_scale.storage.location import Location
 
-_NAME = "plan.json"
+PLAN_NAME = "plan.json"
+
+
+class OtherJobError(DataError):
+    """An output folder holds encoded data of other inputs, or made with other settings."""
 
 
 class SharedPlan(NamedTuple):
-    """Content of `plan.json`, which is kept in the working folder until the job is done."""
+    """Content of `plan.json`, which is kept in the working folder."""
 
     digest: str  # of the job
     threads: int  # of a CPU codec; another number would change the last bits of latents
-    metadata: list[MediaMetadata | str] | None  # size of each input, or why it cannot be read; None: not needed
+    metadata: list[MediaMetadata | Rejection] | None  # size of each input, or why it has none; None: not needed
+    inputs: str | None = None  # digest of the inventory of the inputs; None: written by an earlier version
 
     def write(self, work: Location) -> None:
         # A file format: the keys are those of earlier versions.
-        content = {"job": self.digest, "threads": self.threads, "probes": self.metadata}
-        (work / _NAME).write(json.dumps(content).encode())
+        probes = None if self.metadata is None else [_as_json(one) for one in self.metadata]
+        content = {"job": self.digest, "threads": self.threads, "probes": probes, "inputs": self.inputs}
+        (work / PLAN_NAME).write(json.dumps(content).encode())
 
     @staticmethod
     def exists(work: Location) -> bool:
-        return (work / _NAME).exists()
+        return (work / PLAN_NAME).exists()
 
     @staticmethod
     def remove(work: Location) -> None:
         """Remove it, so that the next run reads the metadata of the inputs again."""
-        (work / _NAME).remove()
+        (work / PLAN_NAME).remove()
 
     @classmethod
     def read(cls, work: Location, digest: str) -> "SharedPlan":
@@ -37,9 +44,9 @@ class SharedPlan(NamedTuple):
 
         Raises:
             FileNotFoundError: there is no plan (yet).
-            DataError: the plan is damaged, or belongs to another job.
+            DataError: the plan is damaged; OtherJobError: it belongs to another job.
         """
-        file = work / _NAME
+        file = work / PLAN_NAME
         content = file.read()
         try:
             found = cls._parse(content)
@@ -47,7 +54,7 @@ class SharedPlan(NamedTuple):
         except (ValueError, AttributeError, TypeError, KeyError) as error:
             raise DataError(f"{file} is damaged ({error}): remove {work.parent} and encode again") from None
         if not same:
-            raise DataError(
+            raise OtherJobError(
                 f"{work.parent} holds an unfinished encoding of other inputs or with other settings: repeat its "
                 "command to finish it, or remove the folder"
             )
@@ -58,5 +65,18 @@ class SharedPlan(NamedTuple):
         fields = json.loads(content)
         metadata = fields["probes"]
         if metadata is not None:
-            metadata = [one if isinstance(one, str) else MediaMetadata(*map(int, one)) for one in metadata]
-        return cls(fields["job"], fields["threads"], metadata)
+            metadata = [_from_json(one) for one in metadata]
+        return cls(fields["job"], fields["threads"], metadata, fields.get("inputs"))
+
+
+def _as_json(one: MediaMetadata | Rejection) -> object:
+    """Rejections for their content are plain strings, as in earlier versions."""
+    if isinstance(one, MediaMetadata):
+        return one
+    return one.reason if one.cause == "content" else one._asdict()
+
+
+def _from_json(one: Any) -> MediaMetadata | Rejection:
+    if isinstance(one, str):
+        return Rejection(one)
+    return Rejection(one["reason"], one["cause"]) if isinstance(one, dict) else MediaMetadata(*map(int, one))

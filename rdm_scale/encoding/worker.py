@@ -24,6 +24,7 @@ from rdm_scale.encoding.moments import MomentAccumulator
 from rdm_scale.encoding.pixels import READERS, load_sample
 from rdm_scale.encoding.planning import PixelBucket, PlannedSample, PlannedShard
 from rdm_scale.encoding.records import RejectedSample, ShardRecord
+from rdm_scale.encoding.rejections import RejectionPolicy
 from rdm_scale.encoding.remarks import Remarks
 from rdm_scale.errors import DataError
 
@@ -82,6 +83,7 @@ class Worker:
 
     def __init__(self, job: EncodingJob, trace: StageTrace = no_trace) -> None:
         self._job, self._trace = job, trace
+        self._policy = RejectionPolicy(len(job.source.files), job.max_unreadable)
         # On the stream of the codec's kernels, copies of pixels would wait for these.
         cuda = job.codec.device.type == "cuda"
         self._copy_stream = torch.cuda.Stream(job.codec.device) if cuda else None
@@ -100,6 +102,7 @@ class Worker:
 
         Raises:
             DataError: a latent, or a vector of a caption, is not finite in the dtype.
+            StorageError: more inputs are unreadable than are allowed.
             OSError: a shard cannot be written.
         """
 
@@ -162,7 +165,8 @@ class Worker:
                     remarks.include(one.remarks.found)
                     loaded.append(sample)
                 except DataError as error:
-                    rejected.append(RejectedSample(position, str(error)))
+                    rejection = self._policy.reject(error, self._job.source.files[sample.file])
+                    rejected.append(RejectedSample(position, *rejection))
             return LoadedBatch(loaded, self._stack(pixels) if pixels else None, rejected, remarks)
 
     def _stack(self, pixels: Sequence[Tensor]) -> Tensor:
@@ -186,7 +190,7 @@ class Worker:
         for _ in shard.batches(self._job.settings.batch_size):
             batch = next(batches)
             encoded.samples += batch.samples
-            encoded.rejected += (RejectedSample(seen + one.position, one.reason) for one in batch.rejected)
+            encoded.rejected += (one._replace(position=seen + one.position) for one in batch.rejected)
             encoded.remarks.include(batch.remarks.found)
             seen += len(batch)
             if batch.pixels is not None:

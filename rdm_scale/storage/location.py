@@ -4,6 +4,7 @@ A `Location` is a path on a storage backend: the local disk (`local_files`), S3 
 of fsspec (`object_store`). Calls to object stores are retried after transient errors, see `storage.retries`.
 """
 
+import os
 import posixpath
 from collections.abc import Mapping
 from pathlib import Path
@@ -84,6 +85,15 @@ class Location:
         """The URL schemes of the file system, for instance ("s3", "s3a")."""
         protocol = self.fs.protocol
         return (protocol,) if isinstance(protocol, str) else tuple(protocol)
+
+    @property
+    def resolved(self) -> str:
+        """The one path or URL of the place: absolute, without links on the local disk."""
+        return os.path.realpath(self.path) if self.is_local else str(self)
+
+    def is_inside(self, folder: "Location") -> bool:
+        """True if this is a folder or lies in it, however both are written."""
+        return self.resolved == folder.resolved or self.resolved.startswith(posixpath.join(folder.resolved, ""))
 
     # ---- folders
 

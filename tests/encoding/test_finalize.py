@@ -35,11 +35,12 @@ def test_images_that_cannot_be_decoded(digits, tmp_path):
     paths[0].write_bytes(paths[0].read_bytes()[:-30])
     paths[1].rename(paths[1].with_suffix(".jpg")).write_text("dear diary")
     encode(make_job(digits, tmp_path / "whole", flips=True))
+    (source / "empty.png").write_bytes(b"")
     listed = tmp_path / "list.jsonl"
     rows = [
-        {"path": str(p), "key": str(p.relative_to(source).with_suffix(""))} for p in sorted(source.rglob("*.[pj]*g"))
+        {"path": str(p), "key": str(p.relative_to(source).with_suffix(""))} for p in sorted(source.rglob("*/*.[pj]*g"))
     ]
-    listed.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"path": "in/gone.png", "key": "gone"}]))
+    listed.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"path": "in/empty.png", "key": "empty"}]))
 
     job = make_job(listed, tmp_path / "out", flips=True, max_rejected=0.02)
     with pytest.raises(
@@ -48,7 +49,7 @@ def test_images_that_cannot_be_decoded(digits, tmp_path):
         encode(job)
     assert str(tmp_path / "out/rejected.jsonl") in str(error.value) and "--max-rejected" in str(error.value)
     found = reasons(tmp_path / "out")  # of each input once, not of each of its views
-    assert found.keys() == {paths[0].name, paths[1].stem + ".jpg", "gone.png"}
+    assert found.keys() == {paths[0].name, paths[1].stem + ".jpg", "empty.png"}
     assert all(name in reason for name, reason in found.items())
     assert not (tmp_path / "out/manifest.json").exists()
 

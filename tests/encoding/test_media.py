@@ -15,7 +15,7 @@ def test_a_file_that_shrinks_after_it_was_found(tmp_path):
     write_tar(tmp_path / "a.tar", {"1.png": RED})
     (image,) = find_media(str(tmp_path / "a.tar")).files
     (tmp_path / "a.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:520])
-    with pytest.raises(StorageError, match=r"a\.tar:1\.png was changed while it was in use: run the command again"):
+    with pytest.raises(StorageError, match=r"a\.tar:1\.png was changed while it was in use"):
         image.read()
     with pytest.raises(StorageError, match=r"a\.tar:1\.png ends after 8 of"):  # where versions are not known
         replace(image, version="").read()

@@ -20,6 +20,7 @@ from rdm_scale.encoding.planning import (
     needs_metadata,
     split_files,
 )
+from rdm_scale.encoding.rejections import Rejection
 from rdm_scale.encoding.text import TextEncoderRecord
 from rdm_scale.errors import ConfigError, DataError
 from rdm_scale.storage.location import Location
@@ -103,14 +104,14 @@ def test_clips_of_a_video(frames, length, stride, step, starts):
 def test_a_video_that_is_too_short_and_one_that_is_damaged_are_rejected():
     settings = EncodingSettings((PixelBucket(8, 8, 8),), stride=2)
     source = media(["a", "b", "c"], kind="video")
-    plan = make_plan(source, settings, [MediaMetadata(14, 8, 8), "no video", MediaMetadata(15, 8, 8)])
+    plan = make_plan(source, settings, [MediaMetadata(14, 8, 8), Rejection("no video"), MediaMetadata(15, 8, 8)])
     assert plan.sample_count == 1 and plan.shards[0].samples[0].file == 2
     assert plan.rejected == {
-        0: "it has 14 frames at the frame rate of the clips, and a clip takes 15",
-        1: "no video",
+        0: Rejection("a has 14 frames at the frame rate of the clips, and a clip takes 15"),
+        1: Rejection("no video"),
     }
-    with pytest.raises(DataError, match="none of the 3 inputs can be encoded; a: "):
-        make_plan(source, settings, ["broken"] * 3)
+    with pytest.raises(DataError, match=r"none of the 3 inputs can be encoded\. The first: a is broken"):
+        make_plan(source, settings, [Rejection("a is broken")] * 3)
 
 
 @pytest.mark.parametrize(
@@ -237,7 +238,7 @@ def test_digests_and_plans_of_earlier_versions() -> None:
     sizes = [
         MediaMetadata(9, 10, 20),
         MediaMetadata(1, 8, 8),
-        "broken",
+        Rejection("broken"),
         MediaMetadata(20, 8, 8),
         MediaMetadata(3, 4, 4),
         MediaMetadata(7, 8, 15),
@@ -250,7 +251,9 @@ def test_digests_and_plans_of_earlier_versions() -> None:
         ("holdout", 1, "4x8x16", "dcfd9154286f"),
         ("holdout", 2, "4x8x16", "caddefdd13d2"),
     ]
-    assert plan.shards[1].samples == ((0, 0, 0), (0, 0, 1), (5, 0, 1), (5, 0, 0)) and plan.rejected == {2: "broken"}
+    assert plan.shards[1].samples == ((0, 0, 0), (0, 0, 1), (5, 0, 1), (5, 0, 0)) and plan.rejected == {
+        2: Rejection("broken")
+    }
 
 
 def test_public_names_of_the_room_are_found() -> None:

@@ -114,8 +114,8 @@ def test_undecodable_samples_are_left_out_and_recorded(tmp_path: Path) -> None:
     for index in bad:
         (source / name[index].rsplit("/")[-1]).write_bytes(b"no image")
     first, second = run(make_job(source, tmp_path / "out", members_per_shard=2))[1].values()
-    ((position, reason),) = first.rejected
-    assert position == 3 and name[bad[0]] in reason and "it is not a PNG, JPEG or WebP" in reason
+    ((position, reason, cause),) = first.rejected
+    assert position == 3 and cause == "content" and name[bad[0]] in reason and "it is not a PNG, JPEG or WebP" in reason
     assert first.shard.samples == 7 and [member.samples for member in first.shard.members] == [4, 3]
     assert second.shard is None and [one.position for one in second.rejected] == [0, 1, 2, 3] and second.count == 0
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["shard-000000.tar"]

@@ -67,6 +67,8 @@ def make_job(
     holdout: object = None,
     text: TextEncoder | None = None,
     max_rejected: float = 0.0,
+    max_unreadable: float = 0.0,
+    trust_inputs: bool = False,
     **settings: Any,
 ) -> EncodingJob:
     settings = {
@@ -79,7 +81,14 @@ def make_job(
     } | settings
     output = OutputFolders(Location(str(out)), Location(str(holdout)) if holdout else None)
     return EncodingJob.create(
-        find_media(str(source)), EncodingSettings(**settings), load_codec(codec), output, text, max_rejected
+        find_media(str(source)),
+        EncodingSettings(**settings),
+        load_codec(codec),
+        output,
+        text,
+        max_rejected,
+        max_unreadable=max_unreadable,
+        trust_inputs=trust_inputs,
     )
 
 
@@ -95,7 +104,9 @@ def read_all(out: object) -> tuple[Manifest, dict[str, Tensor]]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """The files of an output, without the folder by which jobs are resumed."""
+    found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {name: content for name, content in found.items() if not name.startswith(".encoding/")}
 
 
 def pixels_of(path: Path) -> Tensor:
@@ -113,7 +124,7 @@ def ids_of(folder: Path, suffix: str = "png", clip: int = 0, view: int = 0) -> d
 
 
 def assert_done(out) -> None:
-    assert {path.name for path in out.iterdir()} - {"rejected.jsonl"} == {
+    assert {path.name for path in out.iterdir()} - {"rejected.jsonl", ".encoding"} == {
         "manifest.json",
         *(tar.name for shard in read_manifest(str(out))[0].shards for tar in (shard, shard.text) if tar),
     }

@@ -18,6 +18,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from rdm_scale.data.manifest import read_manifest
+from tests.support.encoding_jobs import contents
 from tests.support.forked import Result, Running
 from tests.support.limits import HANG_S
 from tests.support.rank_pool import free_port
@@ -78,10 +79,6 @@ def alone(many, tmp_path_factory):
     return found
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def test_the_whole_command(digits, tmp_path, call):
     out, held, preview = tmp_path / "latents", tmp_path / "validation", tmp_path / "preview.png"
     command = (
@@ -108,13 +105,14 @@ def test_the_whole_command(digits, tmp_path, call):
     assert above[:, 8:72].min() < 60  # there is a digit
 
     before = contents(out) | contents(held)
-    (out / ".encoding").mkdir()  # as if it had been killed at the very end
+    preview.unlink()
     again = call(*command)
-    assert again.returncode == 0 and f"{out}/manifest.json: complete already, nothing to do" in again.stdout
-    assert contents(out) | contents(held) == before and not (out / ".encoding").exists()
+    assert again.returncode == 0 and f"{out}/manifest.json: complete already, nothing to do\n" in again.stdout
+    assert contents(out) | contents(held) == before and Image.open(preview).size == picture.shape[::-1]
     other = call(*command, "--seed", 4, "--codec", "/no/such/codec")  # refused before the codec is looked for
     (line,) = other.stderr.splitlines()
     assert other.returncode == 1 and f"{out} already holds encoded data, of other inputs or made with" in line
+    assert line.endswith("(the inputs are the same, so settings differ)")
     assert contents(out) | contents(held) == before
 
 
