@@ -234,28 +234,33 @@ class StateBytes:
     gradients: int
     optimizer: int  # fp32 master weights, exp_avg and exp_avg_sq
     ema: int  # EMA weights
+    host: int = 0  # of host memory: gradients, optimizer and EMA under parallel.offload, beside the total
 
     @property
     def total(self) -> int:
         return self.parameters + self.gradients + self.optimizer + self.ema
 
 
-def state_bytes(config: RunConfig, parameters: int, data: int, keep_gathered: bool) -> StateBytes:
-    """Bytes of the state of `parameters` parameters of a model replica's rank, with `data` data-parallel ranks.
+def state_bytes(config: RunConfig, parameters: int, shards: int, keep_gathered: bool) -> StateBytes:
+    """Bytes of the state of `parameters` parameters of a model replica's rank, sharded over `shards` ranks.
 
     With c bytes of the compute dtype: parameters c, gradients 4, optimizer 12 and EMA 4 each. ZeRO shards optimizer and
     EMA from stage 1, gradients from stage 2, parameters in stage 3. `keep_gathered` (stage 3) adds the unsharded
-    parameters and gradients.
+    parameters and gradients. `parallel.offload` moves optimizer and EMA, and one more copy of the sharded gradients, to
+    the host.
     """
     stage, compute = config.parallel.zero_stage, PRECISIONS[config.train.precision].bytes
-    shard = math.ceil(parameters / data)
+    shard = math.ceil(parameters / shards)
     optimizer = shard if stage else parameters
     held = shard if stage == 3 else parameters
     gradients = shard if stage >= 2 else parameters
-    gathered = parameters if keep_gathered and stage == 3 and data > 1 else 0  # of one rank the shard is everything
+    gathered = parameters if keep_gathered and stage == 3 and shards > 1 else 0  # of one rank the shard is everything
+    parameters_held, gradients_held = compute * (held + gathered), 4 * (gradients + gathered)
+    if config.parallel.offload == "optimizer":
+        return StateBytes(parameters_held, gradients_held, optimizer=0, ema=0, host=20 * shard)
     return StateBytes(
-        parameters=compute * (held + gathered),
-        gradients=4 * (gradients + gathered),
+        parameters=parameters_held,
+        gradients=gradients_held,
         optimizer=12 * optimizer,
         ema=4 * optimizer,
     )

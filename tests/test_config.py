@@ -181,6 +181,8 @@ def test_the_configurations_in_the_repository_are_valid(file: Path) -> None:
             "model.depth=12 is less than the 16 chunks",
         ),
         (["parallel.zero_stage=1", "parallel.keep_gathered=never"], "needs parallel.zero_stage=3"),
+        (["parallel.zero_stage=2", "parallel.shard_size=2"], "parallel.shard_size=2 needs parallel.zero_stage=3"),
+        (["parallel.offload=optimizer", "parallel.keep_gathered=never"], "parallel.offload=optimizer needs"),
     ],
 )
 def test_impossible_layouts_are_refused(path: Path, overrides: list[str], words: str) -> None:

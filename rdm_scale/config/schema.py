@@ -141,6 +141,24 @@ class ParallelConfig(Section):
         description="ZeRO 3: gather parameters and reduce gradients once per step (always) or per block (never); auto: "
         "once per step if memory allows",
     )
+    overlap: bool = Field(
+        True,
+        description="gather parameters and reduce gradients in buckets, beside forwards and backwards (ZeRO 2 and 3)",
+    )
+    reduce_dtype: Literal["fp32", "bf16"] = Field(
+        "fp32", description="dtype in which gradients are summed over the data-parallel ranks"
+    )
+    shard_size: int | None = Field(
+        None,
+        ge=1,
+        description="ZeRO 3: shard over groups of so many data-parallel ranks and replicate between the groups; null: "
+        "over all",
+    )
+    offload: Literal["none", "optimizer"] = Field(
+        "none",
+        description="optimizer: keep master weights, optimizer state and EMA weights in host memory and update them on "
+        "the CPU (ZeRO 3 with gathered parameters)",
+    )
     recompute: str = Field(
         "none",
         pattern=r"^(none|full|selective|every_([2-9]|[1-9]\d+))$",
@@ -182,6 +200,15 @@ class ParallelConfig(Section):
             raise ValueError(f"{given}: parallel.schedule=interleaved_1f1b needs 2 or more")
         if self.schedule == "v_1f1b" and chunks != 2:
             raise ValueError(f"{given}: parallel.schedule=v_1f1b has 2 on every rank")
+        if self.shard_size is not None and self.zero_stage < 3:
+            raise ValueError(
+                f"parallel.shard_size={self.shard_size} needs parallel.zero_stage=3: the lower stages shard over all "
+                "data-parallel ranks"
+            )
+        if self.offload != "none" and (self.zero_stage < 3 or self.keep_gathered == "never"):
+            raise ValueError(
+                f"parallel.offload={self.offload} needs parallel.zero_stage=3 and parallel.keep_gathered=always or auto"
+            )
         if self.keep_gathered == "never" and self.zero_stage < 3:
             raise ValueError(
                 f"parallel.keep_gathered=never needs parallel.zero_stage=3: stage {self.zero_stage} does not "

@@ -4,7 +4,6 @@ Shapes: S tokens, B samples, D hidden size, F features.
 """
 
 import inspect
-import os
 import warnings
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -15,8 +14,6 @@ from torch import Tensor
 
 from rdm_scale.models.layers import Slice
 
-# Makes a kernel wait for the collective launched before it; megatron's layers rely on that to overlap the two.
-os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 # Warned about at import, in four modules, for optimizers that are not used here.
 warnings.filterwarnings("ignore", "Transformer Engine and Apex are not installed", UserWarning)
 

@@ -17,6 +17,7 @@ from rdm_scale.device import local_device
 from rdm_scale.errors import ConfigError
 from rdm_scale.parallel import megatron_adapter as megatron
 from rdm_scale.parallel.failures import FailureReporter
+from rdm_scale.parallel.megatron_adapter import AxisGroup
 
 _LIBRARIES = ("torch", "deepspeed", "megatron-core")
 Value = TypeVar("Value")
@@ -41,6 +42,8 @@ class Mesh:
     data_rank: int
     data_size: int
     data_group: dist.ProcessGroup
+    shard: AxisGroup  # data-parallel ranks over which ZeRO shards
+    copies: AxisGroup  # data-parallel ranks that hold a copy of the same shard
     replica_group: dist.ProcessGroup  # ranks of one model replica
     device: torch.device
     timeout: timedelta  # of every collective, and of a message between stages
@@ -106,7 +109,7 @@ def build_mesh(config: ParallelConfig, reporter: FailureReporter | None = None) 
     """
     device = local_device()
     use_cuda = device.type == "cuda"
-    _default_environment(use_cuda)
+    _default_environment(use_cuda, config.tensor)
     if use_cuda:
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=config.timeout_s)
@@ -121,6 +124,7 @@ def build_mesh(config: ParallelConfig, reporter: FailureReporter | None = None) 
         timeout=timeout,
     )
     groups = megatron.initialize_axes(config.tensor, config.pipeline, timeout)
+    shard, copies = _shard_groups(config, groups.data)
     return Mesh(
         rank=rank,
         world_size=world,
@@ -133,10 +137,28 @@ def build_mesh(config: ParallelConfig, reporter: FailureReporter | None = None) 
         data_rank=groups.data.rank,
         data_size=groups.data.size,
         data_group=groups.data.group,
+        shard=shard,
+        copies=copies,
         replica_group=groups.replica,
         device=device,
         timeout=timeout,
     )
+
+
+def _shard_groups(config: ParallelConfig, data: AxisGroup) -> tuple[AxisGroup, AxisGroup]:
+    """Groups within which states are sharded, of consecutive data-parallel ranks, and between which they are copied."""
+    size = 1 if config.zero_stage == 0 else config.shard_size or data.size
+    ranks = dist.get_process_group_ranks(data.group)
+    within = _subgroup(data, ranks[data.rank // size * size :][:size])
+    return within, _subgroup(data, ranks[data.rank % size :: size])
+
+
+def _subgroup(data: AxisGroup, members: list[int]) -> AxisGroup:
+    if len(members) == data.size:
+        return data
+    group = dist.new_group(members, use_local_synchronization=True)
+    assert isinstance(group, dist.ProcessGroup)
+    return AxisGroup(group, dist.get_rank(group), len(members))
 
 
 def check_agreement(mesh: Mesh, config: RunConfig) -> None:
@@ -154,7 +176,11 @@ def check_agreement(mesh: Mesh, config: RunConfig) -> None:
                 )
 
 
-def _default_environment(use_cuda: bool) -> None:
+def _default_environment(use_cuda: bool, tensor: int) -> None:
+    if tensor > 1:
+        # Makes a kernel wait for the collective launched before it; megatron's layers rely on that to overlap the two.
+        # Without them it would keep the collectives of ZeRO from running beside kernels.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("WORLD_SIZE", "1")
     os.environ.setdefault("LOCAL_RANK", "0")

@@ -221,8 +221,8 @@ class _TrainingChunks:
         self.losses.append(loss_B.detach())
         return ChunkOutputs(loss=loss_B.mean() / len(self.micro_batches))
 
-    def backward(self, outputs: Tensors, gradients: tuple[Tensor | None, ...]) -> None:
-        self.engine.backward(outputs, gradients)
+    def backward(self, micro_batch: int, outputs: Tensors, gradients: tuple[Tensor | None, ...]) -> None:
+        self.engine.backward(outputs, gradients, last=micro_batch == len(self.micro_batches) - 1)
 
     def boundary_spec(self, micro_batch: int) -> BoundarySpec:
         return self.model.boundary_spec(self.micro_batches[micro_batch].latents)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from rdm_scale import cost
 from rdm_scale.config import RunConfig
 from rdm_scale.dtypes import PRECISIONS
+from rdm_scale.errors import ConfigError
 from rdm_scale.parallel.pipeline.schedules import ChunkCost, ChunkPlacement, build_schedule, place_chunks, simulate
 
 _GIB = 2**30
@@ -62,6 +63,8 @@ class ParallelPlan:
         zero = f"ZeRO stage {parallel.zero_stage}"
         if parallel.zero_stage == 3:
             zero += ", parameters kept gathered" if self.keep_gathered else ", parameters gathered by block"
+        if parallel.shard_size is not None:
+            zero += f", sharded over groups of {parallel.shard_size} of the data-parallel ranks"
         train, most = config.train, max(stage.parameters for stage in self.stages)
         lines = [
             f"layout: {self.tensor * self.pipeline * self.data} ranks = tensor {self.tensor} x pipeline "
@@ -74,6 +77,9 @@ class ParallelPlan:
             "bytes on a rank of each stage:",
             *_aligned(_shortened(rows)),
         ]
+        if parallel.offload != "none":
+            host = max(stage.state.host for stage in self.stages)
+            lines.append(f"in host memory at most {host / size:,.2f} {unit} a rank: optimizer, average, gradients")
         if self.memory is None:
             lines.append("set parallel.memory_gib to what a rank may use to see whether it fits")
         elif worst > self.memory:
@@ -95,6 +101,10 @@ def plan_parallelism(config: RunConfig, world_size: int, memory: float | None) -
     """
     data = config.data_parallel_size(world_size)
     parallel, train = config.parallel, config.train
+    if data % (parallel.shard_size or 1):
+        raise ConfigError(
+            f"parallel.shard_size={parallel.shard_size} does not divide the number of data-parallel ranks, {data}"
+        )
     share = train.global_batch_size // data
     micro_batch = train.micro_batch_size or share
     placement = place_chunks(parallel.schedule, parallel.pipeline, parallel.chunks_per_rank)
@@ -111,7 +121,7 @@ def plan_parallelism(config: RunConfig, world_size: int, memory: float | None) -
         return StageCost(
             blocks=tuple(len(blocks[chunk]) for chunk in chunks),
             parameters=parameters,
-            state=cost.state_bytes(config, parameters, data, keep),
+            state=cost.state_bytes(config, parameters, parallel.shard_size or data, keep),
             activations=simulation.in_flight[rank] * sum(kept) / len(kept),
             working=_working_bytes(config, micro_batch, parameters, keep),
         )
@@ -119,8 +129,8 @@ def plan_parallelism(config: RunConfig, world_size: int, memory: float | None) -
     def stages(keep: bool) -> tuple[StageCost, ...]:
         return tuple(stage(rank, keep) for rank in range(parallel.pipeline))
 
-    keep = parallel.keep_gathered == "always"
-    if parallel.keep_gathered == "auto" and parallel.zero_stage == 3:
+    keep = parallel.keep_gathered == "always" or parallel.offload != "none"
+    if not keep and parallel.keep_gathered == "auto" and parallel.zero_stage == 3:
         keep = memory is None or max(s.total for s in stages(True)) <= _FILLED * memory
     return ParallelPlan(
         tensor=parallel.tensor,

@@ -39,10 +39,15 @@ def takes_decay(name: str) -> bool:
     return name.endswith(".weight") and not name.startswith("class_embed.")
 
 
-def build_optimizer(config: OptimizerConfig, model_config: ModelConfig, model: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(
+    config: OptimizerConfig, model_config: ModelConfig, model: nn.Module, *, on_host: bool = False
+) -> torch.optim.Optimizer:
     """Build NVIDIA apex's FusedAdam on GPUs where it is installed, PyTorch's fused AdamW otherwise.
 
     Parameters with the same rates share a group; its `lr_scale` is the ratio of its learning rate to the scheduled one.
+
+    Args:
+        on_host: the update runs on the CPU, wherever the model is.
     """
     w, r = width_ratio(model_config), depth_ratio(model_config)
     members: dict[tuple[Rates, bool], list[nn.Parameter]] = defaultdict(list)
@@ -58,7 +63,7 @@ def build_optimizer(config: OptimizerConfig, model_config: ModelConfig, model: n
         }
         for (scale, decays), parameters in members.items()
     ]
-    if next(model.parameters()).is_cuda and (fused_adam := apex_adam()):
+    if not on_host and next(model.parameters()).is_cuda and (fused_adam := apex_adam()):
         return fused_adam(groups, lr=config.lr, betas=config.betas, eps=config.eps, adam_w_mode=True)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 

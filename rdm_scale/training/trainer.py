@@ -66,7 +66,12 @@ class Trainer:
         peak = find_peak(config, mesh.device) if mesh.is_first else None
         self.throughput = Throughput(config, mesh.world_size, peak)
         self.objective = build_objective(config.diffusion, config.model.learned_variance)
-        self.model = parallelize(config, mesh, plan, partial(build_optimizer, config.optimizer, config.model))
+        self.model = parallelize(
+            config,
+            mesh,
+            plan,
+            partial(build_optimizer, config.optimizer, config.model, on_host=config.parallel.offload == "optimizer"),
+        )
         if start.checkpoint is not None:
             checkpoint.load(start.checkpoint, self.model)
         elif start.weights is not None:

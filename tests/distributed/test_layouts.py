@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.layouts import MODEL, Case, covering, full
+from tests.support.layouts import MODEL, Case, apart, covering, full
 from tests.support.rank_pool import RankPool
 from tests.support.reference import Deviation, Reference, deviation, plain_training
 from tests.support.small_runs import metrics, run_config, train, write_latents
 
 COVERING = covering()
+APART = apart()
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def run(case: Case, ranks: RankPool, reference: Reference, data: str, folder: Pa
     return deviation(config, reference)
 
 
-@pytest.mark.parametrize("case", COVERING, ids=str)
+@pytest.mark.parametrize("case", COVERING + APART, ids=str)
 def test_layout(case: Case, ranks: RankPool, reference: Reference, data: str, tmp_path: Path) -> None:
     """The weights are read from the checkpoint, which also proves that the layout wrote the entire model."""
     run(case, ranks, reference, data, tmp_path).check()

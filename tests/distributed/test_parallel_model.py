@@ -1,6 +1,7 @@
-"""Contract of ParallelModel on two ranks: EMA weights, state for checkpoints, recorded gradients."""
+"""Contract of ParallelModel on two ranks: EMA weights, state for checkpoints, recorded gradients, overlap."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -84,3 +85,42 @@ def test_parallel_model_contract(ranks: RankPool, tmp_path: Path, layout: dict) 
     assert sorted(held) == ([0, 1, 2] if pipelined else [0, 0, 1, 1, 2, 2])
     for _, blocks_norm, norm in results:
         assert 0.1 * norm < blocks_norm < norm
+
+
+def watch_collectives(config: RunConfig) -> tuple[list[str], bool]:
+    """Run on each rank: list a step's actions and background jobs, and tell whether reduced gradients are bf16."""
+    from rdm_scale.parallel.zero.background import Background, Wait
+    from tests.distributed.test_memory import parallel_model
+
+    events: list[str] = []
+    start = Background.start
+
+    def recorded(self: Background, job: Callable[[], None]) -> Wait:
+        events.append("job")
+        return start(self, job)
+
+    Background.start = recorded  # type: ignore[method-assign]
+    model = parallel_model(config)
+    model.on_action = lambda action: events.append(action.kind.value if action else "end")
+    objective = build_objective(config.diffusion, False)
+    batch = batch_of(config, 4, model.mesh.data_rank)
+    model.accumulate(batch.split(2), objective)
+    model.step(1e-2)
+    events.clear()
+    model.accumulate(batch.split(2), objective)
+    tensors = model.tensors_by_kind()["gradients"]  # the unsharded ones, then the shards
+    reduced = torch.cat(tensors[len(tensors) // 2 :])
+    model.mesh.shutdown()
+    return events, torch.equal(reduced, reduced.bfloat16().float())
+
+
+@pytest.mark.parametrize(("overlap", "dtype"), [(True, "bf16"), (False, "fp32")])
+def test_collectives_start_beside_the_computation(ranks: RankPool, tmp_path: Path, overlap: bool, dtype: str) -> None:
+    """Three blocks are a bucket each, and what is outside of them another one."""
+    changes = {"parallel__overlap": overlap, "parallel__reduce_dtype": dtype, "train__micro_batch_size": 2}
+    config = run_config(tmp_path, "none", **changes, parallel__keep_gathered="always", train__global_batch_size=8)
+    first, last = ["forward", "backward", "forward", "backward"], ["end"]
+    jobs = [["job"] * 4, first, ["job"] * 3, last, ["job"]] if overlap else [["job"], first, last, ["job"]]
+    for events, rounded in ranks.run(2, watch_collectives, config):
+        assert events == [event for part in jobs for event in part]
+        assert rounded == (dtype == "bf16")

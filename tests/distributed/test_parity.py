@@ -59,6 +59,7 @@ def test_bf16_stays_close_to_fp32(
     ranks: RankPool, reference: Reference, data: str, tmp_path: Path, world: int, stage: int, keep_gathered: str
 ) -> None:
     changes = {"train__precision": "bf16", "parallel__keep_gathered": keep_gathered, "parallel__zero_stage": stage}
+    changes["parallel__reduce_dtype"] = "bf16"
     config = run_config(tmp_path, data, optimizer__grad_clip=1.0, train__micro_batch_size=2, **changes)
     ranks.run(world, train, config)
     for record, loss, norm in zip(metrics(config.run.dir), reference.losses, reference.norms, strict=True):

@@ -52,7 +52,7 @@ class ToyChunks:
         skips = (2 * y,) if self.skips and chunk < self.count // 2 else ()
         return ChunkOutputs(BoundaryTensors(y, c.view_as(c)), skips)
 
-    def backward(self, outputs: Tensors, gradients: tuple[Tensor | None, ...]) -> None:
+    def backward(self, micro_batch: int, outputs: Tensors, gradients: tuple[Tensor | None, ...]) -> None:
         torch.autograd.backward(outputs, gradients)
 
     def boundary_spec(self, micro_batch: int) -> BoundarySpec:

@@ -8,7 +8,7 @@ from rdm_scale import cost
 from rdm_scale.config import RunConfig, parse_config
 from rdm_scale.errors import ConfigError
 from rdm_scale.parallel.pipeline.schedules import place_chunks
-from rdm_scale.parallel.plan import balance, plan_parallelism
+from rdm_scale.parallel.plan import StageCost, balance, plan_parallelism
 
 GIB = 2**30
 
@@ -146,3 +146,25 @@ def test_a_hundred_billion_parameters_on_thousands_of_ranks() -> None:
 def test_a_world_size_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"parallel.tensor x parallel.pipeline = 4 does not divide the 6 ranks"):
         plan_parallelism(run(parallel={"tensor": 2, "pipeline": 2}), 6, None)
+
+
+def test_states_are_sharded_over_a_group_and_copied_between_groups() -> None:
+    def plan(**parallel: object) -> StageCost:
+        config = run(train={"global_batch_size": 8}, parallel={"keep_gathered": "never", **parallel})
+        return plan_parallelism(config, 8, None).stages[0]
+
+    alone = plan_parallelism(run(train={"global_batch_size": 8}, parallel={"keep_gathered": "never"}), 2, None).stages[
+        0
+    ]
+    assert plan(shard_size=2).state == alone.state and plan(shard_size=8) == plan()
+    with pytest.raises(ConfigError, match=r"shard_size=3 does not divide the number of data-parallel ranks, 8"):
+        plan(shard_size=3)
+
+
+def test_an_offloaded_optimizer_is_in_host_memory() -> None:
+    config = run(train={"global_batch_size": 8}, parallel={"offload": "optimizer"})
+    layout = plan_parallelism(config, 8, 1.0)
+    state = layout.stages[0].state
+    assert layout.keep_gathered and (state.optimizer, state.ema) == (0, 0)
+    assert state.host == 20 * -(-layout.stages[0].parameters // 8)
+    assert "in host memory at most" in layout.table(config)

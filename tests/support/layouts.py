@@ -20,6 +20,9 @@ class Case(NamedTuple):
     schedule: str
     recompute: str
     sequence: bool
+    overlap: bool = True
+    shard_size: int | None = None
+    offload: str = "none"
 
     @property
     def world(self) -> int:
@@ -44,13 +47,18 @@ class Case(NamedTuple):
             "parallel__schedule": self.schedule,
             "parallel__recompute": self.recompute,
             "parallel__sequence": self.sequence,
+            "parallel__overlap": self.overlap,
+            "parallel__shard_size": self.shard_size,
+            "parallel__offload": self.offload,
         }
 
     def __str__(self) -> str:
+        sharding = f" in groups of {self.shard_size}" if self.shard_size else ""
         sequence = "sequence, " if self.sequence else ""
         return (
-            f"tp{self.tensor} pp{self.pipeline} dp{self.data}, ZeRO {self.zero}, {sequence}"
-            f"{self.schedule}, recompute {self.recompute}"
+            f"tp{self.tensor} pp{self.pipeline} dp{self.data}, ZeRO {self.zero}{sharding}, {sequence}"
+            f"{self.schedule}, recompute {self.recompute}{'' if self.overlap else ', no overlap'}"
+            f"{'' if self.offload == 'none' else ', offload'}"
         )
 
 
@@ -87,14 +95,23 @@ def covering(first: Iterable[Case] = ()) -> list[Case]:
     return chosen
 
 
+def apart() -> list[Case]:
+    """Cases of options that act on the data-parallel axis alone, beside those whose pairs are covered."""
+    return [
+        Case(1, 1, 4, "3 kept", "1f1b", "none", False, shard_size=2),
+        Case(1, 1, 4, "3 by block", "1f1b", "none", False, shard_size=2),
+        Case(1, 2, 2, "3 kept", "v_1f1b", "none", False, overlap=False, offload="optimizer"),
+    ]
+
+
 def full() -> list[Case]:
     """Every mesh with ZeRO 1 and 3, and further cases until all pairs are covered."""
     simple = [Case(*mesh, zero, "1f1b", "none", False) for mesh in MESHES for zero in ("1", "3 kept")]
-    return covering(simple)
+    return covering(simple) + apart()
 
 
 def _pairs(case: Case) -> set[Any]:
     """Pairs of options; of a size counts only if it is above 1 and, for data, if it divides evenly."""
     data = "uneven" if case.data == 3 else case.data > 1
-    options = case._asdict() | {"tensor": case.tensor > 1, "pipeline": case.pipeline > 1, "data": data}
+    options = Case(*case[:7])._asdict() | {"tensor": case.tensor > 1, "pipeline": case.pipeline > 1, "data": data}
     return {case[:3], *itertools.combinations(options.items(), 2)}

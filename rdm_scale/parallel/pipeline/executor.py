@@ -34,8 +34,11 @@ class ChunkRunner(Protocol):
     def forward(self, chunk: int, micro_batch: int, inputs: StageInputs) -> ChunkOutputs:
         """Run the forward of a chunk; tensors of `inputs` are leaves that require a gradient."""
 
-    def backward(self, outputs: Tensors, gradients: tuple[Tensor | None, ...]) -> None:
-        """Backpropagate from outputs of a chunk; None as the gradient of the loss."""
+    def backward(self, micro_batch: int, outputs: Tensors, gradients: tuple[Tensor | None, ...]) -> None:
+        """Backpropagate from outputs of a chunk for a micro-batch; None as the gradient of the loss.
+
+        A chunk's backwards come in the order of the micro-batches.
+        """
 
     def boundary_spec(self, micro_batch: int) -> BoundarySpec:
         """Shapes and dtypes of the tensors that pass between chunks."""
@@ -111,11 +114,12 @@ class _Step:
         outputs = self.outputs.pop(action)
         if outputs.boundary is None:
             assert outputs.loss is not None
-            self.chunks.backward((outputs.loss,), (None,))
+            self.chunks.backward(action.micro_batch, (outputs.loss,), (None,))
         else:
             gradients = self._receive(action, action.chunk + 1)
             skip_gradients = self.local_skips.pop(action, ())
-            self.chunks.backward((*outputs.boundary, *outputs.local_skips), (*gradients, *skip_gradients))
+            of_outputs = (*gradients, *skip_gradients)
+            self.chunks.backward(action.micro_batch, (*outputs.boundary, *outputs.local_skips), of_outputs)
         inputs = self.inputs.pop(action)
         if inputs.boundary is not None:
             self._send(action._replace(chunk=action.chunk - 1), BoundaryTensors(*map(_gradient, inputs.boundary)))

@@ -89,9 +89,10 @@ def settings(config: RunConfig, zero: dict[str, Any]) -> dict[str, Any]:
         "gradient_clipping": config.optimizer.grad_clip,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on CPUs, too
         "bf16": {"enabled": config.train.precision == "bf16", "check_grad_overflow": True},
         "data_types": {"grad_accum_dtype": "fp32"},
-        "communication_data_type": "fp32",
+        "communication_data_type": config.parallel.reduce_dtype,
         "steps_per_print": 10**9,
     }
 
@@ -320,7 +321,8 @@ class FlatOptimizer(ZeroOptimizer):
         """
         optimizer: Any = self.torch_optimizer
         if getattr(optimizer, "_step_supports_amp_scaling", False):
-            optimizer.grad_scale, optimizer.found_inf = divisor.float(), 1 - finite.float()
+            device = self.master_parameters[0].device  # with offloading the host: waits for the device
+            optimizer.grad_scale, optimizer.found_inf = divisor.float().to(device), 1 - finite.float().to(device)
             optimizer.step()
         elif finite.item():
             torch._foreach_div_(self.gradients, divisor.float())

@@ -28,6 +28,7 @@ from rdm_scale.parallel.megatron_adapter import ModelParallelUnit
 from rdm_scale.parallel.mesh import Mesh
 from rdm_scale.parallel.pipeline.boundary import StageInputs, StageOutputs
 from rdm_scale.parallel.plan import ParallelPlan
+from rdm_scale.parallel.stage import Stage
 from rdm_scale.parallel.zero import deepspeed_adapter as deepspeed
 
 
@@ -71,7 +72,7 @@ class ZeroEngine(ABC):
 
     def __init__(
         self,
-        stage: nn.Module,
+        stage: Stage,
         materialized: Iterable[nn.Module],
         config: RunConfig,
         mesh: Mesh,
@@ -103,8 +104,12 @@ class ZeroEngine(ABC):
     def accumulating(self) -> contextlib.AbstractContextManager[None]:
         """Context of all forwards and backwards of one step; on leaving, gradients are reduced to their mean."""
 
-    def backward(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
-        """Accumulate gradients; `step` uses their mean over the data-parallel ranks."""
+    def backward(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor | None], last: bool = True) -> None:
+        """Accumulate gradients; `step` uses their mean over the data-parallel ranks.
+
+        Args:
+            last: whether it is the last backward of a chunk in this step.
+        """
         self.optimizer.begin_backward()
         torch.autograd.backward(outputs, gradients)
 
@@ -202,7 +207,7 @@ class ZeroEngine(ABC):
             self.parameters.append(parameter)
 
     def _owns(self, held: ParameterRange) -> bool:
-        return held.numel > 0 and (held.part.count > 1 or self.mesh.tensor_rank == 0)
+        return held.numel > 0 and self.mesh.copies.rank == 0 and (held.part.count > 1 or self.mesh.tensor_rank == 0)
 
     def _add_squares(self, squares: dict[int, Tensor], gradient: Tensor, start: int) -> None:
         for owned in self.owned_ranges:
@@ -218,8 +223,10 @@ class ZeroEngine(ABC):
         self.publish_master_weights()
 
     def _model_parallel_unit(self) -> type[ModelParallelUnit]:
-        """Process groups as DeepSpeed asks for them (`mpu`)."""
-        return ModelParallelUnit
+        """Process groups as DeepSpeed asks for them (`mpu`): its data-parallel ranks are those that shard."""
+        values = {"group": self.mesh.shard.group, "rank": self.mesh.shard.rank, "world_size": self.mesh.shard.size}
+        members = {f"get_data_parallel_{what}": staticmethod(lambda v=value: v) for what, value in values.items()}
+        return type("ShardUnit", (ModelParallelUnit,), members)
 
     @abstractmethod
     def _zero_settings(self, largest: int) -> dict[str, Any]:

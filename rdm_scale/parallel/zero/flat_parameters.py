@@ -4,6 +4,7 @@ What is done to flat parameters (gathering, reducing, stepping, publishing) take
 for one, and the parameters of the model are views that stay where they are.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,6 +14,13 @@ from torch import Tensor, nn
 
 _ALIGNMENT = 32  # elements at whose multiples a parameter begins: 64 bytes in bf16, as matrix products want them
 LARGEST = 2**30  # elements of a flat parameter, unless a single parameter has more; kernels count to 2^31
+
+
+class Kind(NamedTuple):
+    """Properties that all parameters of a flat parameter share, beside their parameter group of the optimizer."""
+
+    bucket: int  # flat parameters of one bucket are gathered, and their gradients reduced, together
+    replicated: bool  # every tensor-parallel rank holds the same
 
 
 class FlatRange(NamedTuple):
@@ -31,13 +39,12 @@ class FlatParameter:
     Attributes:
         starts: element of the flat parameter at which each parameter begins.
         numel: of the flat parameter, with the padding between parameters and at the end.
-        replicated: every tensor-parallel rank holds the same parameters.
     """
 
     parameters: tuple[nn.Parameter, ...]
     starts: tuple[int, ...]
     numel: int
-    replicated: bool
+    kind: Kind
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """Parameters, or tensors of their shapes, as views of a flat tensor."""
@@ -70,18 +77,17 @@ class FlatParameter:
 
 
 def flat_parameters(
-    parameters: Iterable[nn.Parameter], replicated: Callable[[nn.Parameter], bool], shards: int
+    parameters: Iterable[nn.Parameter], kind_of: Callable[[nn.Parameter], Kind], shards: int
 ) -> list[FlatParameter]:
-    """Lay out the parameters of one parameter group of an optimizer.
+    """Lay out the parameters of one parameter group of an optimizer: those of a kind together, in order of bucket.
 
     Args:
-        replicated: whether every tensor-parallel rank holds the same of a parameter.
         shards: number of equal parts of every flat parameter.
     """
-    kinds: dict[bool, list[nn.Parameter]] = {False: [], True: []}
+    kinds: dict[Kind, list[nn.Parameter]] = defaultdict(list)
     for parameter in parameters:
-        kinds[replicated(parameter)].append(parameter)
-    return [_laid_out(some, kind, shards) for kind, members in kinds.items() for some in _limited(members, LARGEST)]
+        kinds[kind_of(parameter)].append(parameter)
+    return [_laid_out(some, kind, shards) for kind in sorted(kinds) for some in _limited(kinds[kind], LARGEST)]
 
 
 def _limited(parameters: Sequence[nn.Parameter], largest: int) -> Iterator[list[nn.Parameter]]:
@@ -98,12 +104,12 @@ def _limited(parameters: Sequence[nn.Parameter], largest: int) -> Iterator[list[
         yield some
 
 
-def _laid_out(parameters: Sequence[nn.Parameter], replicated: bool, shards: int) -> FlatParameter:
+def _laid_out(parameters: Sequence[nn.Parameter], kind: Kind, shards: int) -> FlatParameter:
     starts, end = [], 0
     for parameter in parameters:
         starts.append(end)
         end += _padded(parameter.numel(), _ALIGNMENT)
-    return FlatParameter(tuple(parameters), tuple(starts), _padded(end, shards * _ALIGNMENT), replicated)
+    return FlatParameter(tuple(parameters), tuple(starts), _padded(end, shards * _ALIGNMENT), kind)
 
 
 def _padded(numel: int, multiple: int) -> int:

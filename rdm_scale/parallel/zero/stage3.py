@@ -4,9 +4,11 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from rdm_scale.batch import ModelInputs
+from rdm_scale.dtypes import PRECISIONS
 from rdm_scale.parallel.pipeline.boundary import StageInputs, StageOutputs
 from rdm_scale.parallel.zero import deepspeed_adapter as deepspeed
 from rdm_scale.parallel.zero.engine import ParameterRange, ZeroEngine, starts_of
@@ -26,14 +28,19 @@ class Zero3(ZeroEngine):
         self.optimizer.save_gradient_counters()
         return outputs
 
-    def backward(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+    def backward(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor | None], last: bool = True) -> None:
         self.optimizer.restore_gradient_counters()
-        super().backward(outputs, gradients)
+        super().backward(outputs, gradients, last)
 
     @contextlib.contextmanager
     def accumulating(self) -> Iterator[None]:
         self.optimizer.begin_step_with_hooks()
         yield
+        if self.mesh.copies.size > 1:
+            gradients = self.optimizer.gradients.div_(self.mesh.copies.size)
+            total = gradients.to(PRECISIONS[self.config.parallel.reduce_dtype].torch)
+            dist.all_reduce(total, group=self.mesh.copies.group)
+            gradients.copy_(total)
 
     def _zero_settings(self, largest: int) -> dict[str, Any]:
         return {
@@ -46,14 +53,14 @@ class Zero3(ZeroEngine):
             "stage3_prefetch_bucket_size": largest,
             "contiguous_gradients": False,  # True copies each gradient once more, into a buffer of its own
             "reduce_bucket_size": largest,
-            "overlap_comm": self.mesh.device.type == "cuda",
+            "overlap_comm": self.config.parallel.overlap and self.mesh.device.type == "cuda",
             # DeepSpeed's linear layer: torch's saves the all-gathered weight for its backward, although the weight is
             # to be freed after the forward.
             "memory_efficient_linear": True,
         }
 
     def _register(self, child: nn.Module, settings: dict[str, Any]) -> None:
-        deepspeed.shard(list(child.parameters()), self.parameters, self.mesh.data_group, settings)
+        deepspeed.shard(list(child.parameters()), self.parameters, self.mesh.shard.group, settings)
         super()._register(child, settings)
 
     def _make_optimizer(self, *arguments: Any) -> deepspeed.Stage3Optimizer:
@@ -63,7 +70,7 @@ class Zero3(ZeroEngine):
         starts = starts_of(self.master_weights)
         for parameter in self.optimizer.parameters:
             share, name = self.optimizer.share_of(parameter), names[id(parameter)]
-            first = min(share.numel * self.mesh.data_rank, share.unsharded_numel)  # the last ranks' ranges are padded
+            first = min(share.numel * self.mesh.shard.rank, share.unsharded_numel)  # the last ranks' ranges are padded
             yield ParameterRange(
                 name,
                 share.unsharded_shape,
