@@ -14,7 +14,7 @@ _AT_LEAST = 8
 
 
 @dataclass
-class Bucket:
+class ParameterBucket:
     """State of a bucket in a step.
 
     Attributes:

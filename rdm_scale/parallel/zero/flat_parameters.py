@@ -16,7 +16,7 @@ _ALIGNMENT = 32  # elements at whose multiples a parameter begins: 64 bytes in b
 LARGEST = 2**30  # elements of a flat parameter, unless a single parameter has more; kernels count to 2^31
 
 
-class Kind(NamedTuple):
+class FlatKind(NamedTuple):
     """Properties that all parameters of a flat parameter share, beside their parameter group of the optimizer."""
 
     bucket: int  # flat parameters of one bucket are gathered, and their gradients reduced, together
@@ -44,7 +44,7 @@ class FlatParameter:
     parameters: tuple[nn.Parameter, ...]
     starts: tuple[int, ...]
     numel: int
-    kind: Kind
+    kind: FlatKind
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """Parameters, or tensors of their shapes, as views of a flat tensor."""
@@ -77,14 +77,14 @@ class FlatParameter:
 
 
 def flat_parameters(
-    parameters: Iterable[nn.Parameter], kind_of: Callable[[nn.Parameter], Kind], shards: int
+    parameters: Iterable[nn.Parameter], kind_of: Callable[[nn.Parameter], FlatKind], shards: int
 ) -> list[FlatParameter]:
     """Lay out the parameters of one parameter group of an optimizer: those of a kind together, in order of bucket.
 
     Args:
         shards: number of equal parts of every flat parameter.
     """
-    kinds: dict[Kind, list[nn.Parameter]] = defaultdict(list)
+    kinds: dict[FlatKind, list[nn.Parameter]] = defaultdict(list)
     for parameter in parameters:
         kinds[kind_of(parameter)].append(parameter)
     return [_laid_out(some, kind, shards) for kind in sorted(kinds) for some in _limited(kinds[kind], LARGEST)]
@@ -104,7 +104,7 @@ def _limited(parameters: Sequence[nn.Parameter], largest: int) -> Iterator[list[
         yield some
 
 
-def _laid_out(parameters: Sequence[nn.Parameter], kind: Kind, shards: int) -> FlatParameter:
+def _laid_out(parameters: Sequence[nn.Parameter], kind: FlatKind, shards: int) -> FlatParameter:
     starts, end = [], 0
     for parameter in parameters:
         starts.append(end)

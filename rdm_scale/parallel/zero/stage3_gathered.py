@@ -32,9 +32,9 @@ from rdm_scale.parallel.megatron_adapter import ModelParallelUnit
 from rdm_scale.parallel.pipeline.boundary import StageInputs, StageOutputs
 from rdm_scale.parallel.zero import deepspeed_adapter as deepspeed
 from rdm_scale.parallel.zero.background import Background
-from rdm_scale.parallel.zero.buckets import Bucket, assign_buckets
+from rdm_scale.parallel.zero.buckets import ParameterBucket, assign_buckets
 from rdm_scale.parallel.zero.engine import ParameterRange, ZeroEngine
-from rdm_scale.parallel.zero.flat_parameters import FlatParameter, Kind, flat_parameters
+from rdm_scale.parallel.zero.flat_parameters import FlatKind, FlatParameter, flat_parameters
 
 # Elements of which one sum of squares is taken. On CPUs torch adds them one after the other in fp32, which for millions
 # loses digits.
@@ -126,14 +126,14 @@ class Zero3Gathered(ZeroEngine):
         for i in numbers:
             dist.all_gather_into_tensor(self._weights[i], self.optimizer.weights[i], group=self.mesh.shard.group)
 
-    def _enter(self, bucket: Bucket, block: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def _enter(self, bucket: ParameterBucket, block: nn.Module, inputs: tuple[Any, ...]) -> None:
         """Before a bucket's first block: wait for its parameters, and have its gradients reduced after its backward."""
         bucket.wait()
         z_SBD = inputs[0]
         if z_SBD.requires_grad and torch.is_grad_enabled():
             z_SBD.register_hook(partial(self._leave, bucket))
 
-    def _leave(self, bucket: Bucket, gradient: Tensor) -> None:
+    def _leave(self, bucket: ParameterBucket, gradient: Tensor) -> None:
         """In the backward, when the gradient of the input of a bucket's first block is there: reduce gradients."""
         missing = [i for i in bucket.parameters if self._ordered[i].grad is None]
         if self._last_backward and not missing:
@@ -159,7 +159,7 @@ class Zero3Gathered(ZeroEngine):
         for parameter in parameters:
             parameter.grad = None
 
-    def _reduce(self, bucket: Bucket) -> None:
+    def _reduce(self, bucket: ParameterBucket) -> None:
         """Sum a bucket's gradients over the data-parallel ranks in the background, unless that has been started."""
         if self.mesh.data_size > 1 and not bucket.reduced:
             bucket.wait = self._background.start(partial(self._reduce_flats, bucket.flats))
@@ -228,7 +228,7 @@ class Zero3Gathered(ZeroEngine):
         self._reduce_dtype = PRECISIONS[parallel.reduce_dtype].torch
         bucket_of, first_blocks = assign_buckets(self.stage) if self._overlaps else ({}, {})
         kinds = {
-            id(parameter): Kind(bucket_of.get(name, 0), replicated=self.slices[name].count == 1)
+            id(parameter): FlatKind(bucket_of.get(name, 0), replicated=self.slices[name].count == 1)
             for name, parameter in stage.named_parameters()
         }
         layouts = [
@@ -257,7 +257,7 @@ class Zero3Gathered(ZeroEngine):
         of_parameters = [layout.kind.bucket for layout in self._layouts for _ in layout.parameters]
         for number, bucket in enumerate(of_parameters):
             parameters[bucket].append(number)
-        self._buckets = [Bucket(flats[number], parameters[number]) for number in sorted(flats)]
+        self._buckets = [ParameterBucket(flats[number], parameters[number]) for number in sorted(flats)]
         for number, block in first_blocks.items():
             block.register_forward_pre_hook(partial(self._enter, self._buckets[number]))
 
