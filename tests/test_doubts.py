@@ -39,6 +39,8 @@ def config(**sections: dict[str, Any]) -> RunConfig:
         ({"optimizer": {"schedule": "cosine", "schedule_steps": 1000}}, None),
         ({"monitor": {"validate_every": 2000}}, "validate_every=2000 exceeds train.steps=1000"),
         ({"monitor": {"sample_every": 2000}}, "sample_every=2000 exceeds train.steps=1000"),
+        ({"monitor": {"measure_every": 2000, "reference": "r.npz"}}, "measure_every=2000 exceeds train.steps=1000"),
+        ({"monitor": {"reference": "r.npz"}}, "monitor.reference has no effect with monitor.measure_every=0"),
         (
             {"diffusion": {"objective": "ddpm", "num_timesteps": 100}, "sampling": {"steps": 101}},
             "sampling.steps=101 exceeds diffusion.num_timesteps=100",

@@ -51,6 +51,8 @@ def _length_doubts(config: RunConfig) -> Iterator[str]:
         yield f"monitor.validate_every={monitor.validate_every} exceeds train.steps={steps}: no validation loss"
     if monitor.sample_every > steps:
         yield f"monitor.sample_every={monitor.sample_every} exceeds train.steps={steps}: no sample grid"
+    if monitor.measure_every > steps:
+        yield f"monitor.measure_every={monitor.measure_every} exceeds train.steps={steps}: no measure of samples"
 
 
 def _unread_keys(config: RunConfig) -> Iterator[str]:
@@ -74,5 +76,7 @@ def _unread_keys(config: RunConfig) -> Iterator[str]:
                 yield f"diffusion.{name}={getattr(diffusion, name)} has no effect with timestep_sampling=uniform"
     if config.model.residual != "neural_rdm" and config.model.gate != GateConfig():
         yield f"model.gate has no effect with model.residual={config.model.residual}"
+    if config.monitor.reference is not None and not config.monitor.measure_every:
+        yield "monitor.reference has no effect with monitor.measure_every=0"
     if config.checkpoint.start_weights != "ema" and config.checkpoint.start_from is None:
         yield f"checkpoint.start_weights={config.checkpoint.start_weights} has no effect without checkpoint.start_from"

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from rdm_scale.config.checkpoints import CheckpointConfig
 from rdm_scale.config.model import ModelConfig
+from rdm_scale.config.monitor_section import MonitorConfig
 from rdm_scale.config.parallel import ParallelConfig
 from rdm_scale.config.section import Section
 from rdm_scale.errors import ConfigError
@@ -178,28 +179,6 @@ class TrainConfig(Section):
         return self
 
 
-class MonitorConfig(Section):
-    """Intervals of metrics, validation, profiles and sample grids (keys `monitor.*`)."""
-
-    log_every: int = Field(10, ge=1, description="steps between lines of console output")
-    tensorboard: bool = Field(True, description="write metrics and sample grids to run.dir/tensorboard")
-    validate_every: int = Field(500, ge=0, description="steps between validation losses; 0: never")
-    validation_samples: int = Field(1024, ge=1, description="maximum number of validation samples")
-    depth_every: int = Field(
-        100, ge=0, description="steps between profiles over depth in run.dir/depth.jsonl; 0: never"
-    )
-    sample_every: int = Field(0, ge=0, description="steps between sample grids in run.dir/samples; 0: never")
-    sample_columns: int = Field(
-        10, ge=1, description="columns of a sample grid: classes, or samples of a model without classes"
-    )
-    peak_tflops: float | None = Field(
-        None,
-        gt=0,
-        description="peak of a GPU in TFLOP/s, of which MFU is a share; null: that of a matrix product measured at the "
-        "start (no MFU on CPUs)",
-    )
-
-
 class RunSection(Section):
     """Directory of the run (keys `run.*`)."""
 
@@ -235,6 +214,15 @@ class RunConfig(Section):
         if self.monitor.sample_every and self.model.condition == "text":
             raise ValueError(
                 "monitor.sample_every needs class labels or no condition: with model.condition=text set it to 0"
+            )
+        if self.monitor.measure_every and self.model.condition == "text":
+            raise ValueError(
+                "monitor.measure_every needs class labels or no condition: with model.condition=text set it to 0 and "
+                "use tools/measure.py run with --prompts"
+            )
+        if self.monitor.measure_every and self.monitor.reference is None:
+            raise ValueError(
+                "monitor.measure_every needs monitor.reference, the statistics that tools/measure.py reference writes"
             )
         self._check_layout()
         return self

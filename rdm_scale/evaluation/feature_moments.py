@@ -68,7 +68,7 @@ class FeatureMoments:
         """Merge the accumulators of all ranks, on every rank. Collective.
 
         Args:
-            sum_over_ranks: element-wise sum of float64 tensors, for instance `Mesh.all_reduce_sum_over_data`.
+            sum_over_ranks: element-wise sum of float64 tensors, for instance `Mesh.all_reduce_sum_on_cpu`.
         """
         count, mean = float(self.count), self.mean
         sums = sum_over_ranks(torch.cat([torch.tensor([count], dtype=torch.float64), count * mean]))

@@ -165,9 +165,9 @@ class StatisticsCollector:
         kept, probabilities = self._kept, self._probabilities
         fingerprint, caption_scores = self._fingerprint, self._caption_scores
         if mesh is not None:
-            self.pooled.all_reduce(mesh.all_reduce_sum_over_data)
+            self.pooled.all_reduce(mesh.all_reduce_sum_on_cpu)
             if self.spatial is not None:
-                self.spatial.all_reduce(mesh.all_reduce_sum_over_data)
+                self.spatial.all_reduce(mesh.all_reduce_sum_on_cpu)
             parts = mesh.all_gather_object((kept, probabilities, fingerprint, caption_scores))
             kept = [one for part in parts for one in part[0]]
             probabilities = [one for part in parts for one in part[1]]

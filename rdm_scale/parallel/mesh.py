@@ -74,6 +74,12 @@ class Mesh:
         dist.all_reduce(values)
         return values
 
+    def all_reduce_sum_on_cpu(self, values: torch.Tensor) -> torch.Tensor:
+        """Element-wise float64 sum over all ranks, on the CPU."""
+        total = values.to(self.device, torch.float64, copy=True)
+        dist.all_reduce(total)
+        return total.cpu()
+
     def all_reduce_sum_over_data(self, values: Sequence[float] | torch.Tensor) -> torch.Tensor:
         """Element-wise float64 sum over the data-parallel ranks, on the CPU."""
         total = torch.as_tensor(values, dtype=torch.float64).to(self.device)

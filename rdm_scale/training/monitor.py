@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
@@ -10,8 +11,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from rdm_scale.config import RunConfig
+from rdm_scale.evaluation.measurements import Measurement
 from rdm_scale.evaluation.plots import heat_map
 from rdm_scale.training.depth_profiles import DEPTH, Profile, read_profiles
+from rdm_scale.training.run_directory import MEASURES
 from rdm_scale.training.step import StepResult
 from rdm_scale.training.throughput import Throughput, clock_time
 from rdm_scale.training.trackers import build_trackers
@@ -47,6 +50,9 @@ class Monitor:
 
     def image_grid(self, step: int, image: Image.Image) -> None:
         """Log a grid of samples."""
+
+    def measures(self, step: int, measures: Sequence[Measurement]) -> None:
+        """Log measures of samples with all that they depend on; their values are metrics of the step, too."""
 
     def report(self, message: str) -> None:
         """Print a message that is not a metric."""
@@ -91,6 +97,13 @@ class RunMonitor(Monitor):
         folder.mkdir(exist_ok=True)
         image.save(folder / f"step_{step:08d}.png")
         self._log_image(step, "samples", np.asarray(image))
+
+    def measures(self, step: int, measures: Sequence[Measurement]) -> None:
+        line = {"step": step} | {measure.name: measure.record() for measure in measures}
+        with (self.dir / MEASURES).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        for measure in measures:
+            self.report(f"step {step}  {measure.name} {measure.value:.5g} of {measure.fields['generated']} samples")
 
     def report(self, message: str) -> None:
         print(message, flush=True)

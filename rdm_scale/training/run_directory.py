@@ -24,7 +24,7 @@ from rdm_scale.training.changed_keys import changed_keys
 from rdm_scale.training.depth_profiles import DEPTH
 
 _CANNOT_LOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # file systems without locks, as Lustre may be
-CONFIG, METRICS, LOCK = RUN_CONFIG, "metrics.jsonl", ".lock"
+CONFIG, METRICS, MEASURES, LOCK = RUN_CONFIG, "metrics.jsonl", "measures.jsonl", ".lock"
 RUN_ID = "run.json"
 
 
@@ -177,7 +177,7 @@ def prepare(config: RunConfig, start: Start) -> HeldDirectories:
         owner = _claim(config, run_id)
         Location(run_dir / CONFIG).write(to_yaml(config).encode())
         warnings: list[str] = []
-        for path in (run_dir / METRICS, run_dir / DEPTH):
+        for path in (run_dir / METRICS, run_dir / MEASURES, run_dir / DEPTH):
             _truncate(path, start.step, warnings.append)
     except OSError as error:
         raise ConfigError(f"cannot write to run.dir={run_dir}: {error.strerror or error}") from None

@@ -28,6 +28,7 @@ from rdm_scale.device import TimeMark
 from rdm_scale.diffusion import build_objective
 from rdm_scale.diffusion.training_draws import draw
 from rdm_scale.errors import ConfigError, NonFiniteError
+from rdm_scale.evaluation.training_measure import TrainingMeasure
 from rdm_scale.parallel.broadcast import broadcast_batches
 from rdm_scale.parallel.hang_reports import HangWatch
 from rdm_scale.parallel.mesh import Mesh
@@ -81,6 +82,7 @@ class Trainer:
         self.stream = self._open_stream(start) if mesh.reads_data else None
         self.held_out = self._open_held_out() if config.data.validation and mesh.reads_data else None
         self.grid = SampleGrid(config, mesh, facts) if config.monitor.sample_every else None
+        self.measure = TrainingMeasure(config, mesh, facts) if config.monitor.measure_every else None
         self.monitor = RunMonitor(config, self.step) if mesh.is_first else Monitor()
         self.probe = DepthProbe(config, self.model)
         self._under_way: deque[StepUnderWay] = deque()  # steps that are not read yet
@@ -230,8 +232,8 @@ class Trainer:
         """Read and log steps, and do what is due after them; True if a rank was asked to stop. Collective.
 
         The newest step is left to the device, which has work while the host prepares the next one, unless something is
-        due that follows it: a save, the end of the run, validation, samples or a depth profile. All ranks read a step
-        at the same time, so that they agree on what follows from it.
+        due that follows it: a save, the end of the run, validation, samples, measures of samples or a depth profile.
+        All ranks read a step at the same time, so that they agree on what follows from it.
         """
         stopping, leave = False, 0 if self._newest_is_needed() else 1
         while len(self._under_way) > leave:
@@ -248,7 +250,7 @@ class Trainer:
 
     def _newest_is_needed(self) -> bool:
         config = self.config
-        intervals = [config.checkpoint.every, config.monitor.sample_every]
+        intervals = [config.checkpoint.every, config.monitor.sample_every, config.monitor.measure_every]
         intervals += [config.monitor.validate_every] if config.data.validation else []
         return self.step == config.train.steps or self._probe_is_due(self.step) or any(map(self._due, intervals))
 
@@ -265,6 +267,11 @@ class Trainer:
         record = self._metrics(result)
         if self.config.data.validation and result.step == self.step and self._due(self.config.monitor.validate_every):
             record["validation_loss"] = self.validation_loss()
+        if self.measure is not None and result.step == self.step and self._due(self.config.monitor.measure_every):
+            with self.model.evaluating(ema=True):
+                measures = self.measure.measure(self.model, self.step)
+            record |= {measure.name: measure.value for measure in measures}
+            self.monitor.measures(self.step, measures)
         self.monitor.step(record)
 
     def _metrics(self, result: StepResult) -> Record:

@@ -50,7 +50,7 @@ def reduced(samples: int) -> tuple[int, Any]:
     mesh = build_mesh(ParallelConfig())
     share = -(-samples // mesh.data_size)
     moments = moments_of(features(samples)[share * mesh.data_rank :][:share], 4)
-    moments.all_reduce(mesh.all_reduce_sum_over_data)
+    moments.all_reduce(mesh.all_reduce_sum_on_cpu)
     gaussian = moments.gaussian()
     mesh.shutdown()
     return moments.count, gaussian
