@@ -2,17 +2,22 @@
 
 A nearest-neighbor classifier fitted on real images (or clips) labels the generated ones; label accuracy is the share
 that it assigns to the requested class. The measure suits small images and clips of distinct classes, such as digits.
+With --features, the Frechet distance of the same samples stands beside it; tools/measure.py has all other measures.
 """
 
 import argparse
 import dataclasses
 import sys
+<<<<<<< HEAD
 from concurrent.futures import ThreadPoolExecutor
+=======
+from pathlib import Path
+>>>>>>> 82d843c (evaluation: print the distance beside label accuracy; explain measures)
 from typing import TYPE_CHECKING
 
 from rdm_scale.config.paths import any_option, local_option
 from rdm_scale.errors import ConfigError, DataError, RdmError
-from rdm_scale.progress import ProgressReporter, track
+from rdm_scale.progress import ProgressReporter
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +26,7 @@ if TYPE_CHECKING:
     from rdm_scale.encoding.inputs import MediaSet
     from rdm_scale.sampling.requests import SamplingRequest
 
-READERS = 8  # threads that decode real images and clips
+READ_AT_ONCE = 64  # real images and clips, which threads decode
 
 
 def main() -> None:
@@ -41,8 +46,14 @@ def main() -> None:
         default=[],
         help="for a model with text: the prompt of a class; repeat for each class, in order",
     )
+<<<<<<< HEAD
     parser.add_argument(
         "--text-encoder", type=any_option, metavar="DIR", help="its folder, if moved since the data were encoded"
+=======
+    parser.add_argument("--text-encoder", metavar="DIR", help="its folder, if moved since the data were encoded")
+    parser.add_argument(
+        "--features", help="print the Frechet distance of these features, too: digits, efficientnet-lite0, i3d, ..."
+>>>>>>> 82d843c (evaluation: print the distance beside label accuracy; explain measures)
     )
     parser.add_argument("--neighbours", type=int, default=5, help="default: %(default)s")
     parser.add_argument(
@@ -73,7 +84,11 @@ def evaluate(options: argparse.Namespace) -> None:
     from rdm_scale.checkpoint import load_trained
     from rdm_scale.device import local_device
     from rdm_scale.encoding.inputs import find_media
+    from rdm_scale.evaluation.generated_samples import pixel_size
     from rdm_scale.evaluation.labels import label_accuracy
+    from rdm_scale.evaluation.networks import load_network
+    from rdm_scale.evaluation.real_comparison import distance_with_floor
+    from rdm_scale.evaluation.sample_sets import to_float, to_uint8
     from rdm_scale.sampling.image_grid import write_grid
     from rdm_scale.sampling.requests import draw_request, override_sampling
     from rdm_scale.storage.location import Location
@@ -88,6 +103,8 @@ def evaluate(options: argparse.Namespace) -> None:
     wanted = "video" if trained.config.model.input.frames > 1 else "image"
     if source.kind != wanted:
         raise DataError(f"the model draws {wanted}s, but {options.real} holds {source.kind}s: give real {wanted}s")
+    if options.features:
+        load_network(options.features, pixel_size(trained).frames)  # a mistake costs seconds, not the drawing
     config = override_sampling(trained.config, "with the options given", guidance=options.guidance)
     request = request_of(options, trained, source)
     classes = request.columns
@@ -100,11 +117,28 @@ def evaluate(options: argparse.Namespace) -> None:
         shown, fps = pixels[: options.rows * classes], options.fps or 8.0
         files = write_grid(shown, Location(options.picture), classes, request.names, fps=fps)
         print(f"samples: {' and '.join(map(str, files))}")
-    frames, height, width = pixels.shape[2:]
-    real = real_pixels(source, frames, height, width, options)
-    real_labels = torch.tensor([file.label for file in source.files])
-    accuracy = label_accuracy(real, real_labels, pixels, labels, options.neighbours)
+    real, real_labels = real_samples(options, *pixels.shape[2:])
+    accuracy = label_accuracy(to_float(real), real_labels, pixels, labels, options.neighbours)
     print(f"label accuracy: {100 * accuracy:.1f} % of {len(labels)} samples of step {trained.step}")
+    if options.features:
+        found = distance_with_floor(real, to_uint8(pixels), options.features, local_device())
+        floor = f"floor {found.fields['floor']:.5g}: {found.fields['floor_samples']} real samples from the others"
+        print(f"{found.name}: {found.value:.5g} of {len(labels)} samples ({floor})")
+
+
+def real_samples(options: argparse.Namespace, frames: int, height: int, width: int) -> "tuple[Tensor, Tensor]":
+    """All images, or the first clip of each video, as uint8 [N, T, H, W, 3], and their labels [N]."""
+    import torch
+
+    from rdm_scale.evaluation.sample_sets import MediaOptions, MediaSamples
+
+    samples = MediaSamples(options.real, MediaOptions((height, width), frames, options.stride, options.fps))
+    parts = []
+    with ProgressReporter(f"reading {options.real}", samples.count) as progress:
+        for batch in samples.batches(READ_AT_ONCE):
+            parts.append(batch.pixels)
+            progress.update(len(batch.pixels))
+    return torch.cat(parts), torch.tensor(samples.labels)
 
 
 def request_of(options: argparse.Namespace, trained: "TrainedModel", source: "MediaSet") -> "SamplingRequest":
@@ -121,34 +155,6 @@ def request_of(options: argparse.Namespace, trained: "TrainedModel", source: "Me
         )
     request = request_prompts(trained, options.prompt, options.per_class, options.text_encoder)
     return dataclasses.replace(request, names=tuple(names))
-
-
-def real_pixels(source: "MediaSet", frames: int, height: int, width: int, options: argparse.Namespace) -> "Tensor":
-    """Pixels [N, 3, T, H, W] in [-1, 1] of all images, or of the first clip of each video."""
-    import torch
-
-    from rdm_scale.encoding.images import decode
-    from rdm_scale.encoding.inputs import MediaFile
-    from rdm_scale.encoding.videos import decode_clip
-
-    def load(file: MediaFile) -> "Tensor":
-        if frames == 1:
-            return decode(file.read(), height, width, file.name).unsqueeze(1)
-        with file.open() as content:
-            return decode_clip(
-                content,
-                file.name,
-                fps=options.fps,
-                start=0,
-                frames=frames,
-                height=height,
-                width=width,
-                stride=options.stride,
-            )
-
-    with ThreadPoolExecutor(READERS) as pool:
-        found = pool.map(load, source.files)
-        return torch.stack(list(track(found, f"reading {options.real}", source.kind, len(source.files))))
 
 
 if __name__ == "__main__":

@@ -66,7 +66,15 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--steps", type=int, help="sampling steps (default: as in the run)")
     run.add_argument("--guidance", type=float, help="guidance scale (default: as in the run)")
     run.add_argument("--sampler", help="ddpm, ddim, euler or heun (default: as in the run)")
+<<<<<<< HEAD
     run.add_argument("--weights", metavar="{ema,raw}", help="EMA or raw weights (default: EMA, where there are any)")
+=======
+    run.add_argument(
+        "--weights",
+        metavar="{ema,raw}",
+        help="EMA weights, or those without averaging (default: EMA, if there are)",
+    )
+>>>>>>> 82d843c (evaluation: print the distance beside label accuracy; explain measures)
     run.add_argument("--seed", type=int, default=0, help="of the samples (default: %(default)s)")
     run.add_argument("--prompts", metavar="FILE", help="for a model with text: one prompt a line, used in turns")
     run.add_argument("--text-encoder", metavar="DIR", help="its folder, if moved since the data were encoded")

@@ -150,14 +150,14 @@ def train(places: Places, steps: int | None) -> None:
 
 
 def evaluate(places: Places) -> None:
-    """Draw samples, measure how many are recognized as the digit asked for, and plot the loss."""
+    """Draw samples, measure label accuracy and Frechet distance, and plot the loss."""
     from rdm_scale.evaluation.plots import plot_loss
 
     samples, loss = places.run / "samples.png", places.run / "loss.png"
     run_step(
         f"[4/5] drawing {'50 clips' if places.video else '250 digits'} with the EMA weights and [5/5] classifying "
-        f"them by their nearest real {'clips' if places.video else 'scans'}",
-        *(*tool("evaluate"), places.checkpoints, places.digits, "--picture", str(samples)),
+        f"them by their nearest real {'clips' if places.video else 'scans'}, and their distance from these",
+        *(*tool("evaluate"), places.checkpoints, places.digits, "--features", "digits", "--picture", str(samples)),
         *("--per-class", "5", "--rows", "5", *STRIDE) if places.video else ("--per-class", "25"),
     )
     plot_loss(places.run / "metrics.jsonl", loss)

@@ -92,6 +92,11 @@ def to_uint8(pixels_BCTHW: Tensor) -> Tensor:
     return ((pixels_BCTHW.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 4, 1)
 
 
+def to_float(pixels_BTHWC: Tensor) -> Tensor:
+    """Pixels uint8 [B, T, H, W, 3] as float32 [B, 3, T, H, W] in [-1, 1]."""
+    return pixels_BTHWC.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+
+
 def open_samples(url: str, options: MediaOptions | None = None, device: str | torch.device = "cpu") -> SampleSet:
     """Open a set of images or clips.
 
