@@ -7,6 +7,7 @@
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -39,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
         from rdm_scale.parallel.failures import end_with_launcher, run_main
 
         end_with_launcher()
-        run_main(lambda reporter: _run(options, _mesh(reporter)))
+        run_main(lambda reporter: _run(options, _mesh(options, reporter)))
     try:
         _run(options, None)
     except RdmError as error:
@@ -104,10 +105,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _mesh(reporter: "FailureReporter") -> "Mesh":
+def _mesh(options: argparse.Namespace, reporter: "FailureReporter") -> "Mesh":
     from rdm_scale.config import ParallelConfig
     from rdm_scale.parallel.mesh import build_mesh
 
+    def end(signal_number: int, frame: object) -> None:
+        """Say how to go on: the launcher ends the other ranks by this signal when one of them is gone."""
+        if options.command == "run" and reporter.claim():
+            kept = f"the samples drawn so far are in {options.output}, and the same command goes on with them"
+            print(
+                f"\nmeasure: error: a rank has ended, or this job was asked to end; {kept}", file=sys.stderr, flush=True
+            )
+        os._exit(1)
+
+    signal.signal(signal.SIGTERM, end)
     return build_mesh(ParallelConfig(), reporter)
 
 

@@ -4,8 +4,12 @@ import contextlib
 import importlib.util
 import io
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ from rdm_scale.evaluation.feature_moments import Gaussian
 from rdm_scale.evaluation.reference_file import read_reference
 from rdm_scale.storage.location import Location
 from rdm_scale.tools.measure import main
+from tests.support.launching import Starter, finish
 from tests.support.limits import HANG_S
 from tests.support.rank_pool import free_port
 from tests.support.saved_models import run_config, save_model
@@ -36,9 +41,13 @@ def measure(*arguments: object, code: int = 0) -> str:
     return f"{printed.getvalue()}{message or ''}"
 
 
-def measure_on_ranks(ranks: int, *arguments: object) -> None:
+def on_ranks(ranks: int, *arguments: object) -> list[str]:
     launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={free_port()}"]
-    command = [sys.executable, *launcher, "tools/measure.py", *map(str, arguments)]
+    return [sys.executable, *launcher, "tools/measure.py", *map(str, arguments)]
+
+
+def measure_on_ranks(ranks: int, *arguments: object) -> None:
+    command = on_ranks(ranks, *arguments)
     done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_S, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -156,6 +165,13 @@ def test_files_of_adm(tmp_path: Path) -> None:
 
 
 @pytest.fixture
+def start() -> Iterator[Starter]:
+    starter = Starter()
+    yield starter
+    starter.end()
+
+
+@pytest.fixture
 def checkpoint(tmp_path: Path) -> str:
     """A model as initialized, which draws noise."""
     save_model(Location(tmp_path / "run"), 0, run_config(num_classes=5))
@@ -190,6 +206,23 @@ def test_a_run_goes_on_and_ranks_agree(tmp_path: Path, checkpoint: str) -> None:
         "run", checkpoint, tmp_path / "real.npz", "--features", "efficientnet-lite0", "--samples", 4, code=1
     )
     assert "cannot be compared: network digits against efficientnet-lite0" in printed
+
+
+def test_a_killed_rank_ends_the_job_in_one_line(tmp_path: Path, checkpoint: str, start: Starter) -> None:
+    real, output = array(tmp_path / "real.npy", random_images(20, 0)), tmp_path / "out"
+    same = ("run", checkpoint, real, "--features", "digits", "--metrics", "fid", "--steps", 2, "--batch-size", 4)
+    process = start(*on_ranks(2, *same, "--samples", 400_000, "--output", output))
+    deadline = time.monotonic() + HANG_S
+    while not list(output.glob("*/chunk-000001.npz")):  # the first one of rank 1
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    (killed,) = (pid for pid in ranks if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
+    os.kill(int(killed), signal.SIGKILL)
+    code, printed = finish(process)
+    assert code != 0
+    (line,) = (line for line in printed.splitlines() if line.startswith("measure: error: "))
+    assert f"the samples drawn so far are in {output}, and the same command goes on with them" in line
 
 
 def test_samples_are_written(tmp_path: Path, checkpoint: str) -> None:

@@ -85,8 +85,12 @@ def test_samples_are_drawn_from_the_run(trained: Path) -> None:
 
 def test_samples_of_the_run_are_evaluated(trained: Path) -> None:
     options = ["--per-class", "2", "--neighbours", "1", "--picture", str(trained / "drawn.png"), "--rows", "1"]
+    options += ["--features", "digits"]
     output = run("tools/evaluate.py", str(trained / "run"), str(trained / "images"), *options)
     assert re.search(r"label accuracy: [\d.]+ % of 4 samples of step 4", output), output
+    assert re.search(
+        r"FD\(digits\): [\d.e+]+ of 4 samples \(floor [\d.e+-]+: 4 real samples from the others\)", output
+    ), output
     assert f"samples: {trained}/drawn.png" in output and Image.open(trained / "drawn.png").width > 128
 
 

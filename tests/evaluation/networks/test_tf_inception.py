@@ -128,3 +128,18 @@ def test_torchscript_with_the_same_names_is_read(random_network: TFInception, tm
     (tmp_path / "weights.pt").write_bytes(content.getvalue())
     with pytest.raises(DataError, match=r"471 \(Conv2d_1a_3x3.bn.bias, ...\) missing, none unknown"):
         InceptionFeatures(str(tmp_path / "weights.pt"))
+
+
+def test_features_are_those_of_torch_fidelity(random_network: TFInception, tmp_path: Path) -> None:
+    """Resizing included, with the same random weights."""
+    pytest.importorskip("torchvision", reason="torch-fidelity needs torchvision, which is not installed")
+    fidelity = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3", reason="it is not installed")
+    file = tmp_path / "weights.pth"
+    torch.save(random_network.state_dict(), file)
+    names = ["2048", "logits_unbiased"]
+    theirs = fidelity.FeatureExtractorInceptionV3("theirs", names, feature_extractor_weights_path=str(file))
+    images = torch.randint(0, 256, (2, 40, 57, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    pooled, logits = theirs(images.permute(0, 3, 1, 2))
+    found = InceptionFeatures(str(file)).extract(images[:, None])
+    torch.testing.assert_close(found.pooled, pooled, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found.logits, logits, rtol=1e-4, atol=1e-6)
