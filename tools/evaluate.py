@@ -8,11 +8,6 @@ With --features, the Frechet distance of the same samples stands beside it; tool
 import argparse
 import dataclasses
 import sys
-<<<<<<< HEAD
-from concurrent.futures import ThreadPoolExecutor
-=======
-from pathlib import Path
->>>>>>> 82d843c (evaluation: print the distance beside label accuracy; explain measures)
 from typing import TYPE_CHECKING
 
 from rdm_scale.config.paths import any_option, local_option
@@ -46,14 +41,11 @@ def main() -> None:
         default=[],
         help="for a model with text: the prompt of a class; repeat for each class, in order",
     )
-<<<<<<< HEAD
     parser.add_argument(
         "--text-encoder", type=any_option, metavar="DIR", help="its folder, if moved since the data were encoded"
-=======
-    parser.add_argument("--text-encoder", metavar="DIR", help="its folder, if moved since the data were encoded")
+    )
     parser.add_argument(
         "--features", help="print the Frechet distance of these features, too: digits, efficientnet-lite0, i3d, ..."
->>>>>>> 82d843c (evaluation: print the distance beside label accuracy; explain measures)
     )
     parser.add_argument("--neighbours", type=int, default=5, help="default: %(default)s")
     parser.add_argument(

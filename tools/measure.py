@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from rdm_scale.config.paths import any_option
 from rdm_scale.errors import ConfigError, RdmError
 from rdm_scale.progress import ProgressReporter
 
@@ -53,40 +54,40 @@ def _parser() -> argparse.ArgumentParser:
     data = "a folder, tar or list of images or videos, a .npy or .npz of uint8 pixels, or a latent set"
 
     reference = commands.add_parser("reference", help="write the statistics of a real set")
-    reference.add_argument("data", help=data)
-    reference.add_argument("output", help="OUT.npz, in the format of ADM's evaluator")
+    reference.add_argument("data", type=any_option, help=data)
+    reference.add_argument("output", type=any_option, help="OUT.npz, in the format of ADM's evaluator")
     reference.add_argument(
         "--keep", type=int, default=10_000, help="samples whose features are kept for precision, recall and KID"
     )
     reference.add_argument("--images", type=int, default=0, help="images to keep as arr_0 for ADM's evaluator")
 
     run = commands.add_parser("run", help="draw from a trained model and measure the samples")
-    run.add_argument("model", help="a run's directory, a checkpoint or a merged folder")
-    run.add_argument("reference", help="OUT.npz of `reference`, a file of ADM, or a real set")
+    run.add_argument("model", type=any_option, help="a run's directory, a checkpoint or a merged folder")
+    run.add_argument("reference", type=any_option, help="OUT.npz of `reference`, a file of ADM, or a real set")
     run.add_argument("--samples", type=int, default=50_000, help="default: %(default)s")
     run.add_argument("--steps", type=int, help="sampling steps (default: as in the run)")
     run.add_argument("--guidance", type=float, help="guidance scale (default: as in the run)")
     run.add_argument("--sampler", help="ddpm, ddim, euler or heun (default: as in the run)")
-<<<<<<< HEAD
     run.add_argument("--weights", metavar="{ema,raw}", help="EMA or raw weights (default: EMA, where there are any)")
-=======
-    run.add_argument(
-        "--weights",
-        metavar="{ema,raw}",
-        help="EMA weights, or those without averaging (default: EMA, if there are)",
-    )
->>>>>>> 82d843c (evaluation: print the distance beside label accuracy; explain measures)
     run.add_argument("--seed", type=int, default=0, help="of the samples (default: %(default)s)")
-    run.add_argument("--prompts", metavar="FILE", help="for a model with text: one prompt a line, used in turns")
-    run.add_argument("--text-encoder", metavar="DIR", help="its folder, if moved since the data were encoded")
-    run.add_argument("--output", default="measure", help="folder of features and results (default: %(default)s)")
-    run.add_argument("--npz", metavar="FILE", help="write the samples as arr_0, for ADM's evaluator")
-    run.add_argument("--media", metavar="DIR", help="write the samples as PNG or mp4 files")
+    run.add_argument(
+        "--prompts", type=any_option, metavar="FILE", help="for a model with text: one prompt a line, used in turns"
+    )
+    run.add_argument(
+        "--text-encoder", type=any_option, metavar="DIR", help="its folder, if moved since the data were encoded"
+    )
+    run.add_argument(
+        "--output", type=any_option, default="measure", help="folder of features and results (default: %(default)s)"
+    )
+    run.add_argument("--npz", type=any_option, metavar="FILE", help="write the samples as arr_0, for ADM's evaluator")
+    run.add_argument("--media", type=any_option, metavar="DIR", help="write the samples as PNG or mp4 files")
     run.add_argument("--media-fps", type=int, default=8, help="frames a second of --media (default: %(default)s)")
 
     compare = commands.add_parser("compare", help="measure two sets")
-    compare.add_argument("real", help=f"{data}, or OUT.npz of `reference`; with --features identity float [N, D]")
-    compare.add_argument("generated", help="the same, but no reference")
+    compare.add_argument(
+        "real", type=any_option, help=f"{data}, or OUT.npz of `reference`; with --features identity float [N, D]"
+    )
+    compare.add_argument("generated", type=any_option, help="the same, but no reference")
 
     for command in (reference, compare, run):
         command.add_argument("--features", help=FEATURES_HELP)
@@ -95,7 +96,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--metrics", help="comma-separated (default: fvd for clips, fid,kid for images)")
         command.add_argument("--is-splits", type=int, default=1, help="parts of the inception score; ADM uses 10")
         command.add_argument("--adm-distances", action="store_true", help="precision and recall in float16, as ADM's")
-        command.add_argument("--json", metavar="FILE", help="write the measures by name, with all fields")
+        command.add_argument(
+            "--json", type=any_option, metavar="FILE", help="write the measures by name, with all fields"
+        )
     for command in (reference, compare):
         command.add_argument("--size", type=int, help="crop and resize media to this height and width")
         command.add_argument("--frames", type=int, default=16, help="frames of a clip (default: %(default)s)")

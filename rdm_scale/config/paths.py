@@ -64,6 +64,7 @@ KEYS: dict[str, Callable[[str, str], str]] = {
     "data.cache_dir": local,
     "data.train": expand,
     "data.validation": expand,
+    "monitor.reference": expand,
     "run.dir": local,
 }
 
