@@ -1,263 +1,135 @@
 """Training steps on one NVIDIA GPU: speed, memory against the plan, cost of depth, and the stall of a save.
 
-Latents are random and on the GPU, so that only the step is measured: forward, backward and AdamW of one micro-batch.
-`TFLOP/s` counts the model's own operations (three forwards, nothing for recomputation); `of matmul` is that rate as a
-share of one large bf16 matrix product's on the same card in the same run. The peak is that of torch's allocator;
-`planned` is the total of the plan's table. diffusers' DiT-XL/2 trains under bf16 autocast with fp32 weights, as DiT
-did, in the same run. `stall` is how long training waits at the start of a save for the copy to pinned host memory; the
-first save also allocates that memory.
+Latents are random and on the GPU, so that only the step is measured: forward, backward, AdamW and EMA of one
+micro-batch, fully sharded with gathered parameters (ZeRO-3 kept), compiled and graphed as `auto` chooses, unless a
+row's name says otherwise. `TFLOP/s` counts the model's own operations (three forwards, nothing for recomputation); `of
+matmul` is that rate as a share of one large bf16 matrix product's on the same card in the same run; `host` is the time
+until Python has issued the step. The peak is that of torch's allocator, `planned` the total of the plan's table. The
+peer is diffusers' DiT-XL/2, compiled as a whole, under bf16 autocast with fp32 weights, as DiT trains. `stall` is how
+long training waits at the start of a save for the copy to pinned host memory.
 
-Each row runs in a process of its own, because DeepSpeed never frees what a process has trained. Prints Markdown, writes
-benchmarks/results/gpu.json.
+Each row runs in a process of its own with a time limit of its own, the most important first. Rows start and compile
+beside each other (`--workers`) as far as their planned memory fits, and are timed alone. Prints Markdown, writes
+benchmarks/results/gpu.json after every row; rows that failed or did not fit into `--limit` are named with the reason.
 
-    python benchmarks/gpu.py
+    python benchmarks/gpu.py --workers 3 --limit 540 --profiles /tmp/profiles
 """
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import IO, Any, NamedTuple
 
 import torch
-from tqdm import tqdm
 
-from benchmarks.report import ROOT, print_table, read_results, write_results
-from rdm_scale import cost
-from rdm_scale.batch import TrainingBatch
-from rdm_scale.checkpoint import CheckpointDirectory, Saver
-from rdm_scale.config import CheckpointConfig, RunConfig, load_config, parse_config
-from rdm_scale.diffusion import build_objective
-from rdm_scale.parallel.mesh import Mesh, build_mesh
-from rdm_scale.parallel.parallelize import ParallelModel, parallelize
-from rdm_scale.parallel.plan import ParallelPlan, memory_of_rank, plan_parallelism
-from rdm_scale.storage.location import Location
-from rdm_scale.training.optimizer import build_optimizer
+from benchmarks.gpu_rows import Row, Timing, rows
+from benchmarks.report import print_table, read_results, write_results
 
-GIB = 2**30
-# (configuration, samples of a micro-batch, recompute, ZeRO)
-STEPS = [
-    ("dit_xl", 64, "none", "3 kept"),
-    ("dit_xl", 64, "none", "3 by block"),
-    ("dit_xl", 64, "selective", "3 kept"),
-    ("dit_xl", 64, "full", "3 kept"),
-    ("depth_1b", 48, "none", "3 kept"),
-    ("latte_xl", 4, "none", "3 kept"),
-    ("depth_3b", 16, "selective", "3 kept"),
-]
-DEPTHS = (28, 1000)
+
+class Running(NamedTuple):
+    """A row that is being measured in a process of its own."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    output: IO[bytes]
+    began: float
+    gib: float
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=6, help="timed steps of each row")
-    parser.add_argument("--only", default="", help="measure rows whose name contains this, and keep the others")
+    parser.add_argument("--steps", type=int, default=8, help="timed steps of each row")
+    parser.add_argument("--only", nargs="*", help="measure the rows of these names, and keep the others")
+    parser.add_argument("--workers", type=int, default=1, help="rows that start and compile beside each other")
+    parser.add_argument("--row-limit", type=float, default=240, help="seconds of a row")
+    parser.add_argument("--limit", type=float, default=3600, help="seconds of all rows")
+    parser.add_argument("--profiles", type=Path, help="folder for a list of each row's kernels")
     parser.add_argument("--row", help=argparse.SUPPRESS)  # in the process of one row
     options = parser.parse_args()
-    rows = jobs(options.steps)
     if options.row:
-        print("@" + json.dumps(rows[options.row]()))
+        profile = options.profiles and options.profiles / f"{options.row.replace(' ', '_')}.txt"
+        print("@" + json.dumps(rows()[options.row].measure(Timing(options.steps, profile))))
         return
+    unknown = set(options.only or []) - set(rows())
+    if unknown:
+        parser.error(f"--only: there are no rows {sorted(unknown)}; there are {list(rows())}")
     result = read_results(__file__) if options.only else {}
     result |= {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
-    for name in tqdm([name for name in rows if options.only in name], unit="row"):
-        result[name] = of_a_process(name, options.steps)
-        write_results(__file__, result)
+    measure({name: row for name, row in rows().items() if name in (options.only or rows())}, options, result)
     report(result)
 
 
-def jobs(steps: int) -> dict[str, Callable[[], Any]]:
-    """Measurements by row name."""
-    rows: dict[str, Callable[[], Any]] = {"matrix product": lambda: {"tflops": matmul_tflops()}}
-    rows |= {" ".join(map(str, row)): partial(training, steps, *row) for row in STEPS}
-    rows |= {"diffusers dit_xl 64": partial(diffusers_training, steps, 64)}
-    rows |= {f"{depth} blocks": partial(deep, steps, depth) for depth in DEPTHS}
-    return rows | {"save": saving}
+def measure(waiting: dict[str, Row], options: argparse.Namespace, result: dict[str, Any]) -> None:
+    """Measure rows in processes of their own, and write the results after each."""
+    ends, card_gib = time.monotonic() + options.limit, torch.cuda.get_device_properties(0).total_memory / 2**30
+    running: list[Running] = []
+    while waiting or running:
+        if time.monotonic() > ends:
+            result |= {name: {"error": f"did not fit into --limit {options.limit:g}"} for name in waiting}
+            waiting = {}
+        for name in list(waiting):
+            gib = waiting[name].gib() + 1  # the context of CUDA
+            if len(running) == options.workers or (running and sum(r.gib for r in running) + gib > 0.9 * card_gib):
+                break
+            del waiting[name]
+            running.append(start(name, options, gib))
+        time.sleep(0.2)
+        for row in list(running):
+            limit_s = min(options.row_limit, options.limit)
+            late = time.monotonic() > min(row.began + limit_s, ends + 20)
+            if row.process.poll() is None and not late:
+                continue
+            running.remove(row)
+            result[row.name] = finish(row, late=late)
+            print(f"[{time.monotonic() - row.began:.0f} s] {row.name}: {json.dumps(result[row.name])}", flush=True)
+            write_results(__file__, result)
 
 
-def of_a_process(name: str, steps: int) -> dict[str, Any]:
-    """Measure a row in a new process; an error becomes its result, so that the other rows still run."""
-    command = [sys.executable, __file__, "--steps", str(steps), "--row", name]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    answers = [line for line in done.stdout.splitlines() if line.startswith("@")]
-    if done.returncode == 0 and answers:
+def start(name: str, options: argparse.Namespace, gib: float) -> Running:
+    command = [sys.executable, __file__, "--steps", str(options.steps), "--row", name]
+    if options.profiles:
+        command += ["--profiles", str(options.profiles)]
+    output = tempfile.TemporaryFile()  # noqa: SIM115 (closed by finish)
+    process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+    return Running(name, process, output, time.monotonic(), gib)
+
+
+def finish(row: Running, *, late: bool) -> dict[str, Any]:
+    """Result of a row's process: its figures, or the end of what it printed as an error."""
+    if late:
+        row.process.kill()
+    row.process.wait()
+    with row.output as output:
+        output.seek(0)
+        lines = output.read().decode(errors="replace").strip().splitlines()
+    answers = [line for line in lines if line.startswith("@")]
+    if row.process.returncode == 0 and answers:
         return dict(json.loads(answers[-1][1:]))
-    return {"error": (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]}
-
-
-def matmul_tflops(size: int = 8192) -> float:
-    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    seconds = median_s(lambda: a @ b, 10)
-    return 2 * size**3 / seconds / 1e12
-
-
-def median_s(step: Callable[[], Any], repeats: int, warm_up: int = 3) -> float:
-    times = []
-    for number in range(warm_up + repeats):
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        step()
-        torch.cuda.synchronize()
-        if number >= warm_up:
-            times.append(time.perf_counter() - began)
-    return statistics.median(times)
-
-
-def configuration(name: str, samples: int, recompute: str, zero: str) -> RunConfig:
-    stage, _, gathering = zero.partition(" ")
-    kept = {"": "auto", "kept": "always", "by block": "never"}[gathering]
-    train = {"global_batch_size": samples, "micro_batch_size": samples, "precision": "bf16"}
-    parallel = {"recompute": recompute, "zero_stage": stage, "keep_gathered": kept}
-    overrides = [f"train.{k}={v}" for k, v in train.items()] + [f"parallel.{k}={v}" for k, v in parallel.items()]
-    return load_config(str(ROOT / "configs" / f"{name}.yaml"), overrides)
-
-
-def training(steps: int, name: str, samples: int, recompute: str, zero: str) -> dict[str, Any]:
-    return measured(configuration(name, samples, recompute, zero), steps)
-
-
-def measured(config: RunConfig, steps: int) -> dict[str, Any]:
-    mesh = build_mesh(config.parallel)
-    began = time.perf_counter()
-    model, layout = built(mesh, config)
-    started_s = time.perf_counter() - began
-    step = step_of(model)
-    seconds = median_s(step, steps)
-    samples = config.train.global_batch_size
-    return {
-        "start_s": started_s,
-        "step_ms": 1e3 * seconds,
-        "samples_per_s": samples / seconds,
-        "tflops": 3 * cost.model_flops(config.model) * samples / seconds / 1e12,
-        "parameters": cost.model_parameters(config.model).total,
-        "peak_gib": torch.cuda.max_memory_allocated() / GIB,
-        "planned_gib": layout.stages[0].total / GIB,
-    }
-
-
-def built(mesh: Mesh, config: RunConfig) -> tuple[ParallelModel, ParallelPlan]:
-    layout = plan_parallelism(config, 1, memory_of_rank(config))
-    return parallelize(config, mesh, layout, partial(build_optimizer, config.optimizer, config.model)), layout
-
-
-def step_of(model: ParallelModel) -> Callable[[], None]:
-    config = model.config
-    objective = build_objective(config.diffusion, config.model.learned_variance)
-    batch = random_batch(config)
-
-    def step() -> None:
-        model.accumulate([batch], objective)
-        model.step(1e-4)
-        model.update_ema(0.999)
-
-    return step
-
-
-def random_batch(config: RunConfig) -> TrainingBatch:
-    samples, size = config.train.global_batch_size, config.model.input
-    shape = (samples, size.channels, size.frames, size.height, size.width)
-    numbers = torch.arange(samples, device="cuda")
-    return TrainingBatch(
-        step=0,
-        positions=numbers,
-        ids=numbers,
-        latents=torch.randn(shape, device="cuda"),
-        noise=torch.randn(shape, device="cuda"),
-        t=torch.rand(samples, device="cuda") if config.diffusion.objective == "flow" else numbers.float(),
-        condition=numbers % config.model.num_classes if config.model.condition == "class" else None,
-    )
-
-
-def diffusers_training(steps: int, samples: int) -> dict[str, Any]:
-    from diffusers import DiTTransformer2DModel
-
-    model = DiTTransformer2DModel(
-        num_attention_heads=16, attention_head_dim=72, in_channels=4, out_channels=8, num_layers=28, sample_size=32,
-        patch_size=2, num_embeds_ada_norm=1000,
-    ).cuda()  # fmt: skip
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
-    latents, target = torch.randn(samples, 4, 32, 32, device="cuda"), torch.randn(samples, 8, 32, 32, device="cuda")
-    t, labels = (torch.arange(samples, device="cuda") for _ in range(2))
-
-    def step() -> None:
-        with torch.autocast("cuda", torch.bfloat16):
-            prediction = model(latents, t, labels).sample
-        ((prediction.float() - target) ** 2).mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    seconds = median_s(step, steps)
-    flops = 3 * cost.model_flops(configuration("dit_xl", samples, "none", "3 kept").model)
-    return {
-        "step_ms": 1e3 * seconds,
-        "samples_per_s": samples / seconds,
-        "tflops": flops * samples / seconds / 1e12,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "peak_gib": torch.cuda.max_memory_allocated() / GIB,
-    }
-
-
-def deep(steps: int, depth: int) -> dict[str, Any]:
-    """Measure many narrow blocks: the cost of a block beside its arithmetic."""
-    tree = {
-        "model": {
-            "input": {"channels": 4, "height": 32, "width": 32},
-            "patch_size": [1, 2, 2],
-            "hidden_size": 192,
-            "num_heads": 3,
-            "depth": depth,
-            "num_classes": 1000,
-        },
-        "data": {"train": "none"},
-        "train": {"global_batch_size": 32, "micro_batch_size": 32, "precision": "bf16"},
-        "parallel": {"zero_stage": 3, "keep_gathered": "always", "recompute": "selective"},
-        "run": {"dir": "none"},
-    }
-    found = measured(parse_config(tree, "the benchmark"), steps)
-    return found | {"ms_a_block": found["step_ms"] / depth}
-
-
-def saving() -> dict[str, Any]:
-    config = configuration("dit_xl", 16, "none", "3 kept")
-    mesh = build_mesh(config.parallel)
-    model, _ = built(mesh, config)
-    step = step_of(model)
-    found: dict[str, Any] = {"bytes": 16 * cost.model_parameters(config.model).total}
-    with tempfile.TemporaryDirectory() as folder:
-        directory = CheckpointDirectory(Location(folder) / "checkpoints")
-        saver = Saver(directory, CheckpointConfig(keep=1), model, mesh, print)
-        for number, name in enumerate(("first", "second"), start=1):
-            step()
-            torch.cuda.synchronize()
-            began = time.perf_counter()
-            saver.start({"step": number})
-            stalled_s = time.perf_counter() - began
-            saver.finish()
-            found[name] = {"stall_s": stalled_s, "save_s": time.perf_counter() - began}
-    return found
+    reason = f"no result in {time.monotonic() - row.began:.0f} s; " if late else ""
+    return {"error": reason + "\n".join(lines[-12:])[-1500:]}
 
 
 def report(result: dict[str, Any]) -> None:
-    ceiling = result["matrix product"]["tflops"]
+    ceiling = result.get("matrix products", {}).get("tflops", float("nan"))
     print(f"\n{result['gpu']}, torch {result['torch']}; matrix product {ceiling:.0f} TFLOP/s")
-    rows = []
+    table = []
     for name, row in result.items():
         if isinstance(row, dict) and "step_ms" in row:
-            share, planned = row["tflops"] / ceiling, row.get("planned_gib")
-            speed = f"{row['step_ms']:.1f}", f"{row['samples_per_s']:.1f}", f"{row['tflops']:.0f}", f"{share:.0%}"
-            memory = f"{row['peak_gib']:.1f}", "" if planned is None else f"{planned:.1f}"
-            rows.append((name, f"{row['parameters'] / 1e6:,.0f}", *speed, *memory))
-    speed_header = ("step (ms)", "samples/s", "TFLOP/s", "of matmul")
-    print_table(("run", "parameters (M)", *speed_header, "peak (GiB)", "planned (GiB)"), rows)
+            share, expected = row["tflops"] / ceiling, row.get("planned_gib")
+            speed = f"{row['step_ms']:.1f}", f"{row['host_ms']:.1f}", f"{row['samples_per_s']:.1f}"
+            rate = f"{row['tflops']:.0f}", f"{share:.0%}"
+            memory = f"{row['peak_gib']:.1f}", "" if expected is None else f"{expected:.1f}"
+            table.append((name, f"{row['parameters'] / 1e6:,.0f}", *speed, *rate, *memory))
+    speed_header = ("step (ms)", "host (ms)", "samples/s", "TFLOP/s", "of matmul")
+    print_table(("run", "parameters (M)", *speed_header, "peak (GiB)", "planned (GiB)"), table)
     for name, row in result.items():
         if isinstance(row, dict) and "error" in row:
             print(f"\n{name} could not be measured: {row['error']}")
-    if "stall_s" in result.get("save", {}).get("second", {}):
+    if "second" in result.get("save", {}):
         print(f"\na save of {result['save']['bytes'] / 1e9:.1f} GB: {result['save']}")
 
 
