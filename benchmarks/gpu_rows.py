@@ -41,7 +41,7 @@ class Row(NamedTuple):
 
 
 class Timing(NamedTuple):
-    """How a row is timed: number of steps, and the file for its profile (None: none is made)."""
+    """Timing of a row: number of steps, and the file for its profile (None: none is made)."""
 
     steps: int
     profile: Path | None
