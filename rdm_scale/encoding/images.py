@@ -32,6 +32,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+ENLARGED = "enlarged, since they are smaller than the size that is encoded (--min-size leaves such inputs out)"
 _EXCHANGING = (5, 6, 7, 8)  # orientations that exchange height and width
 _PIXELS_AT_ONCE = 2**20  # converted in floating point
 
@@ -87,6 +88,12 @@ def decode(content: bytes, height: int, width: int, name: str, remarks: Remarks 
     box = center_box(rgb.height, rgb.width, height, width)
     pixels = rgb.resize((width, height), Image.Resampling.BICUBIC, box=box)
     return torch.from_numpy(np.array(pixels)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def is_enlarged(height: int, width: int, to_height: int, to_width: int) -> bool:
+    """True if the center of an image of height x width is enlarged to to_height x to_width."""
+    box = center_box(height, width, to_height, to_width)
+    return box.bottom - box.top < to_height
 
 
 def center_box(height: int, width: int, to_height: int, to_width: int) -> CropBox:

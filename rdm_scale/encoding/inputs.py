@@ -5,6 +5,7 @@ memory. Inputs are untrusted: sizes are bounded, and an inconsistent set (some f
 same key) is refused.
 """
 
+import posixpath
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,6 +37,7 @@ from rdm_scale.storage.location import Location, Walk
 
 __all__ = ["Columns", "MediaFile", "MediaKind", "MediaSet", "find_images", "find_media"]
 
+_SHOWN = 5  # keys that occur more than once
 _FORBIDDEN_IN_KEY = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # surrogates stand for bytes that are not UTF-8
 
 
@@ -80,6 +82,9 @@ def find_media(
     columns: Columns | None = None,
     options: Mapping[str, Any] | None = None,
     class_order: ClassOrder | None = None,
+    *,
+    prefix_keys: bool = False,
+    outputs: Sequence[Location] = (),
 ) -> MediaSet:
     """List the images, or the videos, of an input on any fsspec file system.
 
@@ -93,6 +98,8 @@ def find_media(
         columns: names in lists and in a tar's `key.json`; by default path, label, caption and key.
         options: of the fsspec file system, beyond what it takes from the environment.
         class_order: of class names that are not labels themselves; None: as text.
+        prefix_keys: begin each key with the name of its tar, always, so that keys that start anew in every tar differ.
+        outputs: folders that are no part of the input, even if they lie in it.
 
     Raises:
         ConfigError: the URL names an unknown file system.
@@ -103,19 +110,29 @@ def find_media(
     location = Location(url, options)
     collector = _Collector()
     try:
-        source = _open_source(location, columns, options)
+        source = _open_source(location, columns, options, outputs)
+        if prefix_keys and source.prefixes is None:
+            raise DataError(f"{location} is not a tar or a set of tars: keys cannot be prefixed with the names of tars")
         for entry in source.entries:
             if isinstance(entry, LeftOutEntry):
                 collector.left_out.add(entry)
             elif isinstance(entry, LegacyText):
                 collector.legacy.append(entry)
+            elif prefix_keys and source.prefixes is not None:
+                collector.add(entry._replace(key=f"{source.prefixes[entry.location.path]}/{entry.key}"))
             else:
                 collector.add(entry)
         if source.listed:
             collector.files = with_stats(collector.files)
     except OSError as error:
         raise DataError(f"cannot read the input {location}: {error}") from None
-    return collector.result(location, columns, numbers=source.numbers, order=class_order)
+    return collector.result(
+        location,
+        columns,
+        numbers=source.numbers,
+        order=class_order,
+        prefixable=source.prefixes is not None and not prefix_keys,
+    )
 
 
 def find_images(url: str) -> MediaSet:
@@ -158,10 +175,13 @@ class _Collector:
                 entry.length,
                 entry.version,
                 entry.origin,
+                entry.group,
             )
         )
 
-    def result(self, where: Location, columns: Columns, *, numbers: bool, order: ClassOrder | None) -> MediaSet:
+    def result(
+        self, where: Location, columns: Columns, *, numbers: bool, order: ClassOrder | None, prefixable: bool
+    ) -> MediaSet:
         """Build the complete set. Raises DataError: it is empty or inconsistent."""
         if not self.files:
             known = ", ".join(extension for extensions in EXTENSIONS.values() for extension in extensions)
@@ -176,10 +196,14 @@ class _Collector:
                 "encode them as two sets"
             )
         (kind,) = self.kinds
-        _check_unique(self.files)
+        _check_unique(self.files, prefixable)
         captions = sum(file.caption is not None for file in self.files)
         self._check_all_or_none(captions, "caption", f"{kind}s", where)
         self._check_all_or_none(sum(file.label >= 0 for file in self.files), "class", f"{kind}s", where)
+        if columns.group and not any(file.group is not None for file in self.files):
+            raise DataError(
+                f"{where} has no groups in a column or field {columns.group!r}: only lists and tars have them"
+            )
         _check_columns(columns, label=bool(self.classes), caption=bool(captions), where=where)
         classes = self._number_classes(where, numbers, order)
         notes = (*classes.notes, *self._legacy_note())
@@ -225,21 +249,22 @@ def _check_columns(columns: Columns, *, label: bool, caption: bool, where: Locat
             )
 
 
-def _check_unique(files: Sequence[MediaFile]) -> None:
+def _check_unique(files: Sequence[MediaFile], prefixable: bool) -> None:
     # Compares sorted hashes: a dictionary of ten million keys would take a gigabyte.
     hashes = np.fromiter((xxhash.xxh3_64_intdigest(file.key.encode()) for file in files), np.uint64, len(files))
     ordered = np.sort(hashes)
     if not (repeated := set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())):
         return
-    seen: dict[str, str] = {}
+    seen: dict[str, list[str]] = {}
     for file, number in zip(files, hashes.tolist(), strict=True):
         if number in repeated:
-            if file.key in seen:
-                raise DataError(
-                    f"{seen[file.key]} and {file.name} have the same key {file.key!r}: rename one of them, "
-                    "or give a list a column of keys"
-                )
-            seen[file.key] = file.name
+            seen.setdefault(file.key, []).append(file.name)
+    shared = [f"{names[0]} and {names[1]} have the same key {key!r}" for key, names in seen.items() if len(names) > 1]
+    if not shared:  # of two keys with the same hash
+        return
+    more = f", and {len(shared) - _SHOWN} other keys occur more than once" if len(shared) > _SHOWN else ""
+    prefix = ", or begin keys with the names of their tars (--prefix-keys)" if prefixable else ""
+    raise DataError(f"{'; '.join(shared[:_SHOWN])}{more}: rename one of them, or give a list a column of keys{prefix}")
 
 
 class _InputSource(NamedTuple):
@@ -247,19 +272,23 @@ class _InputSource(NamedTuple):
 
     entries: Iterator[MediaEntry | LeftOutEntry | LegacyText]
     numbers: bool  # classes may be given as numbers
+    prefixes: Mapping[str, str] | None = None  # of the keys of each tar, by its path
     listed: bool = False  # a list names them, which does not say their sizes and versions
 
 
-def _open_source(location: Location, columns: Columns, options: Mapping[str, Any] | None) -> _InputSource:
+def _open_source(
+    location: Location, columns: Columns, options: Mapping[str, Any] | None, outputs: Sequence[Location]
+) -> _InputSource:
     if location.is_dir():
-        walk = location.walk()
+        walk = _without(location.walk(), location, outputs)
         names = [name for name in walk.files if "/" not in name and not name.startswith(".")]
         tars = [name for name in names if name.endswith(".tar")]
         if tars and any(media_kind(name) for name in names):
             raise DataError(f"{location} holds both tars and images or videos: keep them in separate folders")
         if tars:
-            entries = chain(_beside_tars(location, walk), read_tars([location / name for name in tars], columns))
-            return _InputSource(entries, numbers=True)
+            found = [location / name for name in tars]
+            entries = chain(_beside_tars(location, walk), read_tars(found, columns))
+            return _InputSource(entries, numbers=True, prefixes=_tar_names(found, location.path))
         return _InputSource(read_folder(location, walk), numbers=False)
     matches = _matches(location)
     tars_only = [match for match in matches if match.name.endswith(".tar")]
@@ -268,7 +297,25 @@ def _open_source(location: Location, columns: Columns, options: Mapping[str, Any
         return _InputSource(rows, numbers=True, listed=True)
     if len(tars_only) < len(matches):
         raise DataError(f"{location} matches both tars and lists: encode them as two sets")
-    return _InputSource(read_tars(matches, columns), numbers=True)
+    fixed = re.split(r"[*?\[]", location.path)[0]  # of a glob, up to its first pattern
+    return _InputSource(
+        read_tars(matches, columns), numbers=True, prefixes=_tar_names(matches, posixpath.dirname(fixed))
+    )
+
+
+def _tar_names(tars: Sequence[Location], folder: str) -> dict[str, str]:
+    """Names of tars, below a folder and without the suffix, by their paths."""
+    return {tar.path: posixpath.relpath(tar.path, folder).removesuffix(".tar") for tar in tars}
+
+
+def _without(walk: Walk, folder: Location, outputs: Sequence[Location]) -> Walk:
+    """Take out what lies in folders of outputs."""
+    inside = [one.resolved for one in outputs if one.is_inside(folder) and one.resolved != folder.resolved]
+    skipped = tuple(f"{posixpath.relpath(one, folder.resolved)}/" for one in inside)
+    if not skipped:
+        return walk
+    files = {path: stat for path, stat in walk.files.items() if not path.startswith(skipped)}
+    return Walk(files, {path: kind for path, kind in walk.others.items() if not path.startswith(skipped)})
 
 
 def _beside_tars(folder: Location, walk: Walk) -> Iterator[LeftOutEntry]:

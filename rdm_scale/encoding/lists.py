@@ -29,12 +29,13 @@ _BATCH_ROWS = 8192
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the columns of a list (or, for label and caption, of the fields of a tar's `key.json`)."""
+    """Names of the columns of a list (or, for label, caption and group, of the fields of a tar's `key.json`)."""
 
     path: str = "path"
     label: str = "label"
     caption: str = "caption"
     key: str = "key"
+    group: str | None = None  # of what the held-out split goes by; None: by the file of an entry
 
 
 class _Row(NamedTuple):
@@ -93,9 +94,12 @@ def read_list(
         class_name = parse_label(row.get(columns.label), columns.label, name)
         caption = parse_caption(row.get(columns.caption), columns.caption, name)
         file = resolver.resolve(path, name)
+        group = parse_group(row, columns, name)
+        if group is None and (keyed or query):  # several entries may be made of one file
+            group = resolver.below(str(file).partition("?")[0] if query else str(file))
         if key is None:
             key = path if query else posixpath.splitext(path if "://" in path else posixpath.normpath(path))[0]
-        yield MediaEntry(kind, key, class_name, caption, file, str(file), origin=path)
+        yield MediaEntry(kind, key, class_name, caption, file, str(file), origin=path, group=group)
 
 
 class _PathResolver:
@@ -104,6 +108,10 @@ class _PathResolver:
     def __init__(self, location: Location, options: Mapping[str, Any] | None) -> None:
         self._folder, self._options = location.parent, dict(options or {})
         self._systems = dict.fromkeys(location.schemes, location)
+
+    def below(self, file: str) -> str:
+        """The path of a file without its suffix, relative to the list's folder if it lies below it."""
+        return posixpath.splitext(file.removeprefix(posixpath.join(str(self._folder), "")))[0]
 
     def resolve(self, path: str, name: str) -> Location:
         """Location of a path or URL. Raises DataError: the file system is unknown."""
@@ -202,7 +210,7 @@ def _used_columns(location: Location, schema: Any, columns: Columns) -> Sequence
             else f", only {', '.join(map(repr, names))}"
         )
         raise DataError(f"{location} has no column {columns.path!r} of paths{reason}")
-    wanted = (columns.path, columns.label, columns.caption, columns.key)
+    wanted = (columns.path, columns.label, columns.caption, columns.key, columns.group or columns.path)
     return [name for name in dict.fromkeys(wanted) if name in names]
 
 
@@ -260,6 +268,16 @@ def _parse_key(value: object, column: str, name: str) -> str | None:
     if isinstance(value, str) and 0 < len(value) <= _MAX_TEXT:
         return value
     raise DataError(f"{name}: {_shown(value)} in {column!r} is not a key: it must be an integer or a non-empty string")
+
+
+def parse_group(row: Mapping[str, Any], columns: Columns, name: str) -> str | None:
+    """Group of an entry; None if no column of groups was named. Raises DataError: it has none."""
+    if columns.group is None:
+        return None
+    group = _parse_key(row.get(columns.group), columns.group, name)
+    if group is None:
+        raise DataError(f"{name} has no {columns.group!r}: every entry needs one when a column of groups is given")
+    return group
 
 
 def _required_text(row: Mapping[str, Any], column: str, name: str) -> str:

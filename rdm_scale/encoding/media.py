@@ -44,6 +44,12 @@ class MediaFile:
     length: int | None = None  # None: to the end of the file
     version: str = ""  # of the file that holds it, when it was listed; empty: not known
     origin: str = ""  # its place in the input: path below the folder, name in the tar, or path in the list
+    group: str | None = None  # the source that it shares with other entries; None: it shares none
+
+    @property
+    def source(self) -> str:
+        """Name of the source that the held-out split goes by: all that is made of one source lies on one side."""
+        return self.key if self.group is None else self.group
 
     def read(self) -> bytes:
         """Read all bytes.
@@ -118,7 +124,7 @@ class MediaEntry(NamedTuple):
     length: int | None = None
     version: str = ""
     origin: str = ""
-    group: str | None = None  # what it is split by; None: its key
+    group: str | None = None
 
 
 def decode_text(content: bytes, limit: int, name: str, what: str) -> DecodedText:

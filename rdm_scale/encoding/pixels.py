@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from rdm_scale.codecs import LatentCodec, normalize
-from rdm_scale.encoding.images import decode, image_size
+from rdm_scale.encoding.images import ENLARGED, decode, image_size, is_enlarged
 from rdm_scale.encoding.inputs import MediaFile, MediaSet
 from rdm_scale.encoding.media import MediaKind
-from rdm_scale.encoding.planning import EncodingSettings, MediaMetadata, PixelBucket, PlannedSample
+from rdm_scale.encoding.planning import EncodingSettings, MediaMetadata, PixelBucket, PlannedSample, too_small
+from rdm_scale.encoding.rejections import TooSmallError
 from rdm_scale.encoding.remarks import Remarks
 from rdm_scale.encoding.videos import decode_clip, read_video_metadata
 
@@ -52,7 +53,13 @@ def load_sample(
     """
     file = source.files[sample.file]
     if source.kind == "image":
-        pixels = decode(file.read(), bucket.height, bucket.width, file.name, remarks).unsqueeze(1)
+        content = file.read()
+        size = image_size(content, file.name)
+        if small := too_small(file.name, *size, settings.min_size):
+            raise TooSmallError(small)
+        pixels = decode(content, bucket.height, bucket.width, file.name, remarks).unsqueeze(1)
+        if remarks is not None and is_enlarged(*size, bucket.height, bucket.width):
+            remarks.add(ENLARGED, f"{file.name} ({size.height} x {size.width} pixels)")
     else:
         pixels = _load_clip(file, sample.clip * settings.clip_interval(bucket), bucket, settings, remarks)
     return pixels.flip(-1) if sample.view else pixels

@@ -8,7 +8,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, field, fields
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from rdm_scale import rng
 from rdm_scale.codecs.record import CodecRecord
@@ -76,6 +76,14 @@ class EncodingSettings:
     batch_size: int = 64
     samples_per_member: int = 64
     members_per_shard: int = 64
+    min_size: int | None = None  # pixels of the shorter side, below which an input is left out
+
+    def described(self) -> dict[str, Any]:
+        """Values of all fields for digests, without those that earlier versions did not have, if they are not used."""
+        values = asdict(self)
+        if self.min_size is None:
+            del values["min_size"]
+        return values
 
     def check(self, kind: MediaKind) -> None:
         """Raise ConfigError if there are settings for videos and the inputs are images."""
@@ -139,9 +147,12 @@ class EncodingPlan:
 
 def inputs_digest(source: MediaSet, settings: EncodingSettings) -> str:
     """Hash of the inputs and the settings, without the models, which need not be loaded yet."""
-    digest = hashlib.sha256(repr((asdict(settings), source.kind, source.class_names)).encode())
+    digest = hashlib.sha256(repr((settings.described(), source.kind, source.class_names)).encode())
     for file in source.files:
-        digest.update(repr((file.key, file.label, file.caption)).encode())
+        content: tuple[object, ...] = (file.key, file.label, file.caption)
+        if settings.holdout_share and file.source != file.key:  # earlier versions split by keys alone
+            content += (file.source,)
+        digest.update(repr(content).encode())
     return digest.hexdigest()[:32]
 
 
@@ -183,6 +194,9 @@ def make_plan(
         if isinstance(size, Rejection):
             rejected[index] = size
             continue
+        if metadata is not None and (small := too_small(file.name, size.height, size.width, settings.min_size)):
+            rejected[index] = Rejection(small, "size")
+            continue
         bucket = _choose_bucket(size, settings)
         if bucket is None:
             shortest = min(map(settings.clip_span, settings.buckets))
@@ -190,7 +204,7 @@ def make_plan(
                 f"{file.name} has {size.frames} frames at the frame rate of the clips, and a clip takes {shortest}"
             )
             continue
-        split = SPLITS[is_held_out(file.key, settings.seed, settings.holdout_share)]
+        split = SPLITS[is_held_out(file.source, settings.seed, settings.holdout_share)]
         of_bucket = keyed.setdefault((split, bucket), [])
         for sample in _samples(index, size, bucket, settings):
             order = rng.key(settings.seed, "shuffle", file.key, sample.clip, sample.view)
@@ -208,6 +222,13 @@ def make_plan(
     return EncodingPlan(tuple(shards), rejected)
 
 
+def too_small(name: str, height: int, width: int, min_size: int | None) -> str | None:
+    """Reason to leave out an input whose shorter side is less than `min_size` pixels; None if it is large enough."""
+    if min_size is None or min(height, width) >= min_size:
+        return None
+    return f"{name} has {height} x {width} pixels, less than the minimum size {min_size}"
+
+
 class _Keyed(NamedTuple):
     """A sample and its sort key."""
 
@@ -216,12 +237,12 @@ class _Keyed(NamedTuple):
     sample: PlannedSample
 
 
-def is_held_out(key: str, seed: int, share: float) -> bool:
-    """True if the sample with this key is in the holdout.
+def is_held_out(source: str, seed: int, share: float) -> bool:
+    """True if the samples of this source, see `MediaFile.source`, are in the holdout.
 
-    It depends on the key and the seed alone, so that a sample never changes splits when data is added.
+    It depends on the source and the seed alone, so that a sample never changes splits when data is added.
     """
-    return rng.key(seed, "holdout", key) < share * 2**63
+    return rng.key(seed, "holdout", source) < share * 2**63
 
 
 class FileSplits(NamedTuple):
@@ -235,7 +256,7 @@ def split_files(files: Sequence[MediaFile], seed: int, holdout_share: float) -> 
     """Shuffle files and split off the holdout; order and split depend on the keys and the seed alone."""
     splits = FileSplits([], [])
     for file in sorted(files, key=lambda file: (rng.key(seed, "shuffle", file.key), file.key)):
-        splits[is_held_out(file.key, seed, holdout_share)].append(file)
+        splits[is_held_out(file.source, seed, holdout_share)].append(file)
     return splits
 
 

@@ -12,8 +12,12 @@ from typing import Literal, NamedTuple
 from rdm_scale.encoding.media import MediaFile
 from rdm_scale.errors import DataError, StorageError
 
-RejectionCause = Literal["content", "storage"]
+RejectionCause = Literal["content", "storage", "size"]  # size: smaller than the caller wants
 _ADDRESS = re.compile(r"(?: object)? at 0x[0-9a-fA-F]+")
+
+
+class TooSmallError(DataError):
+    """An input is smaller than the caller wants."""
 
 
 class Rejection(NamedTuple):
@@ -45,7 +49,7 @@ class RejectionPolicy:
         reason = _ADDRESS.sub("", str(error))
         reason = reason if file.name in reason else f"{file.name}: {reason}"
         if not isinstance(error, StorageError):
-            return Rejection(reason)
+            return Rejection(reason, "size" if isinstance(error, TooSmallError) else "content")
         with self._lock:
             self._unreadable.add(file.key)
             number = len(self._unreadable)

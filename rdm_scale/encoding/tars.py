@@ -12,7 +12,7 @@ from functools import partial
 from typing import IO, NamedTuple
 
 from rdm_scale.encoding.left_out import HIDDEN, LeftOutEntry, left_out_file
-from rdm_scale.encoding.lists import Columns, parse_caption, parse_label
+from rdm_scale.encoding.lists import Columns, parse_caption, parse_group, parse_label
 from rdm_scale.encoding.media import KIND_BY_EXTENSION, MAX_CAPTION_BYTES, MediaEntry, decode_text
 from rdm_scale.encoding.plain_text import LegacyText
 from rdm_scale.encoding.tar_members import read_members
@@ -71,6 +71,7 @@ class _Annotation(NamedTuple):
 
     class_name: str | None = None
     caption: str | None = None
+    group: str | None = None
 
 
 class _MemberRange(NamedTuple):
@@ -164,9 +165,15 @@ class _TarIndexer:
         self._left_out.append(LeftOutEntry(kind, f"{self._location}:{path}", missed))
 
     def _annotated(self, entry: MediaEntry) -> MediaEntry:
-        class_name, caption = self._annotations.get(entry.key, _Annotation())
+        class_name, caption, group = self._annotations.get(entry.key, _Annotation())
+        if self._columns.group and group is None:
+            raise DataError(
+                f"{entry.name} has no {self._columns.group!r} in a .json beside it, as every entry needs one"
+            )
         return entry._replace(
-            class_name=self._classes.get(entry.key, class_name), caption=self._captions.get(entry.key, caption)
+            class_name=self._classes.get(entry.key, class_name),
+            caption=self._captions.get(entry.key, caption),
+            group=group,
         )
 
     def _add(self, path: str, content: _MemberRange) -> None:
@@ -210,7 +217,9 @@ class _TarIndexer:
             raise DataError(f"{name} is not a JSON object with fields such as label and caption: correct it")
         label, caption = self._columns.label, self._columns.caption
         return _Annotation(
-            parse_label(values.get(label), label, name), parse_caption(values.get(caption), caption, name)
+            parse_label(values.get(label), label, name),
+            parse_caption(values.get(caption), caption, name),
+            parse_group(values, self._columns, name),
         )
 
     def _text(self, content: _MemberRange, name: str, limit: int, what: str) -> str:

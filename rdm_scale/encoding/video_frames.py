@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from rdm_scale.encoding.color import BT2020, HLG, PQ, UNSPECIFIED, ColorSpace, convert_to_srgb
-from rdm_scale.encoding.images import CropBox, center_box
+from rdm_scale.encoding.images import CropBox, ImageSize, center_box, is_enlarged
 from rdm_scale.encoding.remarks import Remarks
 from rdm_scale.errors import DataError
 
@@ -78,6 +78,9 @@ class FrameConverter:
         pixel_aspect: width of a stored pixel over its height.
         name: of the video, for error messages.
         remarks: where to count what cannot be used.
+
+    Attributes:
+        enlarged: size of frames that were enlarged, in square pixels; None: none was.
     """
 
     height: int
@@ -90,6 +93,7 @@ class FrameConverter:
         from av.video.reformatter import VideoReformatter
 
         self._reformatter = VideoReformatter()
+        self.enlarged: ImageSize | None = None
 
     def convert(self, frame: Any) -> Pixels:
         """Convert a frame to uint8 [height, width, 3].
@@ -137,6 +141,8 @@ class FrameConverter:
         aspect = 1 / self.pixel_aspect if orientation.transposed else self.pixel_aspect
         square = square_width(image.width, aspect)
         left, top, right, bottom = center_box(image.height, square, self.height, self.width)
+        if is_enlarged(image.height, square, self.height, self.width):
+            self.enlarged = ImageSize(image.height, square)
         stretch = image.width / square
         box = CropBox(left * stretch, top, min(right * stretch, image.width), bottom)
         return image.resize((self.width, self.height), Image.Resampling.BICUBIC, box=box)

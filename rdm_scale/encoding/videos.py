@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rdm_scale.encoding.images import ENLARGED
 from rdm_scale.encoding.remarks import Remarks
 from rdm_scale.encoding.video_frames import FrameConverter, frame_orientation, square_width
 from rdm_scale.encoding.video_stream import DEFAULT_LIMITS, TOLERANCE, TimedFrame, VideoLimits, VideoStream, open_video
@@ -21,6 +22,7 @@ from rdm_scale.errors import DataError
 
 __all__ = ["VideoLimits", "VideoMetadata", "decode_clip", "read_video_metadata"]
 
+REPEATED = "frames repeated within a clip, since --fps is above the video's own rate or its frames are far apart"
 _SECONDS_BACK = (
     0.0,
     10.0,
@@ -147,10 +149,15 @@ def _collect(video: VideoStream, chosen: Iterator[Any], clip: _Clip) -> Tensor:
     """Convert decoded frames to a clip, float32 [3, T, height, width] in [-1, 1]."""
     converter = FrameConverter(clip.height, clip.width, video.pixel_aspect, video.name, clip.remarks)
     pixels = np.empty((len(clip.numbers), clip.height, clip.width, 3), np.uint8)
-    last = None
+    last, repeated = None, False
     for i, frame in enumerate(chosen):
         pixels[i] = pixels[i - 1] if frame is last else converter.convert(frame)
+        repeated |= frame is last
         last = frame
+    if clip.remarks is not None and repeated:
+        clip.remarks.add(REPEATED, video.name)
+    if clip.remarks is not None and converter.enlarged is not None:
+        clip.remarks.add(ENLARGED, f"{video.name} ({converter.enlarged.height} x {converter.enlarged.width} pixels)")
     return torch.from_numpy(pixels).permute(3, 0, 1, 2).contiguous().float().div_(127.5).sub_(1)
 
 

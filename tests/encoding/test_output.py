@@ -1,7 +1,11 @@
 """Output folders before a job: empty, complete, unfinished, or not the job's."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 
+from rdm_scale.encoding.inputs import find_media
 from rdm_scale.encoding.job import ProcessRank
 from rdm_scale.encoding.output import OutputFolders
 from rdm_scale.encoding.runner import encode
@@ -58,3 +62,28 @@ def test_an_unfinished_other_job_is_not_resumed(digits, tmp_path):
         with pytest.raises(DataError, match="an unfinished encoding of other inputs or with other settings"):
             call()
     assert contents(tmp_path / "out") == before
+
+
+def test_folders_are_compared_by_where_they_lead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "link").symlink_to("a")
+    monkeypatch.chdir(tmp_path)
+    for train, held in (("a", f"{tmp_path}/a"), ("a", "b/../a"), ("a", "link/held"), (f"{tmp_path}/link", "a")):
+        with pytest.raises(DataError, match="must be separate folders, neither inside the other"):
+            OutputFolders(Location(train), Location(held)).check("digest")
+    assert not OutputFolders(Location("a"), Location("ab")).check("digest")
+    s3 = [Location(f"{scheme}://bucket/out") for scheme in ("s3", "s3a")]
+    assert s3[0].is_inside(s3[1]) and not s3[0].is_inside(Location("s3://bucket/ou"))
+
+
+def test_an_output_inside_the_input_is_no_part_of_it(digits: Path, tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    shutil.copytree(digits, source)
+    outputs = [Location(source / "latents"), Location(source / "0/held")]
+    for folder in ("latents", "0/held"):
+        (source / folder).mkdir()
+        for name in ("decoded.png", "shard-000000.tar"):
+            (source / folder / name).write_bytes(b"")
+    found = find_media(str(source), outputs=outputs)
+    assert len(found.files) == COUNT and not found.left_out
+    assert len(find_media(str(source)).files) == COUNT + 2
