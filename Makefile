@@ -9,7 +9,7 @@ IN_PARALLEL := -n 2 --dist loadgroup
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart quickstart-data quickstart-s3 quickstart-video test test-quick test-full test-gpu lint docs
+.PHONY: help quickstart quickstart-data quickstart-s3 quickstart-video test test-quick test-full test-gpu lint docs cluster-tools
 
 help: ## this list
 	@sed -nE 's/^([a-z0-9-]+):.*## (.*)$$/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
@@ -35,6 +35,11 @@ test-quick: .venv/ready ## unit tests: none that starts ranks, servers or tools
 
 test-full: lint ## all tests, also the long ones
 	$(BIN)/python -m pytest $(IN_PARALLEL) -m "not gpu"
+
+cluster-tools: ## install what the tests on several nodes need (Debian, as root)
+	apt-get update
+	DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
+		slurm-wlm munge openssh-server pdsh iproute2 iptables shellcheck
 
 test-gpu: .venv/ready ## tests that need an NVIDIA GPU (one is enough) and torch built for it
 	$(BIN)/python -m pytest -m gpu tests/gpu

@@ -4,12 +4,16 @@
 #   launch/torchrun.sh configs/dit_xl.yaml train.steps=1000
 #
 # On several nodes run the same command on each of them, with these variables set:
-#   NODES (their number), NODE_RANK (0 on the first), MASTER_ADDR (address of the first), MASTER_PORT (a free port there).
+#   NODES        their number, or 2:4 for any number from 2 to 4 (nodes may leave and return)
+#   MASTER_ADDR  the node where they meet, by a name or address that all reach; MASTER_PORT: a free port there
+#   NODE_RANK    0 on that node, another number elsewhere
+# RESTARTS (default 3): how often failed ranks are started again. LOGS: a folder for the output of every rank.
+# Exit codes: 0 finished, 75 stopped and saved, 2 to be fixed by you, else 1.
 set -euo pipefail
 PATH=$(cd "$(dirname "$0")/.." && pwd)/.venv/bin:$PATH # the environment that `make` created, if any
 
 if [[ $# -eq 0 || $1 == -h || $1 == --help ]]; then
-    sed -n '2,7s/^# \{0,1\}//p' "$0"
+    sed -n '2,12s/^# \{0,1\}//p' "$0"
     exit 2
 fi
 if [[ -z ${PROCESSES:-} ]]; then
@@ -17,9 +21,54 @@ if [[ -z ${PROCESSES:-} ]]; then
     [[ $PROCESSES -gt 0 ]] || PROCESSES=1
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-if [[ ${NODES:-1} -gt 1 ]]; then
-    : "${NODE_RANK:?set NODE_RANK to this node\'s number, 0 to NODES - 1}" "${MASTER_ADDR:?set MASTER_ADDR to the first node}"
-    exec torchrun --nnodes "$NODES" --node_rank "$NODE_RANK" --nproc_per_node "$PROCESSES" \
-        --master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-29500}" -m rdm_scale.train "$@"
+
+OPTIONS=(--nproc_per_node "$PROCESSES" --max-restarts "${RESTARTS:-3}")
+if [[ -n ${LOGS:-} ]]; then
+    OPTIONS+=(--log-dir "$LOGS" --tee 3)
 fi
-exec torchrun --standalone --nproc_per_node "$PROCESSES" -m rdm_scale.train "$@"
+if [[ ${NODES:-1} == 1 ]]; then
+    OPTIONS+=(--standalone)
+else
+    : "${NODE_RANK:?set NODE_RANK to 0 on the node MASTER_ADDR, and to another number elsewhere}"
+    : "${MASTER_ADDR:?set MASTER_ADDR to the node where all meet}"
+    IS_HOST=$([[ $NODE_RANK == 0 ]] && echo true || echo false)
+    # The address by which others reach this node. torchrun would announce the host name, which they may not know.
+    LOCAL_ADDR=$MASTER_ADDR
+    if [[ $IS_HOST == false ]]; then
+        LOCAL_ADDR=$(python -c 'import socket, sys
+found = socket.getaddrinfo(sys.argv[1], 9, type=socket.SOCK_DGRAM)[0]
+probe = socket.socket(found[0], socket.SOCK_DGRAM)
+probe.connect(found[4])
+print(probe.getsockname()[0])' "$MASTER_ADDR") || {
+            echo "error: the host $MASTER_ADDR is unknown or cannot be reached from $(hostname): check MASTER_ADDR" >&2
+            exit 2
+        }
+    fi
+    OPTIONS+=(--nnodes "$NODES" --rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:${MASTER_PORT:-29500}"
+        --rdzv-id "${JOB:-rdm_scale}" --rdzv-conf "is_host=$IS_HOST" --local-addr "$LOCAL_ADDR")
+    if [[ $NODES == *:* ]]; then
+        # When nodes come and go, rank 0 may move; the agents' common store would stay behind.
+        export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+    fi
+fi
+
+# torchrun turns every exit code of a rank into 1. The ranks write theirs into a file.
+RDM_SCALE_EXIT_CODE_FILE=$(mktemp)
+export RDM_SCALE_EXIT_CODE_FILE
+trap 'rm -f "$RDM_SCALE_EXIT_CODE_FILE"' EXIT
+torchrun "${OPTIONS[@]}" -m rdm_scale.train "$@" &
+TORCHRUN=$!
+trap 'kill -TERM $TORCHRUN 2>/dev/null' TERM INT
+trap 'kill -USR1 $(pgrep -P $TORCHRUN) 2>/dev/null' USR1 # torchrun does not pass it on
+CODE=0
+while true; do
+    wait "$TORCHRUN" && CODE=0 || CODE=$?
+    kill -0 "$TORCHRUN" 2>/dev/null || break # else a signal ended the wait
+done
+if [[ $CODE -ne 0 ]]; then
+    CODE=1
+    for code in 75 1 2; do # the last one found counts
+        ! grep -qx "$code" "$RDM_SCALE_EXIT_CODE_FILE" || CODE=$code
+    done
+fi
+exit "$CODE"

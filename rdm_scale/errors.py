@@ -35,3 +35,11 @@ class NonFiniteError(RdmError):
 
 class OwnershipError(RdmError):
     """A directory belongs to another run, or was taken over by another process."""
+
+
+class LaunchError(RdmError):
+    """Ranks cannot meet: a host, a port or a rank is missing. A restart may help."""
+
+
+class StopRequested(Exception):  # noqa: N818
+    """A request to stop came where there is nothing to save; not an error."""

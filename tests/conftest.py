@@ -21,7 +21,7 @@ from tests.support.small_runs import add_captions, write_latents
 
 TESTS = Path(__file__).parent
 # What starts ranks, servers, tools or other processes gets the mark `processes`, which `make test-quick` leaves out.
-PROCESS_FOLDERS = ("distributed", "gpu", "s3", "tools")
+PROCESS_FOLDERS = ("cluster", "distributed", "gpu", "s3", "tools")
 PROCESS_FILES = ("test_mutations.py", "test_packaging.py", "test_written_before.py")
 PROCESS_FIXTURES = {"ranks", "s3_server"}
 

@@ -28,8 +28,8 @@ LAYERS = (
     ("batch", "cost"),
     ("conditions",),
     ("config",),
-    ("device", "lazy", "moved", "parent_death", "progress"),
-    ("dtypes", "errors", "rng"),
+    ("device", "launch_environment", "lazy", "moved", "parent_death", "progress"),
+    ("activity", "dtypes", "errors", "rng", "run_status", "stop_request"),
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 CHECKED = ("rdm_scale", "tools", "tests", "benchmarks", "experiments")

@@ -39,10 +39,19 @@ class _Commit(BaseModel):
     files: tuple[FileRecord, ...]
     xxh3: str
 
+    @property
+    def is_intact(self) -> bool:
+        return self.xxh3 == _checksum([file.model_dump_json().encode() for file in self.files])
+
     @staticmethod
-    def of(files: Sequence[FileRecord]) -> "_Commit":
-        content = "\n".join(file.model_dump_json() for file in files)
-        return _Commit(files=tuple(files), xxh3=digest(content.encode()))
+    def encode(files: Sequence[bytes]) -> bytes:
+        """JSON of the commit of encoded records. Joins them without a look inside: there may be tens of thousands."""
+        head = f'{{"format":"rdm_scale.checkpoint","version":{_VERSION},"files":['
+        return head.encode() + b",".join(files) + f'],"xxh3":"{_checksum(files)}"}}'.encode()
+
+
+def _checksum(files: Sequence[bytes]) -> str:
+    return digest(b"\n".join(files))
 
 
 class OpenedCheckpoint(NamedTuple):
@@ -50,6 +59,17 @@ class OpenedCheckpoint(NamedTuple):
 
     state: CheckpointState
     reader: TensorReader
+
+
+class CheckpointContents(NamedTuple):
+    """State of a checkpoint, and the records of its files: read by one rank for all."""
+
+    state: CheckpointState
+    files: tuple[FileRecord, ...]
+
+    def open(self, folder: Location, needed: SliceTable | None = None) -> OpenedCheckpoint:
+        """State and reader, without another look at the folder."""
+        return OpenedCheckpoint(self.state, TensorReader(folder, self.files, needed))
 
 
 class NewestCheckpoint(NamedTuple):
@@ -107,13 +127,13 @@ class CheckpointDirectory:
             folder.make_dir()
         return folder
 
-    def commit(self, step: int, state: CheckpointState, files: Sequence[FileRecord]) -> None:
+    def commit(self, step: int, state: CheckpointState, files: Sequence[FileRecord | bytes]) -> None:
         """Complete the checkpoint of `step` after all ranks have written their files.
 
         Args:
             step: the step that `begin` was called with.
             state: content of `state.json`; must be of the same step.
-            files: the records of all ranks' files.
+            files: the records of all ranks' files, or their JSON.
 
         Raises:
             CheckpointError: the commit cannot be written, and the folder is not a checkpoint.
@@ -123,10 +143,11 @@ class CheckpointDirectory:
             raise ValueError(f"the state is of step {state['step']}, not {step}")
         content = json.dumps(state, indent=1, allow_nan=False).encode()
         record = FileRecord(name=STATE, bytes=len(content), xxh3=digest(content))
+        encoded = [each if isinstance(each, bytes) else each.model_dump_json().encode() for each in [*files, record]]
         with os_errors_reported(f"complete {folder}"):
             (folder / STATE).write(content)
             _sync(folder)  # file names first, so that a power failure cannot leave a commit without them
-            (folder / COMMIT).write(_Commit.of([*files, record]).model_dump_json().encode())
+            (folder / COMMIT).write(_Commit.encode(encoded))
             _sync(folder)
             _sync(self.root)
 
@@ -200,8 +221,13 @@ def open_checkpoint(folder: Location, needed: SliceTable | None = None) -> Opene
         IncompleteError: it was never completed, or a file is missing, truncated or damaged.
         CheckpointError: it cannot be read.
     """
+    return read_contents(folder).open(folder, needed)
+
+
+def read_contents(folder: Location) -> "CheckpointContents":
+    """Read what all ranks need of a checkpoint, after verifying the sizes of its files. Raises as `open_checkpoint`."""
     commit = _verified_commit(folder)
-    return OpenedCheckpoint(_read_state(folder, commit), TensorReader(folder, commit.files, needed))
+    return CheckpointContents(_read_state(folder, commit), commit.files)
 
 
 def _verified_commit(folder: Location) -> _Commit:
@@ -238,7 +264,7 @@ def _read_commit(folder: Location) -> _Commit:
                 "that wrote it, or another checkpoint"
             ) from None
         raise IncompleteError(f"{where} is damaged: {error.errors()[0]['msg']}; use another checkpoint") from None
-    if commit != _Commit.of(commit.files):
+    if not commit.is_intact:
         raise IncompleteError(f"{where} is damaged: its checksum differs; use another checkpoint")
     if len({file.name for file in commit.files}) != len(commit.files):
         raise IncompleteError(f"{where} lists a file twice: it was not written by rdm_scale; use another checkpoint")

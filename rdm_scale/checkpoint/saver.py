@@ -1,21 +1,22 @@
 """Asynchronous saving: a copy of each rank's state in host memory, written by a thread while training continues.
 
 A save has two phases, and all ranks must agree on the end of each: all ranks write their files, then rank 0 writes the
-commit. The threads never communicate with other ranks. Once per step, along with the all-reduced statistics, the
-training loop finds out if the thread of any rank is still busy (`busy`), and calls `advance` when none is.
+commit. The threads never take part in collectives: the records of a rank's files go to rank 0 through the ranks' store,
+as text that rank 0 joins, so that a save costs training nothing that grows with the number of ranks. Once per step,
+along with the all-reduced statistics, the training loop finds out if the thread of any rank is still busy (`busy`), and
+calls `advance` when none is.
 """
 
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 
 from rdm_scale.checkpoint.directory import CheckpointDirectory
-from rdm_scale.checkpoint.format.index import FileRecord
 from rdm_scale.checkpoint.format.writer import write_tensors
 from rdm_scale.checkpoint.ownership import Ownership
 from rdm_scale.checkpoint.sharded_state import slice_table
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from rdm_scale.parallel.mesh import Mesh
     from rdm_scale.parallel.parallel_model import ParallelModel
 
+_RECORDS = "checkpoint/records"  # keys in the ranks' store
 _NOTABLE_S = 0.1  # shorter waits for the previous save are not reported
 
 Result = TypeVar("Result")
@@ -39,11 +41,11 @@ class _Save:
     state: CheckpointState
     began: float
     stall_s: float
-    writing: Future[list[FileRecord]]
+    writing: Future[None]
     committing: Future[str | None] | None = None  # its result is a warning
 
     @property
-    def work(self) -> Future[list[FileRecord]] | Future[str | None]:
+    def work(self) -> Future[None] | Future[str | None]:
         """Future of the current phase."""
         return self.committing or self.writing
 
@@ -84,9 +86,15 @@ class Saver:
         self.stall_s: float | None = None
         self._table = slice_table(model.owned_ranges)
         self._host: dict[str, Tensor] = {}
+        self._store = mesh.own_store()
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._save: _Save | None = None
         self._saved: int | None = None
+
+    @property
+    def saved(self) -> int | None:
+        """Step of the last complete save."""
+        return self._saved
 
     @property
     def busy(self) -> bool:
@@ -115,9 +123,7 @@ class Saver:
             self._failed(step, error)
             return
         self._copy_to_host()
-        writing = self._thread.submit(
-            write_tensors, self.directory.folder(step), self.mesh.rank, self._table, self._host
-        )
+        writing = self._thread.submit(self._write, step)
         self.stall_s = time.perf_counter() - began
         self._save = _Save(state, began, self.stall_s, writing)
 
@@ -148,17 +154,17 @@ class Saver:
             return
         try:
             if save.committing is None:
-                files = [record for records in self._on_all_ranks(save.writing.result) for record in records]
-                save.committing = self._thread.submit(self._commit, save, files)
+                self._on_all_ranks(save.writing.result)
+                save.committing = self._thread.submit(self._commit, save)
             else:
                 self._completed(save, self._on_all_ranks(save.committing.result))
         except (CheckpointError, NonFiniteError) as error:
             self._save = None
             self._failed(save.step, error)
 
-    def _completed(self, save: _Save, warnings: list[str | None]) -> None:
+    def _completed(self, save: _Save, warning: str | None) -> None:
         self._save, self._saved = None, save.step
-        for warning in filter(None, warnings):
+        if warning is not None:
             self.say(warning)
         took_s = time.perf_counter() - save.began
         self.say(
@@ -211,12 +217,18 @@ class Saver:
             self.owner.confirm()
         self.directory.begin(step)
 
-    def _commit(self, save: _Save, files: list[FileRecord]) -> str | None:
+    def _write(self, step: int) -> None:
+        """Write this rank's files, and leave their records where rank 0 finds them."""
+        records = write_tensors(self.directory.folder(step), self.mesh.rank, self._table, self._host)
+        self._store.set(f"{_RECORDS}/{self.mesh.rank}", "\n".join(record.model_dump_json() for record in records))
+
+    def _commit(self, save: _Save) -> str | None:
         """Complete the checkpoint and prune old ones. Returns a warning if old ones could not be removed."""
         if self.mesh.is_first:
             if self.owner is not None:
                 self.owner.confirm()
-            self.directory.commit(save.step, save.state, files)
+            found = self._store.multi_get([f"{_RECORDS}/{rank}" for rank in range(self.mesh.world_size)])
+            self.directory.commit(save.step, save.state, [record for each in found for record in each.split(b"\n")])
             try:
                 self.directory.prune(self.config.keep, self.config.keep_every)
             except CheckpointError as error:
@@ -234,29 +246,20 @@ class Saver:
             raise type(error)(message) from error
         self.say(f"warning: no checkpoint of step {step}, training continues without it: {message}")
 
-    def _on_all_ranks(self, work: Callable[[], Result]) -> list[Result]:
-        """Run `work` on every rank and return the results of all ranks.
+    def _on_all_ranks(self, work: Callable[[], Result]) -> Result:
+        """Run `work` on every rank and return its result on this one.
 
         Raises:
             CheckpointError, NonFiniteError: on every rank, that of the first rank on which `work` failed.
         """
-        results: list[Result] = []
         failure: CheckpointError | NonFiniteError | None = None
         try:
-            results.append(work())
+            result = work()
         except (CheckpointError, NonFiniteError) as error:
             failure = error
         except OSError as error:
             failure = CheckpointError(str(error))
-        outcomes: list[_Outcome] = self.mesh.all_gather_object(_Outcome(results, failure))
-        for outcome in outcomes:
-            if outcome.error is not None:
-                raise outcome.error
-        return [result for outcome in outcomes for result in outcome.results]
-
-
-class _Outcome(NamedTuple):
-    """Result of one rank, or its error."""
-
-    results: list[Any]  # a single one, or none after an error
-    error: CheckpointError | NonFiniteError | None
+        failures = self.mesh.gather_rare(failure)
+        if failures:
+            raise failures[min(failures)]
+        return result

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from rdm_scale.checkpoint.directory import open_checkpoint
+from rdm_scale.checkpoint.directory import read_contents
 from rdm_scale.checkpoint.format.finite import refuse_non_finite_slices
 from rdm_scale.checkpoint.format.slices import SliceTable, max_dimensions, pad_rows, slices_of_ranges
 from rdm_scale.storage.location import Location
@@ -26,7 +26,8 @@ def load(url: str, model: "ParallelModel") -> None:
         NonFiniteError: it holds NaN or infinity.
     """
     table = slice_table(model.ranges)
-    state, reader = open_checkpoint(Location(url), table)
+    folder = Location(url)
+    state, reader = model.mesh.on_first(lambda: read_contents(folder)).open(folder, table)
     with model.restoring(state["step"]) as buffers:
         for entry, flats in buffers._asdict().items():
             sizes = [flat.numel() for flat in flats]

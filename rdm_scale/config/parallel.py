@@ -58,6 +58,7 @@ class ParallelConfig(Section):
     timeout_s: int = Field(
         600, ge=1, description="timeout of collectives in seconds; a collective that hangs ends the run"
     )
+    start_timeout_s: int = Field(600, ge=1, description="seconds within which all ranks must have come at the start")
 
     @field_validator("schedule", mode="before")
     @classmethod

@@ -9,8 +9,6 @@ from rdm_scale.data.manifest import Manifest, TarIndex, read_manifest
 from rdm_scale.errors import DataError
 from rdm_scale.storage.location import Location, Stat
 
-Sources = str | Path | Sequence[DataSource]  # one data set by its manifest or folder, or several with weights
-
 
 class OpenDataset(NamedTuple):
     """A data set ready to be read.
@@ -34,6 +32,10 @@ class OpenSources(NamedTuple):
 
     datasets: list[OpenDataset]
     config: DataConfig
+
+
+# One data set by its manifest or folder, or several with weights, or what `open_sources` returned.
+Sources = str | Path | Sequence[DataSource] | OpenSources
 
 
 def open_dataset(source: DataSource, options: dict[str, Any] | None = None) -> OpenDataset:
@@ -60,6 +62,8 @@ def open_dataset(source: DataSource, options: dict[str, Any] | None = None) -> O
 
 def open_sources(sources: Sources, config: DataConfig | None) -> OpenSources:
     """Open all data sets of a stream; without a configuration they are read with its defaults."""
+    if isinstance(sources, OpenSources):
+        return sources
     if isinstance(sources, str | Path):
         sources = [DataSource(path=str(sources))]
     config = config or DataConfig(train=tuple(sources))

@@ -3,6 +3,7 @@
 Shapes: B samples of a batch, N samples, C channels, T frames, H height, W width.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -57,7 +58,7 @@ class TrainingMeasure:
         self.identity = SetIdentity.of(self.network, PixelSize(frames, height, width))
         check_comparable(self.reference, self.identity, "the model in training")
 
-    def measure(self, model: Model, step: int) -> list[Measurement]:
+    def measure(self, model: Model, step: int, progress: Callable[[int, int], None] | None = None) -> list[Measurement]:
         """Draw and measure samples of `model`; the same result on every rank. Collective."""
         collector = StatisticsCollector(self.network.width, self.wanted)
         count, batch_size = self.config.monitor.measure_samples, self._batch_size()
@@ -66,7 +67,8 @@ class TrainingMeasure:
         for first in range(self.mesh.data_rank * batch_size, -(-count // stride) * stride, stride):
             indices = torch.arange(first, first + batch_size)
             labels = indices % max(1, self.config.model.num_classes)
-            latents = draw_latents(model, self.config, labels.to(self.mesh.device), SEED, first_index=first)
+            on_device = labels.to(self.mesh.device)
+            latents = draw_latents(model, self.config, on_device, SEED, first_index=first, progress=progress)
             wanted = int((indices < count).sum())
             if self.mesh.reads_data and wanted:
                 pixels = to_uint8(self.codec.decode(latents[:wanted]).cpu())

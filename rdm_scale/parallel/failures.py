@@ -1,46 +1,207 @@
-"""Failures of ranks: the first rank that fails reports it, the others exit silently."""
+"""Failures of ranks: one rank says what happened, on which hosts and at which step, and all exit with the same code.
+
+Each rank has a thread with a connection of its own to the ranks' store. When a rank fails, the threads of the others
+answer for theirs with its step and phase, also while it is stuck in a collective. Who does not answer is lost.
+"""
 
 import errno
+import json
 import os
+import re
+import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NoReturn
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from rdm_scale.errors import RdmError
+from rdm_scale.activity import Activity
+from rdm_scale.errors import CheckpointError, LaunchError, RdmError, StopRequested
+from rdm_scale.parallel.hosts import Hosts, rank_list
 from rdm_scale.parent_death import parent_death_setter
+from rdm_scale.run_status import EXIT_CODES, STATES, JobState, RunStatus
+from rdm_scale.stop_request import StopRequest
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # torch takes seconds to import
 
 FIRST_FAILURE_KEY = "rdm_scale/first_failure"
+EXIT_CODE_FILE = "RDM_SCALE_EXIT_CODE_FILE"  # variable: the script that starts torchrun finds the ranks' code there
+_ANSWERS, _VERDICT = "rdm_scale/answers", "rdm_scale/verdict"
 _REPORT_GRACE_S = 3.0  # a launcher ends all ranks when one exits: let the reporting rank finish its message first
+STORE_S = 10.0  # a store that is cut off never answers
+_ANSWER_S = 5.0
+_DAY_S = 86_400
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_BY_A_PEER = re.compile(r"gloo|NCCL|Connection|[Tt]imed out|Socket|recv|Broken pipe")
+
+Result = TypeVar("Result")
 
 
 class FailureReporter:
-    """Selects the rank that reports a failure.
+    """Reports the failure of this attempt, once for all ranks.
 
     Before the ranks share a store, all ranks of a node fail for the same reason (a bad configuration), and local rank 0
     reports. After that, the first rank to claim a key in the store does: the others mostly fail because their
     connection to it breaks.
 
     Attributes:
-        store: store that all ranks share; None before `build_mesh` sets it.
+        store: store for reports that all ranks share; None before `watch`.
+        hosts: host of every rank.
+        activity: what this rank does; kept up to date by the training loop.
+        stop: the request to stop.
+        run_dir: directory of the run, where status.json belongs; None until this run owns it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stop: StopRequest | None = None) -> None:
         self.store: Store | None = None
+        self.hosts = Hosts([])
+        self.activity = Activity()
+        self.stop = stop or StopRequest()
+        self.run_dir: Path | None = None
+        self.rank = int(os.environ.get("RANK", 0))
+
+    def watch(self, store: "Store", hosts: Hosts) -> None:
+        """Use the store for reports from now on, and answer when another rank fails."""
+        self.store, self.hosts = store, hosts
+        own: Any = store  # torch's stubs lack clone and append
+        threading.Thread(target=self._answer, args=(own.clone(),), name="failures", daemon=True).start()
 
     def claim(self) -> bool:
         """True for the one rank that is to report."""
-        if self.store is None:
+        store = self.store
+        if store is None:
             return int(os.environ.get("LOCAL_RANK", 0)) == 0
-        rank = os.environ.get("RANK", "0")
+        own = str(self.rank)
+        winner = _within(STORE_S, lambda: store.compare_set(FIRST_FAILURE_KEY, "", own))
+        if winner is None:  # the rank that hosts the store is lost, or this host is cut off: one rank a host reports
+            return int(os.environ.get("LOCAL_RANK", 0)) == 0
+        return winner == own.encode()
+
+    def fail(self, error: Exception) -> int:
+        """Report `error` if this rank is the one to do so. Returns the exit code, which all ranks share."""
+        code = exit_code(error, training=self.activity.step is not None)
+        if not self.claim():
+            verdict = None if self.store is None else _within(_REPORT_GRACE_S, self._verdict)
+            time.sleep(_REPORT_GRACE_S)
+            return code if verdict is None else verdict
+        reason = self._what_happened(error)
+        self._conclude(code, reason)
+        if self.store is not None and self.hosts.ranges and self.rank == 0:
+            time.sleep(_REPORT_GRACE_S)  # the store may live in this process, and the others look into it
+        return code
+
+    def record(self, state: JobState, reason: str = "") -> None:
+        """Write status.json, if this rank has the run's directory."""
+        if self.run_dir is not None:
+            self.status(state, reason).write(self.run_dir)
+
+    def status(self, state: JobState, reason: str = "") -> RunStatus:
+        """Status of the run as this rank knows it."""
+        return RunStatus(
+            state,
+            step=self.activity.completed,
+            checkpoint=self.activity.checkpoint,
+            rank=self.rank,
+            reason=reason,
+            restarting=state is JobState.STOPPED and self.stop.by_launcher,
+        )
+
+    def _conclude(self, code: int, reason: str) -> None:
+        """Write status.json, and tell the other ranks with which code to exit."""
+        self.record(STATES[code], reason)
+        store = self.store
+        if store is not None:
+            _within(STORE_S, lambda: store.set(_VERDICT, json.dumps([code, reason])))
+
+    def _verdict(self) -> int:
+        assert self.store is not None
+        self.store.wait([_VERDICT], timedelta(seconds=_DAY_S))
+        return int(json.loads(self.store.get(_VERDICT))[0])
+
+    def _answer(self, store: Any) -> None:
+        """Wait for a failure anywhere, answer for this rank, and exit with the code of the report."""
         try:
-            return bool(self.store.compare_set(FIRST_FAILURE_KEY, "", rank) == rank.encode())
-        except RuntimeError:  # the rank that hosts the store is gone: it failed first
-            return False
+            store.wait([FIRST_FAILURE_KEY], timedelta(seconds=_DAY_S))
+            store.append(_ANSWERS, f"{self.rank}|{self.activity}\n")
+            store.wait([_VERDICT], timedelta(seconds=_DAY_S))
+            code, reason = json.loads(store.get(_VERDICT))
+        except RuntimeError:  # the store has gone: at the end of the run, or with its host, which the main thread sees
+            return
+        time.sleep(_REPORT_GRACE_S)
+        if self.rank == 0:  # the directory may be on the disk of its node
+            self.record(STATES[code], reason)
+        _exit(code)
+
+    def _what_happened(self, error: Exception) -> str:
+        """Print the report of `error`; returns its essence in one line."""
+        host = socket.gethostname()
+        if isinstance(error, RdmError):
+            print(f"\nerror: {error}", file=sys.stderr)
+            return str(error)
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            reason = f"there is no room to write {error.filename or 'to run.dir'}: {error.strerror}"
+            print(f"\nerror: {reason}", file=sys.stderr)
+            return reason
+        lost = self._lost_ranks() if self.store is not None and _by_a_peer(error) else ""
+        reason = lost or f"{type(error).__name__}: {error}".splitlines()[0]
+        where = f"rank {self.rank} failed" if not self.hosts.ranges else f"rank {self.rank} on {host} failed"
+        step = "" if self.activity.step is None else f" in {self.activity}"
+        if lost:
+            print(f"\nerror: {lost}{step}; {self._next()}\n{where}:", file=sys.stderr)
+        else:
+            print(f"\n{where}{step}:", file=sys.stderr)
+        traceback.print_exception(error)
+        return f"{reason}{step}"
+
+    def _lost_ranks(self) -> str:
+        """Phrase for the ranks that do not answer; empty if all do."""
+        store, world = self.store, self.hosts.ranges[-1].last + 1 if self.hosts.ranges else 1
+        assert store is not None
+
+        def answers() -> set[int]:
+            if not store.check([_ANSWERS]):
+                return set()
+            return {int(line.partition("|")[0]) for line in store.get(_ANSWERS).decode().splitlines()}
+
+        deadline, present = time.monotonic() + _ANSWER_S, {self.rank}
+        while time.monotonic() < deadline and len(present) < world:
+            found = _within(STORE_S, answers)
+            if found is None:
+                return f"{socket.gethostname()} ({rank_list([self.rank])}) has lost the connection to the other hosts"
+            present |= found
+            time.sleep(0.1)
+        silent = [rank for rank in range(world) if rank not in present]
+        return f"{self.hosts.describe(silent)} was lost" if silent else ""
+
+    def _next(self) -> str:
+        """Phrase that says how the run goes on, and from which step."""
+        step = self.activity.checkpoint
+        where = "from the beginning: there is no checkpoint yet" if step is None else f"from step {step:,}"
+        left = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) - int(
+            os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        )
+        return f"{'starting again' if left > 0 else 'the same command goes on'} {where}"
+
+
+def exit_code(error: Exception, *, training: bool) -> int:
+    """Exit code of a rank that ends with `error`: 2 where a restart would meet the same error, else 1."""
+    causes, cause = [], error.__cause__
+    while cause is not None:
+        causes.append(cause)
+        cause = cause.__cause__
+    if any(isinstance(each, OSError) and each.errno in _NO_ROOM for each in [error, *causes]):
+        return EXIT_CODES[JobState.USER_ERROR]
+    permanent = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
+    transient = any(isinstance(each, OSError) and not isinstance(each, permanent) for each in causes)
+    if not isinstance(error, RdmError) or isinstance(error, LaunchError) or transient:
+        return EXIT_CODES[JobState.FAILED]
+    if isinstance(error, CheckpointError) and training:  # the place of the checkpoints failed after it had worked
+        return EXIT_CODES[JobState.FAILED]
+    return EXIT_CODES[JobState.USER_ERROR]
 
 
 def end_with_launcher() -> None:
@@ -55,37 +216,54 @@ def end_with_launcher() -> None:
             _exit(1)
 
 
-def run_main(body: Callable[[FailureReporter], None]) -> NoReturn:
-    """Run the main function of a rank, then exit with code 0, or with 1 after a failure, which one rank reports.
+def run_main(body: Callable[[FailureReporter], JobState | None], stop: StopRequest | None = None) -> NoReturn:
+    """Run the main function of a rank, then exit with the code of the state that it returns (None: finished).
 
-    An RdmError is printed without a traceback, since the user can fix it; any other error is a bug and keeps it.
+    After a failure one rank reports. An RdmError is printed without a traceback, since the user can fix it; any other
+    error is a bug and keeps it.
     """
-    reporter = FailureReporter()
+    reporter = FailureReporter(stop)
+    if (path := os.environ.get(EXIT_CODE_FILE)) and int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        Path(path).write_text("", encoding="utf-8")  # codes of an earlier attempt
     try:
-        body(reporter)
+        state = body(reporter) or JobState.FINISHED
     except KeyboardInterrupt:
         _exit(130)
+    except StopRequested:
+        if reporter.rank == 0:
+            reporter.record(JobState.STOPPED, f"{reporter.stop.signal_name} during {reporter.activity.phase}")
+        _exit(EXIT_CODES[JobState.STOPPED])
     except Exception as error:
-        if reporter.claim():
-            _report(error)
-        else:
-            time.sleep(_REPORT_GRACE_S)
-        _exit(1)
-    _exit(0)
+        _exit(reporter.fail(error))
+    _exit(EXIT_CODES[state])
 
 
-def _report(error: Exception) -> None:
-    if isinstance(error, RdmError):
-        print(f"\nerror: {error}", file=sys.stderr)
-    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        print(f"\nerror: there is no room to write {error.filename or 'to run.dir'}: {error.strerror}", file=sys.stderr)
-    else:
-        print(f"\nrank {os.environ.get('RANK', '0')} failed:", file=sys.stderr)
-        traceback.print_exception(error)
+def _by_a_peer(error: Exception) -> bool:
+    """Test if a lost peer may be the reason of an error."""
+    return isinstance(error, RuntimeError) and bool(_BY_A_PEER.search(str(error)))
+
+
+def _within(seconds: float, call: Callable[[], Result]) -> Result | None:
+    """Result of `call`, or None if it fails or takes longer: a store behind a cut cable never answers."""
+    results: list[Result] = []
+
+    def run() -> None:
+        try:
+            results.append(call())
+        except RuntimeError:
+            return
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return results[0] if results else None
 
 
 def _exit(code: int) -> NoReturn:
     """End the process without waiting for communication threads, which may hang on ranks that are gone."""
+    if path := os.environ.get(EXIT_CODE_FILE):
+        with Path(path).open("a", encoding="utf-8") as file:
+            file.write(f"{code}\n")
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

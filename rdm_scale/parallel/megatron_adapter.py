@@ -42,6 +42,7 @@ _EXPECTED: dict[Any, tuple[str, ...]] = {
         "pipeline_model_parallel_size",
         "order",
         "distributed_timeout_minutes",
+        "create_gloo_process_groups",
     ),
 }
 for _name in (f"get_{group}_{what}" for group in _GROUPS for what in ("group", "rank", "world_size")):
@@ -101,6 +102,7 @@ def initialize_axes(tensor: int, pipeline: int, timeout: timedelta) -> MeshGroup
             pipeline_model_parallel_size=pipeline,
             order="tp-cp-ep-dp-pp",
             distributed_timeout_minutes=timeout / timedelta(minutes=1),
+            create_gloo_process_groups=False,  # one more for each group, which nothing here uses
         )
     tensor_axis, pipeline_axis, data_axis = (
         AxisGroup(*(getattr(parallel_state, f"get_{group}_{what}")() for what in ("group", "rank", "world_size")))

@@ -2,11 +2,12 @@
 
 import os
 import socket
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib import metadata
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -14,11 +15,14 @@ import torch.distributed as dist
 from rdm_scale import __version__
 from rdm_scale.config import ParallelConfig, RunConfig
 from rdm_scale.device import local_device
-from rdm_scale.errors import ConfigError
+from rdm_scale.errors import ConfigError, RdmError, StopRequested
 from rdm_scale.parallel import megatron_adapter as megatron
 from rdm_scale.parallel.failures import FailureReporter
+from rdm_scale.parallel.hosts import Hosts
 from rdm_scale.parallel.megatron_adapter import AxisGroup
+from rdm_scale.parallel.rendezvous import meet
 
+_CLOCK_S = 10.0  # clocks that differ by less are taken for the same
 _LIBRARIES = ("torch", "deepspeed", "megatron-core")
 Value = TypeVar("Value")
 
@@ -45,6 +49,8 @@ class Mesh:
     shard: AxisGroup  # data-parallel ranks over which ZeRO shards
     copies: AxisGroup  # data-parallel ranks that hold a copy of the same shard
     replica_group: dist.ProcessGroup  # ranks of one model replica
+    store: dist.Store
+    hosts: Hosts
     device: torch.device
     timeout: timedelta  # of every collective, and of a message between stages
 
@@ -86,11 +92,44 @@ class Mesh:
         dist.all_reduce(total, group=self.data_group)
         return total.cpu()
 
+    def stop_if_any(self, requested: bool) -> None:
+        """Raise StopRequested on every rank if any of them was asked to stop. Collective."""
+        if self.all_reduce_sum([float(requested)])[0] > 0:
+            raise StopRequested
+
+    def own_store(self) -> Any:
+        """A connection of its own to the ranks' store, for a thread."""
+        store: Any = self.store  # torch's stubs lack clone
+        return store.clone()
+
     def all_gather_object(self, value: Value) -> list[Value]:
         """Small objects of all ranks, in rank order, on every rank. They are pickled: never pass untrusted data."""
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
+
+    def gather_rare(self, value: Value | None) -> dict[int, Value]:
+        """Objects of the ranks that have one, by rank, on every rank. Collective; without any, one small all-reduce."""
+        if self.all_reduce_sum([float(value is not None)])[0] == 0:
+            return {}
+        return {rank: each for rank, each in enumerate(self.all_gather_object(value)) if each is not None}
+
+    def on_first(self, work: Callable[[], Value]) -> Value:
+        """Result of `work` on rank 0, on every rank: for what all ranks would read alike. Collective.
+
+        Raises:
+            RdmError: that of `work`, on every rank.
+        """
+        outcome: tuple[Value | None, RdmError | None] = (None, None)
+        if self.is_first:
+            try:
+                outcome = work(), None
+            except RdmError as error:
+                outcome = None, error
+        value, failure = self.broadcast(outcome)
+        if failure is not None:
+            raise failure
+        return cast(Value, value)
 
     def broadcast(self, value: Value | None) -> Value:
         """Small object of rank 0, on every rank; the value of other ranks is ignored."""
@@ -111,7 +150,10 @@ def build_mesh(config: ParallelConfig, reporter: FailureReporter | None = None) 
     Needs the environment variables that torchrun and deepspeed set; without any, the world is this process.
 
     Args:
-        reporter: is given the store that the ranks share.
+        reporter: is given the store by which ranks report failures; its request to stop ends the wait for other ranks.
+
+    Raises:
+        LaunchError: not all ranks have come within `parallel.start_timeout_s`.
     """
     device = local_device()
     use_cuda = device.type == "cuda"
@@ -119,12 +161,15 @@ def build_mesh(config: ParallelConfig, reporter: FailureReporter | None = None) 
     if use_cuda:
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=config.timeout_s)
-    store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+    met = meet(config.start_timeout_s, None if reporter is None else reporter.stop)
     if reporter is not None:
-        reporter.store = store
+        reporter.watch(met.reports, met.hosts)
+    if met.interface is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", met.interface)
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group(
         "nccl" if use_cuda else "gloo",
-        store=dist.PrefixStore("rdm_scale", store),
+        store=dist.PrefixStore("groups", met.store),
         rank=rank,
         world_size=world,
         timeout=timeout,
@@ -146,6 +191,8 @@ def build_mesh(config: ParallelConfig, reporter: FailureReporter | None = None) 
         shard=shard,
         copies=copies,
         replica_group=groups.replica,
+        store=met.store,
+        hosts=met.hosts,
         device=device,
         timeout=timeout,
     )
@@ -171,15 +218,20 @@ def check_agreement(mesh: Mesh, config: RunConfig) -> None:
     """Raise ConfigError on every rank unless all ranks hold the same configuration and library versions."""
     own = {"configuration": config.digest(), "rdm_scale": __version__}
     own |= {name: metadata.version(name) for name in _LIBRARIES}
-    all_ranks = mesh.all_gather_object((own, socket.gethostname()))
-    first, first_host = all_ranks[0]
-    for rank, (found, host) in enumerate(all_ranks):
-        for name in first:
-            if found[name] != first[name]:
-                raise ConfigError(
-                    f"rank {rank} on {host} and rank 0 on {first_host} differ in {name}: "
-                    f"{found[name]} against {first[name]}; start all ranks with the same files and versions"
-                )
+    first, first_host = mesh.broadcast((own, socket.gethostname()))
+    differing = [f"{name}: {own[name]} against {first[name]}" for name in first if own[name] != first[name]]
+    where = f"rank {mesh.rank} on {socket.gethostname()} and rank 0 on {first_host} differ in"
+    found = mesh.gather_rare(f"{where} {differing[0]}" if differing else None)
+    if found:
+        raise ConfigError(f"{found[min(found)]}; start all ranks with the same files and versions")
+
+
+def clock_warnings(mesh: Mesh) -> list[str]:
+    """One line for each host whose clock is not that of rank 0. Collective."""
+    mesh.all_reduce_sum([0.0])  # so that no rank waits for another one between the broadcast and its look at the clock
+    ahead_s = time.time() - mesh.broadcast(time.time())
+    line = f"the clock of {socket.gethostname()} is {ahead_s:+.0f} s off that of rank 0: times in logs do not compare"
+    return sorted(set(mesh.gather_rare(line if abs(ahead_s) > _CLOCK_S else None).values()))
 
 
 def _default_environment(use_cuda: bool, tensor: int) -> None:

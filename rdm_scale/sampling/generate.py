@@ -34,6 +34,7 @@ def draw_latents(
     *,
     empty_caption: TextCondition | None = None,
     first_index: int = 0,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Draw normalized latents [B, C, T, H, W] for labels [B] or captions, with the sampler of `config.sampling`.
 
@@ -43,6 +44,7 @@ def draw_latents(
     Args:
         empty_caption: the null condition of guidance, for a model with text.
         first_index: index of the first sample of this batch.
+        progress: called as progress(steps_done, steps) after every step of the sampler.
 
     Raises:
         ConfigError: labels for a model that takes captions, or captions for one that does not.
@@ -64,6 +66,7 @@ def draw_latents(
         null_condition={"none": None, "class": config.model.num_classes, "text": empty_caption}[kind],
         learned_variance=config.model.learned_variance,
         first_index=first_index,
+        progress=progress,
         device=condition.pooled.device if isinstance(condition, TextCondition) else condition.device,
     )
 
@@ -124,10 +127,11 @@ class SampleGrid:
             self.names = list(facts.class_names[: self.columns])
         self.codec = codec_of(facts.codec, mesh.device) if mesh.is_first else None
 
-    def draw(self, model: Model) -> Image.Image | None:
+    def draw(self, model: Model, progress: Callable[[int, int], None] | None = None) -> Image.Image | None:
         """Draw the grid and return it on the first rank, None on the others. Collective.
 
-        Clips are shown by their middle frames.
+        Clips are shown by their middle frames. `progress` is called on every rank after every step of the sampler; what
+        it raises ends the drawing.
 
         Raises:
             ConfigError: the configuration's sampler cannot draw; on all ranks.
@@ -138,12 +142,18 @@ class SampleGrid:
         labels = torch.arange(share * self.mesh.data_size) % self.columns
         first = share * self.mesh.data_rank
         latents = draw_latents(
-            model, self.config, labels[first : first + share].to(self.mesh.device), seed=0, first_index=first
+            model,
+            self.config,
+            labels[first : first + share].to(self.mesh.device),
+            seed=0,
+            first_index=first,
+            progress=progress,
         )
-        # Ranks of one model replica have drawn the same samples: one entry for each data rank is kept.
-        by_data_rank = dict(self.mesh.all_gather_object((self.mesh.data_rank, latents.cpu())))
+        # Ranks of one model replica have drawn the same samples: the sum over the data ranks has each of them once.
+        parts = latents.new_zeros(self.mesh.data_size, *latents.shape)
+        parts[self.mesh.data_rank] = latents
+        all_latents = self.mesh.all_reduce_sum_over_data(parts).flatten(0, 1)[:count].to(latents.dtype)
         if self.codec is None:
             return None
-        all_latents = torch.cat([by_data_rank[rank] for rank in range(self.mesh.data_size)])[:count]
         refuse_non_finite_samples(all_latents)
         return image_grid(middle_frames(self.codec.decode(all_latents)).cpu(), self.columns, self.names)

@@ -45,6 +45,9 @@ class Monitor:
     def step(self, record: Record) -> None:
         """Log the metrics of one step."""
 
+    def add(self, step: int, values: Record) -> None:
+        """Add metrics to those of the step that was logged last, by name."""
+
     def depth(self, step: int, profile: Profile) -> None:
         """Log the profile of one step along depth."""
 
@@ -69,19 +72,31 @@ class RunMonitor(Monitor):
         self.dir = Path(config.run.dir)
         self.first_step = first_step
         self.started = time.monotonic()
-        self.metrics: IO[str] = (self.dir / "metrics.jsonl").open("a", encoding="utf-8")
+        self.metrics: IO[bytes] = (self.dir / "metrics.jsonl").open("ab")
         self.profiles: list[Profile] = read_profiles(self.dir / DEPTH, lambda line: self.report(f"warning: {line}"))[1]
         self.trackers = build_trackers(config, first_step)
 
     def step(self, record: Record) -> None:
-        self.metrics.write(json.dumps(record) + "\n")
+        self.metrics.write(json.dumps(record).encode() + b"\n")
         self.metrics.flush()
         step = int(record["step"])
         for tracker in self.trackers:
             tracker.log_metrics(step, {name: value for name, value in record.items() if name != "step"})
         ends = (self.first_step + 1, self.config.train.steps)
-        if step % self.config.monitor.log_every == 0 or "validation_loss" in record or step in ends:
+        if step % self.config.monitor.log_every == 0 or step in ends:
             self._print(record)
+
+    def add(self, step: int, values: Record) -> None:
+        if not values:
+            return
+        self.metrics.truncate(self.metrics.tell() - len(b"}\n"))  # the line's end; a kill in between costs that line
+        self.metrics.write(b", " + json.dumps(values).encode()[1:] + b"\n")
+        self.metrics.flush()
+        for tracker in self.trackers:
+            tracker.log_metrics(step, values)
+        if "validation_loss" in values:
+            steps = self.config.train.steps
+            print(f"step {step:>{len(str(steps))}}/{steps}  validation {values['validation_loss']:.4f}", flush=True)
 
     def depth(self, step: int, profile: Profile) -> None:
         with (self.dir / DEPTH).open("a", encoding="utf-8") as file:
@@ -129,6 +144,4 @@ class RunMonitor(Monitor):
             *([f"{record['tflops_per_rank']:.0f} TFLOP/s a rank, MFU {record['mfu']:.1%}"] if "mfu" in record else []),
             f"left {clock_time(left)}",
         ]
-        if "validation_loss" in record:
-            parts.insert(2, f"validation {record['validation_loss']:.4f}")
         print("  ".join(parts), flush=True)

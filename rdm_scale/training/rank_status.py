@@ -13,6 +13,7 @@ from rdm_scale.checkpoint import Saver
 from rdm_scale.data.lost_shards import LostShards
 from rdm_scale.device import to_device
 from rdm_scale.parallel.mesh import Mesh
+from rdm_scale.stop_request import StopRequest
 
 
 class StepStatistics(NamedTuple):
@@ -31,7 +32,7 @@ class RankStatus:
 
     Attributes:
         lost: None on ranks that read no data.
-        stop_requested: set by a signal.
+        stop: set by a signal.
         data_wait_s: time for which this step waited for its batch.
         warnings: one for each shard that this rank lost and has not yet reported to the others.
     """
@@ -39,7 +40,7 @@ class RankStatus:
     mesh: Mesh
     saver: Saver
     lost: LostShards | None
-    stop_requested: bool = False
+    stop: StopRequest = field(default_factory=StopRequest)
     data_wait_s: float = 0.0
     warnings: list[str] = field(default_factory=list)
 
@@ -49,7 +50,7 @@ class RankStatus:
             self.warnings += self.lost.take_warnings()
         values = StepStatistics(
             loss_sum=0.0,  # is on the device
-            stop_requests=float(self.stop_requested),
+            stop_requests=float(self.stop.requested),
             data_wait_s=self.data_wait_s / self.mesh.world_size,
             lost_shards=float(len(self.warnings)),
             saving=float(self.saver.busy),

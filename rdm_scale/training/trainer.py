@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import signal
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -21,19 +20,22 @@ from rdm_scale.config import RunConfig
 from rdm_scale.data.buffer_pool import BufferPool
 from rdm_scale.data.captions import empty_caption
 from rdm_scale.data.compatibility import DataFacts
+from rdm_scale.data.dataset import OpenSources, open_sources
 from rdm_scale.data.held_out import HeldOut
 from rdm_scale.data.prefetch import Prefetcher
 from rdm_scale.data.stream import LatentStream
 from rdm_scale.device import TimeMark
 from rdm_scale.diffusion import build_objective
 from rdm_scale.diffusion.training_draws import draw
-from rdm_scale.errors import ConfigError, NonFiniteError
+from rdm_scale.errors import ConfigError, NonFiniteError, StopRequested
 from rdm_scale.evaluation.training_measure import TrainingMeasure
 from rdm_scale.parallel.broadcast import broadcast_batches
+from rdm_scale.parallel.failures import FailureReporter
 from rdm_scale.parallel.hang_reports import HangWatch
 from rdm_scale.parallel.mesh import Mesh
 from rdm_scale.parallel.parallelize import parallelize
 from rdm_scale.parallel.plan import ParallelPlan
+from rdm_scale.run_status import JobState
 from rdm_scale.sampling.generate import SampleGrid
 from rdm_scale.training.depth_probe import DepthProbe
 from rdm_scale.training.monitor import Monitor, Record, RunMonitor, metrics_record
@@ -56,9 +58,10 @@ class Trainer:
         plan: ParallelPlan,
         facts: DataFacts,
         start: Start,
+        reporter: FailureReporter,
         owner: Ownership | None = None,
     ) -> None:
-        self.config, self.mesh, self.facts = config, mesh, facts
+        self.config, self.mesh, self.facts, self.reporter = config, mesh, facts, reporter
         self.step, self.origin = start.step, start.origin
         if config.train.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to be deterministic
@@ -79,8 +82,13 @@ class Trainer:
             load_start_weights(start.weights, self.model)
         self.empty_caption = None if facts.text is None else empty_caption(facts.text)
         self._buffers = BufferPool()  # shared, because training and validation never read at the same time
-        self.stream = self._open_stream(start) if mesh.reads_data else None
-        self.held_out = self._open_held_out() if config.data.validation and mesh.reads_data else None
+        # Rank 0 reads the manifests and lists the folders for all.
+        sources = mesh.on_first(lambda: open_sources(config.data.train, config.data))
+        self.stream = self._open_stream(start, sources) if mesh.reads_data else None
+        self.held_out: HeldOut | None = None
+        if config.data.validation:
+            sources = mesh.on_first(lambda: open_sources(config.data.validation, config.data))
+            self.held_out = self._open_held_out(sources) if mesh.reads_data else None
         self.grid = SampleGrid(config, mesh, facts) if config.monitor.sample_every else None
         self.measure = TrainingMeasure(config, mesh, facts) if config.monitor.measure_every else None
         self.monitor = RunMonitor(config, self.step) if mesh.is_first else Monitor()
@@ -90,19 +98,22 @@ class Trainer:
         self.saver = checkpoint.Saver(
             checkpoints_of(config), config.checkpoint, self.model, mesh, self.monitor.report, owner
         )
-        self.status = RankStatus(mesh, self.saver, self.stream.lost_shards if self.stream else None)
+        self.status = RankStatus(mesh, self.saver, self.stream.lost_shards if self.stream else None, reporter.stop)
+        self.activity = reporter.activity
+        self.activity.step = self.activity.completed = start.step
+        self.activity.checkpoint = start.step or None
         for line in start.warnings:
             self.monitor.report(f"warning: {line}")
         if peak is not None and self.step < config.train.steps:
             self.monitor.report(best_case(config, plan, peak, config.train.steps - self.step))
 
-    def run(self) -> None:
-        """Train until the last step, or until asked to stop: then the step under way is finished and saved."""
-        for signal_number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(signal_number, self._request_stop)
-        stopping = self.step >= self.config.train.steps
+    def run(self) -> JobState:
+        """Train until the last step, or until asked to stop. In both cases the run is saved."""
+        first, stopping = self.step, self.step >= self.config.train.steps
         if stopping:
             self.monitor.report(f"nothing to do: the run is at step {self.step}; raise train.steps to go on")
+        if self.mesh.is_first:
+            self.reporter.record(JobState.RUNNING)
         prefetcher = Prefetcher(self._training_batches(), self.config.data.prefetch) if self.stream else nullcontext()
         with self._hang_watch() as watch, prefetcher as read:
             batches = broadcast_batches(self.mesh, read)
@@ -110,31 +121,55 @@ class Trainer:
                 watch.progress()
                 with self.profiler.step(self.step + 1):
                     self._under_way.append(self.train_step(batches))
-                    stopping = self._read_steps() or self.step == self.config.train.steps
-                self._draw_samples()
-                if stopping:
-                    self.saver.save(self.state())
-                elif self._due(self.config.checkpoint.every):
-                    self.saver.start(self.state())
-                    self._saver_asked_at = self.step
-        if self.step < self.config.train.steps:
-            self.monitor.report(f"stopped on request after step {self.step}; the same command goes on from there")
+                    stopping, last = self._read_steps(), self.step == self.config.train.steps
+                if stopping or last or self._due(self.config.checkpoint.every):  # before what may take long
+                    self._save(wait=stopping or last)
+                stopping = stopping or self._side_work_stopped() or last
+            if self.step > first:
+                self._save(wait=True)  # does nothing if this step is saved
         self.profiler.write()
         self.monitor.close()
+        if self.step < self.config.train.steps:
+            self.monitor.report(f"stopped on request after step {self.step}; the same command goes on from there")
+            return JobState.STOPPED
+        return JobState.FINISHED
+
+    def _save(self, *, wait: bool) -> None:
+        with self.activity.during("saving"):
+            if wait:
+                self.saver.save(self.state())
+            else:
+                self.saver.start(self.state())
+        self._saver_asked_at = self.step
+        self._note_checkpoint()
+
+    def _note_checkpoint(self) -> None:
+        """Say in messages and in status.json which checkpoint is the newest."""
+        saved = self.saver.saved
+        if saved is not None and saved != self.activity.checkpoint:
+            self.activity.checkpoint = saved
+            if self.mesh.is_first:
+                self.reporter.record(JobState.RUNNING)
 
     def train_step(self, batches: Iterator[TrainingBatch]) -> StepUnderWay:
         """Give the next step to the device, without reading anything of it. Collective."""
+        step = self.activity.step = self.step + 1
         began, began_s = TimeMark(self.mesh.device), time.perf_counter()
-        batch = next(batches)
+        with self.activity.during("reading data"):
+            batch = next(batches)
         self.status.data_wait_s = time.perf_counter() - began_s
-        step = self.step + 1
-        with self.probe.watching() if self._probe_is_due(step) else nullcontext():
+        watching = self.probe.watching() if self._probe_is_due(step) else nullcontext()
+        with self.activity.during("the training step"), watching:
             under_way = training_step(self.config, self.model, self.objective, batch, step, self.status, began)
         self.step = step
         return under_way
 
     def validation_loss(self) -> float:
-        """Mean loss over the held-out set, with the noise and timestep that belong to each of its samples."""
+        """Mean loss over the held-out set, with the noise and timestep that belong to each of its samples.
+
+        Raises:
+            StopRequested: on every rank, when one was asked to stop.
+        """
         total = torch.zeros(2, dtype=torch.float64)  # weighted losses, and weights
         with self.model.evaluating():
             for batch in broadcast_batches(self.mesh, self._held_out_batches() if self.held_out else None):
@@ -142,6 +177,7 @@ class Trainer:
                 prediction = self.model(*self.objective.model_inputs(batch))
                 loss_B = self.objective.sample_losses(prediction, batch)
                 total += torch.stack([(loss_B.double() * batch.weights).sum(), batch.weights.sum()]).cpu()
+                self._stop_if_asked()
         loss, samples = self.mesh.all_reduce_sum_over_data(total).tolist()
         return loss / samples
 
@@ -164,9 +200,9 @@ class Trainer:
             },
         }
 
-    def _open_stream(self, start: Start) -> LatentStream:
+    def _open_stream(self, start: Start, sources: OpenSources) -> LatentStream:
         return LatentStream(
-            self.config.data.train,
+            sources,
             global_batch_size=self.config.train.global_batch_size,
             seed=self.config.train.seed,
             dp_rank=self.mesh.data_rank,
@@ -178,10 +214,10 @@ class Trainer:
             buffers=self._buffers,
         )
 
-    def _open_held_out(self) -> HeldOut:
+    def _open_held_out(self, sources: OpenSources) -> HeldOut:
         share = self.config.train.global_batch_size // self.mesh.data_size
         return HeldOut(
-            self.config.data.validation,
+            sources,
             self.config.monitor.validation_samples,
             batch_size=self.config.train.micro_batch_size or share,
             dp_rank=self.mesh.data_rank,
@@ -243,6 +279,7 @@ class Trainer:
                 self.saver.finish()  # the checkpoint under way is of a good step, or this says that it is not
                 refuse_non_finite_weights(self.model)
                 raise
+            self.activity.completed = result.step
             self._observe(result)
             if result.statistics.stop_requests > 0:
                 stopping, leave = True, 0
@@ -255,24 +292,17 @@ class Trainer:
         return self.step == config.train.steps or self._probe_is_due(self.step) or any(map(self._due, intervals))
 
     def _observe(self, result: StepResult) -> None:
-        """Act on what the ranks said in a step, then log it, with profile and validation loss where they are due."""
+        """Act on what the ranks said in a step, then log it, with its depth profile where that is due."""
         if result.statistics.lost_shards:
             self._share_lost_shards()
         # Before that step the saver may have been given what it still works on, unknown to this step's statistics.
         if not result.statistics.saving and result.step > self._saver_asked_at:
             self.saver.advance()
             self._saver_asked_at = self.step
+            self._note_checkpoint()
         if self._probe_is_due(result.step):
             self.monitor.depth(result.step, self.probe.profile(result.grad_norm))
-        record = self._metrics(result)
-        if self.config.data.validation and result.step == self.step and self._due(self.config.monitor.validate_every):
-            record["validation_loss"] = self.validation_loss()
-        if self.measure is not None and result.step == self.step and self._due(self.config.monitor.measure_every):
-            with self.model.evaluating(ema=True):
-                measures = self.measure.measure(self.model, self.step)
-            record |= {measure.name: measure.value for measure in measures}
-            self.monitor.measures(self.step, measures)
-        self.monitor.step(record)
+        self.monitor.step(self._metrics(result))
 
     def _metrics(self, result: StepResult) -> Record:
         record = metrics_record(self.config, result, self.throughput)
@@ -283,17 +313,40 @@ class Trainer:
             record |= {"lost_shards": len(self.stream.lost_shards), "lost_samples": self.stream.lost_shards.samples}
         return record
 
-    def _draw_samples(self) -> None:
-        """Draw a grid of samples where it is due."""
-        if self.grid is not None and self._due(self.config.monitor.sample_every):
-            image = None
-            try:
-                with self.model.evaluating(ema=True):
-                    image = self.grid.draw(self.model)
-            except (ConfigError, NonFiniteError) as error:  # a grid is no reason to end a run
-                self.monitor.report(f"warning: no sample grid of step {self.step}: {error}")
-            if image is not None:
-                self.monitor.image_grid(self.step, image)
+    def _side_work_stopped(self) -> bool:
+        """Validate, measure and draw samples, each at its own interval; True if a request to stop ended that."""
+        try:
+            if self.config.data.validation and self._due(self.config.monitor.validate_every):
+                with self.activity.during("validation"):
+                    self.monitor.add(self.step, {"validation_loss": self.validation_loss()})
+            if self.measure is not None and self._due(self.config.monitor.measure_every):
+                with self.activity.during("the measures of samples"):
+                    self._measure_samples(self.measure)
+            if self.grid is not None and self._due(self.config.monitor.sample_every):
+                with self.activity.during("the drawing of samples"):
+                    self._draw_samples(self.grid)
+        except StopRequested:
+            return True
+        return False
+
+    def _measure_samples(self, measure: TrainingMeasure) -> None:
+        with self.model.evaluating(ema=True):
+            measures = measure.measure(self.model, self.step, lambda done, steps: self._stop_if_asked())
+        self.monitor.add(self.step, {each.name: each.value for each in measures})
+        self.monitor.measures(self.step, measures)
+
+    def _draw_samples(self, grid: SampleGrid) -> None:
+        image = None
+        try:
+            with self.model.evaluating(ema=True):
+                image = grid.draw(self.model, lambda done, steps: self._stop_if_asked())
+        except (ConfigError, NonFiniteError) as error:  # a grid is no reason to end a run
+            self.monitor.report(f"warning: no sample grid of step {self.step}: {error}")
+        if image is not None:
+            self.monitor.image_grid(self.step, image)
+
+    def _stop_if_asked(self) -> None:
+        self.mesh.stop_if_any(self.reporter.stop.requested)
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
@@ -302,6 +355,3 @@ class Trainer:
         """True at the configured interval, and at the first step of all."""
         every = self.config.monitor.depth_every
         return every > 0 and (step % every == 0 or step == 1)
-
-    def _request_stop(self, signal_number: int, frame: object) -> None:
-        self.status.stop_requested = True

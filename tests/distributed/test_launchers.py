@@ -48,7 +48,7 @@ def test_a_signal_stops_the_run_after_a_checkpoint(
     wait_for_step(tmp_path / "run", 3)
     process.send_signal(stop)
     code, output = finish(process)
-    assert code == 0, output
+    assert code == 75, output
     done = len(metrics(tmp_path / "run"))
     assert f"stopped on request after step {done}" in output
     assert (tmp_path / "run" / "checkpoints" / f"step_{done:08d}" / "commit.json").exists()

@@ -29,14 +29,15 @@ def test_metrics_console_and_tensorboard(tmp_path: Path, capsys: pytest.CaptureF
     monitor = RunMonitor(config_in(tmp_path), 0)
     for step in (1, 2, 3):
         monitor.step(record(step))
-    monitor.step(record(4, validation_loss=0.125))
+    monitor.step(record(4))
+    monitor.add(4, {"validation_loss": 0.125})
     monitor.image_grid(4, Image.new("RGB", (8, 6), "red"))
     monitor.close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4] and lines[3]["validation_loss"] == 0.125
     printed = capsys.readouterr().out.splitlines()
-    assert [line.split()[1] for line in printed] == ["1/4", "2/4", "4/4"]
-    assert "validation 0.1250" in printed[2] and printed[2].endswith("  16 samples/s  left 0:00:00")
+    assert [line.split()[1] for line in printed] == ["1/4", "2/4", "4/4", "4/4"]
+    assert printed[2].endswith("  16 samples/s  left 0:00:00") and printed[3] == "step 4/4  validation 0.1250"
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [e.step for e in events.Scalars("loss")] == [1, 2, 3, 4] and events.Scalars("loss")[3].value == 0.25
     assert events.Images("samples")[0].width == 8
