@@ -32,7 +32,7 @@ MUTATIONS = [
     Mutation(
         "replicated parameters in flat buffers count on every tensor-parallel rank in the norm",
         "parallel/zero/stage3_gathered.py",
-        "if self.mesh.tensor_rank == 0 or not layout.replicated",
+        "if self.mesh.tensor_rank == 0 or not layout.kind.replicated",
         "if True",
         f"{LAYOUTS}[tp2 pp1 dp3, ZeRO 3 kept, sequence, 1f1b, recompute every_2]",
     ),
@@ -86,9 +86,23 @@ MUTATIONS = [
         f"{LAYOUTS}[tp1 pp1 dp8, ZeRO 3 kept, 1f1b, recompute selective]",
     ),
     Mutation(
+        "a bucket is reduced after the first micro-batch",
+        "parallel/zero/stage3_gathered.py",
+        "self._last_backward = last",
+        "self._last_backward = True",
+        f"{LAYOUTS}[tp1 pp1 dp8, ZeRO 3 kept, 1f1b, recompute selective]",
+    ),
+    Mutation(
+        "gradients are not summed over the copies of a shard",
+        "parallel/zero/stage3_gathered.py",
+        "dist.all_reduce(total, group=self.mesh.copies.group)",
+        "pass",
+        f"{LAYOUTS}[tp1 pp1 dp4, ZeRO 3 kept in groups of 2, 1f1b, recompute none]",
+    ),
+    Mutation(
         "stage 0 does not reduce gradients",
         "parallel/zero/stages012.py",
-        "dist.all_reduce(flat, group=self.mesh.data_group)",
+        "dist.all_reduce(flat, group=self.mesh.copies.group)",
         "pass",
         f"{LAYOUTS}[tp1 pp1 dp3, ZeRO 0, 1f1b, recompute none]",
     ),

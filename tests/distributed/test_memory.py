@@ -110,6 +110,36 @@ def test_model_state_takes_the_planned_memory(ranks: RankPool, tmp_path: Path, w
         assert 0.95 * planned < measured < 1.05 * planned + working
 
 
+def parameters_held_in_backwards(config: RunConfig) -> tuple[int, int]:
+    """Largest number of parameters that are all-gathered when a backward enters a block, and those of two blocks."""
+    model = parallel_model(config)
+    parameters = [p for block in model.blocks.values() for p in block.parameters()]
+    of_two_blocks = 2 * sum(1 for _ in model.blocks[min(model.blocks)].parameters())
+    held: list[int] = []
+
+    def count(gradient: torch.Tensor) -> None:
+        held.append(sum(p.numel() > 0 for p in parameters))
+
+    def watch(block: torch.nn.Module, inputs: tuple) -> None:
+        if inputs[0].requires_grad:
+            inputs[0].register_hook(count)
+
+    for block in model.blocks.values():
+        block.register_forward_pre_hook(watch)
+    batches = random_batch(config, model.plan.micro_batch * model.plan.micro_batches).split(model.plan.micro_batch)
+    model.accumulate(batches, build_objective(config.diffusion, False))
+    model.mesh.shutdown()
+    return max(held), of_two_blocks
+
+
+def test_a_backward_after_two_forwards_frees_each_block(ranks: RankPool, tmp_path: Path) -> None:
+    """The first stage runs two forwards before the first backward; DeepSpeed counts for one only."""
+    changes = {"parallel__pipeline": 2, "train__micro_batch_size": 1, "parallel__keep_gathered": "never"}
+    config = run_config(tmp_path, "none", **WIDE | {"model__hidden_size": 64}, **changes)
+    for held, of_two_blocks in ranks.run(4, parameters_held_in_backwards, config):
+        assert 0 < held <= of_two_blocks
+
+
 def peak_of_building(config: RunConfig) -> tuple[float, float]:
     """Peak of resident bytes while the model is built, in addition to the empty process: measured and planned."""
     import torch.distributed as dist

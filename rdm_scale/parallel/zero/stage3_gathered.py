@@ -257,7 +257,7 @@ class Zero3Gathered(ZeroEngine):
         of_parameters = [layout.kind.bucket for layout in self._layouts for _ in layout.parameters]
         for number, bucket in enumerate(of_parameters):
             parameters[bucket].append(number)
-        self._buckets = [ParameterBucket(flats[number], parameters[number]) for number in sorted(flats)]
+        self._buckets = [ParameterBucket(flats[number], parameters[number]) for number in range(max(flats) + 1)]
         for number, block in first_blocks.items():
             block.register_forward_pre_hook(partial(self._enter, self._buckets[number]))
 
