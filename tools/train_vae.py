@@ -3,7 +3,8 @@ r"""Train a small diffusers AutoencoderKL (4 channels, a quarter of the size) on
 INPUT is what encode_latents takes: a folder of images, webdataset tars, or a list of paths. The loss is the
 mean squared error plus a weighted Kullback-Leibler divergence to N(0, 1) (Kingma & Welling 2013), each averaged over
 its elements. The images that `encode_latents --holdout` sets aside with the same seed and share are not trained on,
-and are measured at the end. On a CPU, the same versions, threads and seed give the same weights. The packaged VAE:
+and are measured at the end. Images that cannot be decoded are left out, as encoding leaves them out. On a CPU, the same
+versions, threads and seed give the same weights. The packaged VAE:
 
     python tools/make_digits.py digits.tar
     OMP_NUM_THREADS=1 python tools/train_vae.py digits.tar rdm_scale/codecs/digits_vae \
@@ -12,6 +13,7 @@ and are measured at the end. On a CPU, the same versions, threads and seed give 
 
 import argparse
 import io
+import json
 import shutil
 import sys
 import tempfile
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from rdm_scale.encoding.inputs import MediaFile
+    from rdm_scale.encoding.pixels import ImageSelection
 
 LATENT_CHANNELS = 4
 FACTOR = 4  # pixels along each side of a latent
@@ -44,6 +47,12 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=3e-3, help="peak of the one-cycle schedule (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--holdout-share", type=float, default=0.1, help="default: %(default)s")
+    parser.add_argument(
+        "--max-rejected",
+        type=float,
+        default=0.01,
+        help="share of the images that may prove undecodable; they are listed in rejected.jsonl (default: %(default)s)",
+    )
     parser.add_argument("--preview", metavar="FILE.png", help="picture of held-out originals above reconstructions")
     options = parser.parse_args()
     if min(options.size, options.width, options.steps, options.batch_size) < 1:
@@ -52,6 +61,8 @@ def main() -> None:
         parser.error("--size and --width must be multiples of 4")
     if not 0 < options.holdout_share < 1:
         parser.error("--holdout-share must lie between 0 and 1")
+    if not 0 <= options.max_rejected < 1:
+        parser.error("--max-rejected must lie between 0 and 1")
     try:
         run(options)
     except RdmError as error:
@@ -66,15 +77,35 @@ def run(options: argparse.Namespace) -> None:
     if folder.exists():
         raise DataError(f"{folder} exists already: choose another folder or remove it")
     source = find_images(options.input)
-    images, held_out = split_files(source.files, options.seed, options.holdout_share)
+    selection = select(source.files, options)
+    images, held_out = split_files(selection.usable, options.seed, options.holdout_share)
     if not images or not held_out:
-        raise DataError(f"{len(source.files)} images are too few to train on some and measure the others")
+        raise DataError(f"{len(selection.usable)} images are too few to train on some and measure the others")
     vae = build_vae(options.size, options.width, options.seed)
     train(vae, images, options)
     vae.half().float()  # the weights are saved as float16: what is measured is what will be loaded
     vae.register_to_config(**measure_normalization(vae, images, options))
-    save(vae, folder)
+    save(vae, folder, selection)
     report(folder, held_out, source.class_names, options)
+
+
+def select(files: "Sequence[MediaFile]", options: argparse.Namespace) -> "ImageSelection":
+    """Look at all images before training. Raises DataError: too many of them cannot be decoded."""
+    from rdm_scale.encoding.pixels import select_decodable
+
+    with ProgressReporter("looking", len(files)) as progress:
+        selection = select_decodable(files, progress.update)
+    for remark in selection.remarks:
+        print(f"note: {remark}")
+    if rejected := selection.rejected:
+        first = rejected[0][1].reason
+        if len(rejected) > options.max_rejected * len(files):
+            raise DataError(
+                f"{len(rejected)} of {len(files)} images cannot be decoded, more than a share of "
+                f"{options.max_rejected}. The first: {first}. Repair or remove them, or raise --max-rejected"
+            )
+        print(f"note: {len(rejected)} images cannot be decoded and are left out. The first: {first}")
+    return selection
 
 
 def build_vae(size: int, width: int, seed: int) -> Any:
@@ -154,12 +185,15 @@ def measure_normalization(
     return {"scaling_factor": 1.0, "latents_mean": moments.mean.tolist(), "latents_std": moments.std.tolist()}
 
 
-def save(vae: Any, folder: Path) -> None:
-    """Write the folder completely or not at all."""
+def save(vae: Any, folder: Path, selection: "ImageSelection") -> None:
+    """Write the folder completely or not at all, with the list of images that were left out."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         vae.half().save_pretrained(partial, safe_serialization=True)
+        if lines := [{"input": file.name, "reason": found.reason} for file, found in selection.rejected]:
+            content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            (partial / "rejected.jsonl").write_text(content, encoding="utf-8")
         partial.chmod(0o755)
         partial.replace(folder)
     except BaseException:

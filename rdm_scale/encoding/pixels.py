@@ -1,6 +1,6 @@
 """Pixels of samples: images and clips loaded at the size of a bucket, and their reconstructions by a codec."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -12,9 +12,10 @@ from rdm_scale.encoding.images import ENLARGED, decode, image_size, is_enlarged
 from rdm_scale.encoding.inputs import MediaFile, MediaSet
 from rdm_scale.encoding.media import MediaKind
 from rdm_scale.encoding.planning import EncodingSettings, MediaMetadata, PixelBucket, PlannedSample, too_small
-from rdm_scale.encoding.rejections import TooSmallError
+from rdm_scale.encoding.rejections import Rejection, RejectionPolicy, TooSmallError
 from rdm_scale.encoding.remarks import Remarks
 from rdm_scale.encoding.videos import decode_clip, read_video_metadata
+from rdm_scale.errors import DataError
 
 READERS = 8  # threads that read and decode
 DECODING_VERSION = 2  # raised when the same file gives other pixels, or is accepted where it was refused
@@ -80,6 +81,45 @@ def _load_clip(
             stride=settings.stride,
             remarks=remarks,
         )
+
+
+class ImageSelection(NamedTuple):
+    """Images that can be decoded, and the others with the reason why not."""
+
+    usable: list[MediaFile]
+    rejected: list[tuple[MediaFile, Rejection]]
+    remarks: Remarks
+
+
+def select_decodable(files: Sequence[MediaFile], progress: Callable[[int], object]) -> ImageSelection:
+    """Decode all images once, to set aside those that encoding would reject.
+
+    Args:
+        progress: called after each image, with 1.
+
+    Raises:
+        StorageError: an image cannot be read from where it is stored.
+    """
+    policy = RejectionPolicy(len(files), max_unreadable=0.0)
+
+    def look(file: MediaFile) -> Rejection | Remarks:
+        remarks = Remarks()
+        try:
+            decode(file.read(), 1, 1, file.name, remarks)
+        except DataError as error:
+            return policy.reject(error, file)
+        return remarks
+
+    selection = ImageSelection([], [], Remarks())
+    with ThreadPoolExecutor(READERS) as pool:
+        for file, found in zip(files, pool.map(look, files), strict=True):
+            if isinstance(found, Rejection):
+                selection.rejected.append((file, found))
+            else:
+                selection.usable.append(file)
+                selection.remarks.include(found.found)
+            progress(1)
+    return selection
 
 
 class ImageBatch(NamedTuple):

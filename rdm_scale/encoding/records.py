@@ -36,6 +36,7 @@ class ShardRecord(BaseModel):
     total: float  # their sum
     squares: float  # sum of their squares
     remarks: dict[str, Remark] = {}
+    decoding: int = 1  # DECODING_VERSION of the samples; earlier versions do not state it
 
 
 class RecordStore:

@@ -12,7 +12,7 @@ from rdm_scale.encoding.inputs import MediaSet
 from rdm_scale.encoding.inventory import InputChanges, Inventory
 from rdm_scale.encoding.job import EncodingJob, ProcessRank
 from rdm_scale.encoding.output import OutputFolders
-from rdm_scale.encoding.pixels import load_sample, read_metadata
+from rdm_scale.encoding.pixels import DECODING_VERSION, load_sample, read_metadata
 from rdm_scale.encoding.planning import EncodingPlan, PlannedShard, make_plan
 from rdm_scale.encoding.records import RecordStore
 from rdm_scale.encoding.rejections import Rejection
@@ -107,6 +107,14 @@ def changed_inputs(job: EncodingJob, report: Report) -> Collection[int]:
     If there are any, the job is no longer complete.
     """
     status = job_status(job)
+    if SharedPlan.exists(job.output.work):
+        begun = SharedPlan.read(job.output.work, job.digest)
+        if begun.decoding != DECODING_VERSION:
+            report(
+                f"{job.output.train} was begun by a version that decodes images and videos to other pixels: all of it "
+                "is encoded again"
+            )
+            reopen(job)
     changed = frozenset(status.changes.changed)
     if not status.recorded and SharedPlan.exists(job.output.work):
         report(f"{job.output.train}: {NOT_RECORDED}. What it has encoded is kept")
@@ -139,14 +147,18 @@ def reopen(job: EncodingJob) -> None:
 
 
 def remove_outdated_records(job: EncodingJob, plan: EncodingPlan, changed: Collection[int]) -> None:
-    """Remove records of shards that are not planned, hold changed inputs, or whose rejected inputs load by now."""
+    """Remove records of shards that are not planned, were decoded otherwise, or have to be encoded again.
+
+    That is those that hold changed inputs, or rejected ones that load by now.
+    """
     records = RecordStore(job.output.work, plan, job.source)
     records.remove_others()
 
     def outdated(shard: PlannedShard) -> bool:
-        if any(sample.file in changed for sample in shard.samples):
+        record = records.read(shard)
+        if record.decoding != DECODING_VERSION or any(sample.file in changed for sample in shard.samples):
             return True
-        return any(_loads(job, shard, one.position) for one in records.read(shard).rejected)
+        return any(_loads(job, shard, one.position) for one in record.rejected)
 
     for shard in filter(outdated, records.finished()):
         records.remove(shard)

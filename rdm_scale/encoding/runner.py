@@ -16,7 +16,7 @@ import torch
 
 from rdm_scale.encoding.finalize import finalize
 from rdm_scale.encoding.job import EncodingJob, EncodingResult, JobProgress, ProcessRank
-from rdm_scale.encoding.pixels import READERS, read_metadata
+from rdm_scale.encoding.pixels import DECODING_VERSION, READERS, read_metadata
 from rdm_scale.encoding.planning import EncodingPlan, MediaMetadata, PlannedShard, make_plan, needs_metadata
 from rdm_scale.encoding.records import RecordStore, ShardRecord
 from rdm_scale.encoding.rejections import Rejection, RejectionPolicy
@@ -112,7 +112,7 @@ def _resume_or_plan(job: EncodingJob, progress: JobProgress, report: Report) -> 
     metadata = list(_read_all_metadata(job, progress)) if needs_metadata(job.source, job.settings) else None
     remove_outdated_records(job, make_plan(job.source, job.settings, metadata), changed)
     job.inventory.write(work)  # once no record is left of an input that has changed since
-    shared = SharedPlan(job.digest, torch.get_num_threads(), metadata, job.inventory.digest)
+    shared = SharedPlan(job.digest, torch.get_num_threads(), metadata, job.inventory.digest, DECODING_VERSION)
     shared.write(work)
     return shared
 

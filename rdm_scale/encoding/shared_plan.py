@@ -22,11 +22,14 @@ class SharedPlan(NamedTuple):
     threads: int  # of a CPU codec; another number would change the last bits of latents
     metadata: list[MediaMetadata | Rejection] | None  # size of each input, or why it has none; None: not needed
     inputs: str | None = None  # digest of the inventory of the inputs; None: written by an earlier version
+    decoding: int = 1  # DECODING_VERSION of the records; earlier versions do not state it
 
     def write(self, work: Location) -> None:
         # A file format: the keys are those of earlier versions.
         probes = None if self.metadata is None else [_as_json(one) for one in self.metadata]
-        content = {"job": self.digest, "threads": self.threads, "probes": probes, "inputs": self.inputs}
+        content = {"job": self.digest, "threads": self.threads, "probes": probes, "inputs": self.inputs} | {
+            "decoding": self.decoding
+        }
         (work / PLAN_NAME).write(json.dumps(content).encode())
 
     @staticmethod
@@ -66,7 +69,7 @@ class SharedPlan(NamedTuple):
         metadata = fields["probes"]
         if metadata is not None:
             metadata = [_from_json(one) for one in metadata]
-        return cls(fields["job"], fields["threads"], metadata, fields.get("inputs"))
+        return cls(fields["job"], fields["threads"], metadata, fields.get("inputs"), int(fields.get("decoding", 1)))
 
 
 def _as_json(one: MediaMetadata | Rejection) -> object:

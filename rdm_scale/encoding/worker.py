@@ -21,7 +21,7 @@ from rdm_scale.data.shard_writer import PackedMember, pack_samples, sample_id, w
 from rdm_scale.dtypes import STORED_DTYPES
 from rdm_scale.encoding.job import EncodingJob
 from rdm_scale.encoding.moments import MomentAccumulator
-from rdm_scale.encoding.pixels import READERS, load_sample
+from rdm_scale.encoding.pixels import DECODING_VERSION, READERS, load_sample
 from rdm_scale.encoding.planning import PixelBucket, PlannedSample, PlannedShard
 from rdm_scale.encoding.records import RejectedSample, ShardRecord
 from rdm_scale.encoding.rejections import RejectionPolicy
@@ -239,6 +239,7 @@ class Worker:
             total=float(moments.total),
             squares=float(moments.squares),
             remarks=encoded.remarks.found,
+            decoding=DECODING_VERSION,
         )
 
     def _write_shard(self, planned: PlannedShard, encoded: EncodedShard) -> Shard:

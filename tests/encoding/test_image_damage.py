@@ -71,6 +71,16 @@ def test_damaged_jpegs_are_refused(kind: str, damage: Damage) -> None:
         decode(damage(content), 16, 16, "a/b.jpg")
 
 
+def test_zeros_that_are_more_than_a_flat_rest_are_refused() -> None:
+    """With these codes zero bytes are flat blocks, but there are more than the picture has left."""
+    content = encoded(photo(white_rows=40), "JPEG", quality=60, optimize=True)
+    decode(content, 16, 16, "x")
+    with pytest.raises(DataError, match="it ends before its end mark"):
+        decode(zeroed_tail(content), 16, 16, "x")
+    with pytest.raises(DataError, match="the zero bytes at the end of its coded data belong to no part of the picture"):
+        decode(zeroed_tail_with_end(content), 16, 16, "x")
+
+
 @pytest.mark.parametrize("kind", JPEGS)
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 def test_flat_parts_of_jpegs_are_no_damage(kind: str, mode: str) -> None:

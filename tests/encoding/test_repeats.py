@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from rdm_scale.encoding.job import EncodingJob, EncodingResult, ProcessRank
+from rdm_scale.encoding.pixels import DECODING_VERSION
 from rdm_scale.encoding.repeats import remaining
 from rdm_scale.encoding.runner import encode
 from rdm_scale.errors import DataError
@@ -183,7 +184,7 @@ def test_jobs_of_earlier_versions(source: Path, tmp_path: Path) -> None:
     work = tmp_path / "out/.encoding"
     (work / "inputs.safetensors").unlink()
     plan = json.loads((work / "plan.json").read_text())
-    (work / "plan.json").write_text(json.dumps({name: plan[name] for name in ("job", "threads", "probes")}))
+    (work / "plan.json").write_text(json.dumps({name: plan[name] for name in ("job", "threads", "probes", "decoding")}))
     for path in work.glob("train-*"):
         record = json.loads(path.read_text())
         record["rejected"] = [one[:2] for one in record["rejected"]]
@@ -195,3 +196,20 @@ def test_jobs_of_earlier_versions(source: Path, tmp_path: Path) -> None:
     shutil.rmtree(work)
     result, lines, encoded = rerun(make_job(source, tmp_path / "out"))
     assert result is None and encoded == 0 and "whether they have changed since is not known" in lines[0]
+
+
+def test_a_job_that_was_begun_by_a_version_that_decodes_otherwise_is_encoded_again(
+    source: Path, tmp_path: Path
+) -> None:
+    job = make_job(source, tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt):
+        encode(job, progress=stop_after(job, 2))
+    work = tmp_path / "out/.encoding"
+    for path in (work / "plan.json", *work.glob("train-*")):
+        content = json.loads(path.read_text())
+        assert content.pop("decoding") == DECODING_VERSION
+        path.write_text(json.dumps(content))
+    result, lines, encoded = rerun(make_job(source, tmp_path / "out"))
+    assert result is not None and encoded == COUNT
+    assert "out was begun by a version that decodes images and videos to other pixels: all of it is" in lines[0]
+    assert rerun(make_job(source, tmp_path / "out"))[2] == 0
