@@ -125,7 +125,10 @@ def _resume(
     identity: dict[str, Any],
     warnings: tuple[str, ...] = (),
 ) -> Start:
-    refuse_other_identity(_binding(identity, state), state["identity"], f"the checkpoint {folder}")
+    advice = (
+        f"set run.dir (and checkpoint.dir) elsewhere; checkpoint.start_from={folder} begins a new run with its weights"
+    )
+    refuse_other_identity(_binding(identity, state), state["identity"], f"the checkpoint {folder}", advice)
     lost = state.get("lost_shards", [])
     try:
         named = tuple((str(digest), str(shard)) for digest, shard in lost)
@@ -272,12 +275,15 @@ def _binding(identity: dict[str, Any], state: CheckpointState) -> dict[str, Any]
     return {name: value for name, value in flatten(identity) if name in stated}
 
 
-def refuse_other_identity(expected: dict[str, Any], found: Any, where: str) -> None:
+def refuse_other_identity(
+    expected: dict[str, Any], found: Any, where: str, advice: str = "set run.dir (and checkpoint.dir) elsewhere"
+) -> None:
     """Raise ConfigError, with the keys that differ, if a directory or checkpoint belongs to another run.
 
     Args:
         expected: identity of this run.
         found: identity in `where`; CheckpointError if it is no dictionary.
+        advice: last line of the message.
     """
     if not isinstance(found, dict):
         raise CheckpointError(f"{where} holds no identity of the run that it belongs to")
@@ -288,6 +294,4 @@ def refuse_other_identity(expected: dict[str, Any], found: Any, where: str) -> N
     differing = [name for name in sorted({*expected, *found}) if expected.get(name) != found.get(name)]
     if differing:
         lines = [f"{name}: {found.get(name)} there, {expected.get(name)} here" for name in differing]
-        raise ConfigError(
-            "\n  ".join([f"{where} belongs to another run:", *lines, "set run.dir (and checkpoint.dir) elsewhere"])
-        )
+        raise ConfigError("\n  ".join([f"{where} belongs to another run:", *lines, advice]))

@@ -130,7 +130,10 @@ def test_another_run_is_refused_with_the_differing_keys(ranks: RankPool, data: d
     ):
         ranks.run(1, train, run_config(tmp_path, data["data__train"], **other))
     other_data = data | {"data__train": write_latents(tmp_path / "other", samples=20, seed=5)}
-    with pytest.raises(ConfigError, match=r"(?s)belongs to another run.*data.train: \w+ there, \w+ here"):
+    with pytest.raises(
+        ConfigError,
+        match=r"(?s)belongs to another run.*data.train: \w+ there, \w+ here.*checkpoint.start_from=\S+step_",
+    ):
         ranks.run(1, train, run_config(tmp_path, data["data__train"], **(VALIDATED | other_data)))
     with pytest.raises(ConfigError, match="holds a run already and checkpoint"):
         ranks.run(1, train, run_config(tmp_path, data["data__train"], **VALIDATED, **data, checkpoint__resume="never"))

@@ -114,7 +114,7 @@ def test_exported_weights_are_imported_and_trained(run: Path, tmp_path: Path, ra
         ("merge_checkpoint", ["--verify", "nowhere"], "nowhere is neither a complete checkpoint nor a run"),
         ("merge_checkpoint", ["RUN", "x", "--max-file-gb", "0"], "--max-file-gb must be above 0"),
         ("import_checkpoint", ["nowhere", "x"], "give a configuration too"),
-        ("import_checkpoint", ["RUN", "x"], "there is no"),
+        ("import_checkpoint", ["RUN", "x"], "nothing has to be imported: train with checkpoint.start_from="),
     ],
 )
 def test_mistakes_are_reported_in_one_line(

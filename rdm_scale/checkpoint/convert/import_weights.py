@@ -142,7 +142,12 @@ def import_weights(
 def _open_folder(folder: Location) -> PublishedWeights:
     if not (folder / CONFIG).exists() and (folder / "transformer" / CONFIG).exists():
         folder = folder / "transformer"
-    model = parse_diffusers_config(read_json_object(folder / CONFIG, CheckpointError), folder / CONFIG)
+    if not (folder / CONFIG).exists() or "format" in (tree := read_json_object(folder / CONFIG, CheckpointError)):
+        raise CheckpointError(
+            f"{folder} is not a folder of diffusers' DiT. From a run, a checkpoint or a merged folder of this project "
+            f"nothing has to be imported: train with checkpoint.start_from={folder}"
+        )
+    model = parse_diffusers_config(tree, folder / CONFIG)
     reader = SafetensorsReader.of_folder(folder, "diffusion_pytorch_model")
     if model.depth > len(reader.shapes):  # before a model of that size is built
         raise CheckpointError(
@@ -158,7 +163,8 @@ def _open_file(file: Location, model: ModelConfig | None, weights: Weights) -> P
         raise CheckpointError(f"{file} does not contain the number of heads: give a configuration too, as CONFIG")
     if model.residual != "adaln_zero" or model.condition != "class":
         raise CheckpointError(
-            f"{file} can only hold an original DiT: set model.residual=adaln_zero and model.condition=class"
+            f"{file} can only hold an original DiT: set model.residual=adaln_zero and model.condition=class, "
+            "or give the folder of a model of this project as checkpoint.start_from"
         )
     tensors = open_tensors(file, weights)
     model = model.model_copy(update={"timestep_spacing": "dit"})
