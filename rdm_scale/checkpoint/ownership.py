@@ -19,11 +19,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rdm_scale.errors import OwnershipError
 from rdm_scale.storage.json_files import read_bounded
-from rdm_scale.storage.location import Location, ReplacedError
+from rdm_scale.storage.location import Location, ReplacedError, Retry, retrying
 
 OWNER = "owner.json"
 LEASE_S = 60.0
 _RENEWALS = 3  # in the time of a lease
+_CLOSING_S = 5.0  # a failing run must not be kept from saying why
 _ATTEMPTS = 3  # to claim a directory that others are claiming
 
 
@@ -104,10 +105,10 @@ class Ownership:
             )
 
     def close(self) -> None:
-        """Stop renewing, and say in the mark that the process has ended."""
+        """Stop renewing, and say in the mark that the process has ended, if the store answers soon."""
         self._closing.set()
-        self._thread.join()
-        with suppress(OSError):
+        self._thread.join(_CLOSING_S)
+        with suppress(OSError), retrying(Retry.within(_CLOSING_S)):
             self._renew(self.mark.model_copy(update={"ended": True}))
 
     def __enter__(self) -> Self:

@@ -45,3 +45,12 @@ def test_sampling_and_validation_do_not_change_training(ranks: RankPool, tmp_pat
     assert [r["step"] for r in records if r.pop("validation_loss", None)] == [3, 6]
     assert records == metrics(tmp_path / "alone" / "run")
     assert len(list((tmp_path / "watched" / "run" / "samples").glob("*.png"))) == 4
+
+
+def test_samples_that_cannot_be_drawn_do_not_end_a_run(ranks: RankPool, tmp_path: Path) -> None:
+    data = write_latents(tmp_path / "train", channels=3)
+    ddpm = {"diffusion__objective": "ddpm", "diffusion__num_timesteps": 100, "sampling__steps": 101}
+    watched = {"train__steps": 2, "monitor__sample_every": 1}
+    ranks.run(2, train, run_config(tmp_path, data, model__input__channels=3, **ddpm, **watched))
+    assert [record["step"] for record in metrics(tmp_path / "run")] == [1, 2]
+    assert not (tmp_path / "run" / "samples").exists()
