@@ -74,7 +74,10 @@ class TrainingMeasure:
                 pixels = to_uint8(self.codec.decode(latents[:wanted]).cpu())
                 collector.add(indices[:wanted], self.network.extract(pixels))
         generated = collector.result("the model in training", self.identity, mesh=self.mesh)
-        return measure(self.metrics, self.reference, generated, context=self._context(step))
+        found = None
+        if self.mesh.is_first:  # decompositions take seconds of all cores: once on a node, not once a rank
+            found = measure(self.metrics, self.reference, generated, context=self._context(step))
+        return self.mesh.broadcast(found)
 
     def _batch_size(self) -> int:
         """Samples of a rank in one forward: those of a micro-batch of training, which fit its memory."""

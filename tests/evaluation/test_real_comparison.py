@@ -39,6 +39,13 @@ def test_the_distance_is_that_of_all_features() -> None:
     assert found.fields["floor_samples"] == 30
 
 
+def test_clips_have_a_video_distance() -> None:
+    clips = scans(64).view(8, 8, 8, 8, 3)  # 8 clips of 8 frames
+    found = distance_with_floor(clips[:5], clips[5:], "digits")
+    assert found.name == "FVD(digit-clips)" and found.fields["frames"] == 8 and found.fields["floor_samples"] == 2
+    assert found.value > 0
+
+
 def test_pixels_survive_the_way_through_floats() -> None:
     pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16, 1).expand(-1, -1, -1, -1, 3)
     assert torch.equal(to_uint8(to_float(pixels)), pixels)
