@@ -1,5 +1,6 @@
 """Inception with random weights against an independent description of the graph, and loading of its weights."""
 
+import hashlib
 import io
 from pathlib import Path
 
@@ -112,6 +113,17 @@ def test_logits_of_the_inception_score_have_no_bias(random_network: TFInception,
     torch.testing.assert_close(found.pooled, expected.pooled)
     assert found.logits is not None
     torch.testing.assert_close(found.logits, found.pooled @ random_network.fc.weight.T)
+
+
+def test_the_published_file_is_recognized_by_its_sha256(
+    random_network: TFInception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "pt_inception-2015-12-05-6726825d.pth"  # a name proves nothing
+    torch.save(random_network.state_dict(), file)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert InceptionFeatures(str(file)).identity.name == f"inception-{digest[:8]}"
+    monkeypatch.setattr("rdm_scale.evaluation.networks.tf_inception.KNOWN_SHA256", digest[:8])
+    assert InceptionFeatures(str(file)).identity.name == "inception-2015-12-05"
 
 
 def test_torchscript_with_the_same_names_is_read(random_network: TFInception, tmp_path: Path) -> None:
