@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.checkpoint_storage import STATE_ENTRIES, shapes_of
@@ -128,7 +129,7 @@ def timed(work: Any, *arguments: Any) -> float:
 class OneRank:
     """Substitute for a parallel model and a mesh, with what saving needs of them."""
 
-    rank, is_first, device = 0, True, torch.device("cpu")
+    rank, world_size, is_first, device = 0, 1, True, torch.device("cpu")
 
     def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
         self.owned_ranges = shards_of(shapes)
@@ -138,8 +139,11 @@ class OneRank:
     def state(self) -> ShardedState:
         return self.buffers
 
-    def all_gather_object(self, value: Any) -> list[Any]:
-        return [value]
+    def gather_rare(self, value: Any) -> dict[int, Any]:
+        return {} if value is None else {0: value}
+
+    def own_store(self) -> dist.HashStore:
+        return dist.HashStore()
 
 
 def stall(name: str, rounds: int, where: str | None) -> dict[str, Any]:

@@ -32,6 +32,7 @@ FIRST_FAILURE_KEY = "rdm_scale/first_failure"
 EXIT_CODE_FILE = "RDM_SCALE_EXIT_CODE_FILE"  # variable: the script that starts torchrun finds the ranks' code there
 _ANSWERS, _VERDICT = "rdm_scale/answers", "rdm_scale/verdict"
 _REPORT_GRACE_S = 3.0  # a launcher ends all ranks when one exits: let the reporting rank finish its message first
+_STORE_GRACE_S = 1.0
 STORE_S = 10.0  # a store that is cut off never answers
 _ANSWER_S = 5.0
 _DAY_S = 86_400
@@ -86,12 +87,12 @@ class FailureReporter:
         code = exit_code(error, training=self.activity.step is not None)
         if not self.claim():
             verdict = None if self.store is None else _within(_REPORT_GRACE_S, self._verdict)
-            time.sleep(_REPORT_GRACE_S)
+            self._linger()
             return code if verdict is None else verdict
         reason = self._what_happened(error)
         self._conclude(code, reason)
-        if self.store is not None and self.hosts.ranges and self.rank == 0:
-            time.sleep(_REPORT_GRACE_S)  # the store may live in this process, and the others look into it
+        if self.rank == 0 and self.hosts.ranges:
+            self._linger()
         return code
 
     def record(self, state: JobState, reason: str = "") -> None:
@@ -109,6 +110,10 @@ class FailureReporter:
             reason=reason,
             restarting=state is JobState.STOPPED and self.stop.by_launcher,
         )
+
+    def _linger(self) -> None:
+        """Wait for the report. The store may live in rank 0, which the others look into: it stays longer than they."""
+        time.sleep(_REPORT_GRACE_S + (_STORE_GRACE_S if self.rank == 0 and self.hosts.ranges else 0))
 
     def _conclude(self, code: int, reason: str) -> None:
         """Write status.json, and tell the other ranks with which code to exit."""
@@ -131,7 +136,7 @@ class FailureReporter:
             code, reason = json.loads(store.get(_VERDICT))
         except RuntimeError:  # the store has gone: at the end of the run, or with its host, which the main thread sees
             return
-        time.sleep(_REPORT_GRACE_S)
+        self._linger()
         if self.rank == 0:  # the directory may be on the disk of its node
             self.record(STATES[code], reason)
         _exit(code)
@@ -167,12 +172,14 @@ class FailureReporter:
                 return set()
             return {int(line.partition("|")[0]) for line in store.get(_ANSWERS).decode().splitlines()}
 
-        deadline, present = time.monotonic() + _ANSWER_S, {self.rank}
+        deadline, present = time.monotonic() + _ANSWER_S, {self.rank}  # each answer extends it
         while time.monotonic() < deadline and len(present) < world:
             found = _within(STORE_S, answers)
             if found is None:
                 return f"{socket.gethostname()} ({rank_list([self.rank])}) has lost the connection to the other hosts"
-            present |= found
+            if not found <= present:
+                present |= found
+                deadline = time.monotonic() + _ANSWER_S
             time.sleep(0.1)
         silent = [rank for rank in range(world) if rank not in present]
         return f"{self.hosts.describe(silent)} was lost" if silent else ""

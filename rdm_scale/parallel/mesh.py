@@ -23,6 +23,7 @@ from rdm_scale.parallel.megatron_adapter import AxisGroup
 from rdm_scale.parallel.rendezvous import meet
 
 _CLOCK_S = 10.0  # clocks that differ by less are taken for the same
+_LEFT, _LEAVING_S = "left", 5.0
 _LIBRARIES = ("torch", "deepspeed", "megatron-core")
 Value = TypeVar("Value")
 
@@ -142,6 +143,12 @@ class Mesh:
         self.all_reduce_sum([0.0])  # dist.barrier would guess which GPU is this rank's
         megatron.destroy_axes()
         dist.destroy_process_group()
+        # Rank 0 holds the store: it leaves last, so that the others do not warn of a broken connection.
+        if not self.is_first:
+            self.store.add(_LEFT, 1)
+        deadline = time.monotonic() + _LEAVING_S
+        while self.is_first and self.store.add(_LEFT, 0) < self.world_size - 1 and time.monotonic() < deadline:
+            time.sleep(0.01)
 
 
 def build_mesh(config: ParallelConfig, reporter: FailureReporter | None = None) -> Mesh:

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rdm_scale.config import RunConfig
+from rdm_scale.errors import ConfigError
 
 
 class Tracker:
@@ -26,7 +27,13 @@ class TensorBoardTracker(Tracker):
     """Tracker that writes event files to `folder` and hides events of steps after `first_step` in earlier files."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # 3 s to import
+        try:
+            from torch.utils.tensorboard import SummaryWriter  # 3 s to import
+        except ImportError:
+            raise ConfigError(
+                "monitor.tensorboard=true needs the package tensorboard, which cannot be imported: install it, or set "
+                "monitor.tensorboard=false"
+            ) from None
 
         self.writer = SummaryWriter(str(folder), purge_step=first_step + 1)
 

@@ -76,7 +76,7 @@ def test_all_ranks_exit_and_one_reports(tmp_path: Path, fault: str, words: str) 
         assert all(p.returncode == 1 for p in others)
         if "sleep" not in fault:
             errors.append(processes[FAULTY].communicate(timeout=HANG_S)[1])
-        reports = [text for text in errors if " failed" in text or "error:" in text]
+        reports = [text for text in errors if "failed in step" in text or "error:" in text]
         assert len(reports) == 1 and words in reports[0], errors
         stacks = sorted((Path(config.run.dir) / "hangs").glob("stacks_rank_*.txt"))
         if "sleep" in fault:  # in the stacks stands what each rank was at
