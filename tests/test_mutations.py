@@ -67,14 +67,14 @@ MUTATIONS = [
     Mutation(
         "gradients of gates are not summed over the ranks that share the tokens",
         "parallel/tensor.py",
-        "dist.all_reduce(flat, group=ctx.group)",
-        "pass",
+        "operators.all_reduce_sum(flat, ctx.group)",
+        "flat",
         f"{LAYOUTS}[tp2 pp1 dp4, ZeRO 2, sequence, 1f1b, recompute selective]",
     ),
     Mutation(
         "the loss is not divided by the number of micro-batches",
         "parallel/parallel_model.py",
-        "loss_B.mean() / len(self.micro_batches)",
+        "loss_B.mean() / self.number",
         "loss_B.mean()",
         f"{LAYOUTS}[tp1 pp1 dp8, ZeRO 0, 1f1b, recompute none]",
     ),
@@ -107,10 +107,10 @@ MUTATIONS = [
         f"{LAYOUTS}[tp1 pp1 dp3, ZeRO 0, 1f1b, recompute none]",
     ),
     Mutation(
-        "the sum over tensor-parallel ranks is made in what selective recompute keeps",
-        "parallel/megatron_adapter.py",
-        "return product.clone() if self.sums_in_place else product",
-        "return product",
+        "the products of tensor-parallel ranks are not summed",
+        "parallel/tensor_operators.py",
+        "dist.all_reduce(product_SBO, group=_group(group))",
+        "pass",
         f"{LAYOUTS}[tp4 pp2 dp1, ZeRO 0, interleaved_1f1b, recompute selective]",
     ),
     Mutation(
@@ -151,7 +151,7 @@ MUTATIONS = [
     Mutation(
         "gradients of the scales of queries and keys are not summed over the heads of all ranks",
         "parallel/tensor.py",
-        "return list(_GradientAllReduce.apply(self.mesh.tensor_group, *tensors))\n",
+        "return list(_GradientAllReduce.apply(self.ranks.group, *tensors))\n",
         "return tensors\n",
         f"{FAMILY}[rotary]",
     ),

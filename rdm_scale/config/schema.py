@@ -10,7 +10,7 @@ from rdm_scale.config.checkpoints import CheckpointConfig
 from rdm_scale.config.model import ModelConfig
 from rdm_scale.config.monitor_section import MonitorConfig
 from rdm_scale.config.parallel import ParallelConfig
-from rdm_scale.config.section import Section
+from rdm_scale.config.section import Section, Switch
 from rdm_scale.errors import ConfigError
 
 OBJECTIVE_SAMPLERS = {"ddpm": ("ddpm", "ddim"), "flow": ("euler", "heun")}  # the first one is the default
@@ -144,24 +144,16 @@ class TrainConfig(Section):
         None, description="[first, last]: steps of which torch's profiler writes a trace to run.dir/profile; null: none"
     )
     profile_ranks: tuple[int, ...] = Field((0,), description="ranks that write a trace of the steps of train.profile")
-    compile: Literal["auto", "true", "false"] = Field(
-        "auto", description="compile the blocks, each kind once, with torch.compile; auto: on GPUs"
-    )
+    compile: Switch = Field("auto", description="compile the blocks with torch.compile, each kind once; auto: on GPUs")
     compile_shapes: int = Field(
-        8,
-        ge=1,
-        description="shapes of the inputs (latents, batch) that a kind of block is compiled for; further shapes share "
-        "one function for all",
+        8, ge=1, description="shapes of micro-batches that get compiled code and graphs of their own"
+    )
+    cuda_graphs: Switch = Field(
+        "auto", description="replay a micro-batch as one CUDA graph; auto: where that is possible"
     )
     attention: Literal["auto", "cudnn", "flash"] = Field(
         "auto", description="attention kernel on GPUs in bf16; auto: the faster one, measured at the start"
     )
-
-    @field_validator("compile", mode="before")
-    @classmethod
-    def _accept_booleans(cls, value: Any) -> Any:
-        """Accept true and false, as YAML reads them, for the words."""
-        return str(value).lower() if isinstance(value, bool) else value
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -1,6 +1,7 @@
 """Adapter of megatron-core (tested with 0.16.1): its process groups, and its tensor-parallel layers.
 
-Shapes: S tokens, B samples, D hidden size, F features.
+The layers hold the sharded weights; the operators of parallel/tensor_operators.py compute, as megatron-core would, but
+so that torch.compile takes them.
 """
 
 import inspect
@@ -18,25 +19,15 @@ from rdm_scale.models.layers import Slice
 warnings.filterwarnings("ignore", "Transformer Engine and Apex are not installed", UserWarning)
 
 from megatron.core import ModelParallelConfig, parallel_state  # noqa: E402
-from megatron.core.tensor_parallel import (  # noqa: E402
-    ColumnParallelLinear,
-    RowParallelLinear,
-    all_to_all_sp2hp,
-    gather_from_sequence_parallel_region,
-    scatter_to_sequence_parallel_region,
-    scatter_to_tensor_model_parallel_region,
-)
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear  # noqa: E402
+
+from rdm_scale.parallel import tensor_operators as operators  # noqa: E402
 
 _TESTED = "rdm_scale is tested with megatron-core 0.16.1"
 _GROUPS = ("tensor_model_parallel", "pipeline_model_parallel", "data_parallel")
 _EXPECTED: dict[Any, tuple[str, ...]] = {
     ColumnParallelLinear.__init__: ("config", "init_method", "bias", "gather_output"),
     RowParallelLinear.__init__: ("config", "init_method", "bias", "input_is_parallel", "skip_bias_add"),
-    gather_from_sequence_parallel_region: ("tensor_parallel_output_grad",),
-    scatter_to_sequence_parallel_region: ("group",),
-    scatter_to_tensor_model_parallel_region: ("group",),
-    all_to_all_sp2hp: ("group",),
-    RowParallelLinear._forward_impl: ("input", "weight"),
     parallel_state.initialize_model_parallel: (
         "tensor_model_parallel_size",
         "pipeline_model_parallel_size",
@@ -52,11 +43,6 @@ for _callable, _parameters in _EXPECTED.items():
     for _name in _parameters:
         if _name not in inspect.signature(_callable).parameters:
             raise ImportError(f"megatron-core's {_callable.__qualname__} takes no {_name}; {_TESTED}")
-
-if not torch.cuda.is_available():
-    # Its sequence-parallel layers allocate on the "current CUDA device" and synchronize with it even on CPUs.
-    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
-    torch.cuda.synchronize = lambda device=None: None
 
 
 class ModelParallelUnit:
@@ -127,10 +113,12 @@ class Column(ColumnParallelLinear):
 
     def __init__(self, inputs: int, outputs: int, *, gather: bool, sequence: bool, slices: dict[str, Slice]) -> None:
         super().__init__(inputs, outputs, config=_config(sequence), init_method=_keep, bias=True, gather_output=gather)
-        self.slices = slices
+        self.slices, self.gather, self.sequence = slices, gather, sequence
+        self.ranks = tensor_parallel_ranks()
 
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input)[0]
+        output: Tensor = operators.column(input, self.weight, self.bias, *self.ranks, self.sequence)
+        return operators.gather_last(output, *self.ranks) if self.gather else output
 
 
 class Row(RowParallelLinear):
@@ -151,39 +139,25 @@ class Row(RowParallelLinear):
             input_is_parallel=True,
             skip_bias_add=True,
         )
-        self.slices = slices
-        self.sums_in_place = not sequence
-
-    def _forward_impl(self, *arguments: Any, **more: Any) -> Tensor:
-        # The ranks' products are then summed in place. Selective checkpointing keeps products, so it needs its own.
-        product = super()._forward_impl(*arguments, **more)
-        return product.clone() if self.sums_in_place else product
+        self.slices, self.sequence = slices, sequence
+        self.ranks = tensor_parallel_ranks()
 
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input)[0]
+        output: Tensor = operators.row(input, self.weight, *self.ranks, self.sequence)
+        return output
 
 
-def scatter_tokens(z_SBD: Tensor) -> Tensor:
-    """Tokens of this rank, from all tokens; the gradient is all-gathered."""
-    return scatter_to_sequence_parallel_region(z_SBD)
+class TensorParallelRanks(NamedTuple):
+    """Name of a process group and number of its ranks, by which operators know it."""
+
+    group: str
+    size: int
 
 
-def gather_tokens(z_SBD: Tensor) -> Tensor:
-    """Tokens of all ranks, all-gathered.
-
-    All ranks compute the same with them, so each takes its slice of the gradient.
-    """
-    return gather_from_sequence_parallel_region(z_SBD, tensor_parallel_output_grad=False)
-
-
-def scatter_features(x: Tensor) -> Tensor:
-    """This rank's slice of the last dimension; the gradient is all-gathered."""
-    return scatter_to_tensor_model_parallel_region(x)
-
-
-def exchange_tokens_for_features(x_SBF: Tensor) -> Tensor:
-    """This rank's slice of the features of all tokens, from all features of this rank's tokens (an all-to-all)."""
-    return all_to_all_sp2hp(x_SBF).unflatten(0, (-1, x_SBF.shape[1]))
+def tensor_parallel_ranks() -> TensorParallelRanks:
+    """This rank's tensor-parallel group."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    return TensorParallelRanks(group.group_name, group.size())
 
 
 def _config(sequence: bool) -> ModelParallelConfig:

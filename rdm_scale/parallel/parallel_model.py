@@ -13,6 +13,7 @@ from rdm_scale.conditions import Condition
 from rdm_scale.config import RunConfig
 from rdm_scale.dtypes import PRECISIONS
 from rdm_scale.parallel.compile import CompiledBlocks
+from rdm_scale.parallel.cuda_graphs import MicroBatchGraphs
 from rdm_scale.parallel.mesh import Mesh
 from rdm_scale.parallel.pipeline.boundary import BoundarySpec, StageInputs, StageOutputs, Tensors, TensorSpec
 from rdm_scale.parallel.pipeline.channels import Channels
@@ -63,6 +64,7 @@ class ParallelModel:
         plan: ParallelPlan,
         engine: ZeroEngine,
         compiled: CompiledBlocks | None = None,
+        graphs: MicroBatchGraphs | None = None,
     ) -> None:
         self.config, self.mesh, self.plan, self.compiled = config, mesh, plan, compiled
         self.ranges: list[ParameterRange] = engine.ranges
@@ -71,6 +73,8 @@ class ParallelModel:
         self.on_action: ActionHook | None = None
         self.channels = Channels(mesh) if mesh.pipeline_size > 1 else None
         self._engine = engine
+        self._graphs = graphs
+        self._eager = False
         self._ema = [weights.clone() for weights in engine.master_weights]
         self._placement = plan.placement
         self._pipelines: dict[int, Pipeline] = {}
@@ -112,7 +116,11 @@ class ParallelModel:
         pipeline = self._pipeline(len(micro_batches))
         chunks = _TrainingChunks(self, self._engine, micro_batches, objective)
         with self._engine.accumulating():
-            pipeline.run(chunks)
+            replayed = self._replay(micro_batches, objective)
+            if replayed is None:
+                pipeline.run(chunks)
+            else:
+                chunks.losses = replayed
         samples = sum(map(len, micro_batches))
         losses = torch.cat(chunks.losses) if chunks.losses else torch.empty(samples, device=self.mesh.device)
         return self._broadcast_from_last(losses)
@@ -134,9 +142,15 @@ class ParallelModel:
         """Context in which `step` records squared gradient norms by block, see ZeroEngine.recording_gradients."""
         return self._engine.recording_gradients()
 
-    def running_eagerly(self) -> contextlib.AbstractContextManager[None]:
-        """Context in which blocks run as if they were not compiled, so that hooks of their submodules are called."""
-        return self.compiled.running_eagerly() if self.compiled else contextlib.nullcontext()
+    @contextlib.contextmanager
+    def running_eagerly(self) -> Iterator[None]:
+        """Context in which nothing is compiled or replayed, so that hooks of all modules are called."""
+        self._eager = True
+        try:
+            with self.compiled.running_eagerly() if self.compiled else contextlib.nullcontext():
+                yield
+        finally:
+            self._eager = False
 
     @torch.no_grad()
     def update_ema(self, decay: float) -> None:
@@ -181,6 +195,21 @@ class ParallelModel:
             condition=TensorSpec((batch, width), PRECISIONS[train.precision].torch),
         )
 
+    def _replay(self, micro_batches: Sequence[TrainingBatch], objective: TrainingObjective) -> list[Tensor] | None:
+        """Losses of micro-batches that are replayed as CUDA graphs; None if they are not."""
+        if self._graphs is None or self._eager or self.on_action is not None:
+            return None
+        number = len(micro_batches)
+
+        def forward_and_backward(batch: TrainingBatch) -> Tensor:
+            chunks = _TrainingChunks(self, self._engine, [batch], objective, number)
+            outputs = chunks.forward(0, 0, StageInputs(None))
+            assert outputs.loss is not None
+            chunks.backward(0, (outputs.loss,), (None,))
+            return chunks.losses[0]
+
+        return self._graphs.run(micro_batches, forward_and_backward)
+
     def _pipeline(self, micro_batches: int) -> Pipeline:
         if micro_batches not in self._pipelines:
             schedule = build_schedule(self.config.parallel.schedule, self._placement, micro_batches)
@@ -208,7 +237,9 @@ class _TrainingChunks:
         engine: ZeroEngine,
         micro_batches: Sequence[TrainingBatch],
         objective: TrainingObjective,
+        number: int | None = None,
     ) -> None:
+        self.number = number or len(micro_batches)  # of a step
         self.model, self.engine, self.micro_batches, self.objective = model, engine, micro_batches, objective
         self.losses: list[Tensor] = []  # of each micro-batch [B], on the rank that holds the last chunk
 
@@ -219,7 +250,7 @@ class _TrainingChunks:
             return ChunkOutputs(outputs.boundary, outputs.local_skips)
         loss_B = self.objective.sample_losses(outputs.prediction, batch)
         self.losses.append(loss_B.detach())
-        return ChunkOutputs(loss=loss_B.mean() / len(self.micro_batches))
+        return ChunkOutputs(loss=loss_B.mean() / self.number)
 
     def backward(self, micro_batch: int, outputs: Tensors, gradients: tuple[Tensor | None, ...]) -> None:
         self.engine.backward(outputs, gradients, last=micro_batch == len(self.micro_batches) - 1)

@@ -10,6 +10,7 @@ from rdm_scale.models.blocks import Block
 from rdm_scale.models.layers import LayerFactory
 from rdm_scale.parallel.attention_kernels import choose_attention_kernel
 from rdm_scale.parallel.compile import CompiledBlocks, Report, wants_compilation
+from rdm_scale.parallel.cuda_graphs import MicroBatchGraphs, wants_graphs
 from rdm_scale.parallel.host_memory import returning_freed_memory
 from rdm_scale.parallel.mesh import Mesh
 from rdm_scale.parallel.parallel_model import ParallelModel
@@ -57,7 +58,11 @@ def parallelize(
     with returning_freed_memory():
         modules = materialize(stage, config, mesh.device)
         engine = engine_class(stage, modules, config, mesh, plan, build_optimizer, leaf_type=Block)
-        return ParallelModel(config, mesh, plan, engine, compiled)
+        graphs = None
+        if wants_graphs(config, mesh, plan, report):
+            assert isinstance(engine, Zero3Gathered)
+            graphs = MicroBatchGraphs(engine, config.train.compile_shapes, report, config.train.cuda_graphs == "true")
+        return ParallelModel(config, mesh, plan, engine, compiled, graphs)
 
 
 def _silent(line: str) -> None:

@@ -11,7 +11,7 @@ from rdm_scale.errors import ConfigError
 from rdm_scale.parallel.pipeline.schedules import ChunkCost, ChunkPlacement, build_schedule, place_chunks, simulate
 
 _GIB = 2**30
-_FILLED = 0.9  # share of a device's memory that the plan may fill: allocators and libraries need the rest
+FILLED = 0.9  # share of a device's memory that the plan may fill: allocators and libraries need the rest
 _COLUMNS = ("parameters", "gradients", "optimizer", "average", "activations", "working")
 
 
@@ -131,7 +131,7 @@ def plan_parallelism(config: RunConfig, world_size: int, memory: float | None) -
 
     keep = parallel.keep_gathered == "always" or parallel.offload != "none"
     if not keep and parallel.keep_gathered == "auto" and parallel.zero_stage == 3:
-        keep = memory is None or max(s.total for s in stages(True)) <= _FILLED * memory
+        keep = memory is None or max(s.total for s in stages(True)) <= FILLED * memory
     return ParallelPlan(
         tensor=parallel.tensor,
         pipeline=parallel.pipeline,

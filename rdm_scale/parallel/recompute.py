@@ -21,13 +21,16 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from rdm_scale.models.blocks import Block, BlockFunction, Conditioning, DotProductAttention
 from rdm_scale.models.layers import Linear
+from rdm_scale.parallel import tensor_operators as operators
 from rdm_scale.parallel.megatron_adapter import Column, Row
 
 _PRODUCTS = (Linear, Column, Row, DotProductAttention)
 _aten = torch.ops.aten
 _KEPT = {
     _aten.addmm.default,  # what models.layers.Linear runs, and why it does
-    _aten.mm.default,  # layers without a bias, and megatron-core's
+    _aten.mm.default,  # layers without a bias
+    operators.column,
+    operators.row,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
     _aten._scaled_dot_product_flash_attention.default,
     _aten._scaled_dot_product_efficient_attention.default,

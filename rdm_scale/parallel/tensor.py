@@ -13,18 +13,11 @@ Shapes: S tokens, B samples, D hidden size.
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from rdm_scale.models.layers import LayerFactory, Slice
-from rdm_scale.parallel.megatron_adapter import (
-    Column,
-    Row,
-    exchange_tokens_for_features,
-    gather_tokens,
-    scatter_features,
-    scatter_tokens,
-)
+from rdm_scale.parallel import tensor_operators as operators
+from rdm_scale.parallel.megatron_adapter import Column, Row, tensor_parallel_ranks
 from rdm_scale.parallel.mesh import Mesh
 
 
@@ -33,6 +26,7 @@ class TensorParallelLayers(LayerFactory):
 
     def __init__(self, mesh: Mesh, sequence: bool) -> None:
         self.mesh, self.sequence = mesh, sequence
+        self.ranks = tensor_parallel_ranks()
 
     def column(self, inputs: int, outputs: int, replicated_input: bool = False) -> nn.Module:
         sequence = self.sequence and not replicated_input
@@ -45,19 +39,22 @@ class TensorParallelLayers(LayerFactory):
         return Row(inputs, outputs, sequence=self.sequence, slices={"weight": self._slice(1)})
 
     def split_tokens(self, z_SBD: Tensor) -> Tensor:
-        return scatter_tokens(z_SBD) if self.sequence else z_SBD
+        return operators.part_first(z_SBD, *self.ranks) if self.sequence else z_SBD
 
     def join_tokens(self, z_SBD: Tensor) -> Tensor:
-        return gather_tokens(z_SBD) if self.sequence else z_SBD
+        return operators.gather_first(z_SBD, *self.ranks) if self.sequence else z_SBD
 
     def split_features(self, x: Tensor) -> Tensor:
-        return exchange_tokens_for_features(x) if self.sequence else scatter_features(x)
+        if not self.sequence:
+            return operators.part_last(x, *self.ranks)
+        by_rank = x.unflatten(2, (self.ranks.size, -1)).permute(2, 0, 1, 3)  # slices of the features first
+        return operators.exchange(by_rank, self.ranks.group).flatten(0, 1)
 
     def sum_gradients_over_heads(self, tensors: list[Tensor]) -> list[Tensor]:
-        return list(_GradientAllReduce.apply(self.mesh.tensor_group, *tensors))
+        return list(_GradientAllReduce.apply(self.ranks.group, *tensors))
 
     def sum_gradients_over_tokens(self, tensors: list[Tensor]) -> list[Tensor]:
-        return list(_GradientAllReduce.apply(self.mesh.tensor_group, *tensors)) if self.sequence else tensors
+        return list(_GradientAllReduce.apply(self.ranks.group, *tensors)) if self.sequence else tensors
 
     def _column_slices(self) -> dict[str, Slice]:
         return {"weight": self._slice(0), "bias": self._slice(0)}
@@ -74,13 +71,12 @@ class _GradientAllReduce(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, group: dist.ProcessGroup, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, group: str, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.group = group
         return tuple(tensor.view_as(tensor) for tensor in tensors)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         flat = torch.cat([gradient.float().flatten() for gradient in gradients])
-        dist.all_reduce(flat, group=ctx.group)
-        parts = flat.split([gradient.numel() for gradient in gradients])
+        parts = operators.all_reduce_sum(flat, ctx.group).split([gradient.numel() for gradient in gradients])
         return None, *(p.view(g.shape).to(g.dtype) for p, g in zip(parts, gradients, strict=True))

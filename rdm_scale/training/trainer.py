@@ -5,7 +5,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -41,6 +41,7 @@ from rdm_scale.training.depth_probe import DepthProbe
 from rdm_scale.training.monitor import Monitor, Record, RunMonitor, metrics_record
 from rdm_scale.training.non_finite import refuse_non_finite_weights
 from rdm_scale.training.optimizer import build_optimizer
+from rdm_scale.training.probe_schedule import ProbeSchedule
 from rdm_scale.training.rank_status import RankStatus
 from rdm_scale.training.run_directory import Start, checkpoints_of
 from rdm_scale.training.step import StepResult, StepUnderWay, training_step
@@ -93,6 +94,8 @@ class Trainer:
         self.measure = TrainingMeasure(config, mesh, facts) if config.monitor.measure_every else None
         self.monitor = RunMonitor(config, self.step) if mesh.is_first else Monitor()
         self.probe = DepthProbe(config, self.model)
+        adapts = self.model.compiled is not None and mesh.device.type == "cuda" and not config.train.deterministic
+        self.probe_schedule = ProbeSchedule(config.monitor.depth_every, adapts, mesh, self.step)
         self._under_way: deque[StepUnderWay] = deque()  # steps that are not read yet
         self._saver_asked_at = self.step  # newest step when the saver was last given something to do
         self.saver = checkpoint.Saver(
@@ -158,7 +161,7 @@ class Trainer:
         with self.activity.during("reading data"):
             batch = next(batches)
         self.status.data_wait_s = time.perf_counter() - began_s
-        watching = self.probe.watching() if self._probe_is_due(step) else nullcontext()
+        watching = self._probing() if self.probe_schedule.is_due(step) else nullcontext()
         with self.activity.during("the training step"), watching:
             under_way = training_step(self.config, self.model, self.objective, batch, step, self.status, began)
         self.step = step
@@ -289,7 +292,9 @@ class Trainer:
         config = self.config
         intervals = [config.checkpoint.every, config.monitor.sample_every, config.monitor.measure_every]
         intervals += [config.monitor.validate_every] if config.data.validation else []
-        return self.step == config.train.steps or self._probe_is_due(self.step) or any(map(self._due, intervals))
+        return (
+            self.step == config.train.steps or self.probe_schedule.is_due(self.step) or any(map(self._due, intervals))
+        )
 
     def _observe(self, result: StepResult) -> None:
         """Act on what the ranks said in a step, then log it, with its depth profile where that is due."""
@@ -300,7 +305,7 @@ class Trainer:
             self.saver.advance()
             self._saver_asked_at = self.step
             self._note_checkpoint()
-        if self._probe_is_due(result.step):
+        if self.probe_schedule.is_due(result.step):
             self.monitor.depth(result.step, self.probe.profile(result.grad_norm))
         self.monitor.step(self._metrics(result))
 
@@ -351,7 +356,7 @@ class Trainer:
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
-    def _probe_is_due(self, step: int) -> bool:
-        """True at the configured interval, and at the first step of all."""
-        every = self.config.monitor.depth_every
-        return every > 0 and (step % every == 0 or step == 1)
+    @contextmanager
+    def _probing(self) -> Iterator[None]:
+        with self.probe_schedule.measured(), self.probe.watching():
+            yield

@@ -1,11 +1,13 @@
 """Compilation: one graph for each kind of block, without breaks, that computes what the eager block does."""
 
+import gc
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch.profiler import ProfilerActivity, profile
 
 from rdm_scale.batch import ModelInputs
 from rdm_scale.conditions import TextCondition
@@ -150,3 +152,22 @@ def test_auto_compiles_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "triton" in lines[-1]
     with pytest.raises(ConfigError, match="triton"):
         wants_compilation(config_of({}, compile=True), gpu, lines.append)
+
+
+def kept_bytes(recompute: str) -> int:
+    """Bytes that a forward allocates and keeps for its backward, of compiled blocks."""
+    config = config_of({"hidden_size": 64, "num_heads": 4, "depth": 4}, recompute)
+    (model, _), inputs = compiled(config), inputs_of(config, (16, 16), batch=4)
+    gradients(model, inputs)  # compiles
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        loss = model(*inputs).square().mean()
+    del loss
+    return sum(event.self_cpu_memory_usage for event in recorded.events())
+
+
+def test_policies_save_memory_when_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compile, "backend", "aot_eager")  # divides forward from backward as the default backend does
+    kept = {policy: kept_bytes(policy) for policy in ("none", "every_2", "selective", "full")}
+    assert kept["selective"] <= 0.7 * kept["none"], kept
+    assert kept["full"] < kept["every_2"] < kept["none"] and kept["full"] < kept["selective"], kept

@@ -35,8 +35,8 @@ class ParameterBucket:
 def assign_buckets(stage: Stage) -> tuple[dict[str, int], dict[int, nn.Module]]:
     """Assign a stage's parameters to buckets.
 
-    Bucket 0 has what lies outside of the blocks, which can be nothing. It is used first and last, and by all chunks. Each
-    other bucket has consecutive blocks of one chunk.
+    Bucket 0 has what lies outside of the blocks, which can be nothing. It is used first and last, and by all chunks.
+    Each other bucket has consecutive blocks of one chunk.
 
     Returns:
         Bucket of each parameter by name, and the first block of each bucket but bucket 0.

@@ -67,6 +67,16 @@ class Zero3Gathered(ZeroEngine):
         for bucket in self._buckets:
             bucket.wait()
 
+    @property
+    def filled(self) -> set[int]:
+        """Parameters, by number, whose gradient buffer holds gradients of this step."""
+        return self._moved
+
+    def discard_gradients(self) -> None:
+        """Discard the gradients that backwards of this step have left."""
+        self._empty_gradients(self._ordered)
+        self._moved.clear()
+
     def backward(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor | None], last: bool = True) -> None:
         self._last_backward = last
         torch.autograd.backward(outputs, gradients)
