@@ -25,7 +25,8 @@ Report = Callable[[str], object]  # called with a line for the user
 Remainder = Literal["nothing", "shared", "alone"]
 NOT_RECORDED = (
     "it was begun by an earlier version, which did not record the sizes and times of its inputs: whether they have "
-    "changed since is not known"
+    "changed since is not known, and some files are decoded otherwise now (see CHANGELOG.md); to encode all of "
+    "it anew, choose another output folder"
 )
 _UNREADABLE = b'"cause": "storage"'  # in the list of rejected inputs
 

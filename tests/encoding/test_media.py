@@ -2,12 +2,15 @@
 
 import io
 import tarfile
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from rdm_scale.encoding.inputs import find_media
 from rdm_scale.errors import DataError, StorageError
+from rdm_scale.storage.location import Location
 from tests.support.media_files import MOVIE, RED, write_tar
 
 
@@ -68,3 +71,23 @@ def test_a_window_does_not_read_what_lies_around_it(tmp_path):
         assert video.read() == MOVIE
     with pytest.raises(DataError, match="too large for an image"):
         big.read()
+
+
+class FailingFile(io.BytesIO):
+    """A file on a storage that fails."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        raise TimeoutError("no byte arrived for 10 s")
+
+
+def test_a_failing_read_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a decoder makes of it: it may hide the failure, or take it for the end of the file."""
+    (tmp_path / "1.mp4").write_bytes(MOVIE)
+    (file,) = find_media(str(tmp_path)).files
+    monkeypatch.setattr(Location, "open", lambda self, mode="rb": FailingFile())
+    with pytest.raises(StorageError, match=r"cannot read .*1\.mp4: no byte arrived"), file.opened() as content:
+        with suppress(DataError):
+            content.read()
+        raise DataError("1.mp4 is damaged")
+    with pytest.raises(StorageError, match="no byte arrived"), file.opened() as content, suppress(DataError):
+        content.read()
