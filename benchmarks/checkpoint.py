@@ -18,7 +18,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -138,6 +138,9 @@ class OneRank:
 
     def state(self) -> ShardedState:
         return self.buffers
+
+    def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
+        return list(values)
 
     def gather_rare(self, value: Any) -> dict[int, Any]:
         return {} if value is None else {0: value}

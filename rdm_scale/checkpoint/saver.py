@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from rdm_scale.parallel.parallel_model import ParallelModel
 
 _RECORDS = "checkpoint/records"  # keys in the ranks' store
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.001, 0.5  # between looks at a save that training waits for
 _NOTABLE_S = 0.1  # shorter waits for the previous save are not reported
 
 Result = TypeVar("Result")
@@ -173,8 +174,22 @@ class Saver:
         )
 
     def finish(self) -> None:
-        """Wait for the save in progress, if any. Raises CheckpointError as `advance` does."""
+        """Wait for the save in progress, if any. Raises CheckpointError as `advance` does, and on a time-out.
+
+        Ranks that are done ask for the others again and again: none of these questions takes long, so that a save may
+        take longer than a collective.
+        """
         while self._save is not None:
+            save, wait_s = self._save, _FIRST_WAIT_S
+            while self.mesh.all_reduce_sum([float(self.busy)])[0] > 0:
+                overdue = time.perf_counter() - save.began > self.config.timeout_s
+                if self.mesh.all_reduce_sum([float(overdue)])[0] > 0:
+                    raise CheckpointError(
+                        f"the checkpoint of step {save.step} was not saved within checkpoint.timeout_s="
+                        f"{self.config.timeout_s}: find a faster checkpoint.dir, or allow more time"
+                    )
+                time.sleep(wait_s)
+                wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
             self.advance()
 
     def save(self, state: CheckpointState) -> None:

@@ -29,6 +29,7 @@ class CheckpointConfig(Section):
     every: int = Field(1000, ge=0, description="steps between checkpoints; 0: only at the end")
     keep: int = Field(3, ge=0, description="number of newest checkpoints to keep; 0: all")
     keep_every: int = Field(0, ge=0, description="keep checkpoints of multiples of this step permanently; 0: none")
+    timeout_s: int = Field(3600, ge=1, description="seconds that training waits for a save; then the run ends")
     on_failure: Literal["stop", "continue"] = Field(
         "stop", description="if a checkpoint cannot be saved: stop the run, or continue until the next checkpoint"
     )

@@ -3,11 +3,13 @@
 import json
 import os
 import resource
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from rdm_scale.checkpoint import CheckpointDirectory
+from rdm_scale.checkpoint import CheckpointDirectory, saver
 from rdm_scale.config import RunConfig
 from rdm_scale.errors import CheckpointError, ConfigError, NonFiniteError
 from rdm_scale.storage.location import Location
@@ -131,3 +133,22 @@ def test_a_run_does_not_go_on_from_weights_that_are_nan(ranks: RankPool, data: s
     begun = {"checkpoint__start_from": str(tmp_path / "run"), "checkpoint__start_weights": "raw"}
     with pytest.raises(NonFiniteError, match=r"cannot be used: the raw weights of head.out.weight"):
         ranks.run(1, train, run_config(tmp_path / "new", data, train__steps=4, **begun))
+
+
+def train_with_slow_disk(config: RunConfig) -> None:
+    """Run on each rank: rank 1 takes long to write its part of a checkpoint."""
+    if os.environ["RANK"] == "1":
+        write = saver.write_tensors
+
+        def slowly(*arguments: Any) -> Any:
+            time.sleep(30)
+            return write(*arguments)
+
+        saver.write_tensors = slowly
+    train(config)
+
+
+def test_a_save_that_takes_too_long_ends_the_run(ranks: RankPool, data: str, tmp_path: Path) -> None:
+    config = run_config(tmp_path, data, train__steps=1, checkpoint__timeout_s=1)
+    with pytest.raises(CheckpointError, match=r"of step 1 was not saved within checkpoint\.timeout_s=1: "):
+        ranks.run(2, train_with_slow_disk, config)
