@@ -95,7 +95,7 @@ def test_torch_linear_is_used_only_with_kept_gathered_parameters(
         (2, {"parallel__zero_stage": 3, "parallel__keep_gathered": "never"}),
         (4, {"parallel__zero_stage": 3, "parallel__keep_gathered": "never"}),
         (4, {"parallel__zero_stage": 3, "parallel__keep_gathered": "always"}),
-        (4, {"parallel__zero_stage": 3, "train__precision": "bf16", "parallel__keep_gathered": "always"}),
+        (4, {"parallel__shard_size": 2, "train__precision": "bf16", "parallel__keep_gathered": "always"}),
         (
             2,
             {"parallel__pipeline": 2, "parallel__keep_gathered": "always"},

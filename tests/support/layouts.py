@@ -113,5 +113,6 @@ def full() -> list[Case]:
 def _pairs(case: Case) -> set[Any]:
     """Pairs of options; of a size counts only if it is above 1 and, for data, if it divides evenly."""
     data = "uneven" if case.data == 3 else case.data > 1
-    options = Case(*case[:7])._asdict() | {"tensor": case.tensor > 1, "pipeline": case.pipeline > 1, "data": data}
+    options: dict[str, Any] = dict(zip(case._fields[:7], case, strict=False))
+    options |= {"tensor": case.tensor > 1, "pipeline": case.pipeline > 1, "data": data}
     return {case[:3], *itertools.combinations(options.items(), 2)}
