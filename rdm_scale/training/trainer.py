@@ -117,6 +117,7 @@ class Trainer:
             self.monitor.report(f"nothing to do: the run is at step {self.step}; raise train.steps to go on")
         if self.mesh.is_first:
             self.reporter.record(JobState.RUNNING)
+        self.activity.phase = "training"
         prefetcher = Prefetcher(self._training_batches(), self.config.data.prefetch) if self.stream else nullcontext()
         with self._hang_watch() as watch, prefetcher as read:
             batches = broadcast_batches(self.mesh, read)

@@ -86,12 +86,18 @@ class NetworkNodes:
         pids = run("ip", "netns", "pids", self._namespace(node)).split()
         return [psutil.Process(int(pid)) for pid in pids if psutil.pid_exists(int(pid))]
 
-    def rank_process(self, node: int, local_rank: int) -> psutil.Process:
+    def ranks(self, node: int) -> dict[str, psutil.Process]:
+        """Ranks that run on a node, by local rank."""
+        found = {}
         for process in self.processes(node):
             with contextlib.suppress(psutil.NoSuchProcess):
-                if process.environ().get("LOCAL_RANK") == str(local_rank) and "rdm_scale.train" in process.cmdline():
-                    return process
-        raise LookupError(f"no local rank {local_rank} on node{node}")
+                local_rank = process.environ().get("LOCAL_RANK")
+                if local_rank is not None and "rdm_scale.train" in process.cmdline():
+                    found[local_rank] = process
+        return found
+
+    def rank_process(self, node: int, local_rank: int) -> psutil.Process:
+        return self.ranks(node)[str(local_rank)]
 
     def remove(self) -> None:
         """End what still runs on the nodes, and remove them."""
