@@ -26,7 +26,7 @@ MEMBERS: dict[str, tuple[dict[str, Any], str, int]] = {
     "plain": ({"residual": "plain", "base_depth": 2}, "full", 1),
     "rezero": ({"residual": "rezero"}, "none", 1),
     "layerscale": ({"residual": "layerscale"}, "every_2", 2),
-    "u": ({"stacking": "u", "depth": 5}, "selective", 2),
+    "u": ({"stacking": "u", "depth": 4}, "selective", 2),  # in the middle the skip is the stream itself
     "text": ({"condition": "text", "text": {"width": 6, "pooled_width": 5}}, "full", 1),
     "rotary": ({"positions": "rotary", "qk_norm": True}, "none", 1),
     "factorized": (CLIPS, "selective", 2),
