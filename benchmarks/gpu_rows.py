@@ -220,6 +220,7 @@ def random_batch(config: RunConfig) -> TrainingBatch:
     samples, size = config.train.global_batch_size, config.model.input
     shape = (samples, size.channels, size.frames, size.height, size.width)
     numbers = torch.arange(samples, device="cuda")
+    torch.manual_seed(0)  # the same in every row, so that their losses can be compared
     return TrainingBatch(
         step=0,
         positions=numbers,
