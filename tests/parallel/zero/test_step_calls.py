@@ -22,6 +22,7 @@ def simulated_mesh(data: int) -> "Mesh":
     """Mesh of the first of `data` data-parallel ranks, of which the others do not exist: collectives do nothing."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    from rdm_scale.parallel.hosts import Hosts
     from rdm_scale.parallel.megatron_adapter import AxisGroup, ModelParallelUnit
     from rdm_scale.parallel.mesh import Mesh
 
@@ -47,6 +48,8 @@ def simulated_mesh(data: int) -> "Mesh":
         shard=AxisGroup(everyone, 0, data),
         copies=AxisGroup(alone, 0, 1),
         replica_group=alone,
+        store=dist.HashStore(),
+        hosts=Hosts.of(["here"]),
         device=torch.device("cpu"),
         timeout=timedelta(seconds=60),
     )
