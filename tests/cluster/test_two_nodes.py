@@ -64,7 +64,7 @@ def test_bare_torchrun_restarts_on_two_nodes(nodes: Nodes, start: Starter, confi
 
 
 def test_a_cut_cable_ends_the_ranks_of_both_nodes(nodes: Nodes, start: Starter, config: str, tmp_path: Path) -> None:
-    """The connections stay open and silent: only limits of time end the ranks.
+    """The connections stay open and silent: only limits of time end the ranks, which say what they lost.
 
     torchrun itself has no such limit on the node that is cut off from the rendezvous: only its ranks are awaited there.
     """
@@ -80,6 +80,15 @@ def test_a_cut_cable_ends_the_ranks_of_both_nodes(nodes: Nodes, start: Starter, 
         assert time.monotonic() < deadline, "ranks of node2 hang"
         time.sleep(0.2)
     os.killpg(processes[1].pid, signal.SIGKILL)
+    # One side has kept the store for reports and misses the other; the other side knows only that it is alone.
+    outputs = [output, finish(processes[1])[1]]
+    kept, alone = outputs if "was lost in step" in outputs[0] else outputs[::-1]
+    assert re.search(
+        r"error: node[12] \(ranks? [-\d]+\) was lost in step \d+, during [a-z ]+; the same command ", kept
+    ), kept
+    assert re.search(r"error: node[12] \(rank \d\) has lost the connection to the other hosts in step \d+", alone), (
+        alone
+    )
 
 
 def test_disks_that_are_not_shared_are_refused(nodes: Nodes, start: Starter, config: str, tmp_path: Path) -> None:
