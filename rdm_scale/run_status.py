@@ -88,7 +88,12 @@ def ended_under_this_launcher(run_dir: Path) -> JobState | None:
     if not stopped and status.get("state") != JobState.USER_ERROR:
         return None
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"nothing is started again: {run_dir / STATUS} says {status['state']}", flush=True)
+        begin = "start" if stopped else "mend that and start"
+        print(
+            f"nothing is started again, because the run has ended ({status['state']}: {status.get('reason')}): {begin} "
+            "the launcher anew to go on",
+            flush=True,
+        )
     return JobState(status["state"])
 
 

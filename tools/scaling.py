@@ -13,6 +13,7 @@ and depth. The law is L(N, D) = E + A / N^alpha + B / D^beta; docs/scaling.md sa
 import argparse
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from rdm_scale.scaling.law_plots import HeldOutSize
     from rdm_scale.scaling.observations import Observations
     from rdm_scale.scaling.sweep_runner import RunState
+
+_COMMAND = "rdm-scaling"  # its name where the package is installed without the checkout
 
 
 def main() -> None:
@@ -139,7 +142,8 @@ def _plan(options: argparse.Namespace) -> None:
     if options.slurm:
         options.slurm.write_text(slurm_array(options.output, sweep), encoding="utf-8")
         print(f"as a Slurm job array: sbatch {options.slurm}")
-    print(f"next: python tools/scaling.py run {options.output} --workers 2")
+    command = _COMMAND if Path(sys.argv[0]).name == _COMMAND else "python tools/scaling.py"
+    print(f"next: {command} run {shlex.quote(str(options.output))} --workers 2")
 
 
 def _run(options: argparse.Namespace) -> None:

@@ -171,7 +171,10 @@ def _open_merged(folder: Location, chosen: Weights | None) -> ModelSource:
         raise CheckpointError(f"{folder / CONFIG}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     held: Weights = "ema" if merged.weights == "ema" else "raw"
     if chosen not in (None, held):
-        raise CheckpointError(f"{folder} holds the {held} weights only, not the {chosen} ones: merge those, too")
+        raise CheckpointError(
+            f"{folder} holds the {held} weights only, not the {chosen} ones: leave out --weights, or merge the "
+            f"checkpoint again with --weights {chosen}"
+        )
     config = parse_config(merged.config, str(folder / CONFIG))
     reader = SafetensorsReader.of_folder(folder, MERGED)
     shapes = _checked_shapes(reader.shapes, config.model, folder)

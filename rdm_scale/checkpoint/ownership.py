@@ -101,7 +101,7 @@ class Ownership:
         if self._successor is not None:
             raise OwnershipError(
                 f"{self.root} was taken over by {self._successor}: this process ends, and nothing more is written "
-                "there. Start each run once"
+                "there. If that was not intended, end one of the two: a directory serves one process at a time"
             )
 
     def close(self) -> None:

@@ -53,7 +53,8 @@ def number_classes(
         mixed = f"{sum(numeric)} of {len(names)} classes are numbers, but {names[odd]!r} ({example(odd)}) is not"
         if sum(numeric) > len(names) / 2:
             raise DataError(
-                f"{where}: {mixed}: correct it, or give --class-order to number all classes in the order of their names"
+                f"{where}: {mixed}: correct it, or give --class-order text to take "
+                "all as names, numbered in their order"
             )
         notes.append(f"{mixed}: all are taken as names, numbered in their order")
     ordered = sorted(names, key=_by_number if order == "numeric" else None)
@@ -80,5 +81,8 @@ def _similar(names: Sequence[str]) -> list[str]:
     for name in names:
         other = seen.setdefault(unicodedata.normalize("NFKC", name).casefold(), name)
         if other != name:
-            return [f"{other!r} and {name!r} are two classes, although their names differ in case or form only"]
+            return [
+                f"{other!r} and {name!r} are two classes, although their names differ in case or form only; rename one "
+                "if they are the same"
+            ]
     return []

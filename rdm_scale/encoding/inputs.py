@@ -112,7 +112,10 @@ def find_media(
     try:
         source = _open_source(location, columns, options, outputs)
         if prefix_keys and source.prefixes is None:
-            raise DataError(f"{location} is not a tar or a set of tars: keys cannot be prefixed with the names of tars")
+            raise DataError(
+                f"{location} is not a tar or a set of tars: keys cannot be prefixed with the names of tars; leave out "
+                "--prefix-keys"
+            )
         for entry in source.entries:
             if isinstance(entry, LeftOutEntry):
                 collector.left_out.add(entry)
@@ -202,7 +205,8 @@ class _Collector:
         self._check_all_or_none(sum(file.label >= 0 for file in self.files), "class", f"{kind}s", where)
         if columns.group and not any(file.group is not None for file in self.files):
             raise DataError(
-                f"{where} has no groups in a column or field {columns.group!r}: only lists and tars have them"
+                f"{where} has no groups in a column or field {columns.group!r}: only lists and tars have them; leave "
+                "out --group-column for other inputs"
             )
         _check_columns(columns, label=bool(self.classes), caption=bool(captions), where=where)
         classes = self._number_classes(where, numbers, order)
@@ -235,7 +239,7 @@ class _Collector:
             return []
         return [
             f"{len(self.legacy)} texts are not UTF-8 and were read as Windows-1252, as older editors write "
-            f"(for example {self.legacy[0].name}): convert them if their letters are others"
+            f"(for example {self.legacy[0].name}): convert them to UTF-8 if letters come out wrong"
         ]
 
 
@@ -264,7 +268,9 @@ def _check_unique(files: Sequence[MediaFile], prefixable: bool) -> None:
         return
     more = f", and {len(shared) - _SHOWN} other keys occur more than once" if len(shared) > _SHOWN else ""
     prefix = ", or begin keys with the names of their tars (--prefix-keys)" if prefixable else ""
-    raise DataError(f"{'; '.join(shared[:_SHOWN])}{more}: rename one of them, or give a list a column of keys{prefix}")
+    raise DataError(
+        f"{'; '.join(shared[:_SHOWN])}{more}: rename one of them, or use a list with a column of keys{prefix}"
+    )
 
 
 class _InputSource(NamedTuple):

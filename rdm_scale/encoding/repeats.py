@@ -55,7 +55,7 @@ def check_output(output: OutputFolders, digest: str, source: MediaSet) -> bool:
         if recorded is None:
             raise
         differences = recorded.changes_to(Inventory.of(source)).describe(source)
-        known = f"of the inputs, {differences}" if differences else "the inputs are the same, so settings differ"
+        known = f"inputs since then: {differences}" if differences else "the inputs are the same, so settings differ"
         raise OtherJobError(f"{error} ({known})") from None
 
 

@@ -95,9 +95,15 @@ def wanted_for(metrics: Sequence[str], network: FeatureNetwork | None, most: int
     """
     name = "identity" if network is None else network.identity.name
     if "is" in metrics and (network is None or not network.classes):
-        raise ConfigError(f"an inception score needs class probabilities, which the features {name} do not have")
+        raise ConfigError(
+            f"an inception score needs class probabilities, which the features {name} do not have: use --features "
+            "inception=FILE, efficientnet-lite0 or digits, or leave is out of --metrics"
+        )
     if "sfid" in metrics and (network is None or not network.spatial_width):
-        raise ConfigError(f"sFID needs the spatial features of Inception, which {name} does not have")
+        raise ConfigError(
+            f"sFID needs the spatial features of Inception, which {name} does not have: use --features inception=FILE, "
+            "or leave sfid out of --metrics"
+        )
     if "clip" in metrics and not name.startswith("clip-"):
         raise ConfigError(f"a CLIP score needs --features clip=FOLDER, not {name}")
     if "fvd" in metrics and network is not None and not network.takes_clips:

@@ -88,7 +88,7 @@ def to_uint8(pixels_BCTHW: Tensor) -> Tensor:
         DataError: a pixel is NaN.
     """
     if pixels_BCTHW.isnan().any():
-        raise DataError("generated pixels hold NaN: the weights of this model have diverged")
+        raise DataError("generated pixels hold NaN: the weights of this model have diverged; use an earlier checkpoint")
     return ((pixels_BCTHW.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 4, 1)
 
 

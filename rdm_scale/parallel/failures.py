@@ -148,7 +148,8 @@ class FailureReporter:
             print(f"\nerror: {error}", file=sys.stderr)
             return str(error)
         if isinstance(error, OSError) and error.errno in _NO_ROOM:
-            reason = f"there is no room to write {error.filename or 'to run.dir'}: {error.strerror}"
+            where = error.filename or "to run.dir"
+            reason = f"there is no room to write {where}: {error.strerror}; make room, and the same command goes on"
             print(f"\nerror: {reason}", file=sys.stderr)
             return reason
         lost = self._lost_ranks() if self.store is not None and _by_a_peer(error) else ""

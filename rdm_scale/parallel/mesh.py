@@ -237,7 +237,10 @@ def clock_warnings(mesh: Mesh) -> list[str]:
     """One line for each host whose clock is not that of rank 0. Collective."""
     mesh.all_reduce_sum([0.0])  # so that no rank waits for another one between the broadcast and its look at the clock
     ahead_s = time.time() - mesh.broadcast(time.time())
-    line = f"the clock of {socket.gethostname()} is {ahead_s:+.0f} s off that of rank 0: times in logs do not compare"
+    line = (
+        f"the clock of {socket.gethostname()} is {ahead_s:+.0f} s off that of rank 0: times in logs do not compare, "
+        "and S3 refuses requests at 15 minutes; set the clocks by a time server (NTP)"
+    )
     return sorted(set(mesh.gather_rare(line if abs(ahead_s) > _CLOCK_S else None).values()))
 
 

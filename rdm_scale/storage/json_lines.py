@@ -52,7 +52,8 @@ def read_json_lines(
             damaged.append(number)
     if damaged:
         numbers = ", ".join(map(str, damaged[:_SHOWN])) + (", ..." if len(damaged) > _SHOWN else "")
-        report(f"{path}: {len(damaged)} of {len(complete)} lines are left out, each is {what}: {numbers}")
+        lines = "line" if len(damaged) == 1 else "lines"
+        report(f"{path}: {len(damaged)} of {len(complete)} lines are left out, each is {what}: {lines} {numbers}")
     return found
 
 

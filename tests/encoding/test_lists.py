@@ -59,7 +59,7 @@ def test_columns_of_other_names_numbers_and_keys(pictures, kind):
     assert found.class_names == ("0", "1", "2")
     with pytest.raises(DataError, match=r"(line|row) 1 has no 'path'|no column 'path' of paths, only 'file', 'text'"):
         find_media(url)
-    with pytest.raises(DataError, match="same key 'x/1': rename one of them, or give a list a column of keys"):
+    with pytest.raises(DataError, match="same key 'x/1': rename one of them, or use a list with a column of keys"):
         find_media(url, Columns(path="file"))
     with pytest.raises(DataError, match="no labels in a column or field 'class'"):
         find_media(url, Columns(path="file", key="id", label="class"))

@@ -128,4 +128,7 @@ def test_the_order_of_numbered_folders_is_said(tmp_path: Path) -> None:
 
 def test_classes_that_differ_in_case_only_are_said(tmp_path: Path) -> None:
     (note,) = find_media(labeled(tmp_path, ["cat", "Dog", "dog"])).notes
-    assert note == "'Dog' and 'dog' are two classes, although their names differ in case or form only"
+    assert note == (
+        "'Dog' and 'dog' are two classes, although their names differ in case or form only; rename one if they are the "
+        "same"
+    )

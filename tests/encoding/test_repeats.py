@@ -153,7 +153,7 @@ def test_added_and_removed_inputs_are_said(source: Path, tmp_path: Path) -> None
         (source / name).write_bytes(png(CHANGED))
     next((source / "9").glob("*.png")).unlink()
     with pytest.raises(
-        DataError, match=rf"\(of the inputs, 2 new \(the first: {source}/0/a\.png\), 1 no longer there\)$"
+        DataError, match=rf"\(inputs since then: 2 new \(the first: {source}/0/a\.png\), 1 no longer there\)$"
     ):
         rerun(make_job(source, out))
 

@@ -58,7 +58,7 @@ def test_a_damaged_line_costs_that_line(tmp_path: Path) -> None:
     path.write_bytes(b'{"step": 1, "loss": 2.0}\n{"st\xff\n\n{"step": 3, "loss": 1.5}\n{"step": 4, "lo')
     figure = loss_figure(path, reported.append)
     assert figure.axes[0].lines[0].get_xydata().tolist() == [[1, 2.0], [3, 1.5]]
-    assert len(reported) == 1 and "1 of 4 lines are left out" in reported[0] and reported[0].endswith(": 2")
+    assert len(reported) == 1 and "1 of 4 lines are left out" in reported[0] and reported[0].endswith(": line 2")
 
 
 def test_channel_statistics_are_written_or_the_path_is_reported(tmp_path: Path) -> None:

@@ -49,7 +49,10 @@ def test_a_bug_keeps_its_traceback() -> None:
 
 def test_a_full_disk_is_one_line() -> None:
     code, message = end_of("raise OSError(28, 'No space left on device', 'runs/x/metrics.jsonl')")
-    assert (code, message) == (2, "\nerror: there is no room to write runs/x/metrics.jsonl: No space left on device\n")
+    expected = (
+        "there is no room to write runs/x/metrics.jsonl: No space left on device; make room, and the same command"
+    )
+    assert (code, message) == (2, f"\nerror: {expected} goes on\n")
 
 
 def test_other_ranks_of_a_node_exit_silently() -> None:

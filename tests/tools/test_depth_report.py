@@ -49,5 +49,5 @@ def test_odd_lines_cost_themselves(tmp_path: Path, capsys: pytest.CaptureFixture
     path.write_text("\n".join([lines[0], *odd, *lines[1:]]) + "\n")
     assert depth_report.report(tmp_path).count("<img") == 3
     printed = capsys.readouterr().err
-    assert "4 of 8 lines are left out, each is not a profile along depth: 2, 3, 5, 6" in printed
+    assert "4 of 8 lines are left out, each is not a profile along depth: lines 2, 3, 5, 6" in printed
     assert "1 profiles of another depth than the last one are left out" in printed

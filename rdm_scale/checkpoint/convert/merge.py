@@ -47,7 +47,7 @@ def merge(
         if other.weights != first.weights:
             raise CheckpointError(
                 f"{first.where} holds {first.weights} weights and {other.where} {other.weights} ones: average weights "
-                "of one kind"
+                "of one kind (--weights)"
             )
         a, b = (dict(flatten(s.config.model.model_dump(mode="json"))) for s in (first, other))
         if differing := [key for key in a if a[key] != b[key]]:

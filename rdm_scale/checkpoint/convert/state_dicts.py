@@ -57,7 +57,7 @@ def open_tensors(file: Location, weights: Weights = "ema") -> NamedTensors:
             {name: reader.shapes[old] for name, old in stored.items()}, lambda n: reader.read(stored[n])
         )
     if not file.name.endswith((".pt", ".pth")):
-        raise CheckpointError(f"{file} is neither a folder of diffusers nor a .safetensors or .pt file")
+        raise CheckpointError(f"{file} is neither a folder of diffusers nor a .safetensors, .pt or .pth file")
     tensors = _state_dict(_unpickle(file), weights, file)
     stored = _without_wrappers(tensors, file)
     return NamedTensors({name: tuple(tensors[old].shape) for name, old in stored.items()}, lambda n: tensors[stored[n]])
@@ -85,12 +85,12 @@ def _unpickle(file: Location) -> Any:
     try:
         with file.open("rb") as content:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in zipfile.ZipFile(content).infolist()):
-                raise ValueError("it is compressed")
+                raise ValueError("it is compressed; save it again with torch.save")
             content.seek(0)
             with _only_namespaces_allowed():
                 return torch.load(content, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise CheckpointError(f"there is no file {file}") from None
+        raise CheckpointError(f"there is no file {file}: check the path") from None
     except _UNREADABLE as error:
         raise CheckpointError(
             f"{file} is not a plain file of tensors, and nothing else is loaded or executed: {_reason(error)}"
@@ -132,6 +132,7 @@ def _state_dict(found: Any, weights: Weights, file: Location) -> dict[str, Tenso
     ):
         known = ", ".join(dict.fromkeys(key for keys in _HOLDERS.values() for key in keys))
         raise CheckpointError(
-            f"{file} does not hold a dictionary of names and dense tensors, alone or under one of the keys {known}"
+            f"{file} does not hold a dictionary of names and dense tensors, alone or under one of the keys {known}: "
+            "save the weights alone, with torch.save(model.state_dict(), ...)"
         )
     return found

@@ -63,7 +63,11 @@ class DigitFeatures(FeatureNetwork):
     def check(self, frames: int) -> None:
         super().check(frames)
         if self.clips != (frames > 1):
-            raise DataError(f"the features {self.identity.name} do not suit samples of {frames} frames")
+            wanted, found = ("clips", "single images") if self.clips else ("single images", f"clips of {frames} frames")
+            raise DataError(
+                f"the features {self.identity.name} are those of {wanted}, and these samples are {found}: compare sets "
+                "of one kind, or choose other --features"
+            )
 
     def _features(self, pixels_BTHWC: Tensor) -> Features:
         B, T = pixels_BTHWC.shape[:2]
