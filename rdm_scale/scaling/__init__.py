@@ -1,4 +1,4 @@
-"""Scaling laws: sweeps of training runs, the fit of a law with its uncertainty, and predictions.
+"""Scaling laws: sweeps of training runs, the fit of a law with its uncertainty, and predictions; and the run planner.
 
 scipy is imported by the modules that use it, so that importing this package stays cheap.
 """
@@ -15,6 +15,7 @@ __all__ = [
     "optimal_allocation",
     "plan_sweep",
     "read_observations",
+    "search_layouts",
 ]
 
 __getattr__ = lazy_names(
@@ -22,6 +23,7 @@ __getattr__ = lazy_names(
     {
         "allocation": ["optimal_allocation"],
         "intervals": ["bootstrap_laws"],
+        "layout_search": ["search_layouts"],
         "law": ["Fit", "Law", "fit_law"],
         "observations": ["Observations", "read_observations"],
         "sweep": ["Sweep", "plan_sweep"],
