@@ -20,7 +20,7 @@ def test_a_warned_job_saves_and_is_requeued(nodes: Callable[[int], NetworkNodes]
     data = write_latents(tmp_path / "latents")
     config = tmp_path / "run.yaml"
     config.write_text(to_yaml(run_config(tmp_path, data, parallel__pipeline=2)))
-    cluster = SlurmCluster(nodes(3), tmp_path / "slurm")
+    cluster = SlurmCluster(nodes(3))
     output = tmp_path / "job.out"
     try:
         size = ["--nodes=2", "--ntasks-per-node=2", "--time=30", f"--output={output}"]

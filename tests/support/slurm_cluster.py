@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -48,10 +49,16 @@ NODE = "NodeName=node{n} NodeAddr={network}.{n} CPUs=2 Boards=1 SocketsPerBoard=
 
 
 class SlurmCluster:
-    """Slurm with a head, node1, and computing nodes of 2 CPUs each, node2 and on."""
+    """Slurm with a head, node1, and computing nodes of 2 CPUs each, node2 and on.
 
-    def __init__(self, network: NetworkNodes, folder: Path) -> None:
-        self.network, self.folder = network, folder
+    Its files are in a temporary folder of their own: slurmstepd's sockets are among them, and the path of a socket has
+    at most 108 characters, which the folders of tests exceed.
+    """
+
+    def __init__(self, network: NetworkNodes) -> None:
+        self._temporary = tempfile.TemporaryDirectory(prefix="slurm-", ignore_cleanup_errors=True)
+        self.network, self.folder = network, Path(self._temporary.name)
+        folder = self.folder
         for name in ("state", "spool"):
             (folder / name).mkdir(parents=True)
         nodes = "\n".join(NODE.format(n=n, network=NETWORK) for n in range(2, network.count + 1))
@@ -99,3 +106,4 @@ class SlurmCluster:
         for daemon in reversed(self._daemons):
             daemon.kill()
             daemon.wait()
+        self._temporary.cleanup()
