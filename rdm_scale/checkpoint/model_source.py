@@ -172,8 +172,8 @@ def _open_merged(folder: Location, chosen: Weights | None) -> ModelSource:
     held: Weights = "ema" if merged.weights == "ema" else "raw"
     if chosen not in (None, held):
         raise CheckpointError(
-            f"{folder} holds the {held} weights only, not the {chosen} ones: leave out --weights, or merge the "
-            f"checkpoint again with --weights {chosen}"
+            f"{folder} holds the {held} weights only, not the {chosen} ones: ask for those that it has, or "
+            f"merge the checkpoint again with --weights {chosen}"
         )
     config = parse_config(merged.config, str(folder / CONFIG))
     reader = SafetensorsReader.of_folder(folder, MERGED)

@@ -48,7 +48,7 @@ def find_start_weights(config: RunConfig, facts: DataFacts) -> tuple[StartWeight
 
 
 def open_weights(path: str, weights: Weights, model: ModelConfig) -> ModelSource | PublishedWeights:
-    """Open the weights of this project or of another at `path`; those of one kind only where there are no others.
+    """Open the weights of this project or of another at `path`; for EMA weights, those that a merged folder has.
 
     Raises:
         CheckpointError: there are none, or those of another project are not of `model`.
@@ -57,7 +57,7 @@ def open_weights(path: str, weights: Weights, model: ModelConfig) -> ModelSource
     if _is_published(here):
         return open_published(path, model, weights)
     merged = not is_checkpoint(here) and (here / CONFIG).exists()
-    return open_model(path, None if merged else weights)
+    return open_model(path, None if merged and weights == "ema" else weights)
 
 
 def load_start_weights(start: StartWeights, model: "ParallelModel") -> None:

@@ -11,6 +11,7 @@ from rdm_scale.checkpoint import load_model, load_trained
 from rdm_scale.checkpoint.convert.grow import grow_checkpoint
 from rdm_scale.checkpoint.convert.merge import merge
 from rdm_scale.checkpoint.model_source import open_model
+from rdm_scale.checkpoint.start_weights import open_weights
 from rdm_scale.checkpoint.verify import verify
 from rdm_scale.errors import CheckpointError, ConfigError, NonFiniteError
 from rdm_scale.storage.location import Location
@@ -82,6 +83,10 @@ def test_weights_are_chosen_by_name_and_never_replaced(run: Location, tmp_path: 
         assert found.weights == "raw" and found.model.get_parameter("head.out.bias")[0] == 3
     with pytest.raises(CheckpointError, match="merged holds the raw weights only, not the ema ones"):
         load_trained(str(tmp_path / "merged"), "ema")
+    source = open_model(checkpoint_of(run, 2), "ema")
+    merge([source], Location(tmp_path / "merged_ema"))
+    with pytest.raises(CheckpointError, match="merged_ema holds the ema weights only, not the raw ones"):
+        open_weights(str(tmp_path / "merged_ema"), "raw", source.config.model)
     with pytest.raises(CheckpointError, match="average weights of one kind"):
         merge([open_model(str(tmp_path / "merged")), open_model(checkpoint_of(run, 2))], Location(tmp_path / "mean"))
     with pytest.raises(ConfigError, match="weights='average' is unknown: choose ema, or raw"):
