@@ -160,18 +160,21 @@ class CheckpointDirectory:
         with os_errors_reported(f"remove {self.folder(step)}"):
             self._remove(step)
 
-    def prune(self, keep: int, every: int = 0) -> None:
+    def prune(self, saved: int, keep: int, every: int = 0) -> None:
         """Remove old checkpoints, and interrupted saves that are older than the newest complete checkpoint.
 
         Args:
+            saved: the step just saved. Later ones are neither counted nor removed: a run that was resumed from an
+                earlier step left them, and they may be damaged.
             keep: number of newest checkpoints to keep; 0 keeps all.
             every: also keep the checkpoints whose step is a multiple of this, if not 0.
         """
-        complete = self.steps()
+        steps = [step for step in self._all_steps() if step <= saved]
+        complete = [step for step in steps if is_checkpoint(self.folder(step))]
         if not complete:
             return
         old = complete[:-keep] if keep else []
-        for step in self._all_steps():
+        for step in steps:
             interrupted = step < complete[-1] and not (self.folder(step) / COMMIT).exists()
             if interrupted or (step in old and not (every and step % every == 0)):
                 self.abandon(step)

@@ -245,7 +245,7 @@ class Saver:
             found = self._store.multi_get([f"{_RECORDS}/{rank}" for rank in range(self.mesh.world_size)])
             self.directory.commit(save.step, save.state, [record for each in found for record in each.split(b"\n")])
             try:
-                self.directory.prune(self.config.keep, self.config.keep_every)
+                self.directory.prune(save.step, self.config.keep, self.config.keep_every)
             except CheckpointError as error:
                 return f"warning: checkpoints older than checkpoint.keep are not removed yet: {error}"
         return None

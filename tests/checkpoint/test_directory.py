@@ -85,7 +85,12 @@ def test_another_version_is_refused_and_not_removed(local: CheckpointDirectory, 
     commit = Path((local.folder(2) / "commit.json").path)
     commit.write_text(commit.read_text().replace('"version":2', f'"version":{version}'))
     message = rf"commit.json has version {version} of the format, and only version 2 is read"
-    for refused in (lambda: local.open(2), lambda: is_checkpoint(local.folder(2)), local.steps, lambda: local.prune(1)):
+    for refused in (
+        lambda: local.open(2),
+        lambda: is_checkpoint(local.folder(2)),
+        local.steps,
+        lambda: local.prune(3, 1),
+    ):
         with pytest.raises(CheckpointError, match=message) as raised:
             refused()
         assert not isinstance(raised.value, IncompleteError)  # a run must not start again beside it
@@ -188,21 +193,34 @@ def test_prune_keeps_the_newest(directory: CheckpointDirectory) -> None:
     for step in (1, 2, 3, 4, 5):
         save(directory, step)
     write(directory, 6)  # it may be being saved
-    directory.prune(0)
+    directory.prune(5, 0)
     assert directory.steps() == [1, 2, 3, 4, 5]
-    directory.prune(2, every=2)
+    directory.prune(5, 2, every=2)
     assert directory.steps() == [2, 4, 5]
-    directory.prune(2)
+    directory.prune(5, 2)
     assert directory.steps() == [4, 5]
-    directory.prune(9)
+    directory.prune(5, 9)
     assert directory.root.names() == ["step_00000004", "step_00000005", "step_00000006"]
     assert_intact(directory, 4)
+
+
+def test_prune_leaves_what_is_later_than_the_step_just_saved(directory: CheckpointDirectory) -> None:
+    """A run that found step 300 damaged goes on from 200: neither 200 nor 250 gives way to 300."""
+    for step in (100, 200, 300):
+        save(directory, step)
+    (directory.folder(300) / "rank_00000.safetensors").write(b"")
+    save(directory, 250)
+    directory.prune(250, 2)
+    assert directory.steps() == [200, 250, 300]
+    directory.prune(250, 1)
+    assert directory.steps() == [250, 300]
+    assert_intact(directory, 250)
 
 
 def test_prune_removes_what_interrupted_saves_left_and_nothing_else(directory: CheckpointDirectory) -> None:
     for step in (1, 3):
         write(directory, step)
-    directory.prune(1)
+    directory.prune(3, 1)
     assert directory.root.names() == [
         "step_00000001",
         "step_00000003",
@@ -211,7 +229,7 @@ def test_prune_removes_what_interrupted_saves_left_and_nothing_else(directory: C
     (directory.root / "step_1").make_dir()
     (directory.root / "step_1" / "mine").write(b"")
     (directory.root / "samples.png").write(b"")
-    directory.prune(1)
+    directory.prune(2, 1)
     assert directory.root.names() == ["samples.png", "step_00000002", "step_00000003", "step_1"]
 
 
@@ -229,7 +247,7 @@ def test_after_an_interrupted_removal_there_is_no_checkpoint(
 
     monkeypatch.setattr(Location, "remove", stop_at_folder)
     with pytest.raises(CheckpointError, match=r"cannot remove .*step_00000001: Input/output error"):
-        local.prune(1)
+        local.prune(2, 1)
     assert (local.folder(1) / "rank_00000.index.safetensors").exists()
     assert local.steps() == [2]
 
