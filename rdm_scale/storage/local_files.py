@@ -1,5 +1,6 @@
 """The local disk as a storage backend."""
 
+import errno
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +19,9 @@ from rdm_scale.storage.backend import (
     Walk,
     check_version,
 )
+
+# What os.link says on file systems without hard links: FUSE mounts of object stores, SMB, exFAT.
+_NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
 
 class LocalFiles(StorageBackend):
@@ -102,6 +106,10 @@ class LocalFiles(StorageBackend):
             os.link(complete, path)  # fails if the file exists, also if another process is about to create it
         except FileExistsError:
             raise ReplacedError(f"{path} exists already") from None
+        except OSError as error:
+            if error.errno not in _NO_HARD_LINKS:
+                raise
+            _create(path, content)
         finally:
             complete.unlink()
 
@@ -127,6 +135,22 @@ class LocalFiles(StorageBackend):
             raise
         except Exception as error:  # fsspec's own
             raise OSError(f"{method} of {path} failed: {type(error).__name__}: {error}") from error
+
+
+def _create(path: str, content: bytes) -> None:
+    """Write a file that must not exist yet. Unlike with a link, others may see it before it is complete."""
+    try:
+        file = open(path, "xb")  # noqa: PTH123, SIM115
+    except FileExistsError:
+        raise ReplacedError(f"{path} exists already") from None
+    try:
+        with file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        Path(path).unlink(missing_ok=True)
+        raise
 
 
 class _Folder(NamedTuple):

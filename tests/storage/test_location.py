@@ -268,3 +268,18 @@ def test_a_range_of_another_version_is_refused(tmp_path: Path) -> None:
     os.utime(tmp_path / "a", ns=(0, 0))
     with pytest.raises(ReplacedError, match=f"{tmp_path}/a is no longer version {version}"):
         file.read_range(1, 2, version)
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK])
+def test_a_new_file_is_written_where_there_are_no_hard_links(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("os.link", refuse)
+    file = Location(tmp_path / "owner.json")
+    file.write_if(b"mine", None)
+    with pytest.raises(ReplacedError, match=r"owner\.json exists already"):
+        file.write_if(b"another's", None)
+    assert file.read() == b"mine" and Location(tmp_path).names() == ["owner.json"]
