@@ -6,6 +6,7 @@ and every run's schedule ends with the run.
 """
 
 import math
+import shlex
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -240,7 +241,7 @@ def slurm_array(file: Path, sweep: Sweep) -> str:
             "#SBATCH --ntasks=1",
             "#SBATCH --requeue",
             "set -euo pipefail",
-            f'exec rdm-scaling run {file.resolve()} --only "$SLURM_ARRAY_TASK_ID"',
+            f'exec rdm-scaling run {shlex.quote(str(file.resolve()))} --only "$SLURM_ARRAY_TASK_ID"',
             "",
         ]
     )

@@ -1,5 +1,6 @@
 """Sweeps: sizes along an axis, budgets, schedules, refusals, and the file."""
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,8 @@ def test_a_held_out_run_is_larger_and_longer_by_its_factor() -> None:
     assert held_out[0].flops / max(run.flops for run in fitted) == pytest.approx(8, rel=0.05)
     assert held_out[0].steps > 100 and held_out[0].parameters > max(run.parameters for run in fitted)
     assert slurm_array(Path("sweep.yaml"), sweep).count("--array=0,1,2,3,4,5\n") == 1
+    command = slurm_array(Path("my $sweeps/it's.yaml"), sweep).splitlines()[-1]
+    assert shlex.split(command)[3] == str(Path("my $sweeps/it's.yaml").resolve())
 
 
 def test_refusals(tmp_path: Path) -> None:
