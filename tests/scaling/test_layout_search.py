@@ -97,7 +97,7 @@ def test_networks_share_a_node_adapter_by_rank() -> None:
 @pytest.mark.parametrize("gb_per_s", [5, 50, 500])
 def test_exposed_communication_is_that_of_the_replay(gb_per_s: float) -> None:
     """16 equal blocks in 8 buckets of two, as benchmarks/overlap.py replays them."""
-    blocks = [Part(0.01, 0.02, 4_000_000)] * 16
+    blocks = [Part(0.0005, 0.001, 4_000_000)] * 16
     outside, link = 1_000_000, Link(64, gb_per_s * 1e9, 1e-5)
     replayed = replay([blocks[at : at + 2] for at in range(0, 16, 2)], outside, 3, link, Sizes(2, 4))
     found = data_communication(
@@ -106,8 +106,8 @@ def test_exposed_communication_is_that_of_the_replay(gb_per_s: float) -> None:
         parameters=65_000_000,
         outside=outside,
         blocks=16,
-        forward=0.16,
-        backward=0.32,
+        forward=0.008,
+        backward=0.016,
         micro_batches=3,
         network=Network(*link),
     )
