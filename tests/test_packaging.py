@@ -111,7 +111,8 @@ def test_the_distributions_hold_files_in_place_of_links(distributions: Distribut
     sources = {member.name.partition("/")[2] for member in members}
     with zipfile.ZipFile(distributions.wheel) as archive:
         installed = {info.filename: info.file_size for info in archive.infolist()}
-    assert {"rdm_scale/py.typed", "rdm_scale/codecs/digits_vae/config.json"} <= sources & installed.keys()
+    data = {"rdm_scale/py.typed", "rdm_scale/codecs/digits_vae/config.json", "rdm_scale/tools/emoji_licenses.txt"}
+    assert data <= sources & installed.keys()
     for folder, suffix in (("tools", "*.py"), ("configs", "*.yaml"), ("rdm_scale", "**/*.py")):
         for file in (ROOT / folder).glob(suffix):
             name = f"{'' if folder == 'rdm_scale' else 'rdm_scale/'}{file.relative_to(ROOT)}"
