@@ -103,7 +103,7 @@ def noun(phrase: str) -> str:
 
 
 def _subject(base: str, people: Sequence[str]) -> str:
-    """Who or what is shown, before its traits."""
+    """Phrase for what is shown, before its traits."""
     if base == "kiss":
         return f"a kiss between {_listed(people or ('person', 'person'))}"
     if base == "family" and people:
