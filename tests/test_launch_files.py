@@ -1,8 +1,11 @@
 """launch/: scripts that shellcheck accepts, manifests whose parts fit, help without a configuration."""
 
+import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -63,3 +66,47 @@ def test_slurm_warns_the_ranks_and_requeues() -> None:
     text = (LAUNCH / "slurm.sbatch").read_text()
     assert re.search(r"^#SBATCH --signal=USR1@\d+$", text, re.MULTILINE)  # without B: to the ranks, not to the shell
     assert re.search(r"^#SBATCH --requeue$", text, re.MULTILINE)
+
+
+class SlurmJob:
+    """launch/slurm.sbatch with stand-ins for Slurm's commands: srun ends with a given code and leaves a status."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.requeued = folder, folder / "requeued"
+        tools = folder / "tools"
+        tools.mkdir()
+        for name, text in {
+            "srun": 'exit "$CODE"',
+            "scontrol": 'echo "$@" >>requeued; exit "${REFUSED:-0}"',
+            "sleep": "",
+        }.items():
+            (tools / name).write_text(f"#!/bin/bash\n{text}\n")
+            (tools / name).chmod(0o755)
+        path = os.pathsep.join([str(tools), str(Path(sys.executable).parent), os.environ["PATH"]])
+        self.variables = os.environ | {"PATH": path, "PYTHONPATH": str(LAUNCH.parent), "VENV": "none"}
+        self.variables |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1", "RESTARTS": "1"}
+
+    def attempt(self, code: int, checkpoint: int | None = None, **variables: str) -> tuple[int, int]:
+        """Exit code of the script, and how often the job has been requeued by now."""
+        (self.folder / "status.json").write_text(json.dumps({"checkpoint": checkpoint}))
+        command = [LAUNCH / "slurm.sbatch", LAUNCH.parent / "configs/quickstart.yaml", f"run.dir={self.folder}"]
+        environment = self.variables | {"CODE": str(code)} | variables
+        done = subprocess.run(command, cwd=self.folder, env=environment, timeout=HANG_S, check=False)
+        return done.returncode, len(self.requeued.read_text().splitlines()) if self.requeued.exists() else 0
+
+
+def test_slurm_requeues_a_stopped_job_while_it_comes_further(tmp_path: Path) -> None:
+    """Attempts that save something new are not counted; of the others RESTARTS are started again."""
+    job = SlurmJob(tmp_path)
+    for number, checkpoint in enumerate([5, 9, 12], 1):
+        assert job.attempt(75, checkpoint) == (75, number)
+    assert job.attempt(75, 12) == (75, 4)
+    assert job.attempt(75, 13) == (75, 5)
+    assert job.attempt(75, None) == (75, 5)
+
+
+def test_slurm_ends_with_the_code_of_the_ranks_where_a_requeue_is_refused(tmp_path: Path) -> None:
+    job = SlurmJob(tmp_path)
+    assert job.attempt(1, 5, REFUSED="1") == (1, 1)
+    assert job.attempt(75, 5, REFUSED="1") == (75, 2)
+    assert job.attempt(0) == (0, 2) and not list(tmp_path.glob("slurm-7.*"))
