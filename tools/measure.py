@@ -147,7 +147,7 @@ def write_reference(options: argparse.Namespace, mesh: "Mesh | None") -> None:
         raise ConfigError("--keep and --images must be at least 0")
     from rdm_scale.evaluation import reference_file
     from rdm_scale.evaluation.networks.named_networks import IDENTITY
-    from rdm_scale.evaluation.sample_sets import first_images
+    from rdm_scale.evaluation.sample_sets import kept_images
     from rdm_scale.evaluation.set_statistics import Wanted
     from rdm_scale.storage.location import Location
 
@@ -159,7 +159,7 @@ def write_reference(options: argparse.Namespace, mesh: "Mesh | None") -> None:
         option, network = _load(options.features, samples.size.frames)
         wanted = Wanted(options.keep, spatial=network.spatial_width > 0)
         statistics = _measure_set(samples, network, wanted, option, options.batch_size, mesh)
-        images = first_images(samples, options.images) if options.images else None
+        images = kept_images(samples, options.images) if options.images else None
     if mesh is None or mesh.is_first:
         reference_file.write_reference(Location(options.output), statistics, images)
         print(f"{options.output}: {statistics.samples} samples of {options.data}, {statistics.pooled.width} features")

@@ -209,17 +209,19 @@ def _kernel(real: SetStatistics, generated: SetStatistics, options: MeasureOptio
     found = kernel_distance(x, y, seed=options.seed)
     size = min(KID_SUBSET_SIZE, len(x), len(y))
     own = {"real": len(x), "generated": len(y), "std": found.std, "subsets": KID_SUBSETS, "subset_size": size}
-    return _Value(found.mean, own)
+    return _Value(found.mean, own, _warn_of_first(real))
 
 
 def _precision(real: SetStatistics, generated: SetStatistics, options: MeasureOptions) -> _Value:
     x, y = _features(real, generated)
-    return _Value(share_inside(y, x, half_precision=options.half_precision), _neighbour_fields(x, y, options))
+    share = share_inside(y, x, half_precision=options.half_precision)
+    return _Value(share, _neighbour_fields(x, y, options), _warn_of_first(real))
 
 
 def _recall(real: SetStatistics, generated: SetStatistics, options: MeasureOptions) -> _Value:
     x, y = _features(real, generated)
-    return _Value(share_inside(x, y, half_precision=options.half_precision), _neighbour_fields(x, y, options))
+    share = share_inside(x, y, half_precision=options.half_precision)
+    return _Value(share, _neighbour_fields(x, y, options), _warn_of_first(real))
 
 
 def _caption_score(real: SetStatistics, generated: SetStatistics, options: MeasureOptions) -> _Value:
@@ -230,6 +232,16 @@ def _caption_score(real: SetStatistics, generated: SetStatistics, options: Measu
 def _neighbour_fields(x: Rows, y: Rows, options: MeasureOptions) -> dict[str, Any]:
     distances = "float16 (ADM)" if options.half_precision else "float64"
     return {"real": len(x), "generated": len(y), "neighbours": NEIGHBOURS, "distances": distances}
+
+
+def _warn_of_first(real: SetStatistics) -> tuple[str, ...]:
+    if real.features is None or not real.first_kept or len(real.features) == real.samples:
+        return ()
+    return (
+        f"{real.name} was measured by an earlier version, which kept the features of its first {len(real.features)} of "
+        f"{real.samples} samples: of a folder these are the first classes only, and the value is wrong; write the "
+        "reference again",
+    )
 
 
 def _features(real: SetStatistics, generated: SetStatistics) -> tuple[Rows, Rows]:

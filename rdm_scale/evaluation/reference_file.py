@@ -57,6 +57,7 @@ def read_reference(url: str) -> SetStatistics:
                 raise DataError(f"{url} was written by a newer version of rdm_scale: update this one")
             identity = SetIdentity(**known["identity"])
             rest: dict[str, Any] = {key: known[key] for key in ("stride", "data", "option")}
+            rest["first_kept"] = known.get("first_kept", True)
             return SetStatistics(known["name"], known["samples"], identity, pooled, spatial, features, **rest)
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"the identity in {url} is damaged: {error!r}; write the reference again") from None
@@ -79,7 +80,7 @@ def write_reference(output: Location, statistics: SetStatistics, images: NDArray
     if images is not None:
         arrays[IMAGES] = images
     if statistics.identity is not None:
-        known = {key: getattr(statistics, key) for key in ("name", "samples", "stride", "data", "option")}
+        known = {key: getattr(statistics, key) for key in ("name", "samples", "stride", "data", "option", "first_kept")}
         arrays["identity"] = np.array(json.dumps({"format": FORMAT, "identity": asdict(statistics.identity)} | known))
     write_arrays(output, **arrays)
 

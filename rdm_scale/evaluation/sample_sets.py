@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rdm_scale import rng
 from rdm_scale.errors import ConfigError, DataError
 from rdm_scale.storage.location import Location
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 READERS = 8  # threads that decode media
 DEFAULT_FRAMES = 16
 MANIFEST = "manifest.json"
+_PASS_BATCH = 256  # samples of a batch where only pixels are wanted
 
 
 class PixelSize(NamedTuple):
@@ -80,6 +82,11 @@ class SampleSet(ABC):
     def batches(self, batch_size: int, rank: int = 0, ranks: int = 1) -> Iterator[SampleBatch]:
         """This rank's samples; over all ranks each sample comes exactly once."""
 
+    def pixels_at(self, positions_n: Tensor) -> Tensor:
+        """Pixels uint8 [n, T, H, W, 3] of the samples at these ascending positions."""
+        batches = self.batches(_PASS_BATCH)
+        return torch.cat([batch.pixels[torch.isin(batch.indices, positions_n)] for batch in batches])
+
 
 def to_uint8(pixels_BCTHW: Tensor) -> Tensor:
     """Pixels [B, 3, T, H, W] in [-1, 1] as uint8 [B, T, H, W, 3], rounded as image files are.
@@ -134,20 +141,26 @@ def read_array(url: str, key: str = "arr_0") -> NDArray[np.generic]:
         raise DataError(f"cannot read the array {url}: {error}") from None
 
 
-def first_images(samples: SampleSet, count: int) -> NDArray[np.uint8]:
-    """The first images of a set, uint8 [n, H, W, 3]; fewer if the set has fewer.
+def kept_rows(positions_B: Tensor, count: int) -> Tensor:
+    """Rows of the `count` samples that are kept of those at these positions, in the order of the positions.
+
+    They are those of the lowest keys, which depend on the position only. The first samples of a folder would all be of
+    its first classes. What is kept of parts of a set, and then of all parts, is what is kept of the set at once.
+    """
+    keys = torch.tensor([rng.key(0, "kept samples", position) for position in positions_B.tolist()], dtype=torch.int64)
+    rows = keys.argsort()[:count]
+    return rows[positions_B[rows].argsort()]
+
+
+def kept_images(samples: SampleSet, count: int) -> NDArray[np.uint8]:
+    """Images of a set, uint8 [n, H, W, 3], chosen by key; fewer if the set has fewer.
 
     Raises:
         ConfigError: the set holds clips.
     """
     if samples.size.frames > 1:
         raise ConfigError(f"{samples.name} holds clips, of which no single images are kept (--images)")
-    found: list[NDArray[np.uint8]] = []
-    for batch in samples.batches(min(count, 256)):
-        found.append(batch.pixels[:, 0].numpy())
-        if sum(map(len, found)) >= count:
-            break
-    return np.concatenate(found)[:count]
+    return samples.pixels_at(kept_rows(torch.arange(samples.count), count))[:, 0].numpy()
 
 
 class ArraySamples(SampleSet):
@@ -195,6 +208,11 @@ class MediaSamples(SampleSet):
             for part in _blocks(self.count, batch_size, rank, ranks):
                 pixels = torch.stack(list(pool.map(self._read, self.files[part])))
                 yield SampleBatch(torch.arange(part.start, part.start + len(pixels)), to_uint8(pixels))
+
+    def pixels_at(self, positions_n: Tensor) -> Tensor:  # without a pass over all files
+        with ThreadPoolExecutor(READERS) as pool:
+            files = [self.files[position] for position in positions_n.tolist()]
+            return torch.cat(list(pool.map(lambda file: to_uint8(self._read(file)[None]), files)))
 
     def _own_size(self, file: "MediaFile") -> tuple[int, int]:
         from rdm_scale.encoding.images import image_size

@@ -17,7 +17,7 @@ from rdm_scale.errors import ConfigError, DataError
 from rdm_scale.evaluation.feature_moments import FeatureMoments, Gaussian
 from rdm_scale.evaluation.networks.feature_network import FeatureNetwork, Features
 from rdm_scale.evaluation.networks.named_networks import IDENTITY
-from rdm_scale.evaluation.sample_sets import PixelSize, SampleSet
+from rdm_scale.evaluation.sample_sets import PixelSize, SampleSet, kept_rows
 
 if TYPE_CHECKING:
     from rdm_scale.parallel.mesh import Mesh  # megatron-core takes seconds to import
@@ -68,7 +68,7 @@ class Wanted(NamedTuple):
     """Parts of the statistics beside mean and covariance of the pooled features.
 
     Attributes:
-        features: number n of samples whose features are kept, the first ones; 0: none.
+        features: number n of samples whose features are kept, chosen by key; 0: none.
         spatial: mean and covariance of the spatial features.
         probabilities: class probabilities of all samples.
         captions: CLIP scores of all samples and their captions.
@@ -96,6 +96,7 @@ class SetStatistics:
         stride: frame stride with which clips were read.
         data: fingerprint of the pixels, whatever their order.
         option: `--features` that loads the network again.
+        first_kept: True: the features are those of the first samples, as in references of earlier versions.
     """
 
     name: str
@@ -109,6 +110,7 @@ class SetStatistics:
     stride: int = 1
     data: str = ""
     option: str = ""
+    first_kept: bool = False
 
 
 class StatisticsCollector:
@@ -142,8 +144,10 @@ class StatisticsCollector:
         self.pooled.add(features.pooled)
         if self.spatial is not None and features.spatial is not None:
             self.spatial.add(features.spatial)
-        kept = indices_B < self.wanted.features
-        self._kept.append((indices_B[kept], features.pooled[kept].float()))
+        if self.wanted.features:
+            self._kept.append((indices_B, features.pooled.float()))
+            if sum(len(indices) for indices, _ in self._kept) >= 2 * self.wanted.features:
+                self._kept = [_chosen(self._kept, self.wanted.features)]
         if self.wanted.probabilities and features.logits is not None:
             self._probabilities.append((indices_B, features.logits.double().softmax(1).float()))
         if caption_scores_B is not None:
@@ -163,6 +167,8 @@ class StatisticsCollector:
     ) -> SetStatistics:
         """Statistics of what all ranks have added, on every rank. Collective with a mesh."""
         kept, probabilities = self._kept, self._probabilities
+        if kept:
+            kept = [_chosen(kept, self.wanted.features)]
         fingerprint, caption_scores = self._fingerprint, self._caption_scores
         if mesh is not None:
             self.pooled.all_reduce(mesh.all_reduce_sum_on_cpu)
@@ -178,7 +184,7 @@ class StatisticsCollector:
             identity,
             self.pooled.gaussian(),
             None if self.spatial is None else self.spatial.gaussian(),
-            _in_order(kept) if self.wanted.features else None,
+            _chosen(kept, self.wanted.features)[1].numpy() if kept else None,
             _in_order(probabilities) if probabilities else None,
             caption_scores / self.pooled.count if self.wanted.captions else None,
             stride,
@@ -247,6 +253,13 @@ def given_features(array: NDArray[np.generic], name: str, wanted: Wanted) -> Set
     except DataError as error:
         raise DataError(f"{name}: {error}") from None
     return collector.result(name, GIVEN, option=IDENTITY)
+
+
+def _chosen(parts: list[tuple[Tensor, Tensor]], count: int) -> tuple[Tensor, Tensor]:
+    """Positions and rows of `count` samples chosen by key, in the order of the positions."""
+    positions, rows = (torch.cat(column) for column in zip(*parts, strict=True))
+    chosen = kept_rows(positions, count)
+    return positions[chosen], rows[chosen]
 
 
 def _in_order(parts: list[tuple[Tensor, Tensor]]) -> NDArray[np.float32]:

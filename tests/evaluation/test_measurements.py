@@ -64,6 +64,15 @@ def test_a_reference_without_features_has_no_recall() -> None:
         measure(["sfid"], real, normal(100))
 
 
+def test_features_of_the_first_samples_are_warned_of() -> None:
+    """References of earlier versions kept the first samples, which are of the first classes."""
+    real = dataclasses.replace(normal(100), first_kept=True)
+    for found in measure(["kid", "precision", "recall"], real, normal(100)):
+        assert "the features of its first 50 of 100 samples" in found.warnings[0]
+    for one in (normal(100), dataclasses.replace(normal(50), first_kept=True)):
+        assert not any(found.warnings for found in measure(["kid", "recall"], one, normal(100)))
+
+
 def test_small_and_large_values_keep_their_digits() -> None:
     shown = [Measurement("m", value).line().split()[1] for value in (133.90776, 0.000123456, -0.5, 0.0)]
     assert shown == ["133.91", "0.00012346", "-0.50000", "0.0000"]

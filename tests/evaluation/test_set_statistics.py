@@ -12,7 +12,7 @@ from rdm_scale.evaluation.sample_sets import ArraySamples
 from rdm_scale.evaluation.set_statistics import GIVEN, SetStatistics, Wanted, given_features, measure_set
 from tests.support.rank_pool import RankPool
 
-WANTED = Wanted(features=9, probabilities=True)
+WANTED = Wanted(features=4, probabilities=True)
 
 
 def samples() -> ArraySamples:
@@ -37,7 +37,7 @@ def statistics_of_ranks() -> SetStatistics:
 def test_ranks_measure_what_one_process_does(ranks: RankPool) -> None:
     """13 samples in batches of 3: of 2 ranks one has 7 and the other 6."""
     alone = statistics()
-    assert alone.features is not None and alone.probabilities is not None and alone.features.shape == (9, 48)
+    assert alone.features is not None and alone.probabilities is not None and alone.features.shape == (4, 48)
     for found in ranks.run(2, statistics_of_ranks):
         assert (found.samples, found.data, found.identity) == (13, alone.data, alone.identity)
         np.testing.assert_allclose(found.pooled.mean, alone.pooled.mean, rtol=1e-10)
@@ -64,6 +64,15 @@ def test_sets_of_other_networks_and_preprocessing_are_refused(change: dict[str, 
     (name,) = change
     with pytest.raises(ConfigError, match=rf"real and generated cannot be compared: {name} .* against {change[name]}"):
         identity.check_comparable(other, "real", "generated")
+
+
+def test_kept_features_are_of_all_classes() -> None:
+    """200 samples in the order of their two classes: of 40 about 20 are of either."""
+    x = np.arange(200, dtype=np.float32)[:, None]
+    kept = given_features(x, "x", Wanted(features=40)).features
+    assert kept is not None and len(np.unique(kept)) == 40 and (np.diff(kept[:, 0]) > 0).all()
+    assert 10 <= (kept >= 100).sum() <= 30
+    assert np.array_equal(given_features(x, "x", Wanted(features=200)).features, x)
 
 
 def test_given_features_are_float_arrays() -> None:

@@ -20,6 +20,7 @@ from PIL import Image
 
 from rdm_scale.evaluation.feature_moments import Gaussian
 from rdm_scale.evaluation.reference_file import read_reference
+from rdm_scale.evaluation.sample_sets import kept_rows
 from rdm_scale.storage.location import Location
 from rdm_scale.tools.measure import main
 from tests.support.launching import Starter, finish
@@ -161,7 +162,13 @@ def test_files_of_adm(tmp_path: Path) -> None:
     measure("reference", images, tmp_path / "own.npz", "--features", "digits", "--images", 3)
     with np.load(tmp_path / "own.npz") as own:
         assert own["mu"].shape == (48,) and own["sigma"].dtype == np.float64
-        assert np.array_equal(own["arr_0"], random_images(7, 0)[:3])
+        assert np.array_equal(own["arr_0"], random_images(7, 0)[kept_rows(torch.arange(7), 3)])
+        arrays = dict(own)
+    assert not read_reference(str(tmp_path / "own.npz")).first_kept
+    identity = json.loads(str(arrays["identity"]))
+    del identity["first_kept"]  # as earlier versions wrote it
+    np.savez(tmp_path / "earlier.npz", **arrays | {"identity": np.array(json.dumps(identity))})
+    assert read_reference(str(tmp_path / "earlier.npz")).first_kept
 
 
 @pytest.fixture
