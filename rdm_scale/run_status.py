@@ -81,7 +81,7 @@ def ended_under_this_launcher(run_dir: Path) -> JobState | None:
     found, own = status.get("launcher"), _launcher()
     if own is None or not isinstance(found, dict):
         return None
-    later_attempt = own["id"] == found.get("id") and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    later_attempt = own["id"] == found.get("id") and _attempt() > 0
     if not later_attempt and own != found:
         return None
     stopped = status.get("state") == JobState.STOPPED and not status.get("restarting")
@@ -95,6 +95,22 @@ def ended_under_this_launcher(run_dir: Path) -> JobState | None:
             flush=True,
         )
     return JobState(status["state"])
+
+
+def replace_older_end(run_dir: Path) -> None:
+    """Mark a run that an earlier launch ended as running again, in the first attempt of this one.
+
+    Launchers of the same id, as `launch/torchrun.sh` gives by default, look alike from another node: a second attempt
+    would take the end of last week's launch for its own.
+    """
+    found = read_status(run_dir)
+    if _attempt() == 0 and found.get("state") in (JobState.STOPPED, JobState.USER_ERROR):
+        RunStatus(JobState.RUNNING, found.get("step"), found.get("checkpoint")).write(run_dir)
+
+
+def _attempt() -> int:
+    """Number of times that torchrun has started the ranks again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def _launcher() -> dict[str, Any] | None:

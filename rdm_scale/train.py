@@ -113,6 +113,7 @@ def train(config: "RunConfig", reporter: "FailureReporter | None" = None) -> "Jo
 def meet_ranks(config: "RunConfig", reporter: "FailureReporter") -> "tuple[Mesh, DataFacts, Start]":
     """Check the data and the run's directory, meet the other ranks, and agree with them on the start of the run."""
     from rdm_scale.data.compatibility import check_data
+    from rdm_scale.run_status import replace_older_end
     from rdm_scale.storage.location import Retry, set_retry
     from rdm_scale.training.run_directory import plan_start
 
@@ -122,6 +123,7 @@ def meet_ranks(config: "RunConfig", reporter: "FailureReporter") -> "tuple[Mesh,
     if os.environ.get("RANK", "0") == "0":  # the data may be remote: the other ranks get the result by broadcast
         facts = check_data(config)
         checked = facts, plan_start(config, facts)
+        replace_older_end(Path(config.run.dir))
 
     from rdm_scale.parallel.hang_reports import record_collectives
     from rdm_scale.parallel.mesh import build_mesh, check_agreement

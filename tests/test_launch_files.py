@@ -110,3 +110,23 @@ def test_slurm_ends_with_the_code_of_the_ranks_where_a_requeue_is_refused(tmp_pa
     assert job.attempt(1, 5, REFUSED="1") == (1, 1)
     assert job.attempt(75, 5, REFUSED="1") == (75, 2)
     assert job.attempt(0) == (0, 2) and not list(tmp_path.glob("slurm-7.*"))
+
+
+def test_torchrun_waits_for_the_name_of_the_meeting_point(tmp_path: Path) -> None:
+    """The name of a pod is known some time after its start. Code 2 would end the Job for good."""
+    (tmp_path / "sleep").write_text(f"#!/bin/bash\necho waited >>{tmp_path}/waits\nexec /bin/sleep 0.2\n")
+    (tmp_path / "sleep").chmod(0o755)
+    variables = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "PROCESSES": "1", "START_TIMEOUT": "1"}
+    variables |= {"NODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "nowhere.invalid"}
+    command, environment = [LAUNCH / "torchrun.sh", "configs/quickstart.yaml"], os.environ | variables
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANG_S, check=False)
+    assert done.returncode == 1 and (tmp_path / "waits").exists()
+    assert re.fullmatch(r"error: the host nowhere\.invalid is unknown .*\n", done.stderr)
+
+
+def test_ranks_may_take_as_long_to_stop_as_the_pod() -> None:
+    """torchrun kills them a little before Kubernetes would kill the pod, so that the exit code is that of the ranks."""
+    (grace,) = re.findall(r'--shutdown-timeout "\$\{GRACE:-(\d+)\}"', (LAUNCH / "torchrun.sh").read_text())
+    for name in ("kubernetes.yaml", "jobset.yaml"):
+        (pod,) = re.findall(r"terminationGracePeriodSeconds: (\d+)", (LAUNCH / name).read_text())
+        assert 0 < int(pod) - int(grace) <= 30

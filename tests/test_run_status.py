@@ -5,7 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from rdm_scale.run_status import STATUS, JobState, RunStatus, ended_under_this_launcher
+from rdm_scale.run_status import (
+    STATUS,
+    JobState,
+    RunStatus,
+    ended_under_this_launcher,
+    read_status,
+    replace_older_end,
+)
 
 
 def test_content(tmp_path: Path) -> None:
@@ -41,6 +48,24 @@ def test_a_later_attempt_of_the_same_torchrun(
     assert ended_under_this_launcher(tmp_path) is None  # another torchrun with the same id: the user starts it again
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # rank 0 has moved to another node
     assert ended_under_this_launcher(tmp_path) == ended
+
+
+@pytest.mark.parametrize("state", [JobState.STOPPED, JobState.USER_ERROR])
+def test_the_end_of_an_earlier_launch_with_the_same_id(
+    state: JobState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first attempt replaces it, so that the second one, on whatever node, does not take it for its own."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    RunStatus(state, step=7, checkpoint=5).write(tmp_path)
+    monkeypatch.setattr("os.getppid", lambda: 1)
+    replace_older_end(tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert ended_under_this_launcher(tmp_path) is None
+    status = read_status(tmp_path)
+    assert (status["state"], status["step"], status["checkpoint"]) == ("running", 7, 5)
+    RunStatus(state).write(tmp_path)  # its own end
+    replace_older_end(tmp_path)
+    assert ended_under_this_launcher(tmp_path) == state
 
 
 def test_without_torchrun_every_start_is_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
