@@ -242,7 +242,7 @@ def run(options: argparse.Namespace, mesh: "Mesh | None") -> None:
     media = MediaOptions((size.height, size.width), size.frames, options.stride, options.fps)
     real = _real(options.reference, known, network, wanted, option, media, options.batch_size, mesh)
     request, condition = conditions_in_turns(trained, options.samples, options.prompts, options.text_encoder)
-    plan = _plan(options, trained, config, condition, SetIdentity.of(network, size))
+    plan = _plan(options, trained, config, (condition, request.names), SetIdentity.of(network, size))
     check_comparable(real, plan.identity, options.model)
     samples = GeneratedSamples(plan, Location(options.output), mesh)
     with ProgressReporter("drawing", options.samples, shown=mesh is None or mesh.is_first) as progress:
@@ -319,11 +319,11 @@ def _plan(
     options: argparse.Namespace,
     trained: "TrainedModel",
     config: "RunConfig",
-    condition: str,
+    condition: "tuple[str, Sequence[str]]",
     identity: "SetIdentity",
 ) -> "GenerationPlan":
     from rdm_scale.config.schema import OBJECTIVE_SAMPLERS
-    from rdm_scale.evaluation.generated_samples import GenerationPlan
+    from rdm_scale.evaluation.generated_samples import GenerationPlan, digest_of_names, digest_of_parameters
 
     sampling = config.sampling
     return GenerationPlan(
@@ -331,7 +331,9 @@ def _plan(
         step=trained.step,
         weights=trained.weights,
         config=trained.config.digest(),
-        condition=condition,
+        parameters=digest_of_parameters(trained.model),
+        condition=condition[0],
+        names=digest_of_names(condition[1]),
         samples=options.samples,
         sampler=sampling.sampler or OBJECTIVE_SAMPLERS[config.diffusion.objective][0],
         steps=sampling.steps,

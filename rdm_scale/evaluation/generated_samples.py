@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+import xxhash
+from torch import Tensor, nn
 
 from rdm_scale.checkpoint.trained_model import TrainedModel
 from rdm_scale.codecs import LatentCodec, codec_of
@@ -54,7 +55,9 @@ class GenerationPlan:
         model: path of the checkpoint.
         step, weights: which weights of it.
         config: digest of the run's configuration.
+        parameters: digest of these weights: a run or folder may have been made anew.
         condition: the conditions of the samples, in words.
+        names: digest of the prompts or the names of the classes.
         samples: number of samples.
         sampler, steps, guidance, seed: of sampling.
         identity: of the feature network.
@@ -66,7 +69,9 @@ class GenerationPlan:
     step: int
     weights: str
     config: str
+    parameters: str
     condition: str
+    names: str
     samples: int
     sampler: str
     steps: int
@@ -215,6 +220,20 @@ def conditions_in_turns(
     prompts = [line.strip() for line in lines if line.strip()]
     request = request_prompts(trained, prompts, -(-samples // max(1, len(prompts))), text_encoder)
     return request, f"{len(prompts)} prompts of {prompts_file} in turns"
+
+
+def digest_of_parameters(model: nn.Module) -> str:
+    """Digest of the parameters, whatever their device."""
+    found = xxhash.xxh3_128()
+    for name, p in model.named_parameters():
+        found.update(name.encode())
+        found.update(p.detach().cpu().contiguous().numpy().data)
+    return found.hexdigest()
+
+
+def digest_of_names(names: Sequence[str]) -> str:
+    """Digest of prompts or names of classes."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(list(names)).encode())
 
 
 def pixel_size(trained: TrainedModel) -> PixelSize:

@@ -14,6 +14,7 @@ from rdm_scale.evaluation.generated_samples import (
     GeneratedSamples,
     GenerationPlan,
     conditions_in_turns,
+    digest_of_names,
     pixel_size,
 )
 from rdm_scale.evaluation.networks import load_network
@@ -34,7 +35,9 @@ def plan(tmp_path: Path) -> GenerationPlan:
         "step": 0,
         "weights": "ema",
         "config": "c",
+        "parameters": "p",
         "condition": "5 classes in turns",
+        "names": "n",
         "sampler": "euler",
         "steps": 2,
     }
@@ -96,6 +99,17 @@ def test_a_damaged_file_is_named(plan: GenerationPlan, tmp_path: Path) -> None:
 
 
 def test_another_plan_has_another_folder(plan: GenerationPlan) -> None:
-    changes = {"step": 1, "weights": "raw", "samples": 11, "sampler": "heun", "steps": 3, "guidance": 2.0, "seed": 1}
+    changes = {
+        "parameters": "",
+        "names": "",
+        "step": 1,
+        "weights": "raw",
+        "samples": 11,
+        "sampler": "heun",
+        "steps": 3,
+        "guidance": 2.0,
+        "seed": 1,
+    }
     keys = {dataclasses.replace(plan, **{name: value}).key for name, value in changes.items()}  # type: ignore[arg-type]
     assert len(keys | {plan.key}) == len(changes) + 1
+    assert len({digest_of_names(names) for names in (["a b"], ["a", "b"], ["b", "a"])}) == 3

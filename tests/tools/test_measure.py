@@ -215,6 +215,16 @@ def test_a_run_goes_on_and_ranks_agree(tmp_path: Path, checkpoint: str) -> None:
     assert "cannot be compared: network digits against efficientnet-lite0" in printed
 
 
+def test_samples_of_a_model_made_anew_are_drawn_again(tmp_path: Path, checkpoint: str) -> None:
+    """Path, step and configuration are the same, the weights are not."""
+    real, output = array(tmp_path / "real.npy", random_images(9, 0)), tmp_path / "out"
+    same = ("run", checkpoint, real, "--features", "digits", "--metrics", "fid", "--steps", 2, "--samples", 4)
+    for damage in ({}, {"head.out.bias": 0.5}):
+        save_model(Location(tmp_path / "run"), 0, run_config(num_classes=5), damage)
+        measure(*same, "--output", output)
+    assert len(list(output.glob("*/chunk-*.npz"))) == 2
+
+
 def test_a_killed_rank_ends_the_job_in_one_line(tmp_path: Path, checkpoint: str, start: Starter) -> None:
     real, output = array(tmp_path / "real.npy", random_images(20, 0)), tmp_path / "out"
     same = ("run", checkpoint, real, "--features", "digits", "--metrics", "fid", "--steps", 2, "--batch-size", 4)
