@@ -58,8 +58,11 @@ def test_the_parts_of_a_manifest_fit(name: str) -> None:
     assert (LAUNCH.parent / container["command"][0]).exists() and (LAUNCH.parent / container["args"][0]).exists()
     mounted = {mount["name"] for mount in container["volumeMounts"]}
     assert mounted == {volume["name"] for volume in job["template"]["spec"]["volumes"]}
-    rules = {rule["action"]: rule.get("onExitCodes", {}).get("values") for rule in job["podFailurePolicy"]["rules"]}
-    assert rules["FailJob"] == [2]
+    rules = [(rule["action"], rule.get("onExitCodes", {}).get("values")) for rule in job["podFailurePolicy"]["rules"]]
+    assert rules == [("FailJob", [2]), ("Ignore", [75]), ("Ignore", None)]
+    if name == "jobset.yaml":  # without a rule it would start a Job that failed for good again
+        policy = found["JobSet"]["spec"]["failurePolicy"]
+        assert policy["rules"] == [{"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}]
 
 
 def test_slurm_warns_the_ranks_and_requeues() -> None:

@@ -41,7 +41,7 @@ def check_shared_directory(mesh: Mesh, folder: Location) -> None:
             raise ConfigError(
                 f"{folder} is not the same directory on all hosts: {mesh.hosts.describe([0])} does not see what "
                 f"{mesh.hosts.describe(unseen)} wrote there, so that no checkpoint would be complete. Set "
-                "checkpoint.dir to a shared disk or an object store (s3://...); run.dir may stay on one node"
+                "checkpoint.dir to a shared disk or an object store (s3://...), and run.dir to a shared disk"
             )
 
 
