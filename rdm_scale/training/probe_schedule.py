@@ -53,11 +53,11 @@ class ProbeSchedule:
 
     def _affordable(self, step: int) -> bool:
         """True if this and all earlier measurements, but the first, take at most their share beyond plain steps."""
-        known = self._durations_s[1:]
-        if not known:
+        known, plain = self._durations_s[1:], step - 1 - self.start - len(self._durations_s)
+        if not known or plain <= 0:  # where every step is measured there is nothing to compare with
             return True
         elapsed_s = self.clock() - self._began
-        plain_s = (elapsed_s - sum(self._durations_s)) / (step - 1 - self.start - len(self._durations_s))
+        plain_s = (elapsed_s - sum(self._durations_s)) / plain
         return sum(known) + known[-1] - (len(known) + 1) * plain_s <= MAX_SHARE * elapsed_s
 
     def _wait(self) -> None:

@@ -35,6 +35,10 @@ def test_a_fixed_interval() -> None:
     assert measured_steps(0, False, 1.0, 1.0, 10) == []
 
 
+def test_every_step() -> None:
+    assert measured_steps(1, True, 1.0, 22.0, 5) == [1, 2, 3, 4, 5]
+
+
 def test_cheap_measurements_keep_their_interval() -> None:
     assert measured_steps(100, True, 1.0, 1.5, 600) == [1, 100, 200, 300, 400, 500, 600]
 
