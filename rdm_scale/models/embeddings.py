@@ -5,7 +5,7 @@ Shapes: S tokens, B samples, C channels, P width of a pooled caption, D hidden s
 
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -34,7 +34,7 @@ def unpatchify(tokens: Tensor, patch_size: tuple[int, int, int], size: Sequence[
     return x.permute(3, 7, 0, 4, 1, 5, 2, 6).reshape(B, -1, T, H, W)
 
 
-@lru_cache(maxsize=64)
+@cache  # without a limit: CUDA graphs hold the addresses of tables, so that none may be freed
 def table_on(device: torch.device, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
     """Fixed table `function(*arguments)` on `device`: computed on the CPU and copied once, at its first use."""
     with torch.inference_mode(False), torch.device("cpu"):
