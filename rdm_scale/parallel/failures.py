@@ -130,9 +130,9 @@ class FailureReporter:
     def _answer(self, store: Any) -> None:
         """Wait for a failure anywhere, answer for this rank, and exit with the code of the report."""
         try:
-            store.wait([FIRST_FAILURE_KEY], timedelta(seconds=_DAY_S))
+            _wait_for(store, FIRST_FAILURE_KEY)
             store.append(_ANSWERS, f"{self.rank}|{self.activity}\n")
-            store.wait([_VERDICT], timedelta(seconds=_DAY_S))
+            _wait_for(store, _VERDICT)
             code, reason = json.loads(store.get(_VERDICT))
         except RuntimeError:  # the store has gone: at the end of the run, or with its host, which the main thread sees
             return
@@ -249,6 +249,17 @@ def run_main(body: Callable[[FailureReporter], JobState | None], stop: StopReque
 def _by_a_peer(error: Exception) -> bool:
     """Test if a lost peer may be the reason of an error."""
     return isinstance(error, RuntimeError) and bool(_BY_A_PEER.search(str(error)))
+
+
+def _wait_for(store: Any, key: str) -> None:
+    """Wait for a key of a store, however long the run takes; RuntimeError if the store has gone."""
+    while True:
+        try:
+            store.wait([key], timedelta(seconds=_DAY_S))
+        except RuntimeError:
+            store.check([key])  # answers after a time-out, and raises where the store has gone
+        else:
+            return
 
 
 def _within(seconds: float, call: Callable[[], Result]) -> Result | None:

@@ -3,11 +3,15 @@
 import subprocess
 import sys
 import threading
+import time
+from datetime import timedelta
 
 import pytest
+import torch.distributed as dist
 
 from rdm_scale.errors import CheckpointError, ConfigError, DataError, LaunchError, NonFiniteError
-from rdm_scale.parallel.failures import FailureReporter, exit_code
+from rdm_scale.parallel.failures import FIRST_FAILURE_KEY, FailureReporter, exit_code
+from rdm_scale.parallel.hosts import Hosts
 from tests.support.limits import HANG_S
 
 SCRIPT = """
@@ -103,3 +107,21 @@ def test_a_store_that_never_answers_does_not_hold_a_rank(monkeypatch: pytest.Mon
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert reporter.claim()
     never.set()
+
+
+def test_a_rank_answers_however_long_the_run_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wait for a failure ends with an error after `_DAY_S`; the rank waits again until the store has gone."""
+    monkeypatch.setattr("rdm_scale.parallel.failures._DAY_S", 0.1)
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    reporter = FailureReporter()
+    reporter.watch(server, Hosts([]))
+    (thread,) = [each for each in threading.enumerate() if each.name == "failures"]
+    time.sleep(0.5)
+    server.set(FIRST_FAILURE_KEY, "1")
+    server.wait(["rdm_scale/answers"], timedelta(seconds=HANG_S))
+    assert server.get("rdm_scale/answers").startswith(b"0|")
+    time.sleep(0.3)  # the wait for the verdict is as patient
+    assert thread.is_alive()
+    del server, reporter.store
+    thread.join(HANG_S)
+    assert not thread.is_alive()
