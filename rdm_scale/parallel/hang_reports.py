@@ -8,6 +8,7 @@ collectives_rank_1     last collectives of a rank, which NCCL's watchdog writes 
 
 import faulthandler
 import os
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -38,18 +39,22 @@ class HangWatch:
         self._file: IO[str] | None = None
 
     def __enter__(self) -> Self:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._path.open("w")
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("w")
+        except OSError as error:  # reports are no reason to end a training
+            warnings.warn(f"a step that hangs leaves no stacks in {self._path}: {error.strerror}", stacklevel=2)
         return self
 
     def progress(self) -> None:
         """Begin to wait anew. A thread without Python code waits: it works where this process is stuck for good."""
-        assert self._file is not None
-        faulthandler.dump_traceback_later(self._timeout_s, file=self._file)
+        if self._file is not None:
+            faulthandler.dump_traceback_later(self._timeout_s, file=self._file)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         faulthandler.cancel_dump_traceback_later()
-        assert self._file is not None
+        if self._file is None:
+            return
         written = os.fstat(self._file.fileno()).st_size
         self._file.close()
         if not written:

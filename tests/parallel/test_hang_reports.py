@@ -31,6 +31,15 @@ def test_progress_puts_the_report_off_and_nothing_is_left(tmp_path: Path) -> Non
     assert not list(tmp_path.iterdir())
 
 
+def test_a_directory_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
+    (tmp_path / "hangs").write_text("a file")
+    with pytest.warns(UserWarning, match="a step that hangs leaves no stacks in .*hangs"):
+        watch = HangWatch(tmp_path, 0, timeout_s=HANG_S).__enter__()
+    watch.progress()
+    watch.__exit__(None, None, None)
+    assert (tmp_path / "hangs").read_text() == "a file"
+
+
 def test_collectives_are_recorded_where_the_user_has_said_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
