@@ -2,7 +2,7 @@
 
 Rank 0 hosts the store in its own process. Under torchrun the agents have a store of their own, which outlives a failed
 attempt: it only passes on the address of rank 0's store, and the ranks retry until a store answers that this attempt
-opened. Each rank takes its place in the store once, so that the store of an earlier attempt turns it away.
+opened. Each process takes its rank's place in the store once, so that the store of an earlier attempt turns it away.
 """
 
 import ipaddress
@@ -13,7 +13,7 @@ import secrets
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -24,7 +24,7 @@ from rdm_scale.errors import LaunchError, StopRequested
 from rdm_scale.parallel.hosts import Hosts, rank_list
 from rdm_scale.stop_request import StopRequest
 
-_ADDRESS, _JOINED, _HOSTS, _FAILED = "address", "joined", "hosts", "failed"
+_ADDRESS, _HOSTS, _FAILED = "address", "hosts", "failed"
 _CONNECT_S = 5.0  # of one attempt to connect; also between looks at a request to stop
 _RETRY_S = 0.1
 _NOTE_AFTER_S = 15.0
@@ -62,6 +62,7 @@ class _Place:
     prefix: str
     timeout_s: float
     stop: StopRequest | None
+    token: str = field(default_factory=lambda: secrets.token_hex(8))  # tells this process from others of its rank
 
     @property
     def who(self) -> str:
@@ -122,7 +123,8 @@ def _host(place: _Place) -> RankStore:
 
 def _wait_for_all(store: dist.Store, place: _Place) -> Hosts:
     deadline = time.monotonic() + place.timeout_s
-    while store.add(_JOINED, 0) < place.world_size:
+    keys = [f"rank/{rank}" for rank in range(place.world_size)]
+    while not store.check(keys):
         if _stop_requested(place):
             store.set(_FAILED, f"{place.who} was asked to stop")
             raise StopRequested
@@ -131,7 +133,7 @@ def _wait_for_all(store: dist.Store, place: _Place) -> Hosts:
             store.set(_FAILED, message)
             raise LaunchError(message)
         time.sleep(_RETRY_S)
-    places = [json.loads(place) for place in store.multi_get([f"rank/{rank}" for rank in range(place.world_size)])]
+    places = [json.loads(place) for place in store.multi_get(keys)]
     return Hosts.of([host for host, _ in places])
 
 
@@ -180,13 +182,13 @@ def _join(place: _Place, deadline: float) -> RankStore:
 
 
 def _take_place(store: dist.Store, place: _Place) -> None:
-    own = json.dumps([socket.gethostname(), secrets.token_hex(8)])
+    """Enter this process as its rank, unless it was entered before the connection broke."""
+    own = json.dumps([socket.gethostname(), place.token])
     found = store.compare_set(f"rank/{place.rank}", "", own).decode()
     if found != own:
         raise _NotYet(
             f"another process, on {json.loads(found)[0]}, is rank {place.rank} already: give each process its own RANK"
         )
-    store.add(_JOINED, 1)
 
 
 def _met(place: _Place, store: dist.Store, reports: dist.Store, hosts: Hosts) -> RankStore:
