@@ -149,7 +149,9 @@ class TrainConfig(Section):
         8, ge=1, description="shapes of micro-batches that get compiled code and graphs of their own"
     )
     cuda_graphs: Switch = Field(
-        "auto", description="replay a micro-batch as one CUDA graph; auto: where that is possible"
+        "auto",
+        description="replay a micro-batch as one CUDA graph; auto: where that is possible, with several data ranks "
+        "only under parallel.overlap=false",
     )
     attention: Literal["auto", "cudnn", "flash"] = Field(
         "auto", description="attention kernel on GPUs in bf16; auto: the faster one, measured at the start"
