@@ -87,6 +87,66 @@ def test_parallel_model_contract(ranks: RankPool, tmp_path: Path, layout: dict) 
         assert 0.1 * norm < blocks_norm < norm
 
 
+class GroupwiseAdam(torch.optim.Optimizer):
+    """AdamW that counts steps as apex's FusedAdam does: in each group, from the first step on."""
+
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            (first, second), count = group["betas"], group["step"]
+            for weights in (each for each in group["params"] if each.grad is not None):
+                state, gradient = self.state[weights], weights.grad
+                mean = state.setdefault("exp_avg", torch.zeros_like(gradient)).lerp_(gradient, 1 - first)
+                square = state.setdefault("exp_avg_sq", torch.zeros_like(gradient)).lerp_(gradient**2, 1 - second)
+                scale = (square / (1 - second**count)).sqrt() + group["eps"]
+                weights.data.mul_(1 - group["lr"] * group["weight_decay"])
+                weights.data.addcdiv_(mean, scale, value=-group["lr"] / (1 - first**count))
+
+
+def use_optimizers(config: RunConfig) -> list[tuple[dict[int, float], list[float]]]:
+    """Run on each rank: with torch's and with the other optimizer, a step's squares and the weights after a resume."""
+    from rdm_scale.parallel.mesh import build_mesh
+    from rdm_scale.parallel.parallelize import parallelize
+    from rdm_scale.parallel.plan import plan_parallelism
+    from rdm_scale.training.optimizer import build_optimizer
+
+    def groupwise(model: torch.nn.Module) -> torch.optim.Optimizer:
+        adam = build_optimizer(config.optimizer, config.model, model)
+        return GroupwiseAdam(adam.param_groups, adam.defaults)
+
+    mesh = build_mesh(config.parallel)
+    plan = plan_parallelism(config, mesh.world_size, None)
+    objective = build_objective(config.diffusion, False)
+    batch = batch_of(config, plan.micro_batch * plan.micro_batches, mesh.data_rank)
+    found = []
+    for build in (partial(build_optimizer, config.optimizer, config.model), groupwise):
+        model = parallelize(config, mesh, plan, build)
+        for _ in range(3):
+            with model.recording_gradients() as squares:
+                model.accumulate(batch.split(plan.micro_batch), objective)
+                model.step(1e-2)
+        kept = [[flat.clone() for flat in flats] for flats in model.state()]
+        model = parallelize(config, mesh, plan, build)
+        with model.restoring(3) as state:
+            for flats, values in zip(state, kept, strict=True):
+                torch._foreach_copy_(flats, values)
+        model.accumulate(batch.split(plan.micro_batch), objective)
+        model.step(1e-2)
+        weights = torch.cat(model.state().weights).tolist()
+        found.append(({block: float(square) for block, square in squares.items()}, weights))
+    mesh.shutdown()
+    return found
+
+
+def test_an_optimizer_that_counts_by_group_trains_the_same(ranks: RankPool, tmp_path: Path) -> None:
+    """It divides gradients beforehand and has no count of its own after a resume."""
+    changes = {"train__micro_batch_size": 2, "optimizer__grad_clip": 0.01, "parallel__keep_gathered": "always"}
+    config = run_config(tmp_path, "none", **changes)
+    for (squares, weights), (other_squares, other_weights) in ranks.run(2, use_optimizers, config):
+        assert squares and other_squares == pytest.approx(squares, rel=1e-3)
+        assert other_weights == pytest.approx(weights, rel=1e-3, abs=1e-5)
+
+
 def watch_collectives(config: RunConfig) -> tuple[list[str], bool]:
     """Run on each rank: list a step's actions and background jobs, and tell whether reduced gradients are bf16."""
     from rdm_scale.parallel.zero.background import Background, Wait

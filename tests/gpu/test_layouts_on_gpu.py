@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from rdm_scale.config import RunConfig
+from rdm_scale.training.depth_profiles import read_profiles
 from tests.support.layouts import MODEL, Case
 from tests.support.rank_pool import RankPool, free_port
 from tests.support.reference import Reference, deviation, plain_training
@@ -115,3 +116,13 @@ def test_a_resumed_run_repeats_bit_for_bit(data: str, tmp_path: Path, precision:
     found = metrics(parts[0].run.dir)
     assert [record["step"] for record in found if record.pop("validation_loss", None)] == [2, 4, 6]
     assert found == metrics(whole.run.dir)
+
+
+def test_an_offloaded_update_is_watched_along_depth(reference: Reference, data: str, tmp_path: Path) -> None:
+    """The gradients that the probe squares are on the host, their divisor is on the GPU."""
+    changes = Case(1, 1, 1, "3 kept", "1f1b", "none", False, offload="optimizer").changes()
+    watched = {"monitor__depth_every": 2, "train__deterministic": True}  # at a fixed interval
+    config = run_config(tmp_path, data, **(changes | SMALL | watched))
+    run(1, [config])
+    deviation(config, reference).check()
+    assert read_profiles(Path(config.run.dir) / "depth.jsonl")[0] == [1, 2, 4]

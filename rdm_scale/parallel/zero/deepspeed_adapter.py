@@ -313,8 +313,10 @@ class FlatOptimizer(ZeroOptimizer):
             master.grad = part
             self.torch_optimizer.param_groups[self._zero.sub_group_to_group_id[number]]["params"].append(master)
 
-    def step_divided(self, divisor: Tensor, finite: Tensor) -> None:
+    def step_divided(self, divisor: Tensor, finite: Tensor) -> bool:
         """Step with the gradients divided by `divisor`; do nothing where `finite` is not 1.
+
+        Returns True if hooks of the optimizer's step see the gradients before they are divided.
 
         torch's fused optimizers take both as tensors, in the way of torch.amp.GradScaler: without another pass over
         the gradients, and without waiting for the device.
@@ -324,9 +326,11 @@ class FlatOptimizer(ZeroOptimizer):
             device = self.master_parameters[0].device  # with offloading the host: waits for the device
             optimizer.grad_scale, optimizer.found_inf = divisor.float().to(device), 1 - finite.float().to(device)
             optimizer.step()
-        elif finite.item():
+            return True
+        if finite.item():
             torch._foreach_div_(self.gradients, divisor.float())
             optimizer.step()
+        return False
 
     def publish_master_weights(self) -> None:
         torch._foreach_copy_(self._weights_of_masters, [master.detach() for master in self.master_parameters])

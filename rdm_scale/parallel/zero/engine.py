@@ -135,9 +135,9 @@ class ZeroEngine(ABC):
                 "exp_avg": torch.zeros_like(flat.detach()),
                 "exp_avg_sq": torch.zeros_like(flat.detach()),
             }
-        for group in self.optimizer.torch_optimizer.param_groups:
-            if "step" in group:  # where apex counts
-                group["step"] = step
+        if not isinstance(self.optimizer.torch_optimizer, torch.optim.AdamW):
+            for group in self.optimizer.torch_optimizer.param_groups:
+                group["step"] = step  # apex counts here, and from 1 where it finds nothing
 
     def publish_master_weights(self) -> None:
         """Make the next forward compute with the master weights as they are now."""

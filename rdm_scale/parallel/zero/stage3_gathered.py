@@ -89,7 +89,7 @@ class Zero3Gathered(ZeroEngine):
         self._divisor = self._divisor_of(norm)
         if self._shards is not self.optimizer.gradients:
             torch._foreach_copy_(self.optimizer.gradients, self._shards)
-        self.optimizer.step_divided(self._divisor, norm.isfinite())
+        self._recorded_undivided = self.optimizer.step_divided(self._divisor, norm.isfinite())
         self.publish_master_weights()
         return norm
 
@@ -112,10 +112,11 @@ class Zero3Gathered(ZeroEngine):
 
     @contextlib.contextmanager
     def recording_gradients(self) -> Iterator[dict[int, Tensor]]:
-        with super().recording_gradients() as squares:  # of sums over the ranks, before clipping
+        with super().recording_gradients() as squares:
             yield squares
-        for block in squares:
-            squares[block] /= self._divisor**2
+        if self._recorded_undivided:  # sums over the ranks, before clipping
+            for block, square in squares.items():
+                squares[block] = square / self._divisor.to(square.device) ** 2  # with offloading on the host
 
     def parameter_tensors(self) -> list[Tensor]:
         return [*self._weights, *self.optimizer.weights]
