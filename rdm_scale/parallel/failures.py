@@ -35,7 +35,7 @@ _REPORT_GRACE_S = 3.0  # a launcher ends all ranks when one exits: let the repor
 _STORE_GRACE_S = 1.0
 STORE_S = 10.0  # a store that is cut off never answers
 _ANSWER_S = 5.0
-_DAY_S = 86_400
+WAIT_S = 86_400  # of one wait in a store; then another one follows
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _BY_A_PEER = re.compile(r"gloo|NCCL|Connection|[Tt]imed out|Socket|recv|Broken pipe")
 
@@ -124,7 +124,7 @@ class FailureReporter:
 
     def _verdict(self) -> int:
         assert self.store is not None
-        self.store.wait([_VERDICT], timedelta(seconds=_DAY_S))
+        self.store.wait([_VERDICT], timedelta(seconds=WAIT_S))
         return int(json.loads(self.store.get(_VERDICT))[0])
 
     def _answer(self, store: Any) -> None:
@@ -255,7 +255,7 @@ def _wait_for(store: Any, key: str) -> None:
     """Wait for a key of a store, however long the run takes; RuntimeError if the store has gone."""
     while True:
         try:
-            store.wait([key], timedelta(seconds=_DAY_S))
+            store.wait([key], timedelta(seconds=WAIT_S))
         except RuntimeError:
             store.check([key])  # answers after a time-out, and raises where the store has gone
         else:

@@ -110,8 +110,8 @@ def test_a_store_that_never_answers_does_not_hold_a_rank(monkeypatch: pytest.Mon
 
 
 def test_a_rank_answers_however_long_the_run_took(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The wait for a failure ends with an error after `_DAY_S`; the rank waits again until the store has gone."""
-    monkeypatch.setattr("rdm_scale.parallel.failures._DAY_S", 0.1)
+    """The wait for a failure ends with an error after `WAIT_S`; the rank waits again until the store has gone."""
+    monkeypatch.setattr("rdm_scale.parallel.failures.WAIT_S", 0.1)
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     reporter = FailureReporter()
     reporter.watch(server, Hosts([]))
