@@ -16,6 +16,10 @@ _WORK = ".encoding"
 _SHARD = re.compile(r"(shard|text)-\d+\.tar(\.partial-[\d-]+)?")
 _OTHERS = re.compile(rf"{re.escape(_WORK)}|({MANIFEST_NAME}|{REJECTED_NAME})(\.partial-[\d-]+)?")
 
+_PICTURE = re.compile(
+    r"(statistics|decoded|preview).*\.(png|gif)(\.partial-[\d-]+)?"
+)  # of --stats, --decode, --preview
+
 
 @dataclass(frozen=True)
 class OutputFolders:
@@ -48,7 +52,7 @@ class OutputFolders:
             digest: digest of the job, or the beginning of it.
 
         Raises:
-            DataError: one folder is inside the other, or contains anything but output of jobs.
+            DataError: one folder is inside the other, or contains anything but output of jobs and pictures of it.
             OtherJobError: a folder contains the output of another job.
         """
         if self.holdout and (self.holdout.is_inside(self.train) or self.train.is_inside(self.holdout)):
@@ -78,7 +82,7 @@ class OutputFolders:
                     "choose another folder or remove it"
                 )
             return True
-        if strange := [name for name in names if not (_SHARD.fullmatch(name) or _OTHERS.fullmatch(name))]:
+        if strange := [name for name in names if not any(own.fullmatch(name) for own in (_SHARD, _OTHERS, _PICTURE))]:
             raise DataError(f"{folder} is not empty (it contains {strange[0]}): choose another folder")
         if _WORK in names:
             with suppress(FileNotFoundError):  # it is not written yet, or other ranks have just finished and removed it

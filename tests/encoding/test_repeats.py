@@ -71,6 +71,25 @@ def test_only_shards_with_changed_images_are_encoded_again(source: Path, tmp_pat
     assert rerun(make_job(source, out))[0] is None
 
 
+def test_pictures_of_the_latents_do_not_block_a_repeat(source: Path, tmp_path: Path) -> None:
+    """`rdm-encode OUTPUT --stats` and `--decode` leave pictures in both folders."""
+    out, held = tmp_path / "out", tmp_path / "held"
+    job = make_job(source, out, holdout=held)
+    encode(job)
+    for folder in (out, held):
+        for name in ("statistics.png", "decoded.png", "decoded-16x32x32.png", "decoded.gif", "preview.png"):
+            (folder / name).write_bytes(png(CHANGED))
+    for path in source.rglob("*.png"):
+        path.write_bytes(png(CHANGED))
+    again = make_job(source, out, holdout=held)
+    with pytest.raises(KeyboardInterrupt):
+        encode(again, progress=stop_after(again, 1), report=lambda line: None)
+    assert not (out / "manifest.json").exists()
+    assert rerun(make_job(source, out, holdout=held))[0] is not None
+    found = [levels(read_all(folder)[1]["latents"]) for folder in (out, held)]
+    assert found == [{77}, {77}] and (out / "statistics.png").exists()
+
+
 def test_an_unfinished_job_whose_inputs_change(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     job = make_job(source, out, holdout=tmp_path / "held")
