@@ -10,6 +10,7 @@ from rdm_scale.config import flatten, load_config
 from rdm_scale.config.paths import KEYS, any_option, expand, local, local_option
 from rdm_scale.config.schema import RunConfig
 from rdm_scale.errors import ConfigError
+from rdm_scale.tools._encoding_options import parse_options
 
 
 @pytest.fixture
@@ -106,3 +107,11 @@ def test_options_of_tools(home: Path) -> None:
     assert parsed.local == home / "x.png" and parsed.any == "s3://bucket/y"
     with pytest.raises(argparse.ArgumentError, match="is a URL, and only a path on this machine"):
         parser.parse_args(["--local=s3://bucket/x.png"])
+
+
+def test_options_of_the_encoder(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["~/in", "$DATA/out", "--codec=~/vae", "--size=8", "--holdout", "$DATA/held", "--preview=~/p.png"]
+    monkeypatch.setattr("sys.argv", ["encode_latents.py", *words])
+    options = parse_options(None)
+    assert options.paths == [f"{home}/in", "s3://bucket/out"]
+    assert (options.codec, options.holdout, options.preview) == (f"{home}/vae", "s3://bucket/held", f"{home}/p.png")

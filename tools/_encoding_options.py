@@ -2,6 +2,8 @@
 
 import argparse
 
+from rdm_scale.config.paths import any_option
+
 HOLDOUT_SHARE = 0.1
 MAX_REJECTED = 0.01
 MAX_LEFT_OUT = 0.01
@@ -25,7 +27,9 @@ def parse_options(description: str | None) -> argparse.Namespace:
 
 def _parser(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("paths", nargs="*", metavar="PATH", help="INPUT and OUTPUT, or OUTPUT alone to look at it")
+    parser.add_argument(
+        "paths", nargs="*", type=any_option, metavar="PATH", help="INPUT and OUTPUT, or OUTPUT alone to look at it"
+    )
 
     _add_inputs(parser)
     how = parser.add_argument_group("how it is written")
@@ -36,7 +40,9 @@ def _parser(description: str | None) -> argparse.ArgumentParser:
         help="keep the posterior's mode, or its mean and variance, to be sampled in training (default: %(default)s)",
     )
     how.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float16")
-    how.add_argument("--holdout", metavar="DIR", help="folder of a second set of shards, for validation")
+    how.add_argument(
+        "--holdout", type=any_option, metavar="DIR", help="folder of a second set of shards, for validation"
+    )
     how.add_argument(
         "--holdout-share", type=_held_share, help=f"share of the inputs held out (default: {HOLDOUT_SHARE})"
     )
@@ -44,20 +50,24 @@ def _parser(description: str | None) -> argparse.ArgumentParser:
     how.add_argument("--batch-size", type=_positive, help="samples encoded at a time (default: 64 images or 8 clips)")
     how.add_argument("--samples-per-member", type=_positive, help="default: 64 images or 8 clips")
     how.add_argument("--members-per-shard", type=_positive, default=64, help="default: %(default)s")
-    how.add_argument("--preview", metavar="FILE.png", help="picture of some originals above their reconstructions")
+    how.add_argument(
+        "--preview", type=any_option, metavar="FILE.png", help="picture of some originals above their reconstructions"
+    )
 
     _add_tolerances(parser)
     look = parser.add_argument_group("looking at what is encoded")
     look.add_argument("--verify", action="store_true", help="check every byte of OUTPUT")
     look.add_argument("--stats", action="store_true", help="measure OUTPUT, and keep the figures in its manifest")
     look.add_argument("--decode", type=_positive, metavar="N", help="decode N samples of OUTPUT")
-    look.add_argument("--picture", help="file that --stats or --decode draw (default: beside the manifest)")
+    look.add_argument(
+        "--picture", type=any_option, help="file that --stats or --decode draw (default: beside the manifest)"
+    )
     return parser
 
 
 def _add_inputs(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what is encoded")
-    what.add_argument("--codec", help="identity (pixels), digits, or the folder of a VAE of diffusers")
+    what.add_argument("--codec", type=any_option, help="identity (pixels), digits, or the folder of a VAE of diffusers")
     what.add_argument("--size", type=_positive, help="height and width in pixels to encode at")
     what.add_argument(
         "--buckets",
@@ -76,7 +86,9 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
         help="number classes in the order of their names as text (default), or with the numbers in them by value: 2 "
         "before 10. Numbers in tars and lists are the labels themselves",
     )
-    what.add_argument("--text-encoder", metavar="DIR", help="folder of a text encoder: captions are encoded with it")
+    what.add_argument(
+        "--text-encoder", type=any_option, metavar="DIR", help="folder of a text encoder: captions are encoded with it"
+    )
     for name in ("path", "label", "caption", "key"):
         what.add_argument(f"--{name}-column", default=name, help=f"of lists and key.json (default: {name})")
     what.add_argument(

@@ -24,7 +24,9 @@ def main() -> None:
     parser.add_argument(
         "out", type=any_option, metavar="OUT", help="folder of checkpoints to write step_00000000 to; any fsspec URL"
     )
-    parser.add_argument("config", metavar="CONFIG", nargs="?", help="YAML of the run, with data that can be read")
+    parser.add_argument(
+        "config", type=any_option, metavar="CONFIG", nargs="?", help="YAML of the run, with data that can be read"
+    )
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="as for training")
     parser.add_argument(
         "--weights", default="ema", metavar="{ema,raw}", help="of a training loop's file, those to read (default: ema)"

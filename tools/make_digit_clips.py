@@ -13,6 +13,7 @@ from fractions import Fraction
 import numpy as np
 from PIL import Image
 
+from rdm_scale.config.paths import any_option
 from rdm_scale.encoding.tars import pack_tar
 from rdm_scale.progress import track
 from rdm_scale.storage.location import Location
@@ -74,7 +75,9 @@ def clips_tar(clips: int, container: str = "mp4", frames: int = 24, size: int = 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", metavar="OUTPUT.tar", help="where to write it (a path or any fsspec URL)")
+    parser.add_argument(
+        "output", type=any_option, metavar="OUTPUT.tar", help="where to write it (a path or any fsspec URL)"
+    )
     parser.add_argument("--clips", type=int, default=1797, help="default: one of each scan (%(default)s)")
     parser.add_argument("--frames", type=int, default=24, help="frames of a clip (default: %(default)s)")
     parser.add_argument("--fps", type=int, default=24, help="frames a second (default: %(default)s)")

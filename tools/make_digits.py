@@ -13,6 +13,7 @@ import sys
 import numpy as np
 from PIL import Image
 
+from rdm_scale.config.paths import any_option
 from rdm_scale.encoding.tars import pack_tar
 from rdm_scale.storage.location import Location
 
@@ -58,7 +59,9 @@ def digits_tar(captions: bool = False) -> bytes:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", metavar="OUTPUT.tar", help="where to write it (a path or any fsspec URL)")
+    parser.add_argument(
+        "output", type=any_option, metavar="OUTPUT.tar", help="where to write it (a path or any fsspec URL)"
+    )
     parser.add_argument("--captions", action="store_true", help="with a sentence about each scan")
     options = parser.parse_args()
     output = Location(options.output)

@@ -10,9 +10,9 @@ and no GPU is needed. Each is printed as complete overrides for `rdm_scale.train
 import argparse
 import contextlib
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rdm_scale.config.paths import any_option, local_option
 from rdm_scale.errors import ConfigError, RdmError
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def main() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", nargs="?", help="configuration to find layouts for")
+    parser.add_argument("config", nargs="?", type=any_option, help="configuration to find layouts for")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes of the configuration")
     parser.add_argument("--gpus", type=_positive_integer, required=True, help="number of GPUs")
     parser.add_argument("--device", default="h100", help="h100 or h200 (default: h100)")
@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--network", type=_positive, metavar="GB/S", help="speed of a GPU's link between nodes, each "
                         "way (default: the device's in rdm_scale/scaling/device_rates.json)")  # fmt: skip
     parser.add_argument("--budget", type=_positive, help="training FLOPs, to be divided between size and samples")
-    parser.add_argument("--law", type=Path, help="law.json of tools/scaling.py fit")
+    parser.add_argument("--law", type=local_option, help="law.json of tools/scaling.py fit")
     parser.add_argument("--days", type=_positive, help="days within which the budget has to be spent")
     return parser
 

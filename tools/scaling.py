@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rdm_scale.config.paths import any_option, local_option
 from rdm_scale.errors import DataError, RdmError
 
 if TYPE_CHECKING:
@@ -59,7 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     plan = commands.add_parser("plan", help="plan the runs of a sweep")
-    plan.add_argument("config", help="configuration from which the runs differ in size, length and seed")
+    plan.add_argument(
+        "config", type=any_option, help="configuration from which the runs differ in size, length and seed"
+    )
     plan.add_argument("overrides", nargs="*", metavar="key=value", help="changes of all runs")
     plan.add_argument("--axis", choices=("depth", "width", "both"), default="depth", help="what grows (default: depth)")
     plan.add_argument("--budget", type=float, required=True, help="training FLOPs of the largest run")
@@ -68,34 +71,36 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--seeds", type=int, default=1, help="runs of each size and length (default: 1)")
     plan.add_argument("--held-out", type=float, default=0.0, metavar="FACTOR", help="add a run a seed of so many times "
                       "the largest run's FLOPs, to be predicted before it is trained")  # fmt: skip
-    plan.add_argument("--slurm", type=Path, help="also write a Slurm job array that trains the runs")
-    plan.add_argument("-o", "--output", type=Path, required=True, help="file of the sweep; runs/ goes beside it")
+    plan.add_argument("--slurm", type=local_option, help="also write a Slurm job array that trains the runs")
+    plan.add_argument(
+        "-o", "--output", type=local_option, required=True, help="file of the sweep; runs/ goes beside it"
+    )
     plan.set_defaults(action=_plan)
 
     run = commands.add_parser("run", help="train the runs that are not finished")
-    run.add_argument("sweep", type=Path)
+    run.add_argument("sweep", type=local_option)
     run.add_argument("--workers", type=int, default=1, help="runs at the same time (default: 1)")
     run.add_argument("--held-out", action="store_true", help="train the held-out runs, after their prediction")
     run.add_argument("--only", type=int, metavar="NUMBER", help="train one run, by its number in the sweep from 0")
     run.set_defaults(action=_run)
 
     status = commands.add_parser("status", help="print the state of every run")
-    status.add_argument("sweep", type=Path)
+    status.add_argument("sweep", type=local_option)
     status.set_defaults(action=_status)
 
     fit = commands.add_parser("fit", help="fit the law, with 90 %% intervals, plots and a page")
-    fit.add_argument("runs", type=Path, help="a sweep, or a CSV table of runs")
+    fit.add_argument("runs", type=local_option, help="a sweep, or a CSV table of runs")
     fit.add_argument("--hold-out", choices=("largest",), help="leave out the runs of most FLOPs, and compare with them")
     fit.add_argument("--leave-out-highest", type=int, default=0, metavar="N", help="leave out the N highest losses")
     fit.add_argument("--over", choices=("parameters", "depth"), default="parameters", help="meaning of N in the law")
     fit.add_argument("--replicates", type=int, default=300, help="bootstrap fits (default: 300)")
     fit.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes of the bootstrap")
-    fit.add_argument("-o", "--output", type=Path, required=True, help="law.json; a PNG and a page go beside it")
+    fit.add_argument("-o", "--output", type=local_option, required=True, help="law.json; a PNG and a page go beside it")
     fit.set_defaults(action=_fit)
 
     predict = commands.add_parser("predict", help="predict the loss of a run, and write the prediction beside the law")
-    predict.add_argument("law", type=Path)
-    predict.add_argument("config", help="configuration of the run")
+    predict.add_argument("law", type=local_option)
+    predict.add_argument("config", type=any_option, help="configuration of the run")
     predict.add_argument("overrides", nargs="*", metavar="key=value")
     predict.add_argument("--runs", type=int, default=1, help="seeds of which the mean is predicted (default: 1)")
     predict.set_defaults(action=_predict)

@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rdm_scale.config.paths import any_option
 from rdm_scale.errors import DataError, RdmError
 from rdm_scale.progress import ProgressReporter
 
@@ -37,8 +38,10 @@ PREVIEW_COLUMNS = 10
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("input", metavar="INPUT", help="where the images are")
-    parser.add_argument("output", metavar="OUTPUT_FOLDER", help="new folder for config.json and the weights (float16)")
+    parser.add_argument("input", type=any_option, metavar="INPUT", help="where the images are")
+    parser.add_argument(
+        "output", type=any_option, metavar="OUTPUT_FOLDER", help="new folder for config.json and the weights (float16)"
+    )
     parser.add_argument("--size", type=int, default=32, help="pixels a side, a multiple of 4 (default: %(default)s)")
     parser.add_argument("--width", type=int, default=8, help="channels, a multiple of 4 (default: %(default)s)")
     parser.add_argument("--kl-weight", type=float, default=1e-5, help="default: %(default)s")
@@ -53,7 +56,9 @@ def main() -> None:
         default=0.01,
         help="share of the images that may prove undecodable; they are listed in rejected.jsonl (default: %(default)s)",
     )
-    parser.add_argument("--preview", metavar="FILE.png", help="picture of held-out originals above reconstructions")
+    parser.add_argument(
+        "--preview", type=any_option, metavar="FILE.png", help="picture of held-out originals above reconstructions"
+    )
     options = parser.parse_args()
     if min(options.size, options.width, options.steps, options.batch_size) < 1:
         parser.error("--size, --width, --steps and --batch-size must be at least 1")
