@@ -79,7 +79,7 @@ def test_the_same_run_takes_its_place_at_once_and_the_earlier_process_stops(root
 
 
 def test_renewal_keeps_a_lease_and_notices_a_successor(root: Location) -> None:
-    owner = Ownership.claim(root, "a", "runs/a", lease_s=0.3)
+    owner = Ownership.claim(root, "a", "runs/a", lease_s=6)
     before = (root / OWNER).modified()
     deadline = time.monotonic() + 30
     while (root / OWNER).modified() <= before and time.monotonic() < deadline:
