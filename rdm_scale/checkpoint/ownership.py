@@ -108,7 +108,7 @@ class Ownership:
         """Stop renewing, and say in the mark that the process has ended, if the store answers soon."""
         self._closing.set()
         self._thread.join(_CLOSING_S)
-        with suppress(OSError, ReplacedError), retrying(Retry.within(_CLOSING_S)):
+        with suppress(OSError), retrying(Retry.within(_CLOSING_S)):
             self._renew(self.mark.model_copy(update={"ended": True}))
 
     def __enter__(self) -> Self:
@@ -119,9 +119,7 @@ class Ownership:
 
     def _keep(self) -> None:
         while not self._closing.wait(self.lease_s / _RENEWALS) and self._successor is None:
-            # Tried again; until then the lease may expire, but others take it only on request. A mark that was replaced
-            # meanwhile is looked at next time.
-            with suppress(OSError, ReplacedError):
+            with suppress(OSError):  # tried again; until then the lease may expire, but others take it only on request
                 self._renew(self.mark)
 
     def _renew(self, mark: OwnerMark) -> None:
