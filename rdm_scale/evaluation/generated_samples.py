@@ -223,7 +223,7 @@ def conditions_in_turns(
 
 
 def digest_of_parameters(model: nn.Module) -> str:
-    """Digest of the parameters, whatever their device."""
+    """Hash of a model's parameters by name and value, the same on every device."""
     found = xxhash.xxh3_128()
     for name, p in model.named_parameters():
         found.update(name.encode())
